@@ -1,0 +1,166 @@
+"""Every hyperparameter of the optimizers and their submissions, validated in one place, free of any framework."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+APPROXIMATIONS = ("expand", "reduce")
+FISHERS = ("empirical", "mc", "exact")
+PRECONDITIONERS = ("eigen", "inverse")
+SCALINGS = ("root", "inverse", "second_moment")
+DAMPING_MODES = ("relative", "absolute")
+LARGE_FACTORS = ("block", "one_sided")
+LAYER_KINDS = ("linear", "conv", "conv_transpose")
+
+
+@dataclasses.dataclass(frozen=True)
+class KFACConfig:
+    """Hyperparameters, named as in AlgoPerf where a name exists there.
+
+    Attributes:
+        learning_rate: base learning rate; the schedule multiplies it.
+        one_minus_beta1: 1 - decay of the momentum.
+        beta2: decay of the second moment of the first-order update (fallback and grafting) and, with
+            `scaling="second_moment"`, of the rotated gradient.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, multiplied by the learning rate.
+        approximation: "expand" or "reduce" for all layers, or a mapping from layer kind ("linear", "conv",
+            "conv_transpose") to one of them; kinds left out take "expand".
+        fisher: "empirical" (gradients of the training loss), "mc" (labels sampled from the model) or "exact"
+            (type-2, all columns of the output Hessian's root; small outputs only).
+        fisher_samples: label samples per statistics step, for "mc".
+        preconditioner: "eigen" (factors' eigenbases) or "inverse" (damped inverses, as in the paper).
+        scaling: for "eigen", how the rotated momentum is scaled: "root" (eigenvalues to the power -1/2),
+            "inverse" (power -1) or "second_moment" (Adam's second moment of the rotated gradient).
+        damping: with "relative", lambda_A = damping tr(A)/P_in and lambda_B = damping tr(B)/P_out; with
+            "absolute", lambda_A = pi sqrt(damping) and lambda_B = sqrt(damping)/pi with
+            pi^2 = (tr(A)/P_in) / (tr(B)/P_out) (Martens and Grosse 2015, section 6.3).
+        damping_mode: "relative" or "absolute".
+        factor_decay: decay of the moving averages of A and B per statistics step, bias-corrected.
+        factor_interval: steps between statistics steps.
+        refresh_interval: steps between refreshes of a layer's preconditioner, a multiple of factor_interval.
+        drift_tolerance: with "eigen", a due refresh is skipped where the old basis still diagonalises the
+            factor up to this share of its Frobenius norm; the eigenvalues are updated all the same.
+        grafting: give each covered layer's direction the norm of its NadamW update.
+        max_factor_dim: factors above this dimension take the form `large_factor`.
+        large_factor: "block" (block diagonal, blocks of at most max_factor_dim) or "one_sided" (identity).
+        warmup_factor: length of the warm-up as a share of the horizon (submissions).
+        horizon_factor: horizon of the schedule as a share of the workload's step_hint (submissions).
+        label_smoothing: as AlgoPerf's loss_fn takes it (submissions).
+        dropout_rate: as AlgoPerf's model_fn takes it (submissions).
+        grad_clip: global norm the gradient is clipped to, None for no clipping (submissions).
+
+    Raises:
+        ValueError: naming the hyperparameter, its value and what is allowed.
+    """
+
+    learning_rate: float = 1e-3
+    one_minus_beta1: float = 0.1
+    beta2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    approximation: str | Mapping[str, str] = "expand"
+    fisher: str = "empirical"
+    fisher_samples: int = 1
+    preconditioner: str = "eigen"
+    scaling: str = "root"
+    damping: float = 1e-3
+    damping_mode: str = "relative"
+    factor_decay: float = 0.9
+    factor_interval: int = 10
+    refresh_interval: int = 20
+    drift_tolerance: float = 0.0
+    grafting: bool = True
+    max_factor_dim: int = 4096
+    large_factor: str = "block"
+    warmup_factor: float = 0.05
+    horizon_factor: float = 1.0
+    label_smoothing: float = 0.0
+    dropout_rate: float = 0.0
+    grad_clip: float | None = None
+
+    def __post_init__(self) -> None:
+        def check(name: str, ok: bool, allowed: str) -> None:
+            if not ok:
+                raise ValueError(f"hyperparameter {name}={getattr(self, name)!r}: allowed is {allowed}")
+
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "float":
+                number = isinstance(value, int | float) and not isinstance(value, bool)
+                check(field.name, number and math.isfinite(value), "a finite number")
+            elif field.type == "int":
+                whole = isinstance(value, int | float) and not isinstance(value, bool) and value == int(value)
+                check(field.name, whole, "a whole number")
+                # Ranges of a search space give floats, integers included.
+                object.__setattr__(self, field.name, int(value))
+        check("learning_rate", self.learning_rate >= 0, "a number >= 0")
+        check("one_minus_beta1", 0 < self.one_minus_beta1 <= 1, "a number in (0, 1]")
+        check("beta2", 0 <= self.beta2 < 1, "a number in [0, 1)")
+        check("eps", self.eps >= 0, "a number >= 0")
+        check("weight_decay", self.weight_decay >= 0, "a number >= 0")
+        choice = self.approximation
+        if isinstance(choice, Mapping):
+            ok = set(choice) <= set(LAYER_KINDS) and set(choice.values()) <= set(APPROXIMATIONS)
+        else:
+            ok = choice in APPROXIMATIONS
+        check("approximation", ok, f"one of {APPROXIMATIONS}, or a mapping from {LAYER_KINDS} to them")
+        check("fisher", self.fisher in FISHERS, f"one of {FISHERS}")
+        check("fisher_samples", self.fisher_samples >= 1, "at least 1")
+        check("preconditioner", self.preconditioner in PRECONDITIONERS, f"one of {PRECONDITIONERS}")
+        check("scaling", self.scaling in SCALINGS, f"one of {SCALINGS}")
+        check("damping", self.damping > 0, "a number > 0")
+        check("damping_mode", self.damping_mode in DAMPING_MODES, f"one of {DAMPING_MODES}")
+        check("factor_decay", 0 <= self.factor_decay < 1, "a number in [0, 1)")
+        check("factor_interval", self.factor_interval >= 1, "at least 1")
+        check(
+            "refresh_interval",
+            self.refresh_interval >= 1 and self.refresh_interval % self.factor_interval == 0,
+            f"a multiple of factor_interval={self.factor_interval}",
+        )
+        check("drift_tolerance", 0 <= self.drift_tolerance < 1, "a number in [0, 1)")
+        check("grafting", isinstance(self.grafting, bool), "True or False")
+        check("max_factor_dim", self.max_factor_dim >= 1, "at least 1")
+        check("large_factor", self.large_factor in LARGE_FACTORS, f"one of {LARGE_FACTORS}")
+        check("warmup_factor", 0 <= self.warmup_factor < 1, "a number in [0, 1)")
+        check("horizon_factor", self.horizon_factor > 0, "a number > 0")
+        check("label_smoothing", 0 <= self.label_smoothing < 1, "a number in [0, 1)")
+        check("dropout_rate", 0 <= self.dropout_rate < 1, "a number in [0, 1)")
+        check("grad_clip", self.grad_clip is None or self.grad_clip > 0, "a number > 0, or None")
+
+    @classmethod
+    def from_hyperparameters(cls, hyperparameters: Any, **defaults: Any) -> KFACConfig:
+        """Build a configuration from a point of a search space.
+
+        Args:
+            hyperparameters: a namedtuple (as AlgoPerf's runner hands over), a mapping, or None for the
+                defaults alone (self-tuning).
+            **defaults: values for what the point does not mention.
+
+        Raises:
+            ValueError: for an unknown name or a value out of range.
+        """
+        if hyperparameters is None:
+            point: dict[str, Any] = {}
+        elif isinstance(hyperparameters, Mapping):
+            point = dict(hyperparameters)
+        elif hasattr(hyperparameters, "_asdict"):
+            point = hyperparameters._asdict()
+        else:
+            raise ValueError(
+                f"hyperparameters must be a namedtuple, a mapping or None, got {type(hyperparameters).__name__}"
+            )
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted((set(point) | set(defaults)) - known)
+        if unknown:
+            raise ValueError(f"unknown hyperparameter {unknown[0]!r}: known are {sorted(known)}")
+        return cls(**(defaults | point))
+
+    def approximation_for(self, kind: str) -> str:
+        """The approximation of a layer kind."""
+        if isinstance(self.approximation, Mapping):
+            return self.approximation.get(kind, "expand")
+        return self.approximation

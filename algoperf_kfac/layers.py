@@ -1,0 +1,127 @@
+"""What K-FAC knows of a model: its covered layers, and why each other parameter is not covered."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpec:
+    """A covered weight-sharing layer s = W a (+ bias), per channel group.
+
+    Attributes:
+        name: path of the module that owns the weight.
+        kind: "linear", "conv" or "conv_transpose".
+        weight: name of the weight parameter.
+        bias: name of the bias parameter, or None.
+        weight_shape: the parameter's shape as the framework stores it.
+        groups: channel groups; each has factors of its own.
+        in_dim: P_in per group: input features, for convolutions times the kernel positions.
+        out_dim: P_out per group.
+        approximation: "expand" or "reduce".
+        in_blocks: sizes of A's diagonal blocks, the bias coordinate included; empty for A = identity.
+        out_blocks: sizes of B's diagonal blocks; empty for B = identity.
+    """
+
+    name: str
+    kind: str
+    weight: str
+    bias: str | None
+    weight_shape: tuple[int, ...]
+    groups: int
+    in_dim: int
+    out_dim: int
+    approximation: str
+    in_blocks: tuple[int, ...]
+    out_blocks: tuple[int, ...]
+
+    @property
+    def factor_in_dim(self) -> int:
+        """Dimension of A: P_in, plus one for the homogeneous coordinate of the bias."""
+        return self.in_dim + (self.bias is not None)
+
+    @property
+    def num_parameters(self) -> int:
+        return self.groups * self.out_dim * self.factor_in_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class FallbackSpec:
+    """A parameter that takes the first-order update.
+
+    Attributes:
+        name: the parameter's name.
+        shape: its shape.
+        reason: why K-FAC does not cover it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Coverage:
+    """Which parameters K-FAC handles; `print` it for a table."""
+
+    layers: tuple[LayerSpec, ...]
+    fallbacks: tuple[FallbackSpec, ...]
+
+    @property
+    def num_covered(self) -> int:
+        return sum(layer.num_parameters for layer in self.layers)
+
+    @property
+    def num_parameters(self) -> int:
+        return self.num_covered + sum(math.prod(f.shape) for f in self.fallbacks)
+
+    @property
+    def fraction(self) -> float:
+        """Share of the trainable parameters with a K-FAC direction, in [0, 1]."""
+        return self.num_covered / self.num_parameters if self.num_parameters else 0.0
+
+    def __str__(self) -> str:
+        rows = [("parameters", "treatment", "A", "B", "note")]
+        for layer in self.layers:
+            note = "" if layer.groups == 1 else f"{layer.groups} groups"
+            names = layer.weight if layer.bias is None else f"{layer.weight} + bias"
+            rows.append(
+                (
+                    names,
+                    f"{layer.kind} {layer.approximation}",
+                    _blocks(layer.in_blocks),
+                    _blocks(layer.out_blocks),
+                    note,
+                )
+            )
+        rows += [(f.name, "fallback", "", "", f.reason) for f in self.fallbacks]
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = [
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]).rstrip()
+            for row in rows
+        ]
+        covered, total = self.num_covered, self.num_parameters
+        lines.append(f"K-FAC covers {covered:,} of {total:,} parameters ({100 * self.fraction:.1f} %)")
+        return "\n".join(lines)
+
+
+def _blocks(blocks: tuple[int, ...]) -> str:
+    return "+".join(map(str, blocks)) if blocks else "identity"
+
+
+def split_blocks(dim: int, max_factor_dim: int, large_factor: str) -> tuple[int, ...]:
+    """Sizes of a factor's diagonal blocks: one where it fits, near-equal ones above, none for the identity.
+
+    Args:
+        dim: dimension of the factor.
+        max_factor_dim: largest matrix to decompose.
+        large_factor: "block" or "one_sided".
+    """
+    if dim <= max_factor_dim:
+        return (dim,)
+    if large_factor == "one_sided":
+        return ()
+    count = -(-dim // max_factor_dim)
+    base, extra = divmod(dim, count)
+    return tuple(base + (i < extra) for i in range(count))

@@ -1,0 +1,518 @@
+"""Capture: seeing what goes into a layer and which gradient comes back, without editing the model.
+
+On statistics steps a `TorchFunctionMode` watches the operations that take a parameter as weight. Operations are
+matched by the identity of that parameter, not by module class, so that functional layers, views, in-place
+operations and repeated uses are seen. Factors are accumulated at once, activations are not kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fnmatch
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from algoperf_kfac.config import KFACConfig
+from algoperf_kfac.layers import LayerSpec
+from algoperf_kfac.pytorch import factors, fisher
+from algoperf_kfac.pytorch.factors import ConvGeometry, Layout, Positions
+from algoperf_kfac.spec import LossType
+
+Scalar = Tensor | float
+
+
+class MissingStatisticsError(RuntimeError):
+    """A declared layer did not receive its inputs or its output gradients on a statistics step."""
+
+
+@dataclasses.dataclass
+class Statistics:
+    """What one or more captures gathered for one layer, as sums.
+
+    Attributes:
+        a: sums of input outer products, a (groups, b, b) matrix per block of A.
+        b: sums of output-gradient outer products of the per-example loss, per block of B.
+        a_count: what `a` is divided by: valid positions (expand) or examples (reduce).
+        examples: what `b` is divided by.
+    """
+
+    a: list[Tensor]
+    b: list[Tensor]
+    a_count: Scalar
+    examples: Scalar
+
+    def add(self, other: Statistics) -> None:
+        self.a = [x + y for x, y in zip(self.a, other.a, strict=True)]
+        self.b = [x + y for x, y in zip(self.b, other.b, strict=True)]
+        self.a_count = self.a_count + other.a_count
+        self.examples = self.examples + other.examples
+
+
+@dataclasses.dataclass
+class Operation:
+    """A weighted operation as it was called.
+
+    Attributes:
+        kind: layer kind.
+        input: its input, batch first for convolutions.
+        weight: the weight argument.
+        bias: the bias argument, or None.
+        groups: channel groups.
+        hyper: stride, padding, dilation and so on of convolutions.
+    """
+
+    kind: str
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    groups: int = 1
+    hyper: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def geometry(self, output: Tensor) -> ConvGeometry | None:
+        """The geometry of a convolution, None for linear operations."""
+        if self.kind == "linear":
+            return None
+        kernel = tuple(self.weight.shape[2:])
+        dims = len(kernel)
+        dilation = _tuple(self.hyper["dilation"], dims)
+        padding = self.hyper["padding"]
+        if padding == "same":
+            # As torch does it: of an odd total, the larger half goes behind.
+            padding = tuple(d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True))
+        elif padding == "valid":
+            padding = 0
+        return ConvGeometry(
+            kernel=kernel,
+            stride=_tuple(self.hyper["stride"], dims),
+            dilation=dilation,
+            padding=_tuple(padding, dims),
+            in_size=tuple(self.input.shape[-dims:]),
+            out_size=tuple(output.shape[-dims:]),
+            transposed=self.kind == "conv_transpose",
+        )
+
+
+def _tuple(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
+    values = (value,) * dims if isinstance(value, int) else tuple(value)
+    return values * dims if len(values) == 1 else values
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Operation:
+    return Operation("linear", input, weight, bias)
+
+
+def _conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Operation:
+    hyper = {"stride": stride, "padding": padding, "dilation": dilation}
+    return Operation("conv", input, weight, bias, groups, hyper)
+
+
+def _conv_transpose(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,  # seen in the output's size
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Operation:
+    hyper = {"stride": stride, "padding": padding, "dilation": dilation}
+    return Operation("conv_transpose", input, weight, bias, groups, hyper)
+
+
+RULES: dict[Callable[..., Any], Callable[..., Operation]] = {
+    F.linear: _linear,
+    torch.conv1d: _conv,
+    torch.conv2d: _conv,
+    torch.conv3d: _conv,
+    torch.conv_transpose1d: _conv_transpose,
+    torch.conv_transpose2d: _conv_transpose,
+    torch.conv_transpose3d: _conv_transpose,
+}
+
+
+@dataclasses.dataclass
+class _Call:
+    """One call of a layer, until its output gradient has come back."""
+
+    layout: Layout
+    conv: ConvGeometry | None
+    input_sums: Tensor | None = None  # reduce: (examples, groups, P_in)
+    grad_sums: Tensor | None = None  # reduce: (examples, groups, P_out), of the current backward pass
+    fired: bool = False
+
+
+class _Recorder:
+    """Gathers one layer's statistics over its calls in a capture."""
+
+    def __init__(self, spec: LayerSpec, dtype: torch.dtype) -> None:
+        self.spec = spec
+        self.dtype = dtype
+        self.calls: list[_Call] = []
+        self.backward_done = False
+        self.a: list[Tensor] | None = None
+        self.b: list[Tensor] | None = None
+        self.a_count: Scalar = 0.0
+        self.examples: Scalar = 0.0
+
+    def input(self, operation: Operation, output: Tensor, positions: Positions | None) -> _Call:
+        if self.backward_done:  # a further micro-batch in the same capture
+            self.end_group()
+        spec = self.spec
+        x, conv = operation.input.detach().to(self.dtype), operation.geometry(output)
+        x, leading = self._batch_first(x, conv, positions)
+        layout = factors.resolve_positions(positions, leading, spec.name, self.dtype)
+        call = _Call(layout, conv)
+        if self.calls and layout.num_examples != self.calls[0].layout.num_examples:
+            raise ValueError(
+                f"layer {spec.name} was called with {self.calls[0].layout.num_examples} and then with "
+                f"{layout.num_examples} examples in one forward pass: its calls must share their examples, or "
+                f"exclude it (exclude=[{spec.name!r}])"
+            )
+        if spec.approximation == "reduce":
+            call.input_sums = factors.input_sums(x, spec.groups, conv, layout)
+        else:
+            for chunk, inputs in factors.input_chunks(x, spec.groups, conv):
+                mask = None if layout.mask is None else layout.mask[chunk]
+                rows = factors.expand_rows(inputs, mask)
+                ones = None
+                if spec.bias is not None:
+                    ones = rows.new_ones(len(rows)) if mask is None else mask.reshape(-1)
+                self.a = _accumulate(self.a, factors.outer_sums(rows, ones, spec.in_blocks))
+            count = len(x) * layout.positions
+            self.a_count = self.a_count + (float(count) if layout.mask is None else layout.mask.sum())
+        self.calls.append(call)
+        return call
+
+    def output_gradient(self, call: _Call, grad: Tensor, positions: Positions | None) -> None:
+        if call.fired:
+            raise RuntimeError(
+                f"layer {self.spec.name} received two gradients for one call: capture() takes one backward "
+                "pass per forward pass"
+            )
+        call.fired = True
+        grad, _ = self._batch_first(grad.to(self.dtype), call.conv, positions)
+        rows = factors.output_rows(grad, self.spec.groups, call.conv)
+        if self.spec.approximation == "reduce":
+            call.grad_sums = call.layout.sum_positions(rows)
+        else:
+            flat = factors.expand_rows(rows, call.layout.mask)
+            self.b = _accumulate(self.b, factors.outer_sums(flat, None, self.spec.out_blocks))
+        if all(c.fired for c in self.calls):
+            self.backward_done = True
+
+    def end_pass(self) -> None:
+        """Close one backward pass; several may follow one forward pass (sampled or exact Fisher)."""
+        if not self.calls or not all(call.fired for call in self.calls):
+            return
+        if self.spec.approximation == "reduce":
+            grads: Tensor | None = None
+            for call in self.calls:
+                assert call.grad_sums is not None
+                grads = call.grad_sums if grads is None else grads + call.grad_sums
+                call.grad_sums = None
+            assert grads is not None
+            if self.calls[0].layout.readout == "sum":
+                grads = grads / self._counts(grads).clamp(min=1)[:, None, None]
+            self.b = _accumulate(self.b, factors.outer_sums(grads, None, self.spec.out_blocks))
+        for call in self.calls:
+            call.fired = False
+
+    def end_group(self) -> None:
+        """Close the calls of one forward pass and its backward passes."""
+        self.end_pass()
+        if not self.calls:
+            return
+        layout = self.calls[0].layout
+        ragged = layout.mask is not None or layout.segment_ids is not None
+        if self.spec.approximation == "reduce":
+            sums: Tensor | None = None
+            for call in self.calls:
+                assert call.input_sums is not None
+                sums = call.input_sums if sums is None else sums + call.input_sums
+            assert sums is not None
+            counts = self._counts(sums)
+            ones = None
+            if layout.readout == "sum":
+                ones = counts
+            else:
+                sums = sums / counts.clamp(min=1)[:, None, None]
+                ones = (counts > 0).to(self.dtype)
+            ones = ones if self.spec.bias is not None else None
+            self.a = _accumulate(self.a, factors.outer_sums(sums, ones, self.spec.in_blocks))
+            examples = (counts > 0).sum().to(self.dtype) if ragged else float(layout.num_examples)
+            self.a_count = self.a_count + examples
+        elif ragged:
+            like = self.a[0] if self.a else torch.empty(0, dtype=self.dtype)
+            examples = (self._counts(like) > 0).sum().to(self.dtype)
+        else:
+            examples = float(layout.num_examples)
+        self.examples = self.examples + examples
+        self.calls = []
+        self.backward_done = False
+
+    def _counts(self, like: Tensor) -> Tensor:
+        """(examples,): positions that count, over all calls."""
+        counts = [call.layout.counts(like) for call in self.calls]
+        return torch.stack(counts).sum(0)
+
+    def _batch_first(
+        self, t: Tensor, conv: ConvGeometry | None, positions: Positions | None
+    ) -> tuple[Tensor, tuple[int, ...]]:
+        """The tensor with its batch dimension first, and the sizes of its leading dimensions."""
+        if conv is not None:
+            t = t if t.dim() == len(conv.kernel) + 2 else t.unsqueeze(0)
+            return t, (len(t), *conv.out_size)
+        if t.dim() == 1:
+            t = t.unsqueeze(0)
+        if positions is not None and positions.batch_dim and t.dim() > 2:
+            t = t.movedim(positions.batch_dim, 0)
+        return t, tuple(t.shape[:-1])
+
+
+def _accumulate(total: list[Tensor] | None, new: list[Tensor]) -> list[Tensor]:
+    return new if total is None else [x.add_(y) for x, y in zip(total, new, strict=True)]
+
+
+# Operations that read a weight as a weight. Others (norms, penalties) leave the layer's statistics complete.
+WEIGHT_READS = frozenset(
+    """
+    T H mT mH t transpose swapaxes permute movedim view reshape flatten chunk split narrow unbind __getitem__
+    matmul mm bmm addmm einsum tensordot embedding embedding_bag index_select gather
+    lstm gru rnn_tanh rnn_relu multi_head_attention_forward
+    """.split()  # noqa: SIM905
+)
+
+
+class _Interceptor(TorchFunctionMode):
+    """Hands every operation with a rule to the capture."""
+
+    def __init__(self, capture: Capture) -> None:
+        super().__init__()
+        self._capture = capture
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Iterable[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        rule = RULES.get(func)
+        if rule is None:
+            self._capture.other_use(func, args)
+            return output
+        return self._capture.operation(rule(*args, **kwargs), output)
+
+
+def _operation_name(func: Any) -> str:
+    """The name of an operation; for properties such as `Tensor.T` that of the property."""
+    name = getattr(func, "__name__", str(func))
+    return str(getattr(func.__self__, "__name__", name)) if name == "__get__" else name
+
+
+class Capture(contextlib.AbstractContextManager["Capture"]):
+    """Context around the forward and backward pass of one (micro-)batch; made by `KFAC.capture`.
+
+    Attributes:
+        active: whether this is a statistics step; if not, nothing is watched and entering costs nothing.
+        loss_normalizer: what the summed loss was divided by before `backward`: the number of examples
+            (default), the number of valid tokens, ... A tensor is fine. Output gradients are scaled by it, so
+            that B belongs to the summed, per-example loss. May be set until the context is left.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: KFACConfig,
+        layers: Mapping[int, LayerSpec],
+        dtypes: Mapping[int, torch.dtype],
+        promote: Callable[[Operation], LayerSpec | None],
+        finish: Callable[[dict[str, Statistics], dict[str, str], dict[str, str]], None],
+        positions: Positions | Tensor | Mapping[str, Positions | Tensor] | None,
+        loss_normalizer: Scalar | None,
+        generator: torch.Generator | None,
+        active: bool,
+    ) -> None:
+        self.active = active
+        self.loss_normalizer = loss_normalizer
+        self._config = config
+        self._layers = layers
+        self._dtypes = dtypes
+        self._promote = promote
+        self._finish = finish
+        self._positions = _as_positions(positions)
+        self._generator = generator
+        self._recorders: dict[str, _Recorder] = {}
+        self._weights: dict[str, Tensor] = {}
+        self._uncounted: dict[str, int] = {}
+        self._other_uses: dict[int, str] = {}
+        self._record_gradients = config.fisher == "empirical"
+        self._passes = 0
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Capture:
+        if self.active:
+            # A compiled graph hides its operations: statistics steps run the same model eagerly.
+            if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+                self._stack.enter_context(torch.compiler.set_stance("force_eager"))
+            self._stack.enter_context(_Interceptor(self))
+        return self
+
+    def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
+        if not self.active:
+            return
+        self._stack.close()
+        self.active = False
+        if exc_type is None:
+            self._collect()
+        self._recorders.clear()
+        self._weights.clear()
+
+    def backward_fisher(
+        self,
+        outputs: Tensor | tuple[Tensor, Tensor],
+        loss_type: LossType | str,
+        mask: Tensor | None = None,
+    ) -> None:
+        """The extra backward passes of `fisher="mc"` and "exact", through the forward pass just made.
+
+        Does nothing for the empirical Fisher and outside statistics steps, so it may always be called; call it
+        before `loss.backward()`, which frees the graph. Arguments as in `fisher.sampled_loss`.
+        """
+        if not self.active or self._config.fisher == "empirical":
+            return
+        if self._config.fisher == "mc":
+            samples = self._config.fisher_samples
+            losses = (fisher.sampled_loss(outputs, loss_type, mask, self._generator) for _ in range(samples))
+        else:
+            assert isinstance(outputs, Tensor)
+            losses = fisher.exact_losses(outputs, loss_type, mask)
+        weights = list(self._weights.values())
+        self._record_gradients = True
+        for loss in losses:
+            torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+            for recorder in self._recorders.values():
+                recorder.end_pass()
+            self._passes += 1
+        self._record_gradients = False
+
+    def other_use(self, func: Any, args: Iterable[Any]) -> None:
+        """Remember that an operation without a rule used a parameter as a weight."""
+        if not torch.is_grad_enabled():
+            return
+        for arg in args:
+            if isinstance(arg, torch.nn.Parameter) and _operation_name(func) in WEIGHT_READS:
+                self._other_uses.setdefault(id(arg), _operation_name(func))
+
+    def operation(self, operation: Operation, output: Tensor) -> Tensor:
+        """Record a weighted operation; returns the output to hand on in its place."""
+        spec = self._layers.get(id(operation.weight)) or self._promote(operation)
+        if spec is None:
+            return output
+        if not output.requires_grad:
+            # Reentrant checkpointing runs without gradients first and again in the backward pass.
+            self._uncounted[spec.name] = self._uncounted.get(spec.name, 0) + 1
+            return output
+        if torch._C._current_graph_task_id() != -1:  # within a backward pass: a recomputation
+            if not self._uncounted.get(spec.name):
+                return output
+            self._uncounted[spec.name] -= 1
+        if output._is_view():
+            # An in-place operation on a view rewrites its history, and a hook on it would never fire.
+            output = output.clone()
+        recorder = self._recorders.get(spec.name)
+        if recorder is None:
+            recorder = _Recorder(spec, self._dtypes[id(operation.weight)])
+            self._recorders[spec.name] = recorder
+            self._weights[spec.name] = operation.weight
+        positions = self._positions_for(spec.name, operation, output)
+        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+            call = recorder.input(operation, output, positions)
+
+        def hook(grad: Tensor) -> None:
+            if self._record_gradients:
+                with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+                    recorder.output_gradient(call, grad, positions)
+
+        output.register_hook(hook)
+        return output
+
+    def _positions_for(self, name: str, operation: Operation, output: Tensor) -> Positions | None:
+        positions = self._positions
+        if positions is None:
+            return None
+        if isinstance(positions, Mapping):
+            matches = (value for pattern, value in positions.items() if fnmatch.fnmatchcase(name, pattern))
+            return next(matches, None)
+        # One description for the whole model: it applies to the layers whose shape it fits.
+        shape = output.shape
+        leading = shape[:-1] if operation.kind == "linear" else (shape[0], *shape[2:])
+        mask, ids = positions.mask, positions.segment_ids
+        if mask is not None and tuple(leading[: mask.dim()]) != tuple(mask.shape):
+            return None
+        if ids is not None and tuple(leading[:1]) != tuple(ids.shape):
+            return None
+        return positions
+
+    def _collect(self) -> None:
+        missing: dict[str, str] = {}
+        tied: dict[str, str] = {}
+        for weight_id, spec in self._layers.items():
+            if weight_id in self._other_uses:
+                tied[spec.name] = self._other_uses[weight_id]
+                continue
+            recorder = self._recorders.get(spec.name)
+            if recorder is None:
+                missing[spec.name] = "its inputs"
+            elif self._passes == 0 and not recorder.backward_done:
+                if self._config.fisher != "empirical":
+                    raise MissingStatisticsError(
+                        f"fisher={self._config.fisher!r} needs capture.backward_fisher(outputs, loss_type) "
+                        "between the forward pass and loss.backward()"
+                    )
+                missing[spec.name] = "its output gradients"
+            elif self._passes and recorder.b is None:
+                missing[spec.name] = "its output gradients"
+        statistics = {}
+        for name, recorder in self._recorders.items():
+            if name in missing or name in tied:
+                continue
+            recorder.end_group()
+            assert recorder.a is not None
+            assert recorder.b is not None
+            if self._config.fisher == "empirical":
+                scale = recorder.examples if self.loss_normalizer is None else self.loss_normalizer
+                factor = scale * scale
+            else:
+                factor = 1.0 / self._config.fisher_samples if self._config.fisher == "mc" else 1.0
+            b = [matrix * factor for matrix in recorder.b]
+            statistics[name] = Statistics(recorder.a, b, recorder.a_count, recorder.examples)
+        self._finish(statistics, missing, tied)
+
+
+def _as_positions(
+    positions: Positions | Tensor | Mapping[str, Positions | Tensor] | None,
+) -> Positions | Mapping[str, Positions] | None:
+    """A bare tensor is a mask."""
+    if isinstance(positions, Tensor):
+        return Positions(mask=positions)
+    if isinstance(positions, Mapping):
+        return {
+            pattern: Positions(mask=value) if isinstance(value, Tensor) else value
+            for pattern, value in positions.items()
+        }
+    return positions

@@ -1,0 +1,506 @@
+"""K-FAC as a `torch.optim.Optimizer`: NadamW for every parameter, a K-FAC direction for the covered ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from algoperf_kfac.config import KFACConfig
+from algoperf_kfac.layers import Coverage, FallbackSpec, LayerSpec
+from algoperf_kfac.pytorch import distributed
+from algoperf_kfac.pytorch.capture import (
+    Capture,
+    MissingStatisticsError,
+    Operation,
+    Positions,
+    Scalar,
+    Statistics,
+)
+from algoperf_kfac.pytorch.discovery import RAW, CoveredLayer, discover, spec_of_operation, unwrap
+from algoperf_kfac.pytorch.factors import from_matrix, to_matrix
+from algoperf_kfac.pytorch.nadamw import nadamw_directions, nesterov
+from algoperf_kfac.pytorch.preconditioner import LayerState, precondition, refresh
+
+
+class FactorPair(NamedTuple):
+    """A and B of a layer: (P, P), or (groups, P, P) for grouped convolutions; a tuple of diagonal blocks above
+    `max_factor_dim` (empty where the factor is taken as the identity)."""
+
+    A: Tensor | tuple[Tensor, ...]
+    B: Tensor | tuple[Tensor, ...]
+
+
+class KFAC(torch.optim.Optimizer):
+    """K-FAC-expand and K-FAC-reduce (arXiv 2311.00636) for any `nn.Module`.
+
+    ```
+    optimizer = KFAC(model, approximation="reduce", learning_rate=1e-3)
+    for x, y in batches:
+        optimizer.zero_grad()
+        with optimizer.capture():
+            loss = criterion(model(x), y)
+            loss.backward()
+        optimizer.step()
+    ```
+
+    Covered layers (`print(optimizer.coverage())`) move along their K-FAC direction, by default with the length
+    of their NadamW update; all other parameters take the NadamW update itself. `capture()` costs nothing except
+    on statistics steps.
+
+    Args:
+        model: the model, before or after torch.compile or DistributedDataParallel.
+        params: parameters or groups to update, as for any optimizer; all trainable ones by default. Groups may
+            set lr, betas, eps and weight_decay; a layer takes betas and eps from its weight's group.
+        config: a configuration; keyword arguments override its fields.
+        exclude: patterns of module paths to leave to the fallback, e.g. ["decoder.*"].
+        allow_partial_coverage: move a layer that misses its statistics to the fallback, with a warning, instead
+            of stopping.
+        seed: of the label draws of fisher="mc".
+        **hyperparameters: fields of `KFACConfig`.
+
+    Raises:
+        ValueError: for a hyperparameter out of range, a parameter that is not the model's, or a model without
+            trainable parameters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]] | None = None,
+        *,
+        config: KFACConfig | None = None,
+        exclude: Iterable[str] = (),
+        allow_partial_coverage: bool = False,
+        seed: int = 0,
+        **hyperparameters: Any,
+    ) -> None:
+        if config is None:
+            config = KFACConfig.from_hyperparameters(hyperparameters)
+        elif hyperparameters:
+            config = dataclasses.replace(config, **hyperparameters)
+        self.config = config
+        self._complete = False
+        model = unwrap(model)
+        self._names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+        if params is None:
+            params = [p for p in model.parameters() if p.requires_grad]
+        defaults = {
+            "lr": config.learning_rate,
+            "betas": (1 - config.one_minus_beta1, config.beta2),
+            "eps": config.eps,
+            "weight_decay": config.weight_decay,
+        }
+        super().__init__(params, defaults)
+        self._complete = True
+        trainable = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        for p in trainable:
+            if id(p) not in self._names:
+                raise ValueError(f"a parameter of shape {tuple(p.shape)} in params does not belong to the model")
+        if not trainable:
+            raise ValueError("the model has no trainable parameter")
+        self._params = {self._names[id(p)]: p for p in trainable}
+        self._allow_partial_coverage = allow_partial_coverage
+        layers, self._fallbacks = discover(model, config, trainable, exclude)
+        self._layers: dict[str, CoveredLayer] = {}
+        self._states: dict[str, LayerState] = {}
+        self._by_weight: dict[int, LayerSpec] = {}
+        for layer in layers:
+            self._add_layer(layer)
+        self._steps = 0
+        self._pending: dict[str, Statistics] = {}
+        self._missed: dict[str, str] = {}
+        self._graft: dict[str, Tensor] = {}
+        self._cosine: dict[str, Tensor] = {}
+        self._generator = torch.Generator(device=trainable[0].device)
+        self._generator.manual_seed(seed)
+
+    # Covered layers ----------------------------------------------------------------------------------------
+
+    def _add_layer(self, layer: CoveredLayer) -> None:
+        name = layer.spec.name
+        self._layers[name] = layer
+        self._states[name] = LayerState.zeros(layer.spec, self._factor_like(layer.weight))
+        self._by_weight[id(layer.weight)] = layer.spec
+
+    def _factor_like(self, weight: Tensor) -> Tensor:
+        """An empty tensor on the weight's device, in the factors' dtype: at least float32."""
+        return torch.empty(0, dtype=_factor_dtype(weight), device=weight.device)
+
+    def _promote(self, operation: Operation) -> LayerSpec | None:
+        """Cover a raw parameter that an operation with a rule reads."""
+        candidates = {f.name for f in self._fallbacks if f.reason == RAW}
+        names = {id(p): n for n, p in self._params.items() if n in candidates}
+        spec = spec_of_operation(operation, names, self.config)
+        if spec is None:
+            return None
+        if spec.name in self._layers:  # two raw weights in one module
+            spec = dataclasses.replace(spec, name=spec.weight)
+        self._adopt(spec)
+        return spec
+
+    def _adopt(self, spec: LayerSpec) -> None:
+        covered = {spec.weight, spec.bias}
+        self._fallbacks = [f for f in self._fallbacks if f.name not in covered]
+        bias = None if spec.bias is None else self._params[spec.bias]
+        self._add_layer(CoveredLayer(spec, self._params[spec.weight], bias))
+
+    def _demote(self, name: str, reason: str) -> None:
+        """Leave a layer to the fallback."""
+        layer = self._layers.pop(name)
+        del self._states[name], self._by_weight[id(layer.weight)]
+        self._pending.pop(name, None)
+        for param_name in (layer.spec.weight, layer.spec.bias):
+            if param_name is not None:
+                shape = tuple(self._params[param_name].shape)
+                self._fallbacks.append(FallbackSpec(param_name, shape, reason))
+
+    def coverage(self) -> Coverage:
+        """The covered layers, and every other trainable parameter with the reason why it is not covered."""
+        return Coverage(tuple(layer.spec for layer in self._layers.values()), tuple(self._fallbacks))
+
+    # Statistics --------------------------------------------------------------------------------------------
+
+    @property
+    def is_statistics_step(self) -> bool:
+        """Whether the coming `step()` takes statistics."""
+        return self._steps % self.config.factor_interval == 0
+
+    def capture(
+        self,
+        positions: Positions | Tensor | Mapping[str, Positions | Tensor] | None = None,
+        loss_normalizer: Scalar | None = None,
+        *,
+        force: bool = False,
+    ) -> Capture:
+        """Context around forward and backward pass; watches them on statistics steps, else does nothing.
+
+        Args:
+            positions: which positions count and to which example they belong: a mask, a `Positions`, or a
+                mapping from patterns of layer names to them. Given for the whole model, it applies to the
+                layers whose leading dimensions it fits.
+            loss_normalizer: what the summed loss is divided by before `backward` (see `Capture`); the number
+                of examples by default, right for a loss that is a mean over examples.
+            force: take statistics on this step whatever the interval.
+        """
+        return Capture(
+            config=self.config,
+            layers=self._by_weight,
+            dtypes={id(layer.weight): _factor_dtype(layer.weight) for layer in self._layers.values()},
+            promote=self._promote,
+            finish=self._finish_capture,
+            positions=positions,
+            loss_normalizer=loss_normalizer,
+            generator=self._generator,
+            active=bool(force or self.is_statistics_step),
+        )
+
+    def _finish_capture(
+        self, statistics: dict[str, Statistics], missing: dict[str, str], tied: dict[str, str]
+    ) -> None:
+        if missing and not self._allow_partial_coverage:
+            parts = [f"{name} (missed {what})" for name, what in missing.items()]
+            raise MissingStatisticsError(
+                f"{len(missing)} of {len(self._layers)} layers missed their statistics: {', '.join(parts)}. Run "
+                "the forward and the backward pass inside capture(), leave unused layers out with "
+                "exclude=[...], or pass allow_partial_coverage=True to move them to the fallback"
+            )
+        for name, what in missing.items():
+            self._missed[name] = what
+            self._demote(name, f"missed {what} on a statistics step")
+            warnings.warn(f"K-FAC: layer {name} missed {what}; it takes the fallback from now on", stacklevel=4)
+        for name, operation in tied.items():
+            self._demote(name, f"tied weight: {operation} reads it too, and K-FAC would miss that use")
+            warnings.warn(
+                f"K-FAC: the weight of {name} is also read by {operation}; it takes the fallback",
+                stacklevel=4,
+            )
+        for name, new in statistics.items():
+            if name in self._pending:
+                self._pending[name].add(new)
+            else:
+                self._pending[name] = new
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, and the statistics captured with them."""
+        super().zero_grad(set_to_none)
+        self._pending.clear()
+
+    def _update_statistics(self) -> None:
+        if not self._pending:
+            if self.is_statistics_step and self._layers:
+                raise MissingStatisticsError(
+                    f"step {self._steps} is a statistics step and nothing was captured: run the forward and the "
+                    "backward pass inside `with optimizer.capture():` on every step"
+                )
+            return
+        names = [name for name in self._layers if name in self._pending]
+        distributed.all_reduce_statistics([self._pending[name] for name in names])
+        for name in names:
+            s = self._pending[name]
+            a = [m / s.a_count for m in s.a]
+            b = [m / s.examples for m in s.b]
+            self._states[name].update(a, b, s.examples, self.config.factor_decay)
+        self._pending.clear()
+        due = self._due()
+        if due:
+            refresh([(self._layers[name].spec, self._states[name]) for name in due], self.config)
+
+    def _due(self) -> list[str]:
+        """Layers to refresh at this statistics step: staggered, but all of them while the statistics are young."""
+        cycle = self.config.refresh_interval // self.config.factor_interval
+        index = self._steps // self.config.factor_interval
+        young = self._steps < self.config.refresh_interval
+        return [
+            name
+            for i, name in enumerate(self._layers)
+            if young or not self._states[name].refreshes or (index + i) % cycle == 0
+        ]
+
+    def factors(self, *, reduction: str = "sum") -> dict[str, FactorPair]:
+        """Each covered layer's A and B from the moving averages: undamped, bias-corrected.
+
+        The product of B and A approximates the layer's block of the Gauss-Newton matrix of the summed loss,
+        B = sum_n sum_r ... as in the paper (section 3.2), n over the (average) number of examples of a step;
+        with reduction="mean", of the loss averaged over examples.
+
+        Raises:
+            RuntimeError: before the first statistics step.
+            ValueError: for an unknown reduction.
+        """
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"reduction={reduction!r}: allowed is 'sum' or 'mean'")
+        pairs = {}
+        for name, state in self._states.items():
+            if not float(state.weight):
+                raise RuntimeError(f"layer {name} has no statistics yet: make a statistics step first")
+            a, b = state.corrected()
+            if reduction == "sum":
+                examples = state.examples / state.weight
+                b = [m * examples for m in b]
+            pairs[name] = FactorPair(_present(a), _present(b))
+        return pairs
+
+    # The update --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Make one update. A closure runs inside `capture()`, with gradients enabled; its loss is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad(), self.capture():
+                loss = closure()
+        self._update_statistics()
+        directions = self._first_order()
+        self._second_order(directions)
+        for group in self.param_groups:
+            params = [p for p in group["params"] if id(p) in directions]
+            if not params:
+                continue
+            if group["weight_decay"]:
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            steps = [directions[id(p)][0].to(p.dtype) for p in params]
+            torch._foreach_add_(params, steps, alpha=-group["lr"])
+        self._steps += 1
+        return loss
+
+    def _first_order(self) -> dict[int, list[Tensor]]:
+        """NadamW direction and Nesterov momentum of every parameter with a gradient, by identity."""
+        directions: dict[int, list[Tensor]] = {}
+        plain: set[int] = set()  # without grafting, covered layers need no second moment
+        if not self.config.grafting:
+            for layer in self._layers.values():
+                plain |= {id(layer.weight), id(layer.bias)}
+        for group in self.param_groups:
+            buckets: dict[tuple[int, bool], list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"] = 0
+                    state["exp_avg"] = torch.zeros_like(p)
+                if "exp_avg_sq" not in state and id(p) not in plain:
+                    state["exp_avg_sq"] = torch.zeros_like(p)
+                state["step"] += 1
+                buckets.setdefault((state["step"], id(p) in plain), []).append(p)
+            beta1, beta2 = group["betas"]
+            for (step, is_plain), params in buckets.items():
+                grads = [p.grad for p in params if p.grad is not None]
+                momenta = [self.state[p]["exp_avg"] for p in params]
+                nesterovs = nesterov(grads, momenta, step=step, beta1=beta1)
+                if is_plain:
+                    adam = nesterovs
+                else:
+                    adam = nadamw_directions(
+                        grads,
+                        nesterovs,
+                        [self.state[p]["exp_avg_sq"] for p in params],
+                        step=step,
+                        beta2=beta2,
+                        eps=group["eps"],
+                    )
+                for p, direction, momentum in zip(params, adam, nesterovs, strict=True):
+                    directions[id(p)] = [direction, momentum]
+        return directions
+
+    def _second_order(self, directions: dict[int, list[Tensor]]) -> None:
+        """Replace the directions of covered layers by their K-FAC directions."""
+        beta2s = {id(p): group["betas"][1] for group in self.param_groups for p in group["params"]}
+        todo = []
+        for name, layer in self._layers.items():
+            weight, bias = layer.weight, layer.bias
+            if weight.grad is None or (bias is not None and bias.grad is None):
+                continue
+            pick = [None if p is None else directions[id(p)] for p in (weight, bias)]
+
+            def matrix(k: int, pick: Any = pick, spec: LayerSpec = layer.spec, like: Tensor = weight) -> Tensor:
+                parts = [None if d is None else d[k].to(_factor_dtype(like)) for d in pick]
+                return to_matrix(parts[0], parts[1], spec)  # type: ignore[arg-type]
+
+            momentum = matrix(1)
+            gradient = momentum
+            if self.config.scaling == "second_moment":
+                grads = [None if p is None else p.grad.to(_factor_dtype(weight)) for p in (weight, bias)]  # type: ignore[union-attr]
+                gradient = to_matrix(grads[0], grads[1], layer.spec)  # type: ignore[arg-type]
+            direction = precondition(self._states[name], momentum, gradient, self.config, beta2s[id(weight)])
+            todo.append((name, layer, matrix(0), momentum, direction))
+        if not todo:
+            return
+        if self.config.grafting:
+            lengths = torch._foreach_norm([adam for _, _, adam, _, _ in todo])
+            norms = torch._foreach_norm([direction for *_, direction in todo])
+            tiny = torch.finfo(torch.float32).tiny
+            for (name, *_, direction), length, norm in zip(todo, lengths, norms, strict=True):
+                ratio = length / norm.clamp(min=tiny)
+                self._graft[name] = ratio
+                direction.mul_(ratio)
+        if self.is_statistics_step:
+            for name, _, _, momentum, direction in todo:
+                self._cosine[name] = torch.cosine_similarity(momentum.flatten(), direction.flatten(), dim=0)
+        for _, layer, _, _, direction in todo:
+            weight_step, bias_step = from_matrix(direction, layer.spec)
+            directions[id(layer.weight)][0] = weight_step
+            if layer.bias is not None and bias_step is not None:
+                directions[id(layer.bias)][0] = bias_step
+
+    # Monitoring --------------------------------------------------------------------------------------------
+
+    def metrics(self) -> dict[str, float]:
+        """Counts and ratios for monitoring; reading them synchronises with the device.
+
+        Per layer: refreshes, failures, skipped refreshes, dropped statistics, drift, the graft ratio of the last
+        step, and the cosine between K-FAC direction and momentum gradient at the last statistics step; and
+        their totals or means over layers.
+        """
+        out: dict[str, float] = {
+            "steps": float(self._steps),
+            "coverage": self.coverage().fraction,
+            "missed_layers": float(len(self._missed)),
+        }
+        for key in ("refreshes", "failures", "skipped"):
+            out[key] = float(sum(getattr(state, key) for state in self._states.values()))
+        out["dropped"] = sum(float(state.dropped) for state in self._states.values())
+        for key, values in (("graft_ratio", self._graft), ("cosine", self._cosine)):
+            numbers = {name: float(value) for name, value in values.items() if name in self._layers}
+            if numbers:
+                out[key] = sum(numbers.values()) / len(numbers)
+            out |= {f"{name}/{key}": number for name, number in numbers.items()}
+        for name, state in self._states.items():
+            for key in ("refreshes", "failures", "skipped", "drift"):
+                out[f"{name}/{key}"] = float(getattr(state, key))
+            out[f"{name}/dropped"] = float(state.dropped)
+        return out
+
+    # State -------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused after construction: the layers of new parameters would not be known.
+
+        Raises:
+            RuntimeError: always, once the optimizer exists.
+        """
+        if getattr(self, "_complete", False):
+            raise RuntimeError(
+                "KFAC cannot take further parameter groups: make a new KFAC over the whole model, with all "
+                "groups in params=[...], and load the old state_dict into it"
+            )
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to continue bit for bit; loadable with torch.load(weights_only=True)."""
+        state = super().state_dict()
+        state["kfac"] = {
+            "steps": self._steps,
+            "generator": self._generator.get_state(),
+            "missed": dict(self._missed),
+            "fallbacks": [dataclasses.asdict(f) for f in self._fallbacks],
+            "layers": {
+                name: {
+                    "spec": dataclasses.asdict(layer.spec),
+                    # Fields by hand: dataclasses.asdict would copy every tensor.
+                    "state": {f.name: getattr(self._states[name], f.name) for f in dataclasses.fields(LayerState)},
+                }
+                for name, layer in self._layers.items()
+            },
+        }
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a `state_dict` of the same model and configuration.
+
+        Raises:
+            ValueError: naming the layer or parameter that does not fit.
+        """
+        if "kfac" not in state_dict:
+            raise ValueError("this state_dict is not KFAC's: it has no entry 'kfac'")
+        kfac = state_dict["kfac"]
+        for name, entry in kfac["layers"].items():
+            spec = _spec_from(entry["spec"])
+            for param_name in (spec.weight, spec.bias):
+                if param_name is not None and param_name not in self._params:
+                    raise ValueError(f"state_dict: layer {name} has a parameter {param_name} unknown here")
+            known = self._layers.get(name)
+            if known is not None and known.spec != spec:
+                raise ValueError(f"state_dict: layer {name} was {spec}, and is {known.spec} here")
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "kfac"})
+        self._fallbacks = [FallbackSpec(f["name"], tuple(f["shape"]), f["reason"]) for f in kfac["fallbacks"]]
+        old = self._layers
+        self._layers, self._states, self._by_weight = {}, {}, {}
+        for name, entry in kfac["layers"].items():
+            if name in old:
+                self._add_layer(old[name])
+            else:
+                self._adopt(_spec_from(entry["spec"]))
+            like = self._factor_like(self._layers[name].weight)
+            self._states[name] = LayerState(**{k: _to(v, like) for k, v in entry["state"].items()})
+        self._steps = kfac["steps"]
+        self._missed = dict(kfac["missed"])
+        self._generator.set_state(kfac["generator"].cpu())
+        self._pending.clear()
+
+
+def _factor_dtype(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _present(blocks: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    """One block as a matrix, without the group dimension where there is one group."""
+    squeezed = [m[0] if len(m) == 1 else m for m in blocks]
+    return squeezed[0] if len(squeezed) == 1 else tuple(squeezed)
+
+
+def _spec_from(fields: Mapping[str, Any]) -> LayerSpec:
+    return LayerSpec(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in fields.items()})
+
+
+def _to(value: Any, like: Tensor) -> Any:
+    """Tensors (and lists of them) copied to the device and dtype of the factors."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device=like.device, dtype=like.dtype, copy=True)
+    return [_to(v, like) for v in value] if isinstance(value, list) else value

@@ -1,0 +1,380 @@
+"""From the factors A and B to a preconditioned gradient: damping, decomposition, application.
+
+For a layer's gradient G as a matrix (P_out x P_in), per channel group,
+
+    inverse:              (B + l_B I)^-1 G (A + l_A I)^-1
+    eigen, root/inverse:  U_B [ (U_B^T G U_A) / ((b + l_B)(a + l_A)^T)^p ] U_A^T,   p = 1/2 or 1
+    eigen, second_moment: U_B [ (U_B^T M U_A) / sqrt(v) ] U_A^T,  v the second moment of U_B^T G U_A
+
+with B = U_B diag(b) U_B^T and A = U_A diag(a) U_A^T. Factors are lists of diagonal blocks, usually one; an empty
+list stands for the identity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from algoperf_kfac.config import KFACConfig
+from algoperf_kfac.layers import LayerSpec
+
+# Least mean eigenvalue assumed for damping: a factor that is zero altogether (a layer that saw no gradient yet)
+# still decomposes, and products of two such values stay normal numbers in float32.
+MEAN_FLOOR = 1e-15
+
+# Damping of the retries after a failed decomposition, as multiples of the configured one.
+RETRIES = (1.0, 10.0, 100.0)
+
+
+@dataclasses.dataclass
+class LayerState:
+    """Statistics and preconditioner of one layer.
+
+    Attributes:
+        a, b: moving averages of A and of B per example (block lists of (groups, size, size)), not corrected.
+        weight: what the averages are divided by to correct their bias, a scalar tensor.
+        examples: moving average of the number of examples, not corrected.
+        dropped: how many statistics were left out because they were not finite, a scalar tensor.
+        a_basis, b_basis: eigenbases ("eigen") or inverses ("inverse"); empty before the first refresh.
+        a_values, b_values: damped eigenvalues, (groups, size) per block; "eigen" only.
+        second_moment: (groups, P_out, P_in) for scaling="second_moment".
+        second_moment_steps: updates of `second_moment`.
+        refreshes: successful refreshes so far.
+        failures: failed decompositions so far, retries included.
+        skipped: refreshes that kept the basis because it had not drifted.
+        drift: off-diagonal share of the factors in the old basis at the last refresh.
+    """
+
+    a: list[Tensor]
+    b: list[Tensor]
+    weight: Tensor
+    examples: Tensor
+    dropped: Tensor
+    a_basis: list[Tensor] = dataclasses.field(default_factory=list)
+    b_basis: list[Tensor] = dataclasses.field(default_factory=list)
+    a_values: list[Tensor] = dataclasses.field(default_factory=list)
+    b_values: list[Tensor] = dataclasses.field(default_factory=list)
+    second_moment: Tensor | None = None
+    second_moment_steps: int = 0
+    refreshes: int = 0
+    failures: int = 0
+    skipped: int = 0
+    drift: float = 0.0
+
+    @classmethod
+    def zeros(cls, spec: LayerSpec, like: Tensor) -> LayerState:
+        """Averages at zero: starting at the identity would bias the early steps."""
+
+        def blocks(sizes: tuple[int, ...]) -> list[Tensor]:
+            return [like.new_zeros(spec.groups, size, size) for size in sizes]
+
+        return cls(
+            blocks(spec.in_blocks),
+            blocks(spec.out_blocks),
+            like.new_zeros(()),
+            like.new_zeros(()),
+            like.new_zeros(()),
+        )
+
+    def update(self, a: list[Tensor], b: list[Tensor], examples: Tensor | float, decay: float) -> None:
+        """Move the averages towards the statistics of one step; non-finite statistics are left out."""
+        finite = torch.stack([matrix.sum() for matrix in [*a, *b]]).sum().isfinite()
+        rate = torch.where(finite, 1 - decay, 0.0).to(self.weight.dtype)
+        for average, new in zip([*self.a, *self.b], [*a, *b], strict=True):
+            average.lerp_(torch.where(finite, new, average), rate)
+        self.examples.lerp_(torch.as_tensor(examples).to(self.examples), rate)
+        self.weight.lerp_(torch.ones_like(self.weight), rate)
+        self.dropped += (~finite).to(self.dropped.dtype)
+
+    def corrected(self) -> tuple[list[Tensor], list[Tensor]]:
+        """A and B per example, the bias of the averages corrected."""
+        scale = 1 / self.weight.clamp(min=torch.finfo(self.weight.dtype).tiny)
+        return [m * scale for m in self.a], [m * scale for m in self.b]
+
+
+def mean_eigenvalue(blocks: list[Tensor]) -> Tensor:
+    """(groups,): trace divided by dimension, over the blocks of a factor."""
+    trace = torch.stack([m.diagonal(dim1=-2, dim2=-1).sum(-1) for m in blocks]).sum(0)
+    return trace / sum(m.shape[-1] for m in blocks)
+
+
+def damping_terms(
+    a: list[Tensor], b: list[Tensor], config: KFACConfig, multiple: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """lambda_A and lambda_B, (groups,) each; see `KFACConfig.damping`."""
+    damping = config.damping * multiple
+    one = (a or b)[0].new_ones((a or b)[0].shape[0])
+    mean_a = mean_eigenvalue(a).clamp(min=MEAN_FLOOR) if a else one
+    mean_b = mean_eigenvalue(b).clamp(min=MEAN_FLOOR) if b else one
+    if config.damping_mode == "relative":
+        return damping * mean_a, damping * mean_b
+    pi = (mean_a / mean_b).sqrt()
+    return pi * damping**0.5, damping**0.5 / pi
+
+
+def refresh(layers: list[tuple[LayerSpec, LayerState]], config: KFACConfig) -> None:
+    """Recompute the preconditioners of `layers` from their current statistics.
+
+    Matrices of equal shape are decomposed in one batched call. What fails is retried in float64 with more
+    damping; what still fails keeps the last good decomposition. Both are counted in the states.
+    """
+    jobs = []
+    for spec, state in layers:
+        a, b = state.corrected()
+        jobs.append(_Job(spec, state, a, b, damping_terms(a, b, config)))
+    if config.preconditioner == "inverse":
+        _refresh_inverses(jobs, config)
+    else:
+        _refresh_bases(jobs, config)
+
+
+@dataclasses.dataclass
+class _Job:
+    spec: LayerSpec
+    state: LayerState
+    a: list[Tensor]
+    b: list[Tensor]
+    damping: tuple[Tensor, Tensor]
+
+    def damped(self) -> list[Tensor]:
+        """All blocks of A, then of B, each plus its damping."""
+        return [
+            m + damping[:, None, None] * torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
+            for blocks, damping in zip((self.a, self.b), self.damping, strict=True)
+            for m in blocks
+        ]
+
+
+def _refresh_inverses(jobs: list[_Job], config: KFACConfig) -> None:
+    results = _decompose([job.damped() for job in jobs], _inverse, jobs, config)
+    for job, result in zip(jobs, results, strict=True):
+        if result is not None:
+            inverses = [r[0] for r in result]
+            job.state.a_basis, job.state.b_basis = inverses[: len(job.a)], inverses[len(job.a) :]
+            job.state.refreshes += 1
+
+
+def _refresh_bases(jobs: list[_Job], config: KFACConfig) -> None:
+    due = []
+    for job, drift in zip(jobs, _drifts(jobs, config), strict=True):
+        if drift is None or not drift <= config.drift_tolerance:
+            due.append(job)
+        else:
+            state = job.state
+            state.a_values = _rotated_diagonals(job.a, state.a_basis, job.damping[0])
+            state.b_values = _rotated_diagonals(job.b, state.b_basis, job.damping[1])
+            state.skipped += 1
+    results = _decompose([job.damped() for job in due], _eigh, due, config)
+    for job, result in zip(due, results, strict=True):
+        if result is None:
+            continue
+        values, bases = [r[0] for r in result], [r[1] for r in result]
+        k, state = len(job.a), job.state
+        # Damping was added before the decomposition, so that rank-deficient factors decompose.
+        floors = [job.damping[0]] * k + [job.damping[1]] * len(job.b)
+        values = [v.clamp(min=floor[:, None]) for v, floor in zip(values, floors, strict=True)]
+        if state.second_moment is not None and (state.a_basis or state.b_basis):
+            state.second_moment = _transport(state.second_moment, state, bases[:k], bases[k:])
+        state.a_values, state.b_values = values[:k], values[k:]
+        state.a_basis, state.b_basis = bases[:k], bases[k:]
+        state.refreshes += 1
+
+
+def _drifts(jobs: list[_Job], config: KFACConfig) -> list[float | None]:
+    """How far each layer's factors are from diagonal in their old bases; None where there is no basis yet."""
+    if config.drift_tolerance == 0:
+        return [None] * len(jobs)
+    known = [job for job in jobs if job.state.refreshes]
+    if not known:
+        return [None] * len(jobs)
+    shares = []
+    for job in known:
+        worst = []
+        for m, basis in zip([*job.a, *job.b], [*job.state.a_basis, *job.state.b_basis], strict=True):
+            rotated = basis.transpose(1, 2) @ m @ basis
+            off = rotated - torch.diag_embed(rotated.diagonal(dim1=-2, dim2=-1))
+            tiny = torch.finfo(m.dtype).tiny
+            worst.append((off.square().sum() / rotated.square().sum().clamp(min=tiny)).sqrt())
+        shares.append(torch.stack(worst).amax())
+    values = torch.stack(shares).tolist()  # the one synchronisation
+    for job, value in zip(known, values, strict=True):
+        job.state.drift = value
+    return [job.state.drift if job.state.refreshes else None for job in jobs]
+
+
+def _rotated_diagonals(blocks: list[Tensor], bases: list[Tensor], damping: Tensor) -> list[Tensor]:
+    return [
+        (basis * (m @ basis)).sum(1).clamp(min=0) + damping[:, None] for m, basis in zip(blocks, bases, strict=True)
+    ]
+
+
+def _transport(v: Tensor, state: LayerState, a_basis: list[Tensor], b_basis: list[Tensor]) -> Tensor:
+    """The second moment in new bases, its entries taken as uncorrelated in the old ones.
+
+    (Q^T X P)_ij has variance sum_kl Q_ki^2 P_lj^2 var(X_kl) for the rotations Q, P between old and new bases.
+    """
+    b_rotation = [(old.transpose(1, 2) @ new).square() for old, new in zip(state.b_basis, b_basis, strict=True)]
+    a_rotation = [(old.transpose(1, 2) @ new).square() for old, new in zip(state.a_basis, a_basis, strict=True)]
+    return multiply(b_rotation, v, a_rotation, transpose_left=True)
+
+
+Decomposition = Callable[[Tensor], tuple[tuple[Tensor, ...], Tensor]]
+
+
+def _inverse(matrices: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Batched inverse of positive definite matrices, and which of them succeeded."""
+    root, info = torch.linalg.cholesky_ex(matrices)
+    # A failed root is replaced, so that the others of the batch still get their inverse.
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    root = torch.where((info == 0)[:, None, None], root, eye)
+    inverse = torch.cholesky_inverse(root)
+    return (inverse,), (info == 0) & inverse.isfinite().all(-1).all(-1)
+
+
+def _eigh(matrices: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Batched eigendecomposition, and which of the matrices succeeded."""
+    finite = matrices.isfinite().all(-1).all(-1)
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    values, vectors = torch.linalg.eigh(torch.where(finite[:, None, None], matrices, eye))
+    ok = finite & values.isfinite().all(-1) & vectors.isfinite().all(-1).all(-1)
+    return (values, vectors), ok
+
+
+def _attempt(decompose: Decomposition, matrices: Tensor) -> tuple[tuple[Tensor, ...], Tensor] | None:
+    try:
+        return decompose(matrices)
+    except torch.linalg.LinAlgError:  # one bad matrix fails a whole batch
+        return None
+
+
+def _decompose(
+    blocks: list[list[Tensor]], decompose: Decomposition, jobs: list[_Job], config: KFACConfig
+) -> list[list[tuple[Tensor, ...]] | None]:
+    """Decompose every block of every layer, equal shapes in one batch; None for a layer that failed."""
+    by_shape: dict[tuple[int, torch.dtype, torch.device], list[tuple[int, int]]] = {}
+    for i, layer in enumerate(blocks):
+        for k, m in enumerate(layer):
+            by_shape.setdefault((m.shape[-1], m.dtype, m.device), []).append((i, k))
+    results: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+    verdicts: list[tuple[list[tuple[int, int]], Tensor]] = []
+    failed: set[int] = set()
+    for places in by_shape.values():
+        batch = torch.cat([blocks[i][k] for i, k in places])
+        attempt = _attempt(decompose, batch)
+        if attempt is None:
+            failed.update(i for i, _ in places)
+            continue
+        parts, ok = attempt
+        sizes = [len(blocks[i][k]) for i, k in places]
+        for place, part in zip(places, zip(*(p.split(sizes) for p in parts), strict=True), strict=True):
+            results[place] = part
+        verdicts.append((places, torch.stack([chunk.all() for chunk in ok.split(sizes)])))
+    if verdicts:
+        flags = torch.cat([ok for _, ok in verdicts]).tolist()  # the one synchronisation
+        places_in_order = [place for places, _ in verdicts for place in places]
+        failed |= {i for (i, _), ok in zip(places_in_order, flags, strict=True) if not ok}
+    return [
+        _retry(jobs[i], decompose, config) if i in failed else [results[i, k] for k in range(len(layer))]
+        for i, layer in enumerate(blocks)
+    ]
+
+
+def _retry(job: _Job, decompose: Decomposition, config: KFACConfig) -> list[tuple[Tensor, ...]] | None:
+    """One layer alone, in float64, with growing damping; None if nothing helps."""
+    job.state.failures += 1
+    doubles = _Job(job.spec, job.state, [m.double() for m in job.a], [m.double() for m in job.b], job.damping)
+    dtype = (job.a or job.b)[0].dtype
+    for multiple in RETRIES:
+        doubles.damping = damping_terms(doubles.a, doubles.b, config, multiple)
+        attempts = [_attempt(decompose, m) for m in doubles.damped()]
+        if all(attempt is not None and bool(attempt[1].all()) for attempt in attempts):
+            job.damping = (doubles.damping[0].to(dtype), doubles.damping[1].to(dtype))
+            return [tuple(p.to(dtype) for p in attempt[0]) for attempt in attempts if attempt is not None]
+        job.state.failures += 1
+    return None
+
+
+def multiply(
+    left: list[Tensor],
+    m: Tensor,
+    right: list[Tensor],
+    *,
+    transpose_left: bool = False,
+    transpose_right: bool = False,
+) -> Tensor:
+    """diag(left) m diag(right) with block-diagonal matrices; an empty list is the identity.
+
+    Args:
+        left: blocks (groups, b, b) whose sizes sum to P_out.
+        m: (groups, P_out, P_in).
+        right: blocks whose sizes sum to P_in.
+        transpose_left: transpose the left blocks.
+        transpose_right: transpose the right blocks.
+    """
+    if left:
+        blocks = [block.transpose(1, 2) if transpose_left else block for block in left]
+        parts = m.split([block.shape[-1] for block in blocks], 1)
+        m = (
+            torch.cat([block @ part for block, part in zip(blocks, parts, strict=True)], 1)
+            if len(blocks) > 1
+            else blocks[0] @ m
+        )
+    if right:
+        blocks = [block.transpose(1, 2) if transpose_right else block for block in right]
+        parts = m.split([block.shape[-1] for block in blocks], 2)
+        m = (
+            torch.cat([part @ block for block, part in zip(blocks, parts, strict=True)], 2)
+            if len(blocks) > 1
+            else m @ blocks[0]
+        )
+    return m
+
+
+def precondition(state: LayerState, momentum: Tensor, grad: Tensor, config: KFACConfig, beta2: float) -> Tensor:
+    """The preconditioned direction of one layer.
+
+    Args:
+        state: the layer's state; its second moment is updated where the scaling uses one.
+        momentum: (groups, P_out, P_in), what is preconditioned.
+        grad: (groups, P_out, P_in), the step's gradient, for the second moment.
+        config: the configuration.
+        beta2: decay of the second moment.
+
+    Returns:
+        (groups, P_out, P_in); `momentum` itself before the first successful refresh.
+    """
+    if not state.refreshes:
+        return momentum
+    if config.preconditioner == "inverse":
+        return multiply(state.b_basis, momentum, state.a_basis)
+
+    def rotate(m: Tensor) -> Tensor:
+        return multiply(state.b_basis, m, state.a_basis, transpose_left=True)
+
+    rotated = rotate(momentum)
+    if config.scaling == "second_moment":
+        if state.second_moment is None:
+            state.second_moment = torch.zeros_like(grad)
+        state.second_moment.lerp_(rotate(grad).square(), 1 - beta2)
+        state.second_moment_steps += 1
+        v = state.second_moment / (1 - beta2**state.second_moment_steps)
+        # The floor keeps the noise of null-space directions from being scaled up to full steps.
+        floor = config.damping * v.mean((1, 2), keepdim=True)
+        scaled = rotated / (v + floor).sqrt().clamp(min=torch.finfo(v.dtype).tiny)
+    else:
+        values = _outer_values(state)
+        scaled = rotated / (values.sqrt() if config.scaling == "root" else values)
+    return multiply(state.b_basis, scaled, state.a_basis, transpose_right=True)
+
+
+def _outer_values(state: LayerState) -> Tensor:
+    """(groups, P_out, P_in) or broadcastable: products of the damped eigenvalues of B and A."""
+    b = torch.cat(state.b_values, -1) if state.b_values else None
+    a = torch.cat(state.a_values, -1) if state.a_values else None
+    if a is not None and b is not None:
+        return b[:, :, None] * a[:, None, :]
+    values = b[:, :, None] if b is not None else a[:, None, :]  # type: ignore[index]
+    return values
