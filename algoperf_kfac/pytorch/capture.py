@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import fnmatch
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -154,7 +154,8 @@ class _Call:
     conv: ConvGeometry | None
     input_sums: Tensor | None = None  # reduce: (examples, groups, P_in)
     grad_sums: Tensor | None = None  # reduce: (examples, groups, P_out), of the current backward pass
-    fired: bool = False
+    fired: bool = False  # its gradient came back in the current backward pass
+    seen: bool = False  # or in any
 
 
 class _Recorder:
@@ -170,11 +171,14 @@ class _Recorder:
         self.a_count: Scalar = 0.0
         self.examples: Scalar = 0.0
 
-    def input(self, operation: Operation, output: Tensor, positions: Positions | None) -> _Call:
-        if self.backward_done:  # a further micro-batch in the same capture
+    def next_forward(self) -> None:
+        """A forward pass after a backward pass begins a further micro-batch in the same capture."""
+        if self.backward_done:
             self.end_group()
+
+    def input(self, operation: Operation, conv: ConvGeometry | None, positions: Positions | None) -> _Call:
         spec = self.spec
-        x, conv = operation.input.detach().to(self.dtype), operation.geometry(output)
+        x = operation.input.detach().to(self.dtype)
         x, leading = self._batch_first(x, conv, positions)
         layout = factors.resolve_positions(positions, leading, spec.name, self.dtype)
         call = _Call(layout, conv)
@@ -205,7 +209,7 @@ class _Recorder:
                 f"layer {self.spec.name} received two gradients for one call: capture() takes one backward "
                 "pass per forward pass"
             )
-        call.fired = True
+        call.fired = call.seen = True
         grad, _ = self._batch_first(grad.to(self.dtype), call.conv, positions)
         rows = factors.output_rows(grad, self.spec.groups, call.conv)
         if self.spec.approximation == "reduce":
@@ -213,16 +217,20 @@ class _Recorder:
         else:
             flat = factors.expand_rows(rows, call.layout.mask)
             self.b = _accumulate(self.b, factors.outer_sums(flat, None, self.spec.out_blocks))
-        if all(c.fired for c in self.calls):
+        if all(c.seen for c in self.calls):
             self.backward_done = True
 
     def end_pass(self) -> None:
-        """Close one backward pass; several may follow one forward pass (sampled or exact Fisher)."""
-        if not self.calls or not all(call.fired for call in self.calls):
+        """Close one backward pass; several may follow one forward pass (sampled or exact Fisher).
+
+        A call that this pass did not reach has a gradient of zero, as long as another pass reaches it.
+        """
+        fired = [call for call in self.calls if call.fired]
+        if not fired:
             return
         if self.spec.approximation == "reduce":
             grads: Tensor | None = None
-            for call in self.calls:
+            for call in fired:
                 assert call.grad_sums is not None
                 grads = call.grad_sums if grads is None else grads + call.grad_sums
                 call.grad_sums = None
@@ -230,7 +238,7 @@ class _Recorder:
             if self.calls[0].layout.readout == "sum":
                 grads = grads / self._counts(grads).clamp(min=1)[:, None, None]
             self.b = _accumulate(self.b, factors.outer_sums(grads, None, self.spec.out_blocks))
-        for call in self.calls:
+        for call in fired:
             call.fired = False
 
     def end_group(self) -> None:
@@ -294,7 +302,7 @@ WEIGHT_READS = frozenset(
     """
     T H mT mH t transpose swapaxes permute movedim view reshape flatten chunk split narrow unbind __getitem__
     matmul mm bmm addmm einsum tensordot embedding embedding_bag index_select gather
-    lstm gru rnn_tanh rnn_relu multi_head_attention_forward
+    cat stack lstm gru rnn_tanh rnn_relu multi_head_attention_forward
     """.split()  # noqa: SIM905
 )
 
@@ -310,12 +318,36 @@ class _Interceptor(TorchFunctionMode):
         self, func: Any, types: Any, args: Iterable[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.backward:
+            with self:
+                return _tensor_backward(*args, **kwargs)
+        if func is torch.autograd.backward and (edges := _edges(*args, **kwargs)):
+            # A mode is off while it handles a function, and this one may run layers again (reentrant
+            # checkpointing). Unlike for tensors, backward from gradient edges does not ask the mode again.
+            with self:
+                return func(edges, *list(args)[1:], **kwargs)
         output = func(*args, **kwargs)
         rule = RULES.get(func)
         if rule is None:
-            self._capture.other_use(func, args)
+            if _operation_name(func) in WEIGHT_READS:
+                self._capture.other_use(_operation_name(func), [*args, *kwargs.values()])
             return output
         return self._capture.operation(rule(*args, **kwargs), output)
+
+
+def _tensor_backward(
+    tensor: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = None
+) -> None:
+    """`Tensor.backward`, which in older versions of torch is all that asks the mode."""
+    torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
+
+
+def _edges(tensors: Any, *args: Any, inputs: Any = None, **kwargs: Any) -> list[Any]:
+    """The gradient edges from which `torch.autograd.backward` starts; none where it takes no edges."""
+    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    if inputs is not None or not all(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+        return []
+    return [torch.autograd.graph.get_gradient_edge(t) for t in tensors]
 
 
 def _operation_name(func: Any) -> str:
@@ -339,7 +371,6 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         *,
         config: KFACConfig,
         layers: Mapping[int, LayerSpec],
-        dtypes: Mapping[int, torch.dtype],
         promote: Callable[[Operation], LayerSpec | None],
         finish: Callable[[dict[str, Statistics], dict[str, str], dict[str, str]], None],
         positions: Positions | Tensor | Mapping[str, Positions | Tensor] | None,
@@ -351,14 +382,12 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         self.loss_normalizer = loss_normalizer
         self._config = config
         self._layers = layers
-        self._dtypes = dtypes
         self._promote = promote
         self._finish = finish
         self._positions = _as_positions(positions)
         self._generator = generator
         self._recorders: dict[str, _Recorder] = {}
         self._weights: dict[str, Tensor] = {}
-        self._uncounted: dict[str, int] = {}
         self._other_uses: dict[int, str] = {}
         self._record_gradients = config.fisher == "empirical"
         self._passes = 0
@@ -377,10 +406,13 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             return
         self._stack.close()
         self.active = False
-        if exc_type is None:
-            self._collect()
-        self._recorders.clear()
-        self._weights.clear()
+        self._record_gradients = False
+        try:
+            if exc_type is None:
+                self._collect()
+        finally:
+            self._recorders.clear()
+            self._weights.clear()
 
     def backward_fisher(
         self,
@@ -397,11 +429,15 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             return
         if self._config.fisher == "mc":
             samples = self._config.fisher_samples
-            losses = (fisher.sampled_loss(outputs, loss_type, mask, self._generator) for _ in range(samples))
+            losses: Iterator[Tensor] = (
+                fisher.sampled_loss(outputs, loss_type, mask, self._generator) for _ in range(samples)
+            )
         else:
             assert isinstance(outputs, Tensor)
             losses = fisher.exact_losses(outputs, loss_type, mask)
         weights = list(self._weights.values())
+        if not weights:
+            return  # no layer is covered, or the forward pass is yet to come
         self._record_gradients = True
         for loss in losses:
             torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
@@ -410,46 +446,71 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             self._passes += 1
         self._record_gradients = False
 
-    def other_use(self, func: Any, args: Iterable[Any]) -> None:
-        """Remember that an operation without a rule used a parameter as a weight."""
+    def other_use(self, what: str, args: Iterable[Any]) -> None:
+        """Remember that something without a rule used a parameter as a weight."""
         if not torch.is_grad_enabled():
             return
         for arg in args:
-            if isinstance(arg, torch.nn.Parameter) and _operation_name(func) in WEIGHT_READS:
-                self._other_uses.setdefault(id(arg), _operation_name(func))
+            for item in arg if isinstance(arg, list | tuple) else (arg,):
+                if isinstance(item, torch.nn.Parameter):
+                    self._other_uses.setdefault(id(item), what)
 
     def operation(self, operation: Operation, output: Tensor) -> Tensor:
-        """Record a weighted operation; returns the output to hand on in its place."""
-        spec = self._layers.get(id(operation.weight)) or self._promote(operation)
+        """Record a weighted operation; returns the output to hand on in its place.
+
+        A layer that runs within the backward pass is run again by activation checkpointing. Where checkpointing
+        is reentrant, the first run was without gradients, and this one is recorded once its gradient arrives;
+        otherwise the first run was recorded, and no gradient will reach this one.
+        """
+        spec = self._layers.get(id(operation.weight))
+        again = torch._C._current_graph_task_id() != -1
+        if spec is not None and not again and spec.name in self._recorders:
+            self._recorders[spec.name].next_forward()
+        if not output.requires_grad:
+            return output
+        self.other_use(f"{operation.kind} as its input", (operation.input,))
+        spec = spec or self._promote(operation)
         if spec is None:
             return output
-        if not output.requires_grad:
-            # Reentrant checkpointing runs without gradients first and again in the backward pass.
-            self._uncounted[spec.name] = self._uncounted.get(spec.name, 0) + 1
-            return output
-        if torch._C._current_graph_task_id() != -1:  # within a backward pass: a recomputation
-            if not self._uncounted.get(spec.name):
-                return output
-            self._uncounted[spec.name] -= 1
+        if spec.bias is not None and operation.bias is None:
+            self.other_use("a call without its bias", (operation.weight,))
         if output._is_view():
             # An in-place operation on a view rewrites its history, and a hook on it would never fire.
             output = output.clone()
-        recorder = self._recorders.get(spec.name)
-        if recorder is None:
-            recorder = _Recorder(spec, self._dtypes[id(operation.weight)])
-            self._recorders[spec.name] = recorder
+        if spec.name not in self._recorders:
+            dtype = torch.promote_types(operation.weight.dtype, torch.float32)
+            self._recorders[spec.name] = _Recorder(spec, dtype)
             self._weights[spec.name] = operation.weight
+        recorder = self._recorders[spec.name]
+        geometry = operation.geometry(output)
         positions = self._positions_for(spec.name, operation, output)
-        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
-            call = recorder.input(operation, output, positions)
+        device = output.device.type
 
-        def hook(grad: Tensor) -> None:
-            if self._record_gradients:
-                with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-                    recorder.output_gradient(call, grad, positions)
+        def record() -> _Call:
+            with torch.no_grad(), torch.autocast(device, enabled=False):
+                return recorder.input(operation, geometry, positions)
 
-        output.register_hook(hook)
+        output.register_hook(self._gradient_hook(recorder, record if again else record(), positions, output))
         return output
+
+    def _gradient_hook(
+        self, recorder: _Recorder, call: _Call | Callable[[], _Call], positions: Positions | None, output: Tensor
+    ) -> Callable[[Tensor | None], None]:
+        """Records the output gradient of a call, and first the call itself where that was left open."""
+        shape, device = output.shape, output.device
+
+        def hook(grad: Tensor | None) -> None:
+            nonlocal call
+            if not self._record_gradients:
+                return
+            with torch._C.DisableTorchFunction(), torch.no_grad(), torch.autocast(device.type, enabled=False):
+                if grad is None:  # what an autograd.Function may return for zero
+                    grad = torch.zeros(shape, device=device)
+                if not isinstance(call, _Call):
+                    call = call()
+                recorder.output_gradient(call, grad, positions)
+
+        return hook
 
     def _positions_for(self, name: str, operation: Operation, output: Tensor) -> Positions | None:
         positions = self._positions
@@ -459,12 +520,19 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             matches = (value for pattern, value in positions.items() if fnmatch.fnmatchcase(name, pattern))
             return next(matches, None)
         # One description for the whole model: it applies to the layers whose shape it fits.
-        shape = output.shape
-        leading = shape[:-1] if operation.kind == "linear" else (shape[0], *shape[2:])
+        shape, dim = tuple(output.shape), positions.batch_dim
+        leading = _to_front(shape[:-1], dim) if operation.kind == "linear" else (shape[0], *shape[2:])
         mask, ids = positions.mask, positions.segment_ids
-        if mask is not None and tuple(leading[: mask.dim()]) != tuple(mask.shape):
+        if ids is not None and leading[:1] != tuple(ids.shape):
+            if leading[:1] != (positions.num_segments,):
+                # Taken as they are, these rows would silently be examples with a single position each.
+                raise ValueError(
+                    f"layer {name} has {leading[0] if leading else 1} rows in dimension 0, neither those of "
+                    f"segment_ids ({len(ids)}) nor one per segment ({positions.num_segments}): describe its "
+                    f"positions by its name, capture(positions={{{name!r}: ..., ...}})"
+                )
             return None
-        if ids is not None and tuple(leading[:1]) != tuple(ids.shape):
+        if mask is not None and leading[: mask.dim()] != _to_front(tuple(mask.shape), dim):
             return None
         return positions
 
@@ -478,14 +546,12 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             recorder = self._recorders.get(spec.name)
             if recorder is None:
                 missing[spec.name] = "its inputs"
-            elif self._passes == 0 and not recorder.backward_done:
-                if self._config.fisher != "empirical":
+            elif not recorder.backward_done:
+                if self._config.fisher != "empirical" and not self._passes:
                     raise MissingStatisticsError(
                         f"fisher={self._config.fisher!r} needs capture.backward_fisher(outputs, loss_type) "
                         "between the forward pass and loss.backward()"
                     )
-                missing[spec.name] = "its output gradients"
-            elif self._passes and recorder.b is None:
                 missing[spec.name] = "its output gradients"
         statistics = {}
         for name, recorder in self._recorders.items():
@@ -502,6 +568,11 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             b = [matrix * factor for matrix in recorder.b]
             statistics[name] = Statistics(recorder.a, b, recorder.a_count, recorder.examples)
         self._finish(statistics, missing, tied)
+
+
+def _to_front(sizes: tuple[int, ...], dim: int) -> tuple[int, ...]:
+    """Sizes with dimension `dim` first, where there are several."""
+    return (sizes[dim], *sizes[:dim], *sizes[dim + 1 :]) if len(sizes) > 1 else sizes
 
 
 def _as_positions(

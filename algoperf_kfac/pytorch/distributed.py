@@ -13,6 +13,16 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def common(names: list[str]) -> list[str]:
+    """The names that every process has, in the order of the first, so that all run the same collectives."""
+    if not is_distributed():
+        return names
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, names)
+    shared = set.intersection(*map(set, gathered))
+    return [name for name in gathered[0] if name in shared]
+
+
 def all_reduce_statistics(statistics: list[Statistics]) -> None:
     """Sum statistics over all processes, in place, with one flat all-reduce per dtype.
 

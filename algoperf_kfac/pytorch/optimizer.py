@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -79,31 +80,31 @@ class KFAC(torch.optim.Optimizer):
         seed: int = 0,
         **hyperparameters: Any,
     ) -> None:
-        if config is None:
-            config = KFACConfig.from_hyperparameters(hyperparameters)
-        elif hyperparameters:
-            config = dataclasses.replace(config, **hyperparameters)
+        defaults = {} if config is None else {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+        config = KFACConfig.from_hyperparameters(hyperparameters, **defaults)
         self.config = config
         self._complete = False
         model = unwrap(model)
-        self._names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+        names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
-        defaults = {
+            if not params:
+                raise ValueError("the model has no trainable parameter")
+        group_defaults = {
             "lr": config.learning_rate,
             "betas": (1 - config.one_minus_beta1, config.beta2),
             "eps": config.eps,
             "weight_decay": config.weight_decay,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, group_defaults)
         self._complete = True
         trainable = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         for p in trainable:
-            if id(p) not in self._names:
+            if id(p) not in names:
                 raise ValueError(f"a parameter of shape {tuple(p.shape)} in params does not belong to the model")
         if not trainable:
             raise ValueError("the model has no trainable parameter")
-        self._params = {self._names[id(p)]: p for p in trainable}
+        self._params = {names[id(p)]: p for p in trainable}
         self._allow_partial_coverage = allow_partial_coverage
         layers, self._fallbacks = discover(model, config, trainable, exclude)
         self._layers: dict[str, CoveredLayer] = {}
@@ -183,14 +184,26 @@ class KFAC(torch.optim.Optimizer):
             positions: which positions count and to which example they belong: a mask, a `Positions`, or a
                 mapping from patterns of layer names to them. Given for the whole model, it applies to the
                 layers whose leading dimensions it fits.
-            loss_normalizer: what the summed loss is divided by before `backward` (see `Capture`); the number
-                of examples by default, right for a loss that is a mean over examples.
+            loss_normalizer: what the summed loss is divided by before `backward` (see `Capture`), so that
+                output gradients can be scaled back to the loss of single examples. Default: the number of
+                examples in this capture, right for a loss that is a mean over them. See below.
             force: take statistics on this step whatever the interval.
+
+        What to pass, with n examples (or tokens, if the loss is a mean over tokens) here and N in the whole step:
+
+        - loss averaged over n: nothing, or n for tokens.
+        - gradient accumulation, a capture per micro-batch, each loss divided by N: N. (Micro-batches of one
+          size in a single capture, each mean divided by their number: nothing.)
+        - DistributedDataParallel, each of W processes calling backward on its own mean: nothing, as on one
+          process; DDP averages parameter gradients only, and output gradients never leave the process.
+        - AlgoPerf's convention, loss = all_reduce(summed) / all_reduce(n_valid) with the all_reduce of
+          torch.distributed.nn: N / W, because the backward pass of that all_reduce sums the gradients of the
+          W processes and so multiplies them by W (which DDP's averaging undoes for parameters alone).
+        - a GradScaler: the above, divided by scaler.get_scale().
         """
         return Capture(
             config=self.config,
             layers=self._by_weight,
-            dtypes={id(layer.weight): _factor_dtype(layer.weight) for layer in self._layers.values()},
             promote=self._promote,
             finish=self._finish_capture,
             positions=positions,
@@ -210,9 +223,7 @@ class KFAC(torch.optim.Optimizer):
                 "exclude=[...], or pass allow_partial_coverage=True to move them to the fallback"
             )
         for name, what in missing.items():
-            self._missed[name] = what
-            self._demote(name, f"missed {what} on a statistics step")
-            warnings.warn(f"K-FAC: layer {name} missed {what}; it takes the fallback from now on", stacklevel=4)
+            self._leave_out(name, what)
         for name, operation in tied.items():
             self._demote(name, f"tied weight: {operation} reads it too, and K-FAC would miss that use")
             warnings.warn(
@@ -224,6 +235,12 @@ class KFAC(torch.optim.Optimizer):
                 self._pending[name].add(new)
             else:
                 self._pending[name] = new
+
+    def _leave_out(self, name: str, what: str) -> None:
+        """Move a layer that missed something to the fallback, with a warning at the end of the capture."""
+        self._missed[name] = what
+        self._demote(name, f"missed {what} on a statistics step")
+        warnings.warn(f"K-FAC: layer {name} missed {what}; it takes the fallback from now on", stacklevel=5)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, and the statistics captured with them."""
@@ -238,7 +255,10 @@ class KFAC(torch.optim.Optimizer):
                     "backward pass inside `with optimizer.capture():` on every step"
                 )
             return
-        names = [name for name in self._layers if name in self._pending]
+        mine = [name for name in self._layers if name in self._pending]
+        names = distributed.common(mine)
+        for name in set(mine) - set(names):
+            self._leave_out(name, "its statistics on another process")
         distributed.all_reduce_statistics([self._pending[name] for name in names])
         for name in names:
             s = self._pending[name]
@@ -288,7 +308,7 @@ class KFAC(torch.optim.Optimizer):
     # The update --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one update. A closure runs inside `capture()`, with gradients enabled; its loss is returned."""
         loss = None
         if closure is not None:
@@ -371,14 +391,18 @@ class KFAC(torch.optim.Optimizer):
             todo.append((name, layer, matrix(0), momentum, direction))
         if not todo:
             return
+        # Where factors are all but singular a direction may vanish or overflow: the first-order one then stands.
+        norms = torch._foreach_norm([direction for *_, direction in todo])
         if self.config.grafting:
             lengths = torch._foreach_norm([adam for _, _, adam, _, _ in todo])
-            norms = torch._foreach_norm([direction for *_, direction in todo])
-            tiny = torch.finfo(torch.float32).tiny
-            for (name, *_, direction), length, norm in zip(todo, lengths, norms, strict=True):
-                ratio = length / norm.clamp(min=tiny)
-                self._graft[name] = ratio
-                direction.mul_(ratio)
+            for i, (name, layer, adam, momentum, direction) in enumerate(todo):
+                ratio = lengths[i] / norms[i]
+                usable = ratio.isfinite() & norms[i].isfinite()
+                self._graft[name] = torch.where(usable, ratio, 1.0)
+                todo[i] = (name, layer, adam, momentum, torch.where(usable, direction * ratio, adam))
+        else:
+            for i, (name, layer, adam, momentum, direction) in enumerate(todo):
+                todo[i] = (name, layer, adam, momentum, torch.where(norms[i].isfinite(), direction, momentum))
         if self.is_statistics_step:
             for name, _, _, momentum, direction in todo:
                 self._cosine[name] = torch.cosine_similarity(momentum.flatten(), direction.flatten(), dim=0)
@@ -436,6 +460,7 @@ class KFAC(torch.optim.Optimizer):
         state = super().state_dict()
         state["kfac"] = {
             "steps": self._steps,
+            "preconditioner": self.config.preconditioner,
             "generator": self._generator.get_state(),
             "missed": dict(self._missed),
             "fallbacks": [dataclasses.asdict(f) for f in self._fallbacks],
@@ -460,15 +485,9 @@ class KFAC(torch.optim.Optimizer):
         if "kfac" not in state_dict:
             raise ValueError("this state_dict is not KFAC's: it has no entry 'kfac'")
         kfac = state_dict["kfac"]
-        for name, entry in kfac["layers"].items():
-            spec = _spec_from(entry["spec"])
-            for param_name in (spec.weight, spec.bias):
-                if param_name is not None and param_name not in self._params:
-                    raise ValueError(f"state_dict: layer {name} has a parameter {param_name} unknown here")
-            known = self._layers.get(name)
-            if known is not None and known.spec != spec:
-                raise ValueError(f"state_dict: layer {name} was {spec}, and is {known.spec} here")
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "kfac"})
+        self._check(kfac)
+        # A copy, so that the optimizer that gave the state may go on.
+        super().load_state_dict(copy.deepcopy({k: v for k, v in state_dict.items() if k != "kfac"}))
         self._fallbacks = [FallbackSpec(f["name"], tuple(f["shape"]), f["reason"]) for f in kfac["fallbacks"]]
         old = self._layers
         self._layers, self._states, self._by_weight = {}, {}, {}
@@ -484,6 +503,61 @@ class KFAC(torch.optim.Optimizer):
         self._generator.set_state(kfac["generator"].cpu())
         self._pending.clear()
 
+    def _check(self, kfac: Mapping[str, Any]) -> None:
+        """Raise ValueError if the entry "kfac" of a state_dict is of another model or preconditioner."""
+        if kfac["preconditioner"] != self.config.preconditioner:
+            raise ValueError(
+                f"state_dict: its preconditioner was {kfac['preconditioner']!r}, and is "
+                f"{self.config.preconditioner!r} here"
+            )
+        shapes: dict[str, tuple[int, ...] | None] = {f["name"]: tuple(f["shape"]) for f in kfac["fallbacks"]}
+        for name, entry in kfac["layers"].items():
+            spec = _spec_from(entry["spec"])
+            known = self._layers.get(name)
+            if known is not None and known.spec != spec:
+                raise ValueError(f"state_dict: layer {name} was {spec}, and is {known.spec} here")
+            shapes[spec.weight] = spec.weight_shape
+            if spec.bias is not None:
+                shapes[spec.bias] = None  # follows from the layer
+        for name in sorted(shapes.keys() ^ self._params.keys()):
+            what = "missing in it" if name in self._params else "unknown here"
+            raise ValueError(f"state_dict: parameter {name} is {what}")
+        for name, shape in shapes.items():
+            mine = tuple(self._params[name].shape)
+            if shape not in (None, mine):
+                raise ValueError(f"state_dict: parameter {name} had shape {shape}, and has {mine} here")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For deepcopy and pickle, together with the model: all but what hangs on identities."""
+        generator = (str(self._generator.device), self._generator.get_state())
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in _COPIED}, "generator": generator}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        generator = state.pop("generator", None)
+        super().__setstate__(state)
+        if generator is None:  # torch's own load_state_dict comes here too, with groups and moments alone
+            return
+        self._generator = torch.Generator(device=generator[0])
+        self._generator.set_state(generator[1])
+        self._by_weight = {id(layer.weight): layer.spec for layer in self._layers.values()}
+
+
+_COPIED = (
+    "config",
+    "_complete",
+    "_params",
+    "_allow_partial_coverage",
+    "_fallbacks",
+    "_layers",
+    "_states",
+    "_steps",
+    "_pending",
+    "_missed",
+    "_graft",
+    "_cosine",
+)
+
 
 def _factor_dtype(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
@@ -496,7 +570,8 @@ def _present(blocks: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
 
 
 def _spec_from(fields: Mapping[str, Any]) -> LayerSpec:
-    return LayerSpec(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in fields.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in fields.items()}
+    return LayerSpec(**values)
 
 
 def _to(value: Any, like: Tensor) -> Any:

@@ -1,0 +1,1 @@
+"""AlgoPerf submissions: a folder per algorithm, with `pytorch/submission.py` (and later `jax/submission.py`)."""

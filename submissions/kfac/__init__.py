@@ -1,0 +1,1 @@
+"""What kfac_expand and kfac_reduce share: everything but the approximation."""

@@ -1,0 +1,110 @@
+"""AlgoPerf's five functions around `algoperf_kfac.pytorch.KFAC`, for one approximation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from algoperf_kfac.config import KFACConfig
+from algoperf_kfac.pytorch import KFAC
+from algoperf_kfac.schedule import warmup_cosine
+from submissions.kfac.defaults import DEFAULTS
+from submissions.training_step.pytorch import clip_gradient, compute_gradient, log_step
+
+
+class KFACSubmission:
+    """The submission API for one approximation; `submission.py` of each algorithm exports its methods.
+
+    Args:
+        approximation: "expand" or "reduce".
+    """
+
+    def __init__(self, approximation: str) -> None:
+        self._approximation = approximation
+
+    def _config(self, hyperparameters: Any) -> KFACConfig:
+        return KFACConfig.from_hyperparameters(hyperparameters, **DEFAULTS, approximation=self._approximation)
+
+    def init_optimizer_state(
+        self, workload: Any, model_params: nn.Module, model_state: Any, hyperparameters: Any, rng: Any
+    ) -> dict[str, Any]:
+        """The optimizer.
+
+        Raises:
+            ValueError: a hyperparameter is unknown or out of range.
+        """
+        del workload, model_state
+        config = self._config(hyperparameters)
+        # abs: AlgoPerf's seeds are int32 and may be negative.
+        return {"optimizer": KFAC(model_params, config=config, seed=abs(int(rng[0])))}
+
+    def update_params(
+        self,
+        workload: Any,
+        current_param_container: nn.Module,
+        current_params_types: Any,
+        model_state: Any,
+        hyperparameters: Any,
+        batch: dict[str, Any],
+        loss_type: Any,
+        optimizer_state: dict[str, Any],
+        eval_results: list[tuple[int, dict[str, float]]],
+        global_step: int,
+        rng: Any,
+        train_state: Any = None,
+    ) -> tuple[dict[str, Any], nn.Module, Any]:
+        """One step; forward and backward pass run inside the capture of curvature statistics."""
+        del hyperparameters, current_params_types, eval_results, train_state
+        model, optimizer = current_param_container, optimizer_state["optimizer"]
+        config = optimizer.config
+        result = compute_gradient(
+            workload,
+            model,
+            batch,
+            model_state,
+            rng,
+            config.dropout_rate,
+            config.label_smoothing,
+            context=optimizer.capture(positions=batch.get("weights")),
+            loss_type=loss_type,
+        )
+        log_step(workload, model, result.loss, global_step)
+        clip_gradient(model.parameters(), config.grad_clip)
+        horizon = max(1, round(config.horizon_factor * workload.step_hint))
+        factor = warmup_cosine(global_step, horizon, round(config.warmup_factor * horizon))
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * factor
+        optimizer.step()
+        return optimizer_state, model, result.new_model_state
+
+    def prepare_for_eval(
+        self,
+        workload: Any,
+        current_param_container: nn.Module,
+        current_params_types: Any,
+        model_state: Any,
+        hyperparameters: Any,
+        loss_type: Any,
+        optimizer_state: dict[str, Any],
+        eval_results: list[tuple[int, dict[str, float]]],
+        global_step: int,
+        rng: Any,
+    ) -> tuple[dict[str, Any], nn.Module, Any]:
+        """Nothing to prepare: the parameters trained are the ones evaluated."""
+        return optimizer_state, current_param_container, model_state
+
+    def data_selection(
+        self,
+        workload: Any,
+        input_queue: Iterator[dict[str, Any]],
+        optimizer_state: dict[str, Any],
+        current_param_container: nn.Module,
+        model_state: Any,
+        hyperparameters: Any,
+        global_step: int,
+        rng: Any,
+    ) -> dict[str, Any]:
+        """The next batch."""
+        return next(input_queue)

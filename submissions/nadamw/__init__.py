@@ -1,0 +1,1 @@
+"""NadamW, the first-order reference of AlgoPerf."""

@@ -1,0 +1,1 @@
+"""What every submission shares: the gradient of a step, clipping, logging, hyperparameters, batch sizes."""

@@ -1,0 +1,115 @@
+"""Every hyperparameter out of range is named, with what is allowed; points come in the forms the runners use."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+from typing import Any
+
+import pytest
+
+from algoperf_kfac.pytorch import KFACConfig
+
+BAD: dict[str, tuple[list[Any], str]] = {
+    "learning_rate": ([-1e-3, math.nan, math.inf, "fast", None, True], "number"),
+    "one_minus_beta1": ([0.0, 1.5, -0.1, math.nan], "number"),
+    "beta2": ([1.0, -0.1, 2], "number"),
+    "eps": ([-1e-8], "number >= 0"),
+    "weight_decay": ([-0.1], "number >= 0"),
+    "approximation": (["both", {"linear": "both"}, {"dense": "expand"}, None, ["expand"]], "'expand', 'reduce'"),
+    "fisher": (["true", None], "'empirical', 'mc', 'exact'"),
+    "fisher_samples": ([0, 1.5, "1", math.nan, math.inf], "(at least 1|whole number)"),
+    "preconditioner": (["shampoo"], "'eigen', 'inverse'"),
+    "scaling": (["sqrt"], "'root', 'inverse', 'second_moment'"),
+    "damping": ([0.0, -1.0], "number > 0"),
+    "damping_mode": (["adaptive"], "'relative', 'absolute'"),
+    "factor_decay": ([1.0, -0.1], r"\[0, 1\)"),
+    "factor_interval": ([0, -5, 2.5, True], "(at least 1|whole number)"),
+    "refresh_interval": ([0, 15, 5], "multiple of factor_interval=10"),
+    "drift_tolerance": ([-0.1, 1.0], r"\[0, 1\)"),
+    "grafting": (["yes", 1, None], "True or False"),
+    "max_factor_dim": ([0, 10.5], "(at least 1|whole number)"),
+    "large_factor": (["drop"], "'block', 'one_sided'"),
+    "warmup_factor": ([-0.1, 1.0], r"\[0, 1\)"),
+    "horizon_factor": ([0.0, -1.0], "number > 0"),
+    "label_smoothing": ([1.0, -0.1], r"\[0, 1\)"),
+    "dropout_rate": ([1.0, -0.1], r"\[0, 1\)"),
+    "grad_clip": ([0.0, -1.0, math.nan, "1", True], "number > 0, or None"),
+}
+CASES = [
+    pytest.param(name, value, allowed, id=f"{name}={value}")
+    for name, (values, allowed) in BAD.items()
+    for value in values
+]
+
+
+def test_every_field_has_a_bad_value() -> None:
+    assert set(BAD) == {field.name for field in dataclasses.fields(KFACConfig)}
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), CASES)
+def test_out_of_range(name: str, value: Any, allowed: str) -> None:
+    message = rf"^hyperparameter {name}={re.escape(repr(value))}: allowed is .*{allowed}"
+    with pytest.raises(ValueError, match=message):
+        KFACConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "good",
+    [
+        {"learning_rate": 0}, {"one_minus_beta1": 1.0}, {"beta2": 0.0}, {"factor_decay": 0.0},
+        {"approximation": {"linear": "reduce", "conv": "expand"}}, {"approximation": {}},
+        {"grad_clip": None}, {"grad_clip": 1}, {"factor_interval": 1, "refresh_interval": 1},
+    ],
+)  # fmt: skip
+def test_the_ends_of_the_ranges(good: dict[str, Any]) -> None:
+    KFACConfig(**good)
+
+
+def test_integers_of_a_search_space_come_as_floats() -> None:
+    config = KFACConfig(factor_interval=10.0, refresh_interval=50.0, fisher_samples=2.0)  # type: ignore[arg-type]
+    assert (config.factor_interval, config.refresh_interval, config.fisher_samples) == (10, 50, 2)
+    assert type(config.factor_interval) is int
+    with pytest.raises(ValueError, match=r"factor_interval=10\.5: allowed is a whole number"):
+        KFACConfig(factor_interval=10.5)  # type: ignore[arg-type]
+
+
+Point = collections.namedtuple("Point", "learning_rate damping refresh_interval")
+
+
+@pytest.mark.parametrize(
+    "point", [Point(0.01, 0.1, 40.0), Point(0.01, 0.1, 40.0)._asdict()], ids=["namedtuple", "dict"]
+)
+def test_points_of_a_search_space(point: Any) -> None:
+    config = KFACConfig.from_hyperparameters(point, damping=0.5, fisher="mc")
+    assert config == KFACConfig(learning_rate=0.01, damping=0.1, refresh_interval=40, fisher="mc")
+
+
+def test_no_point_is_the_defaults() -> None:
+    assert KFACConfig.from_hyperparameters(None) == KFACConfig()
+    assert KFACConfig.from_hyperparameters(None, damping=0.5).damping == 0.5
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(ValueError, match=r"unknown hyperparameter 'lr': known are .*'learning_rate'"):
+        KFACConfig.from_hyperparameters({"lr": 0.1})
+    with pytest.raises(ValueError, match="unknown hyperparameter 'momentum'"):
+        KFACConfig.from_hyperparameters(None, momentum=0.9)
+
+
+@pytest.mark.parametrize("point", [0.1, [("learning_rate", 0.1)], "learning_rate"])
+def test_other_forms(point: Any) -> None:
+    with pytest.raises(ValueError, match=rf"namedtuple, a mapping or None, got {type(point).__name__}"):
+        KFACConfig.from_hyperparameters(point)
+
+
+def test_approximation_by_layer_kind() -> None:
+    config = KFACConfig(approximation={"conv": "reduce"})
+    assert [config.approximation_for(kind) for kind in ("linear", "conv", "conv_transpose")] == [
+        "expand",
+        "reduce",
+        "expand",
+    ]
+    assert KFACConfig(approximation="reduce").approximation_for("linear") == "reduce"

@@ -1,0 +1,202 @@
+"""Modules whose weights are read inside fused functions, are computed from others, frozen, or not used at all."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from algoperf_kfac.pytorch import KFAC, MissingStatisticsError
+from tests.pytorch.toys import assert_finite, capture_once, covered, mlp, reasons, vectors
+
+
+def overfit(model: nn.Module, *inputs: Tensor, steps: int = 25) -> tuple[KFAC, list[float]]:
+    """Train on one batch; returns the optimizer and the losses."""
+    optimizer = KFAC(model, learning_rate=1e-2, factor_interval=2, refresh_interval=4)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        with optimizer.capture():
+            outputs = model(*inputs)
+            outputs = outputs[0] if isinstance(outputs, tuple) else outputs
+            loss = (outputs - 1).square().mean()
+            loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert_finite(model, optimizer) if covered(optimizer) else None
+    assert losses[-1] < 0.8 * losses[0]
+    return optimizer, losses
+
+
+def test_multihead_attention_takes_the_fallback_and_trains() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.attention(x, x, x, need_weights=False)[0])
+
+    optimizer, _ = overfit(Attention(), torch.randn(4, 5, 8))
+    assert covered(optimizer) == {"head"}
+    why = reasons(optimizer)
+    assert {name.removeprefix("attention.") for name in why} == {
+        "in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias",
+    }  # fmt: skip
+    assert all("fused function" in reason for reason in why.values())
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_transformer_encoder_layer_covers_its_feed_forward_part(norm_first: bool) -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True, norm_first=norm_first)
+    optimizer, _ = overfit(model, torch.randn(4, 5, 8), steps=40)
+    assert covered(optimizer) == {"linear1", "linear2"}
+    why = reasons(optimizer)
+    assert "normalisation" in why["norm1.weight"]
+    assert "fused function" in why["self_attn.in_proj_weight"]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_take_the_fallback(kind: type[nn.RNNBase]) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.recurrent = kind(4, 6, batch_first=True)
+            self.head = nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.recurrent(x)[0])
+
+    optimizer, _ = overfit(Recurrent(), torch.randn(4, 5, 4))
+    assert covered(optimizer) == {"head"}
+    assert len(reasons(optimizer)) == 4
+    assert all(r.startswith(f"recurrent ({kind.__name__})") for r in reasons(optimizer).values())
+
+
+@pytest.mark.parametrize("style", ["parametrization", "hook"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_weight_norm_takes_the_fallback(style: str) -> None:
+    normed = nn.utils.parametrizations.weight_norm if style == "parametrization" else nn.utils.weight_norm
+    optimizer, _ = overfit(nn.Sequential(normed(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 2)), torch.randn(6, 4))
+    assert covered(optimizer) == {"2"}
+    assert len(reasons(optimizer)) == 3
+    assert "parametrised" in reasons(optimizer)["0.bias"]
+
+
+def test_spectral_norm_takes_the_fallback() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 2))
+    optimizer, _ = overfit(model, torch.randn(6, 4))
+    assert covered(optimizer) == {"1"}
+
+
+def test_frozen_weight() -> None:
+    model = mlp(5, 4, 3)
+    model[0].weight.requires_grad_(False)
+    frozen = model[0].weight.clone()
+    optimizer, _ = overfit(model, torch.randn(6, 5))
+    assert covered(optimizer) == {"2"}
+    assert "frozen" in reasons(optimizer)["0.bias"]
+    assert torch.equal(model[0].weight, frozen)
+
+
+def test_frozen_bias_is_no_homogeneous_coordinate() -> None:
+    model = mlp(5, 4, 3)
+    model[0].bias.requires_grad_(False)
+    frozen = model[0].bias.clone()
+    optimizer, _ = overfit(model, torch.randn(6, 5))
+    assert covered(optimizer) == {"0", "2"}
+    assert optimizer.factors()["0"].A.shape == (5, 5)
+    assert optimizer.factors()["2"].A.shape == (5, 5)
+    assert not reasons(optimizer)
+    assert torch.equal(model[0].bias, frozen)
+
+
+def test_parameters_left_out_of_params_stay_untouched() -> None:
+    model = mlp(5, 4, 3)
+    first = model[0].weight.clone()
+    optimizer = KFAC(model, params=model[2].parameters())
+    assert covered(optimizer) == {"2"}
+    assert not reasons(optimizer)
+    with optimizer.capture():
+        model(torch.randn(6, 5)).square().mean().backward()
+    optimizer.step()
+    assert torch.equal(model[0].weight, first)
+    assert optimizer.coverage().fraction == 1
+
+
+class WithSpare(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = nn.Linear(5, 3)
+        self.spare = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+def test_an_unused_layer_is_an_error_that_names_it() -> None:
+    x, y = vectors()
+    with pytest.raises(MissingStatisticsError, match=r"1 of 2 layers.*: spare \(missed its inputs\).*exclude"):
+        capture_once(WithSpare(), lambda m: F.cross_entropy(m(x), y))
+
+
+def test_a_layer_whose_output_is_thrown_away_is_an_error_that_names_it() -> None:
+    x, y = vectors()
+
+    def loss(m: nn.Module) -> Tensor:
+        m.spare(x)
+        return F.cross_entropy(m(x), y)
+
+    with pytest.raises(MissingStatisticsError, match=r"spare \(missed its output gradients\)"):
+        capture_once(WithSpare(), loss)
+
+
+def test_partial_coverage_moves_the_unused_layer_to_the_fallback() -> None:
+    model, (x, y) = WithSpare(), vectors()
+    optimizer = KFAC(model, allow_partial_coverage=True, factor_interval=1, refresh_interval=1)
+    assert optimizer.metrics()["missed_layers"] == 0
+    for _ in range(3):
+        optimizer.zero_grad()
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            with optimizer.capture():
+                F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        seen = [w for w in seen if "spare" in str(w.message)]
+        if optimizer.metrics()["steps"] == 1:
+            assert "spare missed its inputs" in str(seen[0].message)
+            assert seen[0].filename == __file__, "the warning should point at the caller"
+        else:
+            assert not seen
+    assert covered(optimizer) == {"used"}
+    assert reasons(optimizer)["spare.weight"] == "missed its inputs on a statistics step"
+    metrics = optimizer.metrics()
+    assert metrics["missed_layers"] == 1
+    assert metrics["coverage"] == 0.5
+    fresh = KFAC(model, allow_partial_coverage=True)
+    fresh.load_state_dict(optimizer.state_dict())
+    assert fresh.metrics()["missed_layers"] == 1
+    assert covered(fresh) == {"used"}
+
+
+def test_excluded_layers_are_not_missed() -> None:
+    x, y = vectors()
+    optimizer = capture_once(WithSpare(), lambda m: F.cross_entropy(m(x), y), exclude=["spa*"])
+    assert reasons(optimizer)["spare.bias"] == "excluded by the user"
+    with pytest.raises(ValueError, match=r"exclude: no module matches 'spear'"):
+        KFAC(WithSpare(), exclude=["spear"])
+
+
+def test_lazy_modules_must_be_materialised() -> None:
+    with pytest.raises(ValueError, match=r"0 is a lazy module"):
+        KFAC(nn.Sequential(nn.LazyLinear(3)))
+
+
+def test_batch_norm_statistics_move_once_per_step() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), torch.randn(6, 4)
+    capture_once(model, lambda m: m(x).square().mean())
+    assert int(model[1].num_batches_tracked) == 1

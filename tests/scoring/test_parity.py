@@ -1,0 +1,102 @@
+"""The official scores, to the digit, from the official logs; and each step from there to the exact rules."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from scoring import leaderboard, logs, parity, score, targets, trials
+from scoring.logs import Logs
+from tests.scoring.trees import official_meta, official_rows, write_official, write_trial
+
+# Published on the AlgoPerf 0.5 leaderboard, external tuning.
+PUBLISHED = {
+    "shampoo_submission": 0.7784,
+    "schedule_free_adamw": 0.7077,
+    "generalized_adam": 0.6383,
+    "cyclic_lr": 0.6301,
+    "nadamp": 0.5909,
+    "baseline": 0.5707,
+    "amos": 0.4918,
+    "caspr_adaptive": 0.4722,
+    "lawa_queue": 0.3699,
+    "lawa_ema": 0.3384,
+    "schedule_free_prodigy": 0.0,
+}
+VARIABLE = "ALGOPERF_V05_LOGS"
+
+
+@pytest.fixture(scope="module")
+def official() -> Logs:
+    """The official logs: an archive or a directory, named by the variable or found beside the repository."""
+    beside = Path(__file__).resolve().parents[3] / "shared" / "leaderboard" / "algoperf_v05_external_tuning.tar.xz"
+    path = Path(os.environ.get(VARIABLE, beside))
+    if not path.exists():
+        pytest.skip(f"the official logs are not at {path}; name another place in {VARIABLE}")
+    return logs.read([path], use_cache=False)
+
+
+def test_the_published_scores(official: Logs) -> None:
+    found = parity.scores(official, targets.rules_for(official.trials))
+    assert found.round(4).to_dict() == PUBLISHED
+    assert list(found.index) == list(PUBLISHED)
+
+
+def test_each_difference_has_a_name(official: Logs) -> None:
+    rules = targets.rules_for(official.trials)
+    table = parity.compare(official, rules)
+    exact = score.scores(trials.cells(trials.studies(trials.reach(official, rules), rules), rules), rules)
+    assert table["exact"].to_dict() == pytest.approx(exact.to_dict(), abs=1e-12)
+    steps = table[list(parity.STEPS)]
+    assert (table["official"] + steps.sum(axis=1)).to_dict() == pytest.approx(exact.to_dict(), abs=1e-12)
+    # The grid is off by up to half a cell per workload; the trial by index costs one submission half a point.
+    assert steps["exact integral"].abs().max() < 0.005
+    assert steps.loc["lawa_ema", "trial by cost, not index"] > 0.004
+    assert parity.changed_cells(official, rules)["submission"].unique().tolist() == ["lawa_ema"]
+
+
+def test_what_is_odd_in_the_official_logs(official: Logs) -> None:
+    assert len(official.trials) == 3881
+    assert int((official.trials["evaluations"] > 0).sum()) == 3700
+    assert official.evals["believed"].all()
+    kinds = official.oddities.groupby("what").size()
+    assert kinds["no measurements"] == 181
+    assert kinds["trial outside a workload"] == 18
+
+
+def test_the_leaderboard_of_the_official_logs(official: Logs) -> None:
+    board = leaderboard.build(official, replicates=200)
+    assert board.reference == "baseline"
+    assert set(board.ranking.index) == set(PUBLISHED)
+    assert len(board.cells) == 11 * 8
+    assert ((board.cells["reason"] == "") == board.cells["ratio"].between(1.0, 4.0)).all()
+    reasons = board.cells.set_index(["submission", "workload"])["reason"]
+    assert reasons["caspr_adaptive", "wmt"] == "held-out wmt_glu_tanh: no data"
+    assert reasons["amos", "ogbg"] == "over 4 times the best"
+    assert reasons["schedule_free_adamw", "imagenet_resnet"] == "never reached"
+
+
+def test_steps_from_official_to_exact(tmp_path: Path) -> None:
+    """One submission for each difference of procedure."""
+    full: list[float | None] = [1000.0] * 5
+    write_official(tmp_path, {name: {"imagenet_vit": full} for name in ("best", "late", "index")})
+    write_official(tmp_path, {"few": {"imagenet_vit": [2000.0, 2000.0]}})
+    for study in range(5):
+        late = tmp_path / "late" / f"study_{study}" / "imagenet_vit_jax" / "trial_1"
+        write_trial(late, "imagenet_vit", official_rows("imagenet_vit", 77521.0), official_meta("imagenet_vit"))
+        index = tmp_path / "index" / f"study_{study}" / "imagenet_vit_jax"
+        rows = official_rows("imagenet_vit", 2000.0)
+        write_trial(index / "trial_1", "imagenet_vit", rows, official_meta("imagenet_vit"))
+        rows = official_rows("imagenet_vit", 1500.0, misses=6)
+        write_trial(index / "trial_2", "imagenet_vit", rows, official_meta("imagenet_vit"))
+    runs = logs.read([tmp_path])
+    changed = parity.changed_cells(runs, targets.rules_for(runs.trials)).set_index("submission")
+    assert changed["why"].to_dict() == {
+        "few": "missing studies",
+        "index": "trial by cost, not index",
+        "late": "runtime budget",
+    }
+    assert changed["official"].to_dict() == {"few": 2000.0, "index": 2000.0, "late": 77521.0}
+    assert changed["exact"].to_dict() == {"few": float("inf"), "index": 1500.0, "late": float("inf")}

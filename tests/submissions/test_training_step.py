@@ -1,0 +1,176 @@
+"""The shared training step: the right gradient, the capture context, clipping, logging, hyperparameters."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import namedtuple
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from submissions.training_step import batch_sizes, hyperparameters, schedule
+from submissions.training_step.pytorch import LOG_PERIOD, clip_gradient, compute_gradient, log_step
+from workloads import registry, seeds
+
+
+@pytest.fixture(scope="module")
+def workload():
+    return registry.load("bible_lm", "pytorch")
+
+
+@pytest.fixture
+def model(workload):
+    return workload.init_model_fn(seeds.root(1))[0]
+
+
+@pytest.fixture(scope="module")
+def batch(workload):
+    return next(workload._build_input_queue(seeds.root(1), "train", "", 4))
+
+
+def _gradient(model):
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def _step(workload, model, batch, **changes):
+    return compute_gradient(workload, model, batch, None, seeds.root(2), **changes)
+
+
+def test_gradient_is_that_of_the_mean_over_valid_tokens(workload, model, batch):
+    weights = torch.ones_like(batch["weights"])
+    weights[1:, 10:] = 0
+    masked = {**batch, "weights": weights}
+    result = _step(workload, model, masked)
+    got = _gradient(model)
+    model.zero_grad()
+    losses = model(batch["inputs"]).log_softmax(-1).gather(-1, batch["targets"][..., None])[..., 0]
+    mean = -(losses * weights).sum() / weights.sum()
+    mean.backward()
+    torch.testing.assert_close(result.loss, mean.detach())
+    assert result.n_valid.item() == weights.sum().item() == 64 + 3 * 10
+    for name, gradient in _gradient(model).items():
+        torch.testing.assert_close(got[name], gradient, msg=name)
+
+
+def test_old_gradients_are_dropped_and_nothing_keeps_the_graph(workload, model, batch):
+    first = _step(workload, model, batch)
+    once = _gradient(model)
+    _step(workload, model, batch)
+    assert all(torch.equal(once[name], gradient) for name, gradient in _gradient(model).items())
+    assert not first.loss.requires_grad
+    assert not first.logits.requires_grad
+
+
+def test_context_spans_forward_and_backward_and_learns_the_normaliser_between(workload, model, batch):
+    seen = []
+
+    class Capture:
+        loss_normalizer = None
+
+        def backward_fisher(self, logits, loss_type, weights):
+            seen.append(
+                ("fisher", self.loss_normalizer, logits.requires_grad, loss_type, weights is batch["weights"])
+            )
+
+    capture = Capture()
+    handle = model.output.weight.register_hook(lambda grad: seen.append(("backward", capture.loss_normalizer)))
+    forward = model.register_forward_hook(lambda *_: seen.append(("forward", capture.loss_normalizer)))
+
+    @contextlib.contextmanager
+    def context():
+        seen.append("enter")
+        yield capture
+        seen.append("exit")
+
+    _step(workload, model, batch, context=context(), loss_type="softmax")
+    handle.remove()
+    forward.remove()
+    count = torch.tensor(256.0)
+    fisher = ("fisher", count, True, "softmax", True)
+    assert seen == ["enter", ("forward", None), fisher, ("backward", count), "exit"]
+
+
+def test_label_smoothing_and_dropout_arrive(workload, model, batch):
+    torch.manual_seed(0)
+    plain = _step(workload, model, batch).loss
+    assert _step(workload, model, batch, label_smoothing=0.2).loss != plain
+    assert _step(workload, model, batch, dropout_rate=0.5).loss != plain
+    assert _step(workload, model, batch, dropout_rate=0.0).loss == plain
+
+
+def test_clipping(workload, model, batch):
+    _step(workload, model, batch)
+    norm = torch.stack([gradient.norm() for gradient in _gradient(model).values()]).norm()
+    before = _gradient(model)
+    clip_gradient(model.parameters(), None)
+    clip_gradient(model.parameters(), 2 * norm.item())
+    assert all(torch.equal(before[name], gradient) for name, gradient in _gradient(model).items())
+    clip_gradient(model.parameters(), norm.item() / 4)
+    for name, gradient in _gradient(model).items():
+        torch.testing.assert_close(gradient, before[name] / 4, rtol=1e-4, atol=1e-8)
+
+
+def test_logging_is_sparse_and_optional(workload, model, batch):
+    result = _step(workload, model, batch)
+    rows = []
+    logger = SimpleNamespace(append_scalar_metrics=lambda row, step: rows.append((step, row)))
+    logged = SimpleNamespace(metrics_logger=logger)
+    for step in range(2 * LOG_PERIOD + 1):
+        log_step(logged, model, result.loss, step, extra=1.0)
+    assert [step for step, _ in rows] == [0, LOG_PERIOD, 2 * LOG_PERIOD]
+    assert set(rows[0][1]) == {"loss", "grad_norm", "extra"}
+    assert rows[0][1]["grad_norm"] > 0
+    log_step(SimpleNamespace(metrics_logger=None), model, result.loss, 0)
+
+
+DEFAULTS = {"learning_rate": 1e-3, "beta2": 0.9, "grad_clip": None}
+Point = namedtuple("Hyperparameters", ["beta2"])
+
+
+@pytest.mark.parametrize("given", [None, {}, Point(0.99)])
+def test_points_are_completed(given):
+    point = hyperparameters.resolve(given, DEFAULTS)
+    assert (point.learning_rate, point.grad_clip) == (1e-3, None)
+    assert point.beta2 == (0.99 if given else 0.9)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", 0),
+        ("learning_rate", "0.1"),
+        ("learning_rate", math.nan),
+        ("learning_rate", math.inf),
+        ("learning_rate", True),
+        ("beta2", 1.0),
+        ("beta2", -0.1),
+        ("grad_clip", 0),
+        ("momentum", 0.9),
+    ],
+)
+def test_bad_hyperparameters_are_named(name, value):
+    with pytest.raises(ValueError, match=f"hyperparameter '{name}'"):
+        hyperparameters.resolve({name: value}, DEFAULTS)
+
+
+def test_batch_sizes():
+    assert batch_sizes.get_batch_size("criteo1tb") == 262_144
+    assert batch_sizes.get_batch_size("wmt") == 128
+    for name in registry.WORKLOADS:
+        assert batch_sizes.get_batch_size(name) > 0
+    with pytest.raises(ValueError, match=r"'imagenet_vit_glu'.*ogbg"):
+        batch_sizes.get_batch_size("imagenet_vit_glu")
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5, 0.99])
+@pytest.mark.parametrize("horizon", [0.003, 0.75, 1.0])
+def test_schedule_lasts_its_horizon(horizon, warmup):
+    factors = [schedule.learning_rate_factor(300, horizon, warmup, step) for step in range(400)]
+    assert all(0 < factor <= 1 for factor in factors)
+    total = max(1, round(300 * horizon))
+    assert max(factors[:total]) == pytest.approx(1.0, abs=0.02)
+    if total > 10 and warmup < 0.9:
+        assert factors[total - 1] < 0.01
+        assert len(set(factors[total - 1 :])) == 1

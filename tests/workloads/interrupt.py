@@ -1,0 +1,90 @@
+"""Kills runs at chosen moments and resumes them. A program of its own, because it forks before any training.
+
+    python -m tests.workloads.interrupt FOLDER SUBMISSION MOMENT...
+
+A moment is `before:N` or `after:N` (the N-th rename of a file into place), or `step:N` (inside the N-th update).
+For each, a run is killed at that moment and then resumed, in FOLDER/MOMENT; FOLDER/whole is never killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.workloads.helpers import CHECKOUT, arguments, shrink
+from workloads import registry, run
+from workloads.runner.pytorch import PyTorchBackend
+
+MAX_STEPS = 5
+
+
+def kill_at(moment: str) -> None:
+    """Arranges that this process is killed at the moment."""
+    place, number = moment.split(":")
+    count = 0
+
+    def counted(function: Callable[..., Any], before: bool) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            nonlocal count
+            count += 1
+            if before and count == int(number):
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = function(*arguments)
+            if count == int(number):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return call
+
+    if place == "step":
+        PyTorchBackend.seed_step = counted(PyTorchBackend.seed_step, before=True)  # type: ignore[method-assign]
+    else:
+        os.replace = counted(os.replace, before=place == "before")
+
+
+def in_child(flags: list[str], moment: str | None) -> int:
+    """Runs the runner in a fork of this process; returns how it ended, negative for a signal."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            if moment:
+                kill_at(moment)
+            code = run.main(flags)
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def main(folder: Path, submission: str, moments: list[str]) -> None:
+    shrink(setattr)
+    # Loaded once, before the forks.
+    workload = registry.load("bible_lm", "pytorch")
+    registry.load = lambda name, framework: workload
+    folder.mkdir(parents=True, exist_ok=True)
+    space = folder / "space.json"
+    # Dropout, so that the generator's state matters.
+    space.write_text(json.dumps([{"learning_rate": 0.01, "dropout_rate": 0.2}]))
+    common = {
+        "submission_path": CHECKOUT / f"submissions/{submission}/pytorch/submission.py",
+        "tuning_ruleset": None,
+        "tuning_search_space": space,
+        "max_global_steps": MAX_STEPS,
+    }
+    for moment in [None, *moments]:
+        flags = arguments(folder / (moment or "whole"), **common)
+        code = in_child(flags, moment)
+        assert code == (-signal.SIGKILL if moment else 0), f"{moment}: the run ended with {code}"
+        if moment:
+            code = in_child([*flags, "--resume_last_run"], None)
+            assert code == 0, f"{moment}: the resumed run ended with {code}"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

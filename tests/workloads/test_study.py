@@ -1,0 +1,120 @@
+"""Studies: layout, seeds, skipping of finished trials, failures that are told; and the demo on top."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+
+from tests.workloads.helpers import metrics
+from workloads import demo, study
+
+
+def _main(folder, *flags):
+    return study.main(
+        [
+            "--submissions=nadamw",
+            "--workloads=bible_lm",
+            f"--experiment_dir={folder}",
+            "--max_global_steps=1",
+            *flags,
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    assert _main(folder, "--num_studies=2", "--jobs=2") == 0
+    return folder
+
+
+def test_layout_and_seeds(finished):
+    trials = [finished / f"nadamw/study_{j}/bible_lm_pytorch/trial_1" for j in (1, 2)]
+    seeds = [json.loads((trial / "meta_data_0.json").read_text())["rng_seed"] for trial in trials]
+    assert seeds == [study.study_seed(1), study.study_seed(2)]
+    assert metrics(trials[0]) != metrics(trials[1])
+    # Readers of the experiment take visible folders for submissions.
+    assert [path.name for path in finished.iterdir() if not path.name.startswith(".")] == ["nadamw"]
+
+
+def test_finished_trials_are_skipped(finished, monkeypatch, capsys):
+    monkeypatch.setattr(study, "_start", lambda job: pytest.fail(f"{job.name} was started again"))
+    assert _main(finished, "--num_studies=2") == 0
+    assert capsys.readouterr().out.count(": kept, ") == 2
+
+
+def test_trial_finished_with_another_limit_does_not_count(finished, capsys):
+    assert study.main(["--submissions=nadamw", "--workloads=bible_lm", f"--experiment_dir={finished}"]) == 1
+    errors = capsys.readouterr().err
+    assert "FAILED, error: The trial" in errors
+    assert "was finished with --max_global_steps=1, not None" in errors
+
+
+def test_only_what_is_missing_is_run(finished, monkeypatch, capsys):
+    started = []
+
+    def fail(job):
+        started.append(job.name)
+        job.log.write_text("first line\nthe reason\n")
+        return subprocess.Popen(["false"])
+
+    monkeypatch.setattr(study, "_start", fail)
+    assert _main(finished, "--num_studies=3", "--jobs=1") == 1
+    assert started == ["nadamw/study_3/bible_lm_pytorch/trial_1"]
+    assert "FAILED, the reason (see " in capsys.readouterr().err
+
+
+def test_failure_is_told_with_its_reason(tmp_path, capsys, monkeypatch):
+    space = tmp_path / "space.json"
+    space.write_text('[{"learning_rate": -1}]')
+    assert _main(tmp_path / "x", f"--tuning_search_space={space}") == 1
+    errors = capsys.readouterr().err
+    assert "nadamw/study_1/bible_lm_pytorch/trial_1: FAILED" in errors
+    assert "'learning_rate' must be a number > 0" in errors
+    assert "1 of the trials failed" in errors
+
+
+def test_jobs_of_a_tuned_and_an_untuned_submission(tmp_path):
+    space = tmp_path / "space.json"
+    space.write_text('{"learning_rate": {"min": 1, "max": 2, "scaling": "log"}}')
+    values = study.define()
+    flags = [
+        "study",
+        "--submissions=nadamw,nadamw",
+        "--workloads=mnist_vit",
+        f"--experiment_dir={tmp_path}",
+        f"--tuning_search_space=nadamw={space}",
+        "--num_tuning_trials=4",
+        "--hparam_start_index=2",
+        "--nostop_at_target",
+    ]
+    values(flags)
+    jobs = study._jobs_of(values)
+    assert [job.folder.name for job in jobs[:2]] == ["trial_3", "trial_4"]
+    assert "--hparam_start_index=2" in jobs[0].command
+    assert "--num_tuning_trials=4" in jobs[0].command
+    assert "--stop_at_target=False" in jobs[0].command
+    assert "--save_checkpoints=True" in jobs[0].command
+    (untuned,) = study.jobs(tmp_path, ["nadamw"], ["mnist_vit"], "pytorch", [1], {}, [0, 1, 2])
+    assert "--tuning_ruleset=self" in untuned.command
+
+
+def test_demo_trains_and_reports(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "SUBMISSIONS", ("nadamw",))
+    commands = []
+
+    def report(command, **options):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(demo.subprocess, "run", report)
+    flags = [f"--output_dir={tmp_path}", "--max_global_steps=1"]
+    assert demo.main(flags) == 0
+    for workload in ("mnist_vit", "bible_lm"):
+        assert len(metrics(tmp_path / f"nadamw/study_1/{workload}_pytorch/trial_1")) == 1
+    assert commands[0][1:] == ["-m", "scoring", "report", str(tmp_path), f"--output_dir={tmp_path / 'report'}"]
+    assert f"The report lies in {tmp_path / 'report'}" in capsys.readouterr().out
+    monkeypatch.setattr(study, "_start", lambda job: pytest.fail("nothing was left to train"))
+    assert demo.main(flags) == 0

@@ -1,0 +1,1 @@
+"""The PyTorch part of bible_lm."""

@@ -1,0 +1,58 @@
+"""bible_lm without a framework: task, sizes, budget and batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from algoperf_kfac.spec import LossType
+from workloads.data import bible
+from workloads.workload import Workload
+
+# PLACEHOLDER until NadamW is tuned; then set as AlgoPerf sets its targets. Nats per character.
+VALIDATION_TARGET = 1.65
+TEST_TARGET = 1.70
+
+WIDTH = 64
+DEPTH = 2
+HEADS = 4
+MLP_WIDTH = 256
+
+
+class BaseBibleLmWorkload(Workload):
+    """Predicts the next character of the World English Bible from up to 64 before it."""
+
+    target_metric_name = "loss"
+    lower_is_better = True
+    validation_target_value = VALIDATION_TARGET
+    test_target_value = TEST_TARGET
+    loss_type = LossType.SOFTMAX_CROSS_ENTROPY
+    num_eval_train_examples = bible.NUM_WINDOWS["eval_train"]
+    num_validation_examples = bible.NUM_WINDOWS["validation"]
+    num_test_examples = bible.NUM_WINDOWS["test"]
+    eval_batch_size = 128
+    train_mean = None
+    train_stddev = None
+    max_allowed_runtime_sec = 900
+    eval_period_time_sec = 3
+    eval_period_steps = 10
+    step_hint = 500
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._text = bible.load()
+
+    @property
+    def num_train_examples(self) -> int:
+        return len(self._text.parts["train"]) // bible.LENGTH
+
+    def is_output_params(self, param_key: str) -> bool:
+        return param_key in ("output.weight", "output.bias")
+
+    def numpy_batch(self, data_rng: Any, split: str, index: int, batch_size: int) -> dict[str, np.ndarray]:
+        """Batch `index` of a split; see `workloads.data.bible` for keys and shapes."""
+        if split == "train":
+            return bible.train_batch(self._text.parts["train"], data_rng, index, batch_size)
+        part = self._text.parts["train" if split == "eval_train" else split]
+        return bible.eval_batch(part, bible.NUM_WINDOWS[split], index, batch_size)

@@ -1,0 +1,68 @@
+"""The demo: K-FAC-expand, K-FAC-reduce and NadamW race to a target on real data, then the report.
+
+    python -m workloads.demo --output_dir=runs/demo
+
+Run again, it keeps finished runs and only writes the report anew.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from workloads import registry, study
+from workloads.errors import UserError
+from workloads.runner import experiment
+from workloads.runner.flags import parse
+
+SUBMISSIONS = ("nadamw", "kfac_expand", "kfac_reduce")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs with the given arguments (default: the command line's); returns the exit code."""
+    values = flags.FlagValues()
+    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=values)
+    flags.DEFINE_string("output_dir", None, "Where to. Required.", flag_values=values)
+    flags.DEFINE_integer("jobs", 2, "Runs at a time, a core each.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer(
+        "max_global_steps", None, "Default: each workload's step_hint.", lower_bound=1, flag_values=values
+    )
+    try:
+        parse(sys.argv[1:] if argv is None else argv, values, "python -m workloads.demo", ("output_dir",))
+        return demo(Path(values.output_dir).expanduser().resolve(), values.jobs, values.max_global_steps)
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
+def demo(output: Path, parallel: int, max_steps: int | None = None) -> int:
+    """One study of each submission on each workload, then the report; returns the exit code."""
+    experiment.check_writable(output)
+    workloads = list(registry.WORKLOADS)
+    for name in workloads:
+        registry.load(name, "pytorch")  # missing packages show here, once, and not in every job
+    jobs = study.jobs(output, SUBMISSIONS, workloads, "pytorch", [1], {}, [0], max_steps)
+    print(f"==> Training {', '.join(SUBMISSIONS)} on {', '.join(workloads)}, {parallel} at a time", flush=True)
+    failed = study.run(jobs, parallel)
+    print("==> Writing the report", flush=True)
+    report = output / "report"
+    command = [sys.executable, "-m", "scoring", "report", str(output), f"--output_dir={report}"]
+    finished = subprocess.run(command, cwd=study.SUBMISSIONS_FOLDER.parent, check=False)
+    if finished.returncode != 0:
+        print(f"error: the report could not be written ({' '.join(command[1:])})", file=sys.stderr)
+        return 1
+    print(f"==> The report lies in {report}")
+    if failed:
+        print(f"error: {len(failed)} of the runs failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

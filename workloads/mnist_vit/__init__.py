@@ -1,0 +1,1 @@
+"""A vision transformer that classifies MNIST images: the reduce setting (one label for all positions)."""

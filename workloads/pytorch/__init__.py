@@ -1,0 +1,1 @@
+"""What the PyTorch parts of all workloads share."""

@@ -1,0 +1,52 @@
+"""The embedded workloads by name."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+
+from workloads.errors import UserError
+from workloads.workload import Workload
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a workload lives.
+
+    Attributes:
+      package: holds `<framework>/workload.py`, one for each framework.
+      class_name: of the workload, the same in each framework.
+      frameworks: those it exists for.
+    """
+
+    package: str
+    class_name: str
+    frameworks: tuple[str, ...]
+
+
+WORKLOADS = {
+    "mnist_vit": Entry("workloads.mnist_vit", "MnistVitWorkload", ("pytorch",)),
+    "bible_lm": Entry("workloads.bible_lm", "BibleLmWorkload", ("pytorch",)),
+}
+
+
+def load(name: str, framework: str) -> Workload:
+    """A new instance of the workload.
+
+    Raises:
+      UserError: no workload of that name, not in that framework, or the framework or the data are not installed.
+    """
+    if name not in WORKLOADS:
+        raise UserError(f"Unknown workload '{name}'. Known: {', '.join(WORKLOADS)}.")
+    entry = WORKLOADS[name]
+    if framework not in entry.frameworks:
+        raise UserError(f"Workload '{name}' has no framework '{framework}'. Known: {', '.join(entry.frameworks)}.")
+    try:
+        module = importlib.import_module(f"{entry.package}.{framework}.workload")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("workloads"):
+            raise
+        raise UserError(
+            f"The module '{error.name}' is not installed. Run: pip install -e '.[torch,bench]' in the checkout."
+        ) from None
+    return getattr(module, entry.class_name)()

@@ -1,0 +1,221 @@
+"""Trains a submission on an embedded workload, with the flags, rules and files of AlgoPerf's runner.
+
+    python -m workloads.run --workload=mnist_vit --framework=pytorch \\
+        --submission_path=submissions/nadamw/pytorch/submission.py \\
+        --tuning_search_space=tuning_search_spaces/nadamw.json --num_tuning_trials=2 \\
+        --experiment_dir=runs --experiment_name=first
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import struct
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from workloads import registry, seeds
+from workloads.errors import UserError
+from workloads.runner import experiment, loop, tuning
+from workloads.runner import flags as runner_flags
+from workloads.runner import submission as submissions
+from workloads.runner.logs import read_hyperparameters
+from workloads.workload import Workload
+
+REQUIRED = ("workload", "framework", "submission_path", "experiment_dir", "experiment_name")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs with the given arguments (default: the command line's); returns the exit code."""
+    flags = runner_flags.define()
+    try:
+        runner_flags.parse(sys.argv[1:] if argv is None else argv, flags, "python -m workloads.run", REQUIRED)
+        run(flags)
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; go on with --resume_last_run", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(flags: Any) -> list[dict[str, Any]]:
+    """Trains all trials; returns their outcomes.
+
+    Raises:
+      UserError: something the user can put right, before any training if it can be known then.
+    """
+    workload_name, framework = flags.workload, flags.framework
+    points = _points(flags)
+    if workload_name not in registry.WORKLOADS:
+        raise UserError(f"Unknown workload '{workload_name}'. Known: {', '.join(registry.WORKLOADS)}.")
+    backend = _backend(framework)
+    workload = registry.load(workload_name, framework)
+    submission = submissions.load(flags.submission_path)
+    batch_size = submissions.batch_size(submission, workload_name, backend.device_count())
+    eval_batch_size = workload.eval_batch_size
+    if submission.get_eval_batch_size is not None:
+        eval_batch_size = submission.get_eval_batch_size(workload_name)
+        submissions.check_divides("evaluation batch size", eval_batch_size, backend.device_count())
+    if flags.overwrite and flags.resume_last_run:
+        raise UserError("--overwrite and --resume_last_run exclude each other; give one of them.")
+    backend.start()
+    _check_points(workload, submission, backend, points, flags.save_checkpoints)
+    folder = experiment.open_folder(
+        flags.experiment_dir,
+        flags.experiment_name,
+        workload_name,
+        framework,
+        flags.overwrite and backend.is_main(),
+        flags.resume_last_run or not backend.is_main(),
+    )
+    for index, point in points:
+        _check_earlier_run(folder / f"trial_{index + 1}", point, flags)
+    outcomes = []
+    for index, point in points:
+        trial_folder = folder / f"trial_{index + 1}"
+        with _disk_errors_explained(trial_folder):
+            trial_folder.mkdir(exist_ok=True)
+            outcome = experiment.outcome(trial_folder)
+            if outcome is None:
+                with experiment.lock(trial_folder) if backend.is_main() else contextlib.nullcontext():
+                    outcome = loop.run(
+                        loop.Trial(
+                            workload=workload,
+                            workload_name=workload_name,
+                            submission=submission,
+                            backend=backend,
+                            hyperparameters=point,
+                            folder=trial_folder,
+                            seed=int(backend.same_on_all(_seed(flags.rng_seed, trial_folder))),
+                            batch_size=batch_size,
+                            eval_batch_size=eval_batch_size,
+                            max_steps=flags.max_global_steps or workload.step_hint,
+                            max_runtime_sec=_runtime(workload, flags.tuning_ruleset),
+                            data_dir=flags.data_dir or "",
+                            stop_at_target=flags.stop_at_target,
+                            save_checkpoints=flags.save_checkpoints,
+                            keep_all_checkpoints=flags.save_intermediate_checkpoints,
+                            torch_compile=flags.torch_compile,
+                            flags=flags.flag_values_dict(),
+                        )
+                    )
+        if backend.is_main():
+            print(f"{trial_folder}: {describe(outcome)}", flush=True)
+        outcomes.append(outcome)
+    backend.stop()
+    return outcomes
+
+
+def describe(outcome: dict[str, Any]) -> str:
+    """An outcome in words."""
+    metric, target = outcome["metric"], outcome["target"]
+    if outcome["steps_to_target"] is not None:
+        head = f"target {metric} {target} reached at step {outcome['steps_to_target']}"
+        head += f" after {outcome['time_to_target']:.1f} s of training"
+    else:
+        head = f"target {metric} {target} not reached in {outcome['global_step']} steps"
+    best = "none" if outcome["best_metric"] is None else f"{outcome['best_metric']:.4f}"
+    return f"{head}; best {best}, {outcome['ms_per_step']:.1f} ms per step (ended by: {outcome['reason']})"
+
+
+def _points(flags: Any) -> list[tuple[int, Any]]:
+    if flags.tuning_ruleset not in ("external", "self"):
+        raise UserError(f"Unknown --tuning_ruleset '{flags.tuning_ruleset}'. Known: external, self.")
+    if flags.tuning_ruleset == "self":
+        if flags.tuning_search_space is not None:
+            raise UserError("--tuning_search_space does not go with --tuning_ruleset=self; leave one out.")
+        return [(0, None)]
+    if flags.tuning_search_space is None:
+        raise UserError(
+            "The flag --tuning_search_space is missing; give a JSON file, or --tuning_ruleset=self for the "
+            "submission's own point."
+        )
+    points = tuning.read_points(flags.tuning_search_space, flags.num_tuning_trials)
+    return tuning.select(points, flags.hparam_start_index, flags.hparam_end_index)
+
+
+def _backend(framework: str) -> Any:
+    if framework not in runner_flags.FRAMEWORKS:
+        raise UserError(f"Unknown framework '{framework}'. Known: {', '.join(runner_flags.FRAMEWORKS)}.")
+    if framework == "jax":
+        raise UserError("The framework 'jax' is not available in this runner yet. Known: pytorch.")
+    try:
+        from workloads.runner.pytorch import PyTorchBackend
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"The module '{error.name}' is not installed. Run: pip install -e '.[torch,bench]' in the checkout."
+        ) from None
+    return PyTorchBackend()
+
+
+def _check_points(
+    workload: Workload,
+    submission: submissions.Submission,
+    backend: Any,
+    points: list[tuple[int, Any]],
+    save_checkpoints: bool,
+) -> None:
+    """Lets the submission refuse a point now, not after hours of training the points before it."""
+    for index, point in points:
+        params, model_state = workload.init_model_fn(seeds.root(0))
+        try:
+            state = submission.init_optimizer_state(workload, params, model_state, point, seeds.root(0))
+        except ValueError as error:
+            where = "its own point" if point is None else f"point {index}"
+            raise UserError(f"The submission refuses {where}: {error}.") from None
+        if save_checkpoints:
+            backend.check_optimizer_state(state)
+
+
+def _check_earlier_run(trial_folder: Path, point: Any, flags: Any) -> None:
+    """Refuses to take an earlier run of other settings for this one."""
+    remedy = "choose another --experiment_name, or replace it by --overwrite"
+    saved = read_hyperparameters(trial_folder)
+    if saved is not None and saved != (None if point is None else point._asdict()):
+        raise UserError(f"The trial {trial_folder} has other hyperparameters (hparams.json); {remedy}.")
+    outcome = experiment.outcome(trial_folder)
+    if outcome is not None:
+        for name in loop.SETTINGS:
+            before, now = outcome["settings"][name], flags[name].value
+            if before != now:
+                raise UserError(
+                    f"The trial {trial_folder} was finished with --{name}={before}, not {now}; {remedy}."
+                )
+
+
+def _seed(given: int | None, trial_folder: Path) -> int:
+    recorded = experiment.recorded_seed(trial_folder)
+    if recorded is not None:
+        if given is not None and given != recorded:
+            raise UserError(
+                f"The trial {trial_folder} was begun with --rng_seed={recorded}; resume it with that seed or none."
+            )
+        return recorded
+    return struct.unpack("I", os.urandom(4))[0] if given is None else given
+
+
+def _runtime(workload: Workload, ruleset: str) -> float:
+    return workload.max_allowed_runtime_sec * (loop.SELF_TUNING_FACTOR if ruleset == "self" else 1.0)
+
+
+@contextlib.contextmanager
+def _disk_errors_explained(trial_folder: Path) -> Iterator[None]:
+    """Turns a full or unwritable disk into a line that says what is kept."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        raise UserError(
+            f"Cannot write to {trial_folder}: {error.strerror}. Results up to the last evaluation are kept; "
+            "make room and go on with --resume_last_run."
+        ) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The parts of the runner: flags, tuning, the training loop, logs, checkpoints, progress."""

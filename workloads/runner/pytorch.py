@@ -1,0 +1,116 @@
+"""What the runner does differently for PyTorch: seeds, clock, compilation, and the content of checkpoints."""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from workloads.errors import UserError
+from workloads.pytorch import devices
+
+
+class PyTorchBackend:
+    """The framework-specific half of the runner. A JAX one will have the same methods."""
+
+    def start(self) -> None:
+        """Makes results repeatable and joins the other processes, if any."""
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS's deterministic mode
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        # The mode would also fill every torch.empty, a cost for nothing: no code here reads it unwritten.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        devices.start_processes()
+
+    def stop(self) -> None:
+        devices.stop_processes()
+
+    def device_count(self) -> int:
+        return devices.world_size()
+
+    def is_main(self) -> bool:
+        """Whether this process writes the files."""
+        return devices.rank() == 0
+
+    def versions(self) -> dict[str, str]:
+        return {"torch_version": torch.__version__, "device": _device_name()}
+
+    def seed_step(self, rng: np.ndarray) -> None:
+        """Seeds PyTorch's generator: what a step draws depends on (seed, step), so a resumed run draws the same."""
+        torch.manual_seed(int(rng[0]))
+
+    def now(self) -> float:
+        """Seconds on a steady clock, once the device has done its work."""
+        devices.synchronize()
+        return time.perf_counter()
+
+    def compiled(self, model: nn.Module) -> Any:
+        return torch.compile(model)
+
+    def same_on_all(self, value: float) -> float:
+        """The main process's value, for decisions that all processes must take alike."""
+        if self.device_count() == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=devices.device())
+        torch.distributed.broadcast(tensor, src=0)
+        return tensor.item()
+
+    def watch_loss(self, workload: Any) -> Callable[[], float]:
+        """Returns a function that reads the last training loss; only reading it waits for the device."""
+        original = workload.loss_fn
+        last: dict[str, torch.Tensor] = {}
+
+        def loss_fn(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+            losses = original(*args, **kwargs)
+            if losses["summed"].requires_grad:  # not in evaluations
+                last.update(summed=losses["summed"].detach(), n=losses["n_valid_examples"])
+            return losses
+
+        workload.loss_fn = loss_fn
+        return lambda: float(last["summed"] / last["n"]) if last else float("nan")
+
+    def check_optimizer_state(self, optimizer_state: Any) -> None:
+        """Raises UserError unless the state can be saved the way the official harness saves it."""
+        if not isinstance(optimizer_state, dict):
+            raise UserError("The submission's init_optimizer_state must return a dict in PyTorch.")
+        for key, value in optimizer_state.items():
+            if not (hasattr(value, "state_dict") and hasattr(value, "load_state_dict")):
+                raise UserError(
+                    f"The submission's optimizer state '{key}' has no state_dict and load_state_dict, "
+                    "so it cannot be resumed; use --nosave_checkpoints or wrap it."
+                )
+
+    def pack(self, model: nn.Module, optimizer_state: dict[str, Any], rest: dict[str, Any]) -> bytes:
+        """The content of a checkpoint file."""
+        buffer = io.BytesIO()
+        content = {
+            "model_params": unwrapped(model).state_dict(),
+            "optimizer_state": {key: value.state_dict() for key, value in optimizer_state.items()},
+            **rest,
+        }
+        torch.save(content, buffer)
+        return buffer.getvalue()
+
+    def unpack(self, content: bytes, model: nn.Module, optimizer_state: dict[str, Any]) -> dict[str, Any]:
+        """Loads a checkpoint into model and optimizer state; returns the rest."""
+        checkpoint = torch.load(io.BytesIO(content), map_location=devices.device(), weights_only=True)
+        unwrapped(model).load_state_dict(checkpoint.pop("model_params"))
+        saved = checkpoint.pop("optimizer_state")
+        for key, value in optimizer_state.items():
+            value.load_state_dict(saved[key])
+        return checkpoint
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile and DistributedDataParallel."""
+    model = getattr(model, "_orig_mod", model)
+    return getattr(model, "module", model) if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
