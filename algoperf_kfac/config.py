@@ -10,7 +10,7 @@ from typing import Any
 APPROXIMATIONS = ("expand", "reduce")
 FISHERS = ("empirical", "mc", "exact")
 PRECONDITIONERS = ("eigen", "inverse")
-SCALINGS = ("root", "inverse", "second_moment")
+SCALINGS = ("power", "root", "inverse", "second_moment")
 DAMPING_MODES = ("relative", "absolute")
 LARGE_FACTORS = ("block", "one_sided")
 LAYER_KINDS = ("linear", "conv", "conv_transpose")
@@ -33,14 +33,18 @@ class KFACConfig:
             (type-2, all columns of the output Hessian's root; small outputs only).
         fisher_samples: label samples per statistics step, for "mc".
         preconditioner: "eigen" (factors' eigenbases) or "inverse" (damped inverses, as in the paper).
-        scaling: for "eigen", how the rotated momentum is scaled: "root" (eigenvalues to the power -1/2),
-            "inverse" (power -1) or "second_moment" (Adam's second moment of the rotated gradient).
+        scaling: for "eigen", how the rotated momentum is scaled: "power" (by the eigenvalues to the power
+            -`power`), "root" and "inverse" (the powers -1/2 and -1 by name), or "second_moment" (Adam's second
+            moment of the rotated gradient).
+        power: exponent for scaling="power", in (0, 1]; 1 is K-FAC's own, 1/2 Adam's in the eigenbasis.
         damping: with "relative", lambda_A = damping tr(A)/P_in and lambda_B = damping tr(B)/P_out; with
             "absolute", lambda_A = pi sqrt(damping) and lambda_B = sqrt(damping)/pi with
             pi^2 = (tr(A)/P_in) / (tr(B)/P_out) (Martens and Grosse 2015, section 6.3).
         damping_mode: "relative" or "absolute".
         factor_decay: decay of the moving averages of A and B per statistics step, bias-corrected.
         factor_interval: steps between statistics steps.
+        initial_statistics: the first so many steps all take statistics, so that the first bases do not rest on
+            one batch.
         refresh_interval: steps between refreshes of a layer's preconditioner, a multiple of factor_interval.
         drift_tolerance: with "eigen", a due refresh is skipped where the old basis still diagonalises the
             factor up to this share of its Frobenius norm; the eigenvalues are updated all the same.
@@ -66,11 +70,13 @@ class KFACConfig:
     fisher: str = "empirical"
     fisher_samples: int = 1
     preconditioner: str = "eigen"
-    scaling: str = "root"
-    damping: float = 1e-3
+    scaling: str = "power"
+    power: float = 0.75
+    damping: float = 1e-4
     damping_mode: str = "relative"
     factor_decay: float = 0.9
     factor_interval: int = 10
+    initial_statistics: int = 10
     refresh_interval: int = 20
     drift_tolerance: float = 0.0
     grafting: bool = True
@@ -93,8 +99,8 @@ class KFACConfig:
                 number = isinstance(value, int | float) and not isinstance(value, bool)
                 check(field.name, number and math.isfinite(value), "a finite number")
             elif field.type == "int":
-                whole = isinstance(value, int | float) and not isinstance(value, bool) and value == int(value)
-                check(field.name, whole, "a whole number")
+                number = isinstance(value, int | float) and not isinstance(value, bool)
+                check(field.name, number and math.isfinite(value) and value == int(value), "a whole number")
                 # Ranges of a search space give floats, integers included.
                 object.__setattr__(self, field.name, int(value))
         check("learning_rate", self.learning_rate >= 0, "a number >= 0")
@@ -112,10 +118,12 @@ class KFACConfig:
         check("fisher_samples", self.fisher_samples >= 1, "at least 1")
         check("preconditioner", self.preconditioner in PRECONDITIONERS, f"one of {PRECONDITIONERS}")
         check("scaling", self.scaling in SCALINGS, f"one of {SCALINGS}")
+        check("power", 0 < self.power <= 1, "a number in (0, 1]")
         check("damping", self.damping > 0, "a number > 0")
         check("damping_mode", self.damping_mode in DAMPING_MODES, f"one of {DAMPING_MODES}")
         check("factor_decay", 0 <= self.factor_decay < 1, "a number in [0, 1)")
         check("factor_interval", self.factor_interval >= 1, "at least 1")
+        check("initial_statistics", self.initial_statistics >= 0, "at least 0")
         check(
             "refresh_interval",
             self.refresh_interval >= 1 and self.refresh_interval % self.factor_interval == 0,
@@ -129,7 +137,9 @@ class KFACConfig:
         check("horizon_factor", self.horizon_factor > 0, "a number > 0")
         check("label_smoothing", 0 <= self.label_smoothing < 1, "a number in [0, 1)")
         check("dropout_rate", 0 <= self.dropout_rate < 1, "a number in [0, 1)")
-        check("grad_clip", self.grad_clip is None or self.grad_clip > 0, "a number > 0, or None")
+        clip = self.grad_clip
+        number = isinstance(clip, int | float) and not isinstance(clip, bool)
+        check("grad_clip", clip is None or (number and 0 < clip < math.inf), "a number > 0, or None")
 
     @classmethod
     def from_hyperparameters(cls, hyperparameters: Any, **defaults: Any) -> KFACConfig:
@@ -158,6 +168,11 @@ class KFACConfig:
         if unknown:
             raise ValueError(f"unknown hyperparameter {unknown[0]!r}: known are {sorted(known)}")
         return cls(**(defaults | point))
+
+    @property
+    def exponent(self) -> float:
+        """Power of the inverse eigenvalues for the scalings that use them."""
+        return {"root": 0.5, "inverse": 1.0}.get(self.scaling, self.power)
 
     def approximation_for(self, kind: str) -> str:
         """The approximation of a layer kind."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -152,7 +153,8 @@ class ConvGeometry:
         if self.transposed and any(s > 1 for s in self.stride):
             spread = [s * (n - 1) + 1 for s, n in zip(self.stride, self.in_size, strict=True)]
             inserted = x.new_zeros(*x.shape[:2], *spread)
-            inserted[(..., *(slice(None, None, s) for s in self.stride))] = x
+            every: tuple[Any, ...] = (..., *(slice(None, None, s) for s in self.stride))
+            inserted[every] = x
             x = inserted
         pads: list[int] = []
         for dim in range(len(self.kernel)):
@@ -168,12 +170,12 @@ class ConvGeometry:
 
     def window(self, padded: Tensor, offset: Sequence[int]) -> Tensor:
         """(N, C, *out_size): what kernel offset `offset` reads at each output position."""
-        slices = []
+        slices: list[Any] = [...]
         for dim, i in enumerate(offset):
             i = self.kernel[dim] - 1 - i if self.transposed else i
             start, stride = self.dilation[dim] * i, self._read_stride(dim)
             slices.append(slice(start, start + stride * (self.out_size[dim] - 1) + 1, stride))
-        return padded[(..., *slices)]
+        return padded[tuple(slices)]
 
     def patches(self, padded: Tensor, groups: int) -> Tensor:
         """(N, C, *padded) -> (N, R, groups, P): the unfolded patches, P = C/groups x kernel positions."""

@@ -25,7 +25,7 @@ from algoperf_kfac.pytorch.capture import (
 from algoperf_kfac.pytorch.discovery import RAW, CoveredLayer, discover, spec_of_operation, unwrap
 from algoperf_kfac.pytorch.factors import from_matrix, to_matrix
 from algoperf_kfac.pytorch.nadamw import nadamw_directions, nesterov
-from algoperf_kfac.pytorch.preconditioner import LayerState, precondition, refresh
+from algoperf_kfac.pytorch.preconditioner import LayerState, precondition, refresh, set_operators
 
 
 class FactorPair(NamedTuple):
@@ -117,6 +117,7 @@ class KFAC(torch.optim.Optimizer):
         self._missed: dict[str, str] = {}
         self._graft: dict[str, Tensor] = {}
         self._cosine: dict[str, Tensor] = {}
+        self._stand_ins = torch.zeros((), device=trainable[0].device)
         self._generator = torch.Generator(device=trainable[0].device)
         self._generator.manual_seed(seed)
 
@@ -169,7 +170,7 @@ class KFAC(torch.optim.Optimizer):
     @property
     def is_statistics_step(self) -> bool:
         """Whether the coming `step()` takes statistics."""
-        return self._steps % self.config.factor_interval == 0
+        return self._steps < self.config.initial_statistics or self._steps % self.config.factor_interval == 0
 
     def capture(
         self,
@@ -274,7 +275,7 @@ class KFAC(torch.optim.Optimizer):
         """Layers to refresh at this statistics step: staggered, but all of them while the statistics are young."""
         cycle = self.config.refresh_interval // self.config.factor_interval
         index = self._steps // self.config.factor_interval
-        young = self._steps < self.config.refresh_interval
+        young = self._steps < max(self.config.refresh_interval, self.config.initial_statistics)
         return [
             name
             for i, name in enumerate(self._layers)
@@ -371,54 +372,67 @@ class KFAC(torch.optim.Optimizer):
     def _second_order(self, directions: dict[int, list[Tensor]]) -> None:
         """Replace the directions of covered layers by their K-FAC directions."""
         beta2s = {id(p): group["betas"][1] for group in self.param_groups for p in group["params"]}
-        todo = []
+        names: list[str] = []
+        momenta: list[Tensor] = []
+        kfac: list[Tensor] = []
         for name, layer in self._layers.items():
-            weight, bias = layer.weight, layer.bias
-            if weight.grad is None or (bias is not None and bias.grad is None):
+            params = [p for p in (layer.weight, layer.bias) if p is not None]
+            if any(p.grad is None for p in params):
                 continue
-            pick = [None if p is None else directions[id(p)] for p in (weight, bias)]
-
-            def matrix(k: int, pick: Any = pick, spec: LayerSpec = layer.spec, like: Tensor = weight) -> Tensor:
-                parts = [None if d is None else d[k].to(_factor_dtype(like)) for d in pick]
-                return to_matrix(parts[0], parts[1], spec)  # type: ignore[arg-type]
-
-            momentum = matrix(1)
+            momentum = self._matrix(layer, [directions[id(p)][1] for p in params])
             gradient = momentum
             if self.config.scaling == "second_moment":
-                grads = [None if p is None else p.grad.to(_factor_dtype(weight)) for p in (weight, bias)]  # type: ignore[union-attr]
-                gradient = to_matrix(grads[0], grads[1], layer.spec)  # type: ignore[arg-type]
-            direction = precondition(self._states[name], momentum, gradient, self.config, beta2s[id(weight)])
-            todo.append((name, layer, matrix(0), momentum, direction))
-        if not todo:
+                gradient = self._matrix(layer, [p.grad for p in params if p.grad is not None])
+            names.append(name)
+            momenta.append(momentum)
+            beta2 = beta2s[id(layer.weight)]
+            kfac.append(precondition(self._states[name], momentum, gradient, self.config, beta2))
+        if not names:
             return
-        # Where factors are all but singular a direction may vanish or overflow: the first-order one then stands.
-        norms = torch._foreach_norm([direction for *_, direction in todo])
+        norms = torch.stack(torch._foreach_norm(kfac))
+        ratios = torch.ones_like(norms)
         if self.config.grafting:
-            lengths = torch._foreach_norm([adam for _, _, adam, _, _ in todo])
-            for i, (name, layer, adam, momentum, direction) in enumerate(todo):
-                ratio = lengths[i] / norms[i]
-                usable = ratio.isfinite() & norms[i].isfinite()
-                self._graft[name] = torch.where(usable, ratio, 1.0)
-                todo[i] = (name, layer, adam, momentum, torch.where(usable, direction * ratio, adam))
-        else:
-            for i, (name, layer, adam, momentum, direction) in enumerate(todo):
-                todo[i] = (name, layer, adam, momentum, torch.where(norms[i].isfinite(), direction, momentum))
+            ratios = self._first_order_norms(names, directions).to(norms.dtype) / norms
+        # Where factors are all but singular a direction may vanish or overflow: the first-order one then stands.
+        usable = ratios.isfinite() & norms.isfinite()
+        self._stand_ins += (~usable).sum()
+        ratios = torch.where(usable, ratios, 1.0)
+        torch._foreach_mul_(kfac, list(ratios.unbind()))
         if self.is_statistics_step:
-            for name, _, _, momentum, direction in todo:
-                self._cosine[name] = torch.cosine_similarity(momentum.flatten(), direction.flatten(), dim=0)
-        for _, layer, _, _, direction in todo:
-            weight_step, bias_step = from_matrix(direction, layer.spec)
-            directions[id(layer.weight)][0] = weight_step
-            if layer.bias is not None and bias_step is not None:
-                directions[id(layer.bias)][0] = bias_step
+            self._graft = dict(zip(names, ratios.unbind(), strict=True))
+            dots = [torch.dot(m.flatten(), d.flatten()) for m, d in zip(momenta, kfac, strict=True)]
+            products = torch.stack(torch._foreach_norm(momenta)) * norms * ratios
+            self._cosine = dict(zip(names, (torch.stack(dots) / products).unbind(), strict=True))
+        for name, direction, ok in zip(names, kfac, usable.unbind(), strict=True):
+            layer = self._layers[name]
+            for p, step in zip((layer.weight, layer.bias), from_matrix(direction, layer.spec), strict=True):
+                if p is not None and step is not None:
+                    directions[id(p)][0] = torch.where(ok, step, directions[id(p)][0])
+
+    def _matrix(self, layer: CoveredLayer, parts: list[Tensor]) -> Tensor:
+        """A layer's weight and bias parts as one matrix, in the factors' dtype."""
+        parts = [part.to(_factor_dtype(layer.weight)) for part in parts]
+        return to_matrix(parts[0], parts[1] if len(parts) > 1 else None, layer.spec)
+
+    def _first_order_norms(self, names: list[str], directions: dict[int, list[Tensor]]) -> Tensor:
+        """(layers,): the norms of the layers' NadamW directions, weight and bias together."""
+        layers = [self._layers[name] for name in names]
+        weights = torch.stack(torch._foreach_norm([directions[id(layer.weight)][0] for layer in layers]))
+        with_bias = [i for i, layer in enumerate(layers) if layer.bias is not None]
+        if not with_bias:
+            return weights
+        biases = torch._foreach_norm([directions[id(layers[i].bias)][0] for i in with_bias])
+        index = torch.tensor(with_bias, device=weights.device)
+        return weights.square().index_add(0, index, torch.stack(biases).square()).sqrt()
 
     # Monitoring --------------------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, float]:
         """Counts and ratios for monitoring; reading them synchronises with the device.
 
-        Per layer: refreshes, failures, skipped refreshes, dropped statistics, drift, the graft ratio of the last
-        step, and the cosine between K-FAC direction and momentum gradient at the last statistics step; and
+        `stand_ins` counts K-FAC directions that vanished or overflowed and were replaced by first-order ones.
+        Per layer: refreshes, failures, skipped refreshes, dropped statistics, drift, the graft ratio
+        and the cosine between K-FAC direction and momentum gradient, both at the last statistics step; and
         their totals or means over layers.
         """
         out: dict[str, float] = {
@@ -428,6 +442,7 @@ class KFAC(torch.optim.Optimizer):
         }
         for key in ("refreshes", "failures", "skipped"):
             out[key] = float(sum(getattr(state, key) for state in self._states.values()))
+        out["stand_ins"] = float(self._stand_ins)
         out["dropped"] = sum(float(state.dropped) for state in self._states.values())
         for key, values in (("graft_ratio", self._graft), ("cosine", self._cosine)):
             numbers = {name: float(value) for name, value in values.items() if name in self._layers}
@@ -463,6 +478,7 @@ class KFAC(torch.optim.Optimizer):
             "preconditioner": self.config.preconditioner,
             "generator": self._generator.get_state(),
             "missed": dict(self._missed),
+            "stand_ins": self._stand_ins,
             "fallbacks": [dataclasses.asdict(f) for f in self._fallbacks],
             "layers": {
                 name: {
@@ -498,8 +514,10 @@ class KFAC(torch.optim.Optimizer):
                 self._adopt(_spec_from(entry["spec"]))
             like = self._factor_like(self._layers[name].weight)
             self._states[name] = LayerState(**{k: _to(v, like) for k, v in entry["state"].items()})
+            set_operators(self._states[name], self.config)
         self._steps = kfac["steps"]
         self._missed = dict(kfac["missed"])
+        self._stand_ins.copy_(kfac["stand_ins"])
         self._generator.set_state(kfac["generator"].cpu())
         self._pending.clear()
 
@@ -556,6 +574,7 @@ _COPIED = (
     "_missed",
     "_graft",
     "_cosine",
+    "_stand_ins",
 )
 
 

@@ -1,14 +1,24 @@
-"""The point both K-FAC submissions train with where the search space leaves a hyperparameter open."""
+"""The points the K-FAC submissions train with where the search space leaves a hyperparameter open.
+
+One point per approximation, the same for every workload.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-DEFAULTS: dict[str, Any] = {
-    "learning_rate": 1e-2,
-    "one_minus_beta1": 0.1,
+_COMMON: dict[str, Any] = {
+    "one_minus_beta1": 0.2,
     "beta2": 0.99,
     "weight_decay": 0.05,
-    "warmup_factor": 0.05,
-    "horizon_factor": 0.5,
+    "warmup_factor": 0.1,
+    "grad_clip": 0.25,
+    "factor_decay": 0.98,
+    "factor_interval": 2,
+    "refresh_interval": 6,
+}
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "expand": _COMMON | {"learning_rate": 2e-2, "horizon_factor": 0.48},
+    "reduce": _COMMON | {"learning_rate": 2.5e-2, "horizon_factor": 0.54},
 }

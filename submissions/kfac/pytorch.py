@@ -25,7 +25,8 @@ class KFACSubmission:
         self._approximation = approximation
 
     def _config(self, hyperparameters: Any) -> KFACConfig:
-        return KFACConfig.from_hyperparameters(hyperparameters, **DEFAULTS, approximation=self._approximation)
+        defaults = DEFAULTS[self._approximation]
+        return KFACConfig.from_hyperparameters(hyperparameters, **defaults, approximation=self._approximation)
 
     def init_optimizer_state(
         self, workload: Any, model_params: nn.Module, model_state: Any, hyperparameters: Any, rng: Any

@@ -14,8 +14,14 @@ from tests.math import dense
 
 PRECONDITIONERS = pytest.mark.parametrize(
     "config",
-    [{"preconditioner": "inverse"}, {"scaling": "root"}, {"scaling": "inverse"}, {"scaling": "second_moment"}],
-    ids=["inverse", "eigen-root", "eigen-inverse", "eigen-second_moment"],
+    [
+        {"preconditioner": "inverse"},
+        {"scaling": "power"},
+        {"scaling": "root"},
+        {"scaling": "inverse"},
+        {"scaling": "second_moment"},
+    ],
+    ids=["inverse", "eigen-power", "eigen-root", "eigen-inverse", "eigen-second_moment"],
 )
 GRAFTING = pytest.mark.parametrize("grafting", [True, False], ids=["grafted", "plain"])
 
@@ -55,7 +61,7 @@ def test_rank_deficient_factors(config: dict[str, Any], grafting: bool, dtype: t
     assert optimizer.metrics()["failures"] == 0
 
 
-@pytest.mark.parametrize("scaling", ["root", "inverse"])
+@pytest.mark.parametrize("scaling", ["power", "root", "inverse"])
 def test_eigenvalues_below_the_rounding_error_stay_at_the_damping(scaling: str) -> None:
     """Float32 gives the null space eigenvalues of either sign; none may fall below the damping."""
     net = nn.Sequential(nn.Linear(40, 30)).float()
@@ -129,7 +135,7 @@ def failures(optimizer: KFAC, name: str) -> float:
     return optimizer.metrics()[f"{name}/failures"]
 
 
-@pytest.mark.parametrize("scaling", ["root", "inverse", "second_moment"])
+@pytest.mark.parametrize("scaling", ["power", "root", "inverse", "second_moment"])
 def test_a_failed_eigendecomposition_keeps_the_last_good_one(scaling: str, monkeypatch: pytest.MonkeyPatch) -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     optimizer = KFAC(net, scaling=scaling, factor_interval=1, refresh_interval=1)

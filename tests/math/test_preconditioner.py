@@ -12,7 +12,7 @@ from algoperf_kfac.pytorch import KFAC, NadamW
 from tests.math import dense, oracle
 
 PLAIN: dict[str, Any] = {"one_minus_beta1": 1.0, "learning_rate": 1.0, "grafting": False, "factor_decay": 0.5}
-POWERS = {"inverse": -1.0, "root": -0.5}
+POWERS = {"inverse": -1.0, "root": -0.5, "power": -0.75}
 
 
 def model() -> nn.Module:
@@ -55,14 +55,14 @@ def directions(net: nn.Module, optimizer: KFAC) -> tuple[dict[str, Tensor], dict
     return tuple({n: matrix(net, n, tensors) for n in names} for tensors in (grads, steps))
 
 
-def assert_dense(net: nn.Module, power: float, **config: Any) -> None:
+def assert_dense(net: nn.Module, exponent: float, **config: Any) -> None:
     """Two steps, so that moving averages and not the last factors are used."""
     optimizer = KFAC(net, factor_interval=1, refresh_interval=1, **(PLAIN | config))
     for _ in range(2):
         grads, steps = directions(net, optimizer)
         for name, pair in optimizer.factors(reduction="mean").items():
             expected = dense.direction(
-                pair, grads[name], optimizer.config.damping, optimizer.config.damping_mode, power
+                pair, grads[name], optimizer.config.damping, optimizer.config.damping_mode, exponent
             )
             torch.testing.assert_close(steps[name], expected, rtol=1e-7, atol=1e-8 * float(expected.abs().max()))
 
@@ -91,7 +91,13 @@ def test_inverse(damping: dict[str, Any], form: dict[str, Any], approximation: s
 @FORMS
 @pytest.mark.parametrize("scaling", POWERS)
 def test_eigen(damping: dict[str, Any], form: dict[str, Any], scaling: str) -> None:
-    assert_dense(model(), POWERS[scaling], preconditioner="eigen", scaling=scaling, **damping, **form)
+    config = {"preconditioner": "eigen", "scaling": scaling, "power": 0.75}  # root and inverse ignore the power
+    assert_dense(model(), POWERS[scaling], **config, **damping, **form)
+
+
+@pytest.mark.parametrize("power", [0.3, 0.5, 1.0])
+def test_other_powers(power: float) -> None:
+    assert_dense(model(), -power, scaling="power", power=power)
 
 
 def test_forms_differ_where_they_should() -> None:
@@ -103,9 +109,18 @@ def test_forms_differ_where_they_should() -> None:
     assert [layer.in_blocks == () for layer in one_sided] == [False, True, True, True]
 
 
-@pytest.mark.parametrize("config", [{"preconditioner": "inverse"}, {"scaling": "root"}, {"scaling": "inverse"}])
-def test_a_rescaled_loss_rescales_the_direction(config: dict[str, Any]) -> None:
-    """Relative damping: with B ~ c^2, the inverse goes as 1/c and the root not at all."""
+@pytest.mark.parametrize(
+    ("config", "factor"),
+    [
+        ({"preconditioner": "inverse"}, 0.01),
+        ({"scaling": "root"}, 1.0),
+        ({"scaling": "power", "power": 0.75}, 0.1),
+        ({"scaling": "inverse"}, 0.01),
+    ],
+    ids=["inverse", "eigen-root", "eigen-power", "eigen-inverse"],
+)
+def test_a_rescaled_loss_rescales_the_direction(config: dict[str, Any], factor: float) -> None:
+    """Relative damping: with B ~ c^2, the power p goes as c^(1 - 2p), the inverse as 1/c, the root not at all."""
     steps = []
     for scale in (1.0, 100.0):
         torch.manual_seed(0)
@@ -116,14 +131,19 @@ def test_a_rescaled_loss_rescales_the_direction(config: dict[str, Any]) -> None:
             (scale * (net(torch.randn(7, 3)) ** 2).sum(1).mean()).backward()
         optimizer.step()
         steps.append(before - net[0].weight.detach())
-    factor = 1.0 if config.get("scaling") == "root" else 0.01
     torch.testing.assert_close(steps[1], factor * steps[0])
 
 
 @pytest.mark.parametrize(
     "config",
-    [{"preconditioner": "inverse"}, {"scaling": "root"}, {"scaling": "inverse"}, {"scaling": "second_moment"}],
-    ids=["inverse", "eigen-root", "eigen-inverse", "eigen-second_moment"],
+    [
+        {"preconditioner": "inverse"},
+        {"scaling": "power"},
+        {"scaling": "root"},
+        {"scaling": "inverse"},
+        {"scaling": "second_moment"},
+    ],
+    ids=["inverse", "eigen-power", "eigen-root", "eigen-inverse", "eigen-second_moment"],
 )
 def test_grafting_gives_the_norm_of_nadamw(config: dict[str, Any]) -> None:
     """Layer by layer, weight and bias together; parameters without K-FAC take NadamW's step itself."""

@@ -50,15 +50,17 @@ class Reference:
             v = self.rotated_v / (1 - BETA2**self.rotations)
             rotated = rotated / (v + DAMPING * v.mean()).sqrt()
         else:
-            rotated = rotated * torch.outer(self.values_b, self.values_a) ** (-0.5 if scaling == "root" else -1)
+            power = {"root": -0.5, "power": -0.75, "inverse": -1.0}[scaling]
+            rotated = rotated * torch.outer(self.values_b, self.values_a) ** power
         return self.u_b @ rotated @ self.u_a.T
 
     def step(self, t: int, g: Tensor, a: Tensor, b: Tensor) -> None:
         every, refresh = self.config["factor_interval"], self.config["refresh_interval"]
-        if t % every == 0:
+        initial = self.config["initial_statistics"]
+        if t % every == 0 or t < initial:
             self.a, self.b = (DECAY * old + (1 - DECAY) * new for old, new in ((self.a, a), (self.b, b)))
             self.weight = DECAY * self.weight + 1 - DECAY
-            if t % refresh == 0 or t < refresh:
+            if t % refresh == 0 or t < refresh or t < initial:
                 self.refresh()
         t += 1
         self.m = BETA1 * self.m + (1 - BETA1) * g
@@ -71,15 +73,16 @@ class Reference:
         self.w = (1 - LR * 0.1) * self.w - LR * direction
 
 
-@pytest.mark.parametrize("intervals", [(1, 1), (1, 3), (2, 4)], ids=str)
+@pytest.mark.parametrize("intervals", [(1, 1, 0), (1, 3, 1), (2, 4, 1), (2, 4, 3), (2, 4, 6), (1, 3, 5)], ids=str)
 @pytest.mark.parametrize("grafting", [True, False], ids=["grafted", "plain"])
-@pytest.mark.parametrize("scaling", ["root", "inverse", "second_moment"])
-def test_trajectory(scaling: str, grafting: bool, intervals: tuple[int, int]) -> None:
+@pytest.mark.parametrize("scaling", ["root", "power", "inverse", "second_moment"])
+def test_trajectory(scaling: str, grafting: bool, intervals: tuple[int, int, int]) -> None:
     config = {
         "scaling": scaling,
         "grafting": grafting,
         "factor_interval": intervals[0],
         "refresh_interval": intervals[1],
+        "initial_statistics": intervals[2],
     }
     net = nn.Sequential(nn.Linear(3, 2))
     optimizer = KFAC(
@@ -91,6 +94,7 @@ def test_trajectory(scaling: str, grafting: bool, intervals: tuple[int, int]) ->
         weight_decay=0.1,
         factor_decay=DECAY,
         damping=DAMPING,
+        power=0.75,
         **config,
     )
     reference = Reference(torch.cat([net[0].weight, net[0].bias[:, None]], 1).detach(), config)
@@ -124,10 +128,19 @@ def test_averages_have_their_closed_form(decay: float) -> None:
             torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_intervals_decide_which_batches_count() -> None:
+@pytest.mark.parametrize(
+    ("initial", "expected"),
+    [
+        (0, [False, False, True, True, False]),
+        (1, [False, False, True, True, False]),
+        (2, [True, False, True, True, False]),
+        (4, [True, True, True, True, False]),
+    ],
+)
+def test_intervals_decide_which_batches_count(initial: int, expected: list[bool]) -> None:
     """Steps between statistics steps leave the averages alone; a forced capture is taken."""
     net = nn.Sequential(nn.Linear(3, 2))
-    optimizer = KFAC(net, learning_rate=0.0, factor_interval=3, refresh_interval=3)
+    optimizer = KFAC(net, learning_rate=0.0, factor_interval=3, refresh_interval=3, initial_statistics=initial)
     kept = []
     for t, x in enumerate(torch.randn(6, 5, 2, 3)):
         with optimizer.capture(force=t == 4):
@@ -136,4 +149,4 @@ def test_intervals_decide_which_batches_count() -> None:
         optimizer.zero_grad()
         kept.append(optimizer.factors()["0"].A)
     changed = [not torch.equal(a, b) for a, b in itertools.pairwise(kept)]
-    assert changed == [False, False, True, True, False]
+    assert changed == expected

@@ -19,8 +19,9 @@ def test_trajectory_of_micro_batches(approximation: str, preconditioner: str, si
     """Each micro-batch adds its share of the mean over the step's examples, whose number is the normalizer."""
     model = Patches().double()
     twin = copy.deepcopy(model)
+    intervals = {"factor_interval": 2, "refresh_interval": 4, "initial_statistics": 1}
     options = {**SCALE_SENSITIVE, "approximation": approximation, "preconditioner": preconditioner}
-    whole, parts = (KFAC(m, factor_interval=2, refresh_interval=4, **options) for m in (model, twin))
+    whole, parts = (KFAC(m, **intervals, **options) for m in (model, twin))
     for x, y in [images() for _ in range(6)]:
         x = x.double()
         whole.zero_grad()

@@ -14,7 +14,7 @@ from torch import nn
 from algoperf_kfac.pytorch import KFAC
 from tests.pytorch.toys import Patches, assert_same_factors, assert_same_parameters, covered, images, train
 
-OPTIONS = {"factor_interval": 3, "refresh_interval": 6}
+OPTIONS = {"factor_interval": 3, "refresh_interval": 6, "initial_statistics": 1}
 
 
 @pytest.fixture(autouse=True)

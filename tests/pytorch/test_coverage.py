@@ -104,7 +104,7 @@ def test_both_factors_too_large_is_a_fallback() -> None:
 
 @pytest.mark.parametrize("large_factor", ["block", "one_sided"])
 @pytest.mark.parametrize("preconditioner", ["eigen", "inverse"])
-@pytest.mark.parametrize("scaling", ["root", "inverse", "second_moment"])
+@pytest.mark.parametrize("scaling", ["power", "root", "inverse", "second_moment"])
 def test_cut_factors_train(large_factor: str, preconditioner: str, scaling: str) -> None:
     model, batch = mlp(9, 4, 3), vectors(features=9)
     optimizer = KFAC(

@@ -34,7 +34,8 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo
 def make(case: str) -> tuple[torch.nn.Module, dict[str, Any], list[Any]]:
     torch.manual_seed(0)
     model = (Functional() if case == "promoted" else Patches()).double()
-    options = {"factor_interval": 2, "refresh_interval": 2, **SCALE_SENSITIVE, **CASES[case]}
+    intervals = {"factor_interval": 2, "refresh_interval": 2, "initial_statistics": 1}
+    options = {**intervals, **SCALE_SENSITIVE, **CASES[case]}
     batches = [(x.double(), y) for x, y in [images() for _ in range(STEPS)]]
     return model, options, batches
 

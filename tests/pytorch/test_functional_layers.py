@@ -53,6 +53,7 @@ def test_raw_parameters_are_covered_from_the_first_statistics_step(approximation
         "preconditioner": preconditioner,
         "factor_interval": 2,
         "refresh_interval": 4,
+        "initial_statistics": 1,
     }
     mine, theirs = KFAC(functional, **options), KFAC(modular, **options)
     assert not covered(mine)
@@ -71,7 +72,7 @@ def test_raw_parameters_are_covered_from_the_first_statistics_step(approximation
 def test_promotion_survives_a_checkpoint_into_a_fresh_optimizer() -> None:
     batches = [images() for _ in range(7)]
     model = Functional()
-    optimizer = KFAC(model, factor_interval=2, refresh_interval=4)
+    optimizer = KFAC(model, factor_interval=2, refresh_interval=4, initial_statistics=1)
     train(model, optimizer, batches[:3])
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
@@ -80,7 +81,7 @@ def test_promotion_survives_a_checkpoint_into_a_fresh_optimizer() -> None:
 
     resumed = Functional()
     resumed.load_state_dict(saved["model"])
-    fresh = KFAC(resumed, factor_interval=2, refresh_interval=4)
+    fresh = KFAC(resumed, factor_interval=2, refresh_interval=4, initial_statistics=1)
     fresh.load_state_dict(saved["optimizer"])
     assert str(fresh.coverage()) == str(optimizer.coverage())
     train(model, optimizer, batches[3:])

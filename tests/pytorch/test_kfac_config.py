@@ -22,21 +22,26 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "fisher": (["true", None], "'empirical', 'mc', 'exact'"),
     "fisher_samples": ([0, 1.5, "1", math.nan, math.inf], "(at least 1|whole number)"),
     "preconditioner": (["shampoo"], "'eigen', 'inverse'"),
-    "scaling": (["sqrt"], "'root', 'inverse', 'second_moment'"),
+    "scaling": (["sqrt", 0.75], "'power', 'root', 'inverse', 'second_moment'"),
+    "power": ([0.0, -0.5, 1.01, math.nan, math.inf, "1", None, True], "number"),
     "damping": ([0.0, -1.0], "number > 0"),
     "damping_mode": (["adaptive"], "'relative', 'absolute'"),
     "factor_decay": ([1.0, -0.1], r"\[0, 1\)"),
-    "factor_interval": ([0, -5, 2.5, True], "(at least 1|whole number)"),
-    "refresh_interval": ([0, 15, 5], "multiple of factor_interval=10"),
+    "factor_interval": ([0, -5, 2.5, True, math.nan, math.inf, "10"], "(at least 1|whole number)"),
+    "initial_statistics": ([-1, 2.5, True, math.nan, math.inf, "10", None], "(at least 0|whole number)"),
+    "refresh_interval": (
+        [0, 15, 5, math.nan, math.inf, None],
+        "(multiple of factor_interval=10|whole number)",
+    ),
     "drift_tolerance": ([-0.1, 1.0], r"\[0, 1\)"),
     "grafting": (["yes", 1, None], "True or False"),
-    "max_factor_dim": ([0, 10.5], "(at least 1|whole number)"),
+    "max_factor_dim": ([0, 10.5, math.nan, -math.inf], "(at least 1|whole number)"),
     "large_factor": (["drop"], "'block', 'one_sided'"),
     "warmup_factor": ([-0.1, 1.0], r"\[0, 1\)"),
     "horizon_factor": ([0.0, -1.0], "number > 0"),
     "label_smoothing": ([1.0, -0.1], r"\[0, 1\)"),
     "dropout_rate": ([1.0, -0.1], r"\[0, 1\)"),
-    "grad_clip": ([0.0, -1.0, math.nan, "1", True], "number > 0, or None"),
+    "grad_clip": ([0.0, -1.0, math.nan, math.inf, "1", "x", True], "number > 0, or None"),
 }
 CASES = [
     pytest.param(name, value, allowed, id=f"{name}={value}")
@@ -62,6 +67,7 @@ def test_out_of_range(name: str, value: Any, allowed: str) -> None:
         {"learning_rate": 0}, {"one_minus_beta1": 1.0}, {"beta2": 0.0}, {"factor_decay": 0.0},
         {"approximation": {"linear": "reduce", "conv": "expand"}}, {"approximation": {}},
         {"grad_clip": None}, {"grad_clip": 1}, {"factor_interval": 1, "refresh_interval": 1},
+        {"power": 1}, {"power": 1e-3}, {"initial_statistics": 0}, {"initial_statistics": 1000},
     ],
 )  # fmt: skip
 def test_the_ends_of_the_ranges(good: dict[str, Any]) -> None:
@@ -69,11 +75,25 @@ def test_the_ends_of_the_ranges(good: dict[str, Any]) -> None:
 
 
 def test_integers_of_a_search_space_come_as_floats() -> None:
-    config = KFACConfig(factor_interval=10.0, refresh_interval=50.0, fisher_samples=2.0)  # type: ignore[arg-type]
+    config = KFACConfig(factor_interval=10.0, refresh_interval=50.0, fisher_samples=2.0, initial_statistics=3.0)  # type: ignore[arg-type]
     assert (config.factor_interval, config.refresh_interval, config.fisher_samples) == (10, 50, 2)
-    assert type(config.factor_interval) is int
+    assert type(config.factor_interval) is type(config.initial_statistics) is int
     with pytest.raises(ValueError, match=r"factor_interval=10\.5: allowed is a whole number"):
         KFACConfig(factor_interval=10.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "exponent"),
+    [
+        ({}, 0.75),
+        ({"scaling": "power", "power": 0.6}, 0.6),
+        ({"scaling": "root", "power": 0.6}, 0.5),
+        ({"scaling": "inverse", "power": 0.6}, 1.0),
+    ],
+    ids=str,
+)
+def test_exponents_of_the_scalings(options: dict[str, Any], exponent: float) -> None:
+    assert KFACConfig(**options).exponent == exponent
 
 
 Point = collections.namedtuple("Point", "learning_rate damping refresh_interval")

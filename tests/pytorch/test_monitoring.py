@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ TOTALS = {
     "steps",
     "coverage",
     "missed_layers",
+    "stand_ins",
     "refreshes",
     "failures",
     "skipped",
@@ -72,7 +74,7 @@ def test_meaning_of_graft_ratio_and_cosine() -> None:
 def test_statistics_and_refreshes_keep_their_intervals() -> None:
     """Once the statistics are no longer young, each layer is refreshed once per interval, not all at once."""
     model = Patches()
-    optimizer = KFAC(model, factor_interval=2, refresh_interval=8)
+    optimizer = KFAC(model, factor_interval=2, refresh_interval=8, initial_statistics=1)
     names = ["patch", "up", "down", "head"]
     history = []
     for step in range(33):
@@ -86,6 +88,44 @@ def test_statistics_and_refreshes_keep_their_intervals() -> None:
     assert (new[0:8:2] == 1).all(), "young statistics refresh at once"
     assert (new[8:].unfold(0, 8, 1).sum(-1) == 1).all(), "once in every window of an interval"
     assert (new[8:].sum(1) <= 1).all(), "four layers over four statistics steps"
+
+
+INITIAL = [{}] + [
+    {"initial_statistics": initial, "factor_interval": interval, "refresh_interval": refresh}
+    for initial, interval, refresh in [
+        (0, 3, 6),
+        (1, 3, 6),
+        (4, 3, 6),
+        (10, 3, 6),
+        (7, 2, 4),
+        (3, 5, 20),
+        (5, 1, 3),
+    ]
+]
+
+
+@pytest.mark.parametrize("options", INITIAL, ids=lambda o: "-".join(map(str, o.values())) or "default")
+def test_initial_statistics(options: dict[str, int]) -> None:
+    """Steps 0 to initial_statistics - 1 all take statistics, by default ten, then the multiples of factor_interval
+    do. In that phase, or for a first refresh_interval if that is longer, they refresh every layer."""
+    initial, interval, refresh = options.values() if options else (10, 10, 20)
+    model, names, steps = Patches(), ["patch", "up", "down", "head"], 45
+    optimizer = KFAC(model, **options)
+    statistics, refreshed = [], []
+    for _ in range(steps):
+        before = copy.deepcopy(optimizer._states)
+        train(model, optimizer, [images()])
+        new = [name for name in names if optimizer._states[name].weight > before[name].weight]
+        statistics.append(new)
+        refreshed.append([name for name in names if optimizer._states[name].refreshes > before[name].refreshes])
+    expected = [step for step in range(steps) if step < initial or step % interval == 0]
+    assert statistics == [names if step in expected else [] for step in range(steps)]
+    young = max(initial, refresh)
+    assert refreshed[:young] == statistics[:young]
+    assert all(statistics[step] for step in range(steps) if refreshed[step]), "a refresh without new statistics"
+    for start in range(young, steps - refresh + 1):
+        window = [name for layers in refreshed[start : start + refresh] for name in layers]
+        assert sorted(window) == sorted(names), f"once each in steps {start} to {start + refresh - 1}"
 
 
 def test_drift_decides_on_a_due_refresh() -> None:
@@ -108,8 +148,9 @@ def test_drift_decides_on_a_due_refresh() -> None:
 
 def test_forced_statistics_off_schedule() -> None:
     model, (x, y) = mlp(5, 4, 3), vectors()
-    optimizer = KFAC(model, factor_interval=10)
+    optimizer = KFAC(model, factor_interval=10, initial_statistics=1)
     train(model, optimizer, [(x, y)])
+    assert not optimizer.is_statistics_step
     weight = optimizer._states["0"].weight.clone()
     optimizer.zero_grad()
     with optimizer.capture(force=True) as capture:

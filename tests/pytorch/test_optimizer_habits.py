@@ -64,7 +64,9 @@ def test_groups_set_their_own_betas() -> None:
     """Momentum belongs to a parameter's group."""
     model = mlp(5, 4, 3)
     optimizer = KFAC(
-        model, [{"params": model[0].parameters(), "betas": (0.5, 0.9)}, {"params": model[2].parameters()}]
+        model,
+        [{"params": model[0].parameters(), "betas": (0.5, 0.9)}, {"params": model[2].parameters()}],
+        initial_statistics=1,
     )
     train(model, optimizer, [vectors(), vectors()])
     g = model[0].weight.grad
@@ -96,7 +98,7 @@ def test_lambda_lr_scales_the_step() -> None:
 
 def test_one_cycle_lr_cycles_the_momentum_too() -> None:
     model, seen = mlp(5, 4, 3), []
-    optimizer = KFAC(model, factor_interval=2, refresh_interval=2)
+    optimizer = KFAC(model, factor_interval=2, refresh_interval=2, initial_statistics=1)
     scheduler = lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=10)
     for _ in range(9):
         train(model, optimizer, [vectors()])
@@ -121,7 +123,8 @@ def test_reduce_lr_on_plateau() -> None:
 def test_a_closure_runs_inside_capture() -> None:
     model = mlp(5, 4, 3)
     twin = copy.deepcopy(model)
-    optimizer, other = (KFAC(m, factor_interval=2, refresh_interval=2) for m in (model, twin))
+    options = {"factor_interval": 2, "refresh_interval": 2, "initial_statistics": 1}
+    optimizer, other = (KFAC(m, **options) for m in (model, twin))
     for x, y in [vectors() for _ in range(4)]:
 
         def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
@@ -160,7 +163,7 @@ def test_add_param_group_is_refused() -> None:
 def test_parameters_without_gradients_wait() -> None:
     """Without a gradient a parameter stays as it is, and its moments are corrected by its own count."""
     model = Patches()
-    optimizer = KFAC(model, learning_rate=0.01)
+    optimizer = KFAC(model, learning_rate=0.01, initial_statistics=1)
     train(model, optimizer, [images()])
     start = copy.deepcopy(model)
     optimizer.zero_grad()
@@ -180,7 +183,7 @@ def test_parameters_without_gradients_wait() -> None:
 def test_no_gradients_at_all() -> None:
     model = mlp(5, 4, 3)
     start = copy.deepcopy(model)
-    optimizer = KFAC(model, factor_interval=2, refresh_interval=2)
+    optimizer = KFAC(model, factor_interval=2, refresh_interval=2, initial_statistics=1)
     train(model, optimizer, [vectors()])
     start = copy.deepcopy(model)
     optimizer.zero_grad()
@@ -194,7 +197,7 @@ def test_no_gradients_at_all() -> None:
 )
 def test_a_copy_of_model_and_optimizer_trains_on_alike(how: str, options: dict) -> None:
     model, batches = Patches(), [images() for _ in range(6)]
-    options = {"factor_interval": 2, "refresh_interval": 4, **options}
+    options = {"factor_interval": 2, "refresh_interval": 4, "initial_statistics": 1, **options}
     fisher_loss = "softmax_cross_entropy" if "fisher" in options else None
     optimizer = KFAC(model, **options)
     train(model, optimizer, batches[:3], fisher_loss=fisher_loss)

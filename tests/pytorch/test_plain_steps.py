@@ -18,6 +18,7 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"grafting": False},
     {"preconditioner": "inverse"},
+    {"scaling": "root"},
     {"scaling": "second_moment"},
     {"fisher": "mc"},
     {"drift_tolerance": 0.1},
@@ -49,7 +50,7 @@ def refuse_reads(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "default")
 def test_plain_steps_do_not_synchronise(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = Patches(), [images() for _ in range(4)]
-    optimizer = KFAC(model, factor_interval=5, refresh_interval=10, **options)
+    optimizer = KFAC(model, factor_interval=5, refresh_interval=10, initial_statistics=1, **options)
     one_step(model, optimizer, batches[0])
     with monkeypatch.context() as patch:
         refuse_reads(patch)
@@ -60,7 +61,8 @@ def test_plain_steps_do_not_synchronise(options: dict[str, Any], monkeypatch: py
 def test_statistics_between_refreshes_do_not_synchronise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decompositions must report failures; statistics alone need not."""
     model, batches = Patches(), [images() for _ in range(9)]
-    optimizer = KFAC(model, factor_interval=1, refresh_interval=8)  # four layers: no refresh at some steps
+    # Four layers over eight steps: no refresh at some of them.
+    optimizer = KFAC(model, factor_interval=1, refresh_interval=8, initial_statistics=1)
     quiet = 0
     for batch in batches:
         due = optimizer._due()
@@ -90,7 +92,7 @@ def test_the_check_sees_a_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_capture_intercepts_nothing_on_plain_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = Patches(), images()
-    optimizer = KFAC(model, factor_interval=2, refresh_interval=2)
+    optimizer = KFAC(model, factor_interval=2, refresh_interval=2, initial_statistics=1)
     calls = 0
     original = capture_module._Interceptor.__torch_function__
 
@@ -127,7 +129,7 @@ class Count(TorchFunctionMode):
 
 def test_plain_capture_adds_no_operation() -> None:
     model, (x, y) = Patches(), images()
-    optimizer = KFAC(model, factor_interval=2, refresh_interval=2)
+    optimizer = KFAC(model, factor_interval=2, refresh_interval=2, initial_statistics=1)
     one_step(model, optimizer, (x, y))
     with Count() as without:
         F.cross_entropy(model(x), y).backward()

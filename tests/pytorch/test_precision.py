@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from algoperf_kfac.pytorch import KFAC
 from tests.pytorch.toys import (
@@ -49,7 +49,7 @@ def test_autocast_trains_like_float32() -> None:
     final = []
     for enabled in (False, True):
         model = copy.deepcopy(start)
-        optimizer = KFAC(model, learning_rate=3e-3, factor_interval=2, refresh_interval=4)
+        optimizer = KFAC(model, learning_rate=3e-3, factor_interval=2, refresh_interval=4, initial_statistics=1)
         for _ in range(20):
             optimizer.zero_grad()
             with optimizer.capture(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
@@ -93,8 +93,9 @@ def test_float64_model() -> None:
     assert 1e-9 < max(errors) < 1e-3
 
 
-def test_mixed_parameter_dtypes() -> None:
-    model = mlp(5, 4, 3)
+@pytest.mark.parametrize("biased", [(True, True), (True, False), (False, True)], ids=["both", "first", "second"])
+def test_mixed_parameter_dtypes(biased: tuple[bool, bool]) -> None:
+    model = nn.Sequential(nn.Linear(5, 4, bias=biased[0]), nn.Tanh(), nn.Linear(4, 3, bias=biased[1]))
     model[2].double()
     optimizer = KFAC(model, factor_interval=1, refresh_interval=1)
     for _ in range(3):
@@ -107,13 +108,25 @@ def test_mixed_parameter_dtypes() -> None:
     assert_finite(model, optimizer)
 
 
+def test_the_graft_of_a_float16_layer_is_computed_in_float32() -> None:
+    """The first-order step of 120,000 entries has a norm of about 330, whose square float16 does not hold."""
+    model = nn.Sequential(nn.Linear(300, 400).half())
+    optimizer = KFAC(model, learning_rate=1e-3, eps=1e-3)
+    x = torch.randn(64, 300).half()
+    train(model, optimizer, [(x, torch.randint(400, (64,)))])
+    assert optimizer.metrics()["stand_ins"] == 0
+    assert optimizer.metrics()["0/graft_ratio"] != 1
+    assert_finite(model, optimizer)
+
+
 def test_grad_scaler_skips_an_overflow_and_what_was_captured_with_it() -> None:
     """The scale is divided out through loss_normalizer; an infinite step is skipped by the scaler, and its
     statistics are gone after zero_grad."""
     model = Patches()
     twin = copy.deepcopy(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    optimizer, plain = (KFAC(m, learning_rate=1e-3, factor_interval=2, refresh_interval=2) for m in (model, twin))
+    options = {"learning_rate": 1e-3, "factor_interval": 2, "refresh_interval": 2, "initial_statistics": 1}
+    optimizer, plain = (KFAC(m, **options) for m in (model, twin))
     for i, (x, y) in enumerate([images() for _ in range(5)]):
         overflow = i == 2  # a statistics step
         optimizer.zero_grad()

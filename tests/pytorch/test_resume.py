@@ -18,7 +18,7 @@ COMBINATIONS = [
     pytest.param({"preconditioner": p, "scaling": s, "approximation": a, "fisher": f}, id=f"{p}-{s}-{a}-{f}")
     for p, s, a, f in itertools.product(
         ["eigen", "inverse"],
-        ["root", "inverse", "second_moment"],
+        ["power", "root", "inverse", "second_moment"],
         ["expand", "reduce"],
         ["empirical", "mc", "exact"],
     )
@@ -62,12 +62,23 @@ def check_resume(make: type[nn.Module] | Any, options: dict[str, Any], stop: int
 @pytest.mark.parametrize("options", COMBINATIONS)
 def test_every_combination(options: dict[str, Any]) -> None:
     """Stop at step 5: one past a statistics step, in the middle of the staggered refreshes."""
-    check_resume(Patches, {"factor_interval": 2, "refresh_interval": 6, **options}, stop=5, total=10)
+    intervals = {"factor_interval": 2, "refresh_interval": 6, "initial_statistics": 1}
+    check_resume(Patches, {**intervals, **options}, stop=5, total=10)
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
 def test_every_step_of_an_interval(stop: int) -> None:
-    check_resume(Patches, {"factor_interval": 2, "refresh_interval": 4, "fisher": "mc"}, stop=stop, total=8)
+    intervals = {"factor_interval": 2, "refresh_interval": 4, "initial_statistics": 1}
+    check_resume(Patches, {**intervals, "fisher": "mc"}, stop=stop, total=8)
+
+
+@pytest.mark.parametrize("stop", [2, 5, 6, 7])
+def test_in_and_after_the_initial_statistics(stop: int) -> None:
+    """The phase is counted in steps of the whole run: the resumed one neither repeats nor prolongs it."""
+    options = {"factor_interval": 4, "refresh_interval": 4, "initial_statistics": 6}
+    fresh = check_resume(Patches, options, stop=stop, total=9)
+    # Steps 0 to 5 and 8, four layers each.
+    assert fresh.metrics()["refreshes"] == 7 * 4
 
 
 @pytest.mark.parametrize(
@@ -82,16 +93,18 @@ def test_every_step_of_an_interval(stop: int) -> None:
     ids=lambda o: "-".join(o),
 )
 def test_other_options(options: dict[str, Any]) -> None:
-    check_resume(convnet, {"factor_interval": 2, "refresh_interval": 4, **options}, stop=5, total=9)
+    intervals = {"factor_interval": 2, "refresh_interval": 4, "initial_statistics": 1}
+    check_resume(convnet, {**intervals, **options}, stop=5, total=9)
 
 
 def test_saving_does_not_alias_the_running_optimizer() -> None:
     """A state taken by reference and loaded elsewhere must not move with the run it came from."""
     model, batches = Patches(), [images() for _ in range(6)]
-    optimizer = KFAC(model, factor_interval=2, refresh_interval=2, scaling="second_moment")
+    options = {"factor_interval": 2, "refresh_interval": 2, "initial_statistics": 1, "scaling": "second_moment"}
+    optimizer = KFAC(model, **options)
     train(model, optimizer, batches[:3])
     resumed = copy.deepcopy(model)
-    fresh = KFAC(resumed, factor_interval=2, refresh_interval=2, scaling="second_moment")
+    fresh = KFAC(resumed, **options)
     fresh.load_state_dict(optimizer.state_dict())
     train(model, optimizer, batches[3:])
     train(resumed, fresh, batches[3:])

@@ -15,7 +15,7 @@ from tests.pytorch.toys import assert_finite, capture_once, covered, mlp, reason
 
 def overfit(model: nn.Module, *inputs: Tensor, steps: int = 25) -> tuple[KFAC, list[float]]:
     """Train on one batch; returns the optimizer and the losses."""
-    optimizer = KFAC(model, learning_rate=1e-2, factor_interval=2, refresh_interval=4)
+    optimizer = KFAC(model, learning_rate=1e-2, factor_interval=2, refresh_interval=4, initial_statistics=1)
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()

@@ -37,7 +37,7 @@ class BaseBibleLmWorkload(Workload):
     max_allowed_runtime_sec = 900
     eval_period_time_sec = 3
     eval_period_steps = 10
-    step_hint = 500
+    step_hint = 400
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,0 +1,143 @@
+"""The K-FAC submissions against the contract: both rulesets, coverage, resume in mid-interval, valid spaces."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from algoperf_kfac.spec import LossType
+from submissions.kfac.defaults import DEFAULTS
+from workloads import registry, seeds
+from workloads.runner import submission as loader
+from workloads.runner import tuning
+
+SPACES = Path(__file__).resolve().parents[2] / "tuning_search_spaces"
+APPROXIMATIONS = ("expand", "reduce")
+
+
+def load(approximation):
+    return importlib.import_module(f"submissions.kfac_{approximation}.pytorch.submission")
+
+
+@pytest.fixture(scope="module", params=["mnist_vit", "bible_lm"])
+def workload(request):
+    return registry.load(request.param, "pytorch")
+
+
+def start(submission, workload, point=None):
+    model, state = workload.init_model_fn(seeds.root(1))
+    return model, submission.init_optimizer_state(workload, model, state, point, seeds.root(2))
+
+
+def train(submission, workload, model, state, steps, first=0, point=None):
+    queue = workload._build_input_queue(seeds.root(3), "train", "", 16)
+    queue.position = first
+    for step in range(first, first + steps):
+        batch = submission.data_selection(workload, queue, state, model, None, point, step, None)
+        state, model, _ = submission.update_params(
+            workload=workload,
+            current_param_container=model,
+            current_params_types=workload.model_params_types,
+            model_state=None,
+            hyperparameters=point,
+            batch=batch,
+            loss_type=workload.loss_type,
+            optimizer_state=state,
+            eval_results=[],
+            global_step=step,
+            rng=seeds.root(step),
+            train_state={},
+        )
+    return model
+
+
+@pytest.mark.parametrize("approximation", APPROXIMATIONS)
+def test_the_runner_accepts_it(approximation):
+    loaded = loader.load(load(approximation).__file__)
+    assert loaded.prepare_for_eval is not None
+    assert loaded.get_batch_size("imagenet_vit") == 1024
+    with pytest.raises(ValueError, match="no batch size"):
+        loaded.get_batch_size("unheard_of")
+
+
+@pytest.mark.parametrize("approximation", APPROXIMATIONS)
+def test_every_linear_layer_has_its_approximation(approximation, workload):
+    _, state = start(load(approximation), workload)
+    coverage = state["optimizer"].coverage()
+    assert {layer.approximation for layer in coverage.layers} == {approximation}
+    assert coverage.fraction > 0.9
+    assert all("embedding" in f.reason or "normalisation" in f.reason for f in coverage.fallbacks)
+
+
+@pytest.mark.parametrize("approximation", APPROXIMATIONS)
+def test_the_loss_falls(approximation, workload):
+    submission = load(approximation)
+    point = {"learning_rate": 5e-3}  # for batches of 16; the default point is for the workload's own
+    model, state = start(submission, workload, point)
+    batch = next(workload._build_input_queue(seeds.root(3), "eval_train", "", 64))
+
+    def loss():
+        with torch.no_grad():
+            out = workload.loss_fn(batch["targets"], model(batch["inputs"]), batch["weights"])
+        return float(out["summed"] / out["n_valid_examples"])
+
+    before = loss()
+    train(submission, workload, model, state, 30, point=point)
+    assert loss() < 0.95 * before
+    metrics = state["optimizer"].metrics()
+    assert metrics["failures"] == metrics["dropped"] == metrics["missed_layers"] == metrics["stand_ins"] == 0
+
+
+@pytest.mark.parametrize("approximation", APPROXIMATIONS)
+def test_it_resumes_between_statistics_steps(approximation, workload):
+    submission = load(approximation)
+    model, state = start(submission, workload)
+    train(submission, workload, model, state, 13)
+    saved = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": state["optimizer"].state_dict()}, saved)
+    train(submission, workload, model, state, 4, first=13)
+    resumed, fresh = start(submission, workload)
+    loaded = torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
+    resumed.load_state_dict(loaded["model"])
+    fresh["optimizer"].load_state_dict(loaded["optimizer"])
+    train(submission, workload, resumed, fresh, 4, first=13)
+    for name, p in model.state_dict().items():
+        assert torch.equal(p, resumed.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("approximation", APPROXIMATIONS)
+def test_search_space(approximation):
+    path = SPACES / f"kfac_{approximation}.json"
+    points = tuning.read_points(str(path), 5)
+    assert len(points) == len(json.loads(path.read_text())) == 5
+    assert len(set(points)) == 5
+    own = DEFAULTS[approximation]
+    assert points[0]._asdict() == {name: own[name] for name in points[0]._fields}, "the first is the default point"
+
+
+@pytest.mark.parametrize(
+    ("point", "message"),
+    [({"learning_rate": -1.0}, "learning_rate=-1.0"), ({"dampling": 1.0}, "unknown hyperparameter 'dampling'")],
+)
+def test_bad_points(point, message):
+    workload = registry.load("mnist_vit", "pytorch")
+    with pytest.raises(ValueError, match=message):
+        start(load("reduce"), workload, point)
+
+
+def test_the_fisher_may_be_sampled():
+    workload = registry.load("mnist_vit", "pytorch")
+    submission = load("reduce")
+    point = {"fisher": "mc", "factor_interval": 1, "refresh_interval": 1}
+    model, state = start(submission, workload, point)
+    assert workload.loss_type == LossType.SOFTMAX_CROSS_ENTROPY
+    before = copy.deepcopy(model.state_dict())
+    train(submission, workload, model, state, 2, point=point)
+    assert any(not torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert state["optimizer"].metrics()["refreshes"] == 2 * len(state["optimizer"].coverage().layers)
