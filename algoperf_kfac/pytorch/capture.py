@@ -8,303 +8,26 @@ operations and repeated uses are seen. Factors are accumulated at once, activati
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fnmatch
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.layers import LayerSpec
-from algoperf_kfac.pytorch import factors, fisher
-from algoperf_kfac.pytorch.factors import ConvGeometry, Layout, Positions
+from algoperf_kfac.pytorch import fisher
+from algoperf_kfac.pytorch.factors import Positions
+from algoperf_kfac.pytorch.operations import RULES, WEIGHT_READS, Operation
+from algoperf_kfac.pytorch.statistics import Call, Recorder, Scalar, Statistics
 from algoperf_kfac.spec import LossType
-
-Scalar = Tensor | float
 
 
 class MissingStatisticsError(RuntimeError):
     """A declared layer did not receive its inputs or its output gradients on a statistics step."""
-
-
-@dataclasses.dataclass
-class Statistics:
-    """What one or more captures gathered for one layer, as sums.
-
-    Attributes:
-        a: sums of input outer products, a (groups, b, b) matrix per block of A.
-        b: sums of output-gradient outer products of the per-example loss, per block of B.
-        a_count: what `a` is divided by: valid positions (expand) or examples (reduce).
-        examples: what `b` is divided by.
-    """
-
-    a: list[Tensor]
-    b: list[Tensor]
-    a_count: Scalar
-    examples: Scalar
-
-    def add(self, other: Statistics) -> None:
-        self.a = [x + y for x, y in zip(self.a, other.a, strict=True)]
-        self.b = [x + y for x, y in zip(self.b, other.b, strict=True)]
-        self.a_count = self.a_count + other.a_count
-        self.examples = self.examples + other.examples
-
-
-@dataclasses.dataclass
-class Operation:
-    """A weighted operation as it was called.
-
-    Attributes:
-        kind: layer kind.
-        input: its input, batch first for convolutions.
-        weight: the weight argument.
-        bias: the bias argument, or None.
-        groups: channel groups.
-        hyper: stride, padding, dilation and so on of convolutions.
-    """
-
-    kind: str
-    input: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    groups: int = 1
-    hyper: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def geometry(self, output: Tensor) -> ConvGeometry | None:
-        """The geometry of a convolution, None for linear operations."""
-        if self.kind == "linear":
-            return None
-        kernel = tuple(self.weight.shape[2:])
-        dims = len(kernel)
-        dilation = _tuple(self.hyper["dilation"], dims)
-        padding = self.hyper["padding"]
-        if padding == "same":
-            # As torch does it: of an odd total, the larger half goes behind.
-            padding = tuple(d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True))
-        elif padding == "valid":
-            padding = 0
-        return ConvGeometry(
-            kernel=kernel,
-            stride=_tuple(self.hyper["stride"], dims),
-            dilation=dilation,
-            padding=_tuple(padding, dims),
-            in_size=tuple(self.input.shape[-dims:]),
-            out_size=tuple(output.shape[-dims:]),
-            transposed=self.kind == "conv_transpose",
-        )
-
-
-def _tuple(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
-    values = (value,) * dims if isinstance(value, int) else tuple(value)
-    return values * dims if len(values) == 1 else values
-
-
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Operation:
-    return Operation("linear", input, weight, bias)
-
-
-def _conv(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Operation:
-    hyper = {"stride": stride, "padding": padding, "dilation": dilation}
-    return Operation("conv", input, weight, bias, groups, hyper)
-
-
-def _conv_transpose(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    output_padding: Any = 0,  # seen in the output's size
-    groups: int = 1,
-    dilation: Any = 1,
-) -> Operation:
-    hyper = {"stride": stride, "padding": padding, "dilation": dilation}
-    return Operation("conv_transpose", input, weight, bias, groups, hyper)
-
-
-RULES: dict[Callable[..., Any], Callable[..., Operation]] = {
-    F.linear: _linear,
-    torch.conv1d: _conv,
-    torch.conv2d: _conv,
-    torch.conv3d: _conv,
-    torch.conv_transpose1d: _conv_transpose,
-    torch.conv_transpose2d: _conv_transpose,
-    torch.conv_transpose3d: _conv_transpose,
-}
-
-
-@dataclasses.dataclass
-class _Call:
-    """One call of a layer, until its output gradient has come back."""
-
-    layout: Layout
-    conv: ConvGeometry | None
-    input_sums: Tensor | None = None  # reduce: (examples, groups, P_in)
-    grad_sums: Tensor | None = None  # reduce: (examples, groups, P_out), of the current backward pass
-    fired: bool = False  # its gradient came back in the current backward pass
-    seen: bool = False  # or in any
-
-
-class _Recorder:
-    """Gathers one layer's statistics over its calls in a capture."""
-
-    def __init__(self, spec: LayerSpec, dtype: torch.dtype) -> None:
-        self.spec = spec
-        self.dtype = dtype
-        self.calls: list[_Call] = []
-        self.backward_done = False
-        self.a: list[Tensor] | None = None
-        self.b: list[Tensor] | None = None
-        self.a_count: Scalar = 0.0
-        self.examples: Scalar = 0.0
-
-    def next_forward(self) -> None:
-        """A forward pass after a backward pass begins a further micro-batch in the same capture."""
-        if self.backward_done:
-            self.end_group()
-
-    def input(self, operation: Operation, conv: ConvGeometry | None, positions: Positions | None) -> _Call:
-        spec = self.spec
-        x = operation.input.detach().to(self.dtype)
-        x, leading = self._batch_first(x, conv, positions)
-        layout = factors.resolve_positions(positions, leading, spec.name, self.dtype)
-        call = _Call(layout, conv)
-        if self.calls and layout.num_examples != self.calls[0].layout.num_examples:
-            raise ValueError(
-                f"layer {spec.name} was called with {self.calls[0].layout.num_examples} and then with "
-                f"{layout.num_examples} examples in one forward pass: its calls must share their examples, or "
-                f"exclude it (exclude=[{spec.name!r}])"
-            )
-        if spec.approximation == "reduce":
-            call.input_sums = factors.input_sums(x, spec.groups, conv, layout)
-        else:
-            for chunk, inputs in factors.input_chunks(x, spec.groups, conv):
-                mask = None if layout.mask is None else layout.mask[chunk]
-                rows = factors.expand_rows(inputs, mask)
-                ones = None
-                if spec.bias is not None:
-                    ones = rows.new_ones(len(rows)) if mask is None else mask.reshape(-1)
-                self.a = _accumulate(self.a, factors.outer_sums(rows, ones, spec.in_blocks))
-            count = len(x) * layout.positions
-            self.a_count = self.a_count + (float(count) if layout.mask is None else layout.mask.sum())
-        self.calls.append(call)
-        return call
-
-    def output_gradient(self, call: _Call, grad: Tensor, positions: Positions | None) -> None:
-        if call.fired:
-            raise RuntimeError(
-                f"layer {self.spec.name} received two gradients for one call: capture() takes one backward "
-                "pass per forward pass"
-            )
-        call.fired = call.seen = True
-        grad, _ = self._batch_first(grad.to(self.dtype), call.conv, positions)
-        rows = factors.output_rows(grad, self.spec.groups, call.conv)
-        if self.spec.approximation == "reduce":
-            call.grad_sums = call.layout.sum_positions(rows)
-        else:
-            flat = factors.expand_rows(rows, call.layout.mask)
-            self.b = _accumulate(self.b, factors.outer_sums(flat, None, self.spec.out_blocks))
-        if all(c.seen for c in self.calls):
-            self.backward_done = True
-
-    def end_pass(self) -> None:
-        """Close one backward pass; several may follow one forward pass (sampled or exact Fisher).
-
-        A call that this pass did not reach has a gradient of zero, as long as another pass reaches it.
-        """
-        fired = [call for call in self.calls if call.fired]
-        if not fired:
-            return
-        if self.spec.approximation == "reduce":
-            grads: Tensor | None = None
-            for call in fired:
-                assert call.grad_sums is not None
-                grads = call.grad_sums if grads is None else grads + call.grad_sums
-                call.grad_sums = None
-            assert grads is not None
-            if self.calls[0].layout.readout == "sum":
-                grads = grads / self._counts(grads).clamp(min=1)[:, None, None]
-            self.b = _accumulate(self.b, factors.outer_sums(grads, None, self.spec.out_blocks))
-        for call in fired:
-            call.fired = False
-
-    def end_group(self) -> None:
-        """Close the calls of one forward pass and its backward passes."""
-        self.end_pass()
-        if not self.calls:
-            return
-        layout = self.calls[0].layout
-        ragged = layout.mask is not None or layout.segment_ids is not None
-        if self.spec.approximation == "reduce":
-            sums: Tensor | None = None
-            for call in self.calls:
-                assert call.input_sums is not None
-                sums = call.input_sums if sums is None else sums + call.input_sums
-            assert sums is not None
-            counts = self._counts(sums)
-            ones = None
-            if layout.readout == "sum":
-                ones = counts
-            else:
-                sums = sums / counts.clamp(min=1)[:, None, None]
-                ones = (counts > 0).to(self.dtype)
-            ones = ones if self.spec.bias is not None else None
-            self.a = _accumulate(self.a, factors.outer_sums(sums, ones, self.spec.in_blocks))
-            examples = (counts > 0).sum().to(self.dtype) if ragged else float(layout.num_examples)
-            self.a_count = self.a_count + examples
-        elif ragged:
-            like = self.a[0] if self.a else torch.empty(0, dtype=self.dtype)
-            examples = (self._counts(like) > 0).sum().to(self.dtype)
-        else:
-            examples = float(layout.num_examples)
-        self.examples = self.examples + examples
-        self.calls = []
-        self.backward_done = False
-
-    def _counts(self, like: Tensor) -> Tensor:
-        """(examples,): positions that count, over all calls."""
-        counts = [call.layout.counts(like) for call in self.calls]
-        return torch.stack(counts).sum(0)
-
-    def _batch_first(
-        self, t: Tensor, conv: ConvGeometry | None, positions: Positions | None
-    ) -> tuple[Tensor, tuple[int, ...]]:
-        """The tensor with its batch dimension first, and the sizes of its leading dimensions."""
-        if conv is not None:
-            t = t if t.dim() == len(conv.kernel) + 2 else t.unsqueeze(0)
-            return t, (len(t), *conv.out_size)
-        if t.dim() == 1:
-            t = t.unsqueeze(0)
-        if positions is not None and positions.batch_dim and t.dim() > 2:
-            t = t.movedim(positions.batch_dim, 0)
-        return t, tuple(t.shape[:-1])
-
-
-def _accumulate(total: list[Tensor] | None, new: list[Tensor]) -> list[Tensor]:
-    return new if total is None else [x.add_(y) for x, y in zip(total, new, strict=True)]
-
-
-# Operations that read a weight as a weight. Others (norms, penalties) leave the layer's statistics complete.
-WEIGHT_READS = frozenset(
-    """
-    T H mT mH t transpose swapaxes permute movedim view reshape flatten chunk split narrow unbind __getitem__
-    matmul mm bmm addmm einsum tensordot embedding embedding_bag index_select gather
-    cat stack lstm gru rnn_tanh rnn_relu multi_head_attention_forward
-    """.split()  # noqa: SIM905
-)
 
 
 class _Interceptor(TorchFunctionMode):
@@ -386,7 +109,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         self._finish = finish
         self._positions = _as_positions(positions)
         self._generator = generator
-        self._recorders: dict[str, _Recorder] = {}
+        self._recorders: dict[str, Recorder] = {}
         self._weights: dict[str, Tensor] = {}
         self._other_uses: dict[int, str] = {}
         self._record_gradients = config.fisher == "empirical"
@@ -479,14 +202,14 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             output = output.clone()
         if spec.name not in self._recorders:
             dtype = torch.promote_types(operation.weight.dtype, torch.float32)
-            self._recorders[spec.name] = _Recorder(spec, dtype)
+            self._recorders[spec.name] = Recorder(spec, dtype)
             self._weights[spec.name] = operation.weight
         recorder = self._recorders[spec.name]
         geometry = operation.geometry(output)
         positions = self._positions_for(spec.name, operation, output)
         device = output.device.type
 
-        def record() -> _Call:
+        def record() -> Call:
             with torch.no_grad(), torch.autocast(device, enabled=False):
                 return recorder.input(operation, geometry, positions)
 
@@ -494,7 +217,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         return output
 
     def _gradient_hook(
-        self, recorder: _Recorder, call: _Call | Callable[[], _Call], positions: Positions | None, output: Tensor
+        self, recorder: Recorder, call: Call | Callable[[], Call], positions: Positions | None, output: Tensor
     ) -> Callable[[Tensor | None], None]:
         """Records the output gradient of a call, and first the call itself where that was left open."""
         shape, device = output.shape, output.device
@@ -506,7 +229,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             with torch._C.DisableTorchFunction(), torch.no_grad(), torch.autocast(device.type, enabled=False):
                 if grad is None:  # what an autograd.Function may return for zero
                     grad = torch.zeros(shape, device=device)
-                if not isinstance(call, _Call):
+                if not isinstance(call, Call):
                     call = call()
                 recorder.output_gradient(call, grad, positions)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.layers import FallbackSpec, LayerSpec, split_blocks
-from algoperf_kfac.pytorch.capture import Operation
+from algoperf_kfac.pytorch.operations import Operation
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from algoperf_kfac.pytorch.capture import Statistics
+from algoperf_kfac.pytorch.statistics import Statistics
 
 
 def is_distributed() -> bool:

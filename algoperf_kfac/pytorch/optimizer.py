@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,18 +14,13 @@ from torch import Tensor, nn
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.layers import Coverage, FallbackSpec, LayerSpec
 from algoperf_kfac.pytorch import distributed
-from algoperf_kfac.pytorch.capture import (
-    Capture,
-    MissingStatisticsError,
-    Operation,
-    Positions,
-    Scalar,
-    Statistics,
-)
+from algoperf_kfac.pytorch.capture import Capture, MissingStatisticsError
 from algoperf_kfac.pytorch.discovery import RAW, CoveredLayer, discover, spec_of_operation, unwrap
-from algoperf_kfac.pytorch.factors import from_matrix, to_matrix
+from algoperf_kfac.pytorch.factors import Positions, from_matrix, to_matrix
 from algoperf_kfac.pytorch.nadamw import nadamw_directions, nesterov
+from algoperf_kfac.pytorch.operations import Operation
 from algoperf_kfac.pytorch.preconditioner import LayerState, precondition, refresh, set_operators
+from algoperf_kfac.pytorch.statistics import Scalar, Statistics
 
 
 class FactorPair(NamedTuple):
@@ -389,7 +384,7 @@ class KFAC(torch.optim.Optimizer):
             kfac.append(precondition(self._states[name], momentum, gradient, self.config, beta2))
         if not names:
             return
-        norms = torch.stack(torch._foreach_norm(kfac))
+        norms = _norms(kfac)
         ratios = torch.ones_like(norms)
         if self.config.grafting:
             ratios = self._first_order_norms(names, directions).to(norms.dtype) / norms
@@ -399,10 +394,11 @@ class KFAC(torch.optim.Optimizer):
         ratios = torch.where(usable, ratios, 1.0)
         torch._foreach_mul_(kfac, list(ratios.unbind()))
         if self.is_statistics_step:
-            self._graft = dict(zip(names, ratios.unbind(), strict=True))
+            if self.config.grafting:
+                self._graft = dict(zip(names, ratios.unbind(), strict=True))
             dots = [torch.dot(m.flatten(), d.flatten()) for m, d in zip(momenta, kfac, strict=True)]
-            products = torch.stack(torch._foreach_norm(momenta)) * norms * ratios
-            self._cosine = dict(zip(names, (torch.stack(dots) / products).unbind(), strict=True))
+            cosines = _stack(dots) / (_norms(momenta) * norms * ratios)
+            self._cosine = dict(zip(names, cosines.unbind(), strict=True))
         for name, direction, ok in zip(names, kfac, usable.unbind(), strict=True):
             layer = self._layers[name]
             for p, step in zip((layer.weight, layer.bias), from_matrix(direction, layer.spec), strict=True):
@@ -417,13 +413,13 @@ class KFAC(torch.optim.Optimizer):
     def _first_order_norms(self, names: list[str], directions: dict[int, list[Tensor]]) -> Tensor:
         """(layers,): the norms of the layers' NadamW directions, weight and bias together."""
         layers = [self._layers[name] for name in names]
-        weights = torch.stack(torch._foreach_norm([directions[id(layer.weight)][0] for layer in layers]))
+        weights = _norms([directions[id(layer.weight)][0] for layer in layers])
         with_bias = [i for i, layer in enumerate(layers) if layer.bias is not None]
         if not with_bias:
             return weights
-        biases = torch._foreach_norm([directions[id(layers[i].bias)][0] for i in with_bias])
+        biases = _norms([directions[id(layers[i].bias)][0] for i in with_bias])
         index = torch.tensor(with_bias, device=weights.device)
-        return weights.square().index_add(0, index, torch.stack(biases).square()).sqrt()
+        return weights.square().index_add(0, index, biases.square()).sqrt()
 
     # Monitoring --------------------------------------------------------------------------------------------
 
@@ -576,6 +572,18 @@ _COPIED = (
     "_cosine",
     "_stand_ins",
 )
+
+
+def _norms(tensors: list[Tensor]) -> Tensor:
+    """(tensors,): Frobenius norms in at least float32, whatever the dtype of the tensors."""
+    return _stack(torch._foreach_norm([t if t.dtype.itemsize >= 4 else t.float() for t in tensors]))
+
+
+def _stack(scalars: Sequence[Tensor]) -> Tensor:
+    """Scalars of layers that may differ in dtype and device, as one vector."""
+    wide = any(s.dtype == torch.float64 for s in scalars)
+    dtype = torch.float64 if wide else torch.float32
+    return torch.stack([s.to(device=scalars[0].device, dtype=dtype) for s in scalars])
 
 
 def _factor_dtype(weight: Tensor) -> torch.dtype:

@@ -22,7 +22,7 @@ from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.layers import LayerSpec
 
 # Least mean eigenvalue assumed for damping: a factor that is zero altogether (a layer that saw no gradient yet)
-# still decomposes, and products of two such values stay normal numbers in float32.
+# still decomposes.
 MEAN_FLOOR = 1e-15
 
 # Damping of the retries after a failed decomposition, as multiples of the configured one.

@@ -20,5 +20,5 @@ _COMMON: dict[str, Any] = {
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "expand": _COMMON | {"learning_rate": 2e-2, "horizon_factor": 0.48},
-    "reduce": _COMMON | {"learning_rate": 2.5e-2, "horizon_factor": 0.54},
+    "reduce": _COMMON | {"learning_rate": 2.5e-2, "horizon_factor": 0.56},
 }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from algoperf_kfac.pytorch import KFAC, FactorPair
-from algoperf_kfac.pytorch.capture import RULES, Operation
+from algoperf_kfac.pytorch.operations import RULES, Operation
 
 
 def examples(count: int) -> settings:

@@ -10,9 +10,9 @@ from algoperf_kfac.spec import LossType
 from workloads.data import mnist
 from workloads.workload import Workload
 
-# PLACEHOLDER until NadamW is tuned; then set as AlgoPerf sets its targets.
-VALIDATION_TARGET = 0.95
-TEST_TARGET = 0.94
+# What tuned NadamW reaches at its full horizon in the worst of three seeds; see docs/results.md.
+VALIDATION_TARGET = 0.922
+TEST_TARGET = 0.91
 
 PATCH = 7  # pixels; 4 x 4 = 16 positions
 WIDTH = 64

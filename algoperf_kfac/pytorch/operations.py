@@ -1,0 +1,113 @@
+"""The operations that take a parameter as weight, and how to read their arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from algoperf_kfac.pytorch.factors import ConvGeometry
+
+
+@dataclasses.dataclass
+class Operation:
+    """A weighted operation as it was called.
+
+    Attributes:
+        kind: layer kind.
+        input: its input, batch first for convolutions.
+        weight: the weight argument.
+        bias: the bias argument, or None.
+        groups: channel groups.
+        hyper: stride, padding, dilation and so on of convolutions.
+    """
+
+    kind: str
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    groups: int = 1
+    hyper: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def geometry(self, output: Tensor) -> ConvGeometry | None:
+        """The geometry of a convolution, None for linear operations."""
+        if self.kind == "linear":
+            return None
+        kernel = tuple(self.weight.shape[2:])
+        dims = len(kernel)
+        dilation = _tuple(self.hyper["dilation"], dims)
+        padding = self.hyper["padding"]
+        if padding == "same":
+            # As torch does it: of an odd total, the larger half goes behind.
+            padding = tuple(d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True))
+        elif padding == "valid":
+            padding = 0
+        return ConvGeometry(
+            kernel=kernel,
+            stride=_tuple(self.hyper["stride"], dims),
+            dilation=dilation,
+            padding=_tuple(padding, dims),
+            in_size=tuple(self.input.shape[-dims:]),
+            out_size=tuple(output.shape[-dims:]),
+            transposed=self.kind == "conv_transpose",
+        )
+
+
+def _tuple(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
+    values = (value,) * dims if isinstance(value, int) else tuple(value)
+    return values * dims if len(values) == 1 else values
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Operation:
+    return Operation("linear", input, weight, bias)
+
+
+def _conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Operation:
+    hyper = {"stride": stride, "padding": padding, "dilation": dilation}
+    return Operation("conv", input, weight, bias, groups, hyper)
+
+
+def _conv_transpose(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,  # seen in the output's size
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Operation:
+    hyper = {"stride": stride, "padding": padding, "dilation": dilation}
+    return Operation("conv_transpose", input, weight, bias, groups, hyper)
+
+
+RULES: dict[Callable[..., Any], Callable[..., Operation]] = {
+    F.linear: _linear,
+    torch.conv1d: _conv,
+    torch.conv2d: _conv,
+    torch.conv3d: _conv,
+    torch.conv_transpose1d: _conv_transpose,
+    torch.conv_transpose2d: _conv_transpose,
+    torch.conv_transpose3d: _conv_transpose,
+}
+
+# Operations that read a weight as a weight. Others (norms, penalties) leave the layer's statistics complete.
+WEIGHT_READS = frozenset(
+    """
+    T H mT mH t transpose swapaxes permute movedim view reshape flatten chunk split narrow unbind __getitem__
+    matmul mm bmm addmm einsum tensordot embedding embedding_bag index_select gather
+    cat stack lstm gru rnn_tanh rnn_relu multi_head_attention_forward
+    """.split()  # noqa: SIM905
+)

@@ -1,0 +1,189 @@
+"""One layer's statistics, gathered over its calls in a capture and summed as they come: no activation is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from algoperf_kfac.layers import LayerSpec
+from algoperf_kfac.pytorch import factors
+from algoperf_kfac.pytorch.factors import ConvGeometry, Layout, Positions
+from algoperf_kfac.pytorch.operations import Operation
+
+Scalar = Tensor | float
+
+
+@dataclasses.dataclass
+class Statistics:
+    """What one or more captures gathered for one layer, as sums.
+
+    Attributes:
+        a: sums of input outer products, a (groups, b, b) matrix per block of A.
+        b: sums of output-gradient outer products of the per-example loss, per block of B.
+        a_count: what `a` is divided by: valid positions (expand) or examples (reduce).
+        examples: what `b` is divided by.
+    """
+
+    a: list[Tensor]
+    b: list[Tensor]
+    a_count: Scalar
+    examples: Scalar
+
+    def add(self, other: Statistics) -> None:
+        self.a = [x + y for x, y in zip(self.a, other.a, strict=True)]
+        self.b = [x + y for x, y in zip(self.b, other.b, strict=True)]
+        self.a_count = self.a_count + other.a_count
+        self.examples = self.examples + other.examples
+
+
+@dataclasses.dataclass
+class Call:
+    """One call of a layer, until its output gradient has come back."""
+
+    layout: Layout
+    conv: ConvGeometry | None
+    input_sums: Tensor | None = None  # reduce: (examples, groups, P_in)
+    grad_sums: Tensor | None = None  # reduce: (examples, groups, P_out), of the current backward pass
+    fired: bool = False  # its gradient came back in the current backward pass
+    seen: bool = False  # or in any
+
+
+class Recorder:
+    """Gathers one layer's statistics over its calls in a capture."""
+
+    def __init__(self, spec: LayerSpec, dtype: torch.dtype) -> None:
+        self.spec = spec
+        self.dtype = dtype
+        self.calls: list[Call] = []
+        self.backward_done = False
+        self.a: list[Tensor] | None = None
+        self.b: list[Tensor] | None = None
+        self.a_count: Scalar = 0.0
+        self.examples: Scalar = 0.0
+
+    def next_forward(self) -> None:
+        """A forward pass after a backward pass begins a further micro-batch in the same capture."""
+        if self.backward_done:
+            self.end_group()
+
+    def input(self, operation: Operation, conv: ConvGeometry | None, positions: Positions | None) -> Call:
+        spec = self.spec
+        x = operation.input.detach().to(self.dtype)
+        x, leading = self._batch_first(x, conv, positions)
+        layout = factors.resolve_positions(positions, leading, spec.name, self.dtype)
+        call = Call(layout, conv)
+        if self.calls and layout.num_examples != self.calls[0].layout.num_examples:
+            raise ValueError(
+                f"layer {spec.name} was called with {self.calls[0].layout.num_examples} and then with "
+                f"{layout.num_examples} examples in one forward pass: its calls must share their examples, or "
+                f"exclude it (exclude=[{spec.name!r}])"
+            )
+        if spec.approximation == "reduce":
+            call.input_sums = factors.input_sums(x, spec.groups, conv, layout)
+        else:
+            for chunk, inputs in factors.input_chunks(x, spec.groups, conv):
+                mask = None if layout.mask is None else layout.mask[chunk]
+                rows = factors.expand_rows(inputs, mask)
+                ones = None
+                if spec.bias is not None:
+                    ones = rows.new_ones(len(rows)) if mask is None else mask.reshape(-1)
+                self.a = _accumulate(self.a, factors.outer_sums(rows, ones, spec.in_blocks))
+            count = len(x) * layout.positions
+            self.a_count = self.a_count + (float(count) if layout.mask is None else layout.mask.sum())
+        self.calls.append(call)
+        return call
+
+    def output_gradient(self, call: Call, grad: Tensor, positions: Positions | None) -> None:
+        if call.fired:
+            raise RuntimeError(
+                f"layer {self.spec.name} received two gradients for one call: capture() takes one backward "
+                "pass per forward pass"
+            )
+        call.fired = call.seen = True
+        grad, _ = self._batch_first(grad.to(self.dtype), call.conv, positions)
+        rows = factors.output_rows(grad, self.spec.groups, call.conv)
+        if self.spec.approximation == "reduce":
+            call.grad_sums = call.layout.sum_positions(rows)
+        else:
+            flat = factors.expand_rows(rows, call.layout.mask)
+            self.b = _accumulate(self.b, factors.outer_sums(flat, None, self.spec.out_blocks))
+        if all(c.seen for c in self.calls):
+            self.backward_done = True
+
+    def end_pass(self) -> None:
+        """Close one backward pass; several may follow one forward pass (sampled or exact Fisher).
+
+        A call that this pass did not reach has a gradient of zero, as long as another pass reaches it.
+        """
+        fired = [call for call in self.calls if call.fired]
+        if not fired:
+            return
+        if self.spec.approximation == "reduce":
+            grads: Tensor | None = None
+            for call in fired:
+                assert call.grad_sums is not None
+                grads = call.grad_sums if grads is None else grads + call.grad_sums
+                call.grad_sums = None
+            assert grads is not None
+            if self.calls[0].layout.readout == "sum":
+                grads = grads / self._counts(grads).clamp(min=1)[:, None, None]
+            self.b = _accumulate(self.b, factors.outer_sums(grads, None, self.spec.out_blocks))
+        for call in fired:
+            call.fired = False
+
+    def end_group(self) -> None:
+        """Close the calls of one forward pass and its backward passes."""
+        self.end_pass()
+        if not self.calls:
+            return
+        layout = self.calls[0].layout
+        ragged = layout.mask is not None or layout.segment_ids is not None
+        if self.spec.approximation == "reduce":
+            sums: Tensor | None = None
+            for call in self.calls:
+                assert call.input_sums is not None
+                sums = call.input_sums if sums is None else sums + call.input_sums
+            assert sums is not None
+            counts = self._counts(sums)
+            ones = None
+            if layout.readout == "sum":
+                ones = counts
+            else:
+                sums = sums / counts.clamp(min=1)[:, None, None]
+                ones = (counts > 0).to(self.dtype)
+            ones = ones if self.spec.bias is not None else None
+            self.a = _accumulate(self.a, factors.outer_sums(sums, ones, self.spec.in_blocks))
+            examples = (counts > 0).sum().to(self.dtype) if ragged else float(layout.num_examples)
+            self.a_count = self.a_count + examples
+        elif ragged:
+            like = self.a[0] if self.a else torch.empty(0, dtype=self.dtype)
+            examples = (self._counts(like) > 0).sum().to(self.dtype)
+        else:
+            examples = float(layout.num_examples)
+        self.examples = self.examples + examples
+        self.calls = []
+        self.backward_done = False
+
+    def _counts(self, like: Tensor) -> Tensor:
+        """(examples,): positions that count, over all calls."""
+        counts = [call.layout.counts(like) for call in self.calls]
+        return torch.stack(counts).sum(0)
+
+    def _batch_first(
+        self, t: Tensor, conv: ConvGeometry | None, positions: Positions | None
+    ) -> tuple[Tensor, tuple[int, ...]]:
+        """The tensor with its batch dimension first, and the sizes of its leading dimensions."""
+        if conv is not None:
+            t = t if t.dim() == len(conv.kernel) + 2 else t.unsqueeze(0)
+            return t, (len(t), *conv.out_size)
+        if t.dim() == 1:
+            t = t.unsqueeze(0)
+        if positions is not None and positions.batch_dim and t.dim() > 2:
+            t = t.movedim(positions.batch_dim, 0)
+        return t, tuple(t.shape[:-1])
+
+
+def _accumulate(total: list[Tensor] | None, new: list[Tensor]) -> list[Tensor]:
+    return new if total is None else [x.add_(y) for x, y in zip(total, new, strict=True)]
