@@ -13,12 +13,13 @@ export MKL_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo test lint clean
+.PHONY: help environment demo test lint results clean
 
 help:
 	@echo "make demo         race K-FAC-expand, K-FAC-reduce and NadamW on real data; prints where the report lies"
 	@echo "make test         run the whole test suite"
 	@echo "make lint         ruff and mypy"
+	@echo "make results      measure every figure of docs/results.md (about 45 minutes)"
 	@echo "make environment  only create $(VENV) with the pinned packages"
 	@echo "make clean        remove $(VENV) and $(RUNS)"
 
@@ -34,6 +35,18 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	@$(BIN)/python -m workloads.demo --output_dir=$(RUNS)/demo
+
+# Every figure of docs/results.md, from the tuning of the reference to the race; about 45 minutes.
+results: $(READY)
+	@$(BIN)/python -m workloads.study --submissions=nadamw --nostop_at_target --experiment_dir=$(RUNS)/tuning \
+		--tuning_search_space=nadamw=tuning_search_spaces/nadamw.json --num_tuning_trials=20
+	@$(BIN)/python -m benchmarks.tuning_table $(RUNS)/tuning/nadamw
+	@$(BIN)/python -m workloads.study --submissions=nadamw --nostop_at_target --experiment_dir=$(RUNS)/targets \
+		--tuning_search_space=nadamw=tuning_search_spaces/nadamw_tuned.json --num_tuning_trials=2 --num_studies=3 --first_study=6
+	@$(BIN)/python -m workloads.study --submissions=nadamw,kfac_expand,kfac_reduce --num_studies=5 --experiment_dir=$(RUNS)/race \
+		--tuning_search_space=nadamw=tuning_search_spaces/nadamw_tuned.json --num_tuning_trials=2
+	@$(BIN)/python -m scoring report $(RUNS)/race --output_dir=$(RUNS)/race/report
+	@$(BIN)/python -m benchmarks.step_time
 
 test: $(READY)
 	@echo "==> Checking style and types"

@@ -86,6 +86,9 @@ def sampled_loss(
 def exact_losses(outputs: Tensor, loss_type: LossType | str, mask: Tensor | None = None) -> Iterator[Tensor]:
     """One scalar per output of an example; the gradients' outer products sum to the Fisher exactly.
 
+    Dimension 0 of `outputs` runs over examples: outputs packed over the nodes of several graphs would mix those of
+    one example, and need `sampled_loss`.
+
     Raises:
         ValueError: for CTC, whose output Hessian has no small root, and for too many outputs per example.
     """

@@ -182,7 +182,8 @@ class KFAC(torch.optim.Optimizer):
                 layers whose leading dimensions it fits.
             loss_normalizer: what the summed loss is divided by before `backward` (see `Capture`), so that
                 output gradients can be scaled back to the loss of single examples. Default: the number of
-                examples in this capture, right for a loss that is a mean over them. See below.
+                examples in this capture, right for a loss that is a mean over them; give it where a mask leaves out
+                whole examples. See below.
             force: take statistics on this step whatever the interval.
 
         What to pass, with n examples (or tokens, if the loss is a mean over tokens) here and N in the whole step:

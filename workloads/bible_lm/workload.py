@@ -10,7 +10,7 @@ from algoperf_kfac.spec import LossType
 from workloads.data import bible
 from workloads.workload import Workload
 
-# What tuned NadamW reaches at its full horizon in the worst of three seeds; see docs/results.md. Nats per character.
+# What tuned NadamW reaches at its full horizon in the worst of three seeds (docs/results.md); nats per character.
 VALIDATION_TARGET = 1.673
 TEST_TARGET = 1.54
 

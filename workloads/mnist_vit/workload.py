@@ -10,7 +10,7 @@ from algoperf_kfac.spec import LossType
 from workloads.data import mnist
 from workloads.workload import Workload
 
-# What tuned NadamW reaches at its full horizon in the worst of three seeds; see docs/results.md.
+# What tuned NadamW reaches at its full horizon in the worst of three seeds (docs/results.md).
 VALIDATION_TARGET = 0.922
 TEST_TARGET = 0.91
 
