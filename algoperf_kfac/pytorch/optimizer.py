@@ -388,7 +388,9 @@ class KFAC(torch.optim.Optimizer):
         norms = _norms(kfac)
         ratios = torch.ones_like(norms)
         if self.config.grafting:
-            ratios = self._first_order_norms(names, directions).to(norms.dtype) / norms
+            lengths = self._first_order_norms(names, directions)
+            # A layer without gradient (all zero) has no direction of either kind, and is not in need of a stand-in.
+            ratios = torch.where(lengths == 0, lengths, lengths / norms)
         # Where factors are all but singular a direction may vanish or overflow: the first-order one then stands.
         usable = ratios.isfinite() & norms.isfinite()
         self._stand_ins += (~usable).sum()
@@ -418,9 +420,12 @@ class KFAC(torch.optim.Optimizer):
         with_bias = [i for i, layer in enumerate(layers) if layer.bias is not None]
         if not with_bias:
             return weights
-        biases = _norms([directions[id(layers[i].bias)][0] for i in with_bias])
-        index = torch.tensor(with_bias, device=weights.device)
-        return weights.square().index_add(0, index, biases.square()).sqrt()
+        biases = _norms([directions[id(layers[i].bias)][0] for i in with_bias]).to(weights.dtype)
+        if len(with_bias) < len(layers):
+            # Spread without an index tensor, which would have to be copied to the device at every step.
+            parts = iter(biases.unbind())
+            biases = torch.stack([weights.new_zeros(()) if la.bias is None else next(parts) for la in layers])
+        return (weights.square() + biases.square()).sqrt()
 
     # Monitoring --------------------------------------------------------------------------------------------
 
