@@ -335,22 +335,20 @@ def multiply(
         transpose_left: transpose the left blocks.
         transpose_right: transpose the right blocks.
     """
-    if left:
-        blocks = [block.transpose(1, 2) if transpose_left else block for block in left]
-        parts = m.split([block.shape[-1] for block in blocks], 1)
-        m = (
-            torch.cat([block @ part for block, part in zip(blocks, parts, strict=True)], 1)
-            if len(blocks) > 1
-            else blocks[0] @ m
-        )
-    if right:
-        blocks = [block.transpose(1, 2) if transpose_right else block for block in right]
-        parts = m.split([block.shape[-1] for block in blocks], 2)
-        m = (
-            torch.cat([part @ block for block, part in zip(blocks, parts, strict=True)], 2)
-            if len(blocks) > 1
-            else m @ blocks[0]
-        )
+    if transpose_left:
+        left = [block.transpose(1, 2) for block in left]
+    if transpose_right:
+        right = [block.transpose(1, 2) for block in right]
+    if len(left) == 1:
+        m = left[0] @ m
+    elif left:
+        parts = m.split([block.shape[-1] for block in left], 1)
+        m = torch.cat([block @ part for block, part in zip(left, parts, strict=True)], 1)
+    if len(right) == 1:
+        m = m @ right[0]
+    elif right:
+        parts = m.split([block.shape[-1] for block in right], 2)
+        m = torch.cat([part @ block for block, part in zip(right, parts, strict=True)], 2)
     return m
 
 

@@ -1,17 +1,16 @@
-"""AlgoPerf's five functions around `algoperf_kfac.pytorch.KFAC`, for one approximation."""
+"""AlgoPerf's API around `algoperf_kfac.pytorch.KFAC`, for one approximation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.pytorch import KFAC
-from algoperf_kfac.schedule import warmup_cosine
 from submissions.kfac.defaults import DEFAULTS
 from submissions.training_step.pytorch import clip_gradient, compute_gradient, log_step
+from submissions.training_step.schedule import learning_rate_factor
 
 
 class KFACSubmission:
@@ -73,39 +72,8 @@ class KFACSubmission:
         )
         log_step(workload, model, result.loss, global_step)
         clip_gradient(model.parameters(), config.grad_clip)
-        horizon = max(1, round(config.horizon_factor * workload.step_hint))
-        factor = warmup_cosine(global_step, horizon, round(config.warmup_factor * horizon))
+        factor = learning_rate_factor(workload.step_hint, config.horizon_factor, config.warmup_factor, global_step)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * factor
         optimizer.step()
         return optimizer_state, model, result.new_model_state
-
-    def prepare_for_eval(
-        self,
-        workload: Any,
-        current_param_container: nn.Module,
-        current_params_types: Any,
-        model_state: Any,
-        hyperparameters: Any,
-        loss_type: Any,
-        optimizer_state: dict[str, Any],
-        eval_results: list[tuple[int, dict[str, float]]],
-        global_step: int,
-        rng: Any,
-    ) -> tuple[dict[str, Any], nn.Module, Any]:
-        """Nothing to prepare: the parameters trained are the ones evaluated."""
-        return optimizer_state, current_param_container, model_state
-
-    def data_selection(
-        self,
-        workload: Any,
-        input_queue: Iterator[dict[str, Any]],
-        optimizer_state: dict[str, Any],
-        current_param_container: nn.Module,
-        model_state: Any,
-        hyperparameters: Any,
-        global_step: int,
-        rng: Any,
-    ) -> dict[str, Any]:
-        """The next batch."""
-        return next(input_queue)

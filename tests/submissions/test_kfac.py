@@ -13,6 +13,7 @@ import torch
 
 from algoperf_kfac.spec import LossType
 from submissions.kfac.defaults import DEFAULTS
+from tests.submissions.steps import start, train
 from workloads import registry, seeds
 from workloads.runner import submission as loader
 from workloads.runner import tuning
@@ -28,33 +29,6 @@ def load(approximation):
 @pytest.fixture(scope="module", params=["mnist_vit", "bible_lm"])
 def workload(request):
     return registry.load(request.param, "pytorch")
-
-
-def start(submission, workload, point=None):
-    model, state = workload.init_model_fn(seeds.root(1))
-    return model, submission.init_optimizer_state(workload, model, state, point, seeds.root(2))
-
-
-def train(submission, workload, model, state, steps, first=0, point=None):
-    queue = workload._build_input_queue(seeds.root(3), "train", "", 16)
-    queue.position = first
-    for step in range(first, first + steps):
-        batch = submission.data_selection(workload, queue, state, model, None, point, step, None)
-        state, model, _ = submission.update_params(
-            workload=workload,
-            current_param_container=model,
-            current_params_types=workload.model_params_types,
-            model_state=None,
-            hyperparameters=point,
-            batch=batch,
-            loss_type=workload.loss_type,
-            optimizer_state=state,
-            eval_results=[],
-            global_step=step,
-            rng=seeds.root(step),
-            train_state={},
-        )
-    return model
 
 
 @pytest.mark.parametrize("approximation", APPROXIMATIONS)

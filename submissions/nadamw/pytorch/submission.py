@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -10,6 +9,7 @@ from torch import nn
 from algoperf_kfac.pytorch.nadamw import NadamW
 from submissions.training_step.batch_sizes import get_batch_size
 from submissions.training_step.hyperparameters import resolve
+from submissions.training_step.pass_through import data_selection, prepare_for_eval
 from submissions.training_step.pytorch import clip_gradient, compute_gradient, log_step
 from submissions.training_step.schedule import learning_rate_factor
 
@@ -76,33 +76,3 @@ def update_params(
         group["lr"] = point.learning_rate * factor
     optimizer.step()
     return optimizer_state, model, result.new_model_state
-
-
-def prepare_for_eval(
-    workload: Any,
-    current_param_container: nn.Module,
-    current_params_types: Any,
-    model_state: Any,
-    hyperparameters: Any,
-    loss_type: Any,
-    optimizer_state: dict[str, Any],
-    eval_results: list[tuple[int, dict[str, float]]],
-    global_step: int,
-    rng: Any,
-) -> tuple[dict[str, Any], nn.Module, Any]:
-    """Nothing to prepare: the parameters trained are the ones evaluated."""
-    return optimizer_state, current_param_container, model_state
-
-
-def data_selection(
-    workload: Any,
-    input_queue: Iterator[dict[str, Any]],
-    optimizer_state: dict[str, Any],
-    current_param_container: nn.Module,
-    model_state: Any,
-    hyperparameters: Any,
-    global_step: int,
-    rng: Any,
-) -> dict[str, Any]:
-    """The next batch."""
-    return next(input_queue)
