@@ -1,0 +1,118 @@
+"""Negative controls: is it K-FAC's curvature that helps, or any basis, or one side of it?
+
+    python -m benchmarks.controls --seeds=2
+
+Trains each K-FAC submission's default point to its horizon and prints the validation metric there, beside controls
+that differ in one thing: only A or only B applied, or the eigenvectors of both replaced by random orthogonal ones with
+the same eigenvalues. NadamW over the same steps, with its best point on the workload, is the floor. The seeds are not
+those of the race.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from algoperf_kfac.config import KFACConfig
+from algoperf_kfac.pytorch import KFAC, NadamW, optimizer, preconditioner
+from algoperf_kfac.pytorch.preconditioner import LayerState
+from submissions.kfac.defaults import DEFAULTS
+from submissions.training_step.batch_sizes import get_batch_size
+from submissions.training_step.pytorch import clip_gradient, compute_gradient
+from submissions.training_step.schedule import learning_rate_factor
+from workloads import registry, seeds
+
+Operators = Callable[[LayerState, KFACConfig], None]
+DERIVE = preconditioner.set_operators
+BEST = json.loads((Path(__file__).parents[1] / "tuning_search_spaces/nadamw_tuned.json").read_text())
+BEST_POINT = {"bible_lm": BEST[0], "mnist_vit": BEST[1]}  # docs/results.md, tuning
+
+
+def full(state: LayerState, config: KFACConfig) -> None:
+    DERIVE(state, config)
+
+
+def only_a(state: LayerState, config: KFACConfig) -> None:
+    DERIVE(state, config)
+    state.b_operator = []
+
+
+def only_b(state: LayerState, config: KFACConfig) -> None:
+    DERIVE(state, config)
+    state.a_operator = []
+
+
+def random_basis(state: LayerState, config: KFACConfig) -> None:
+    bases = state.a_basis, state.b_basis
+    state.a_basis, state.b_basis = ([_orthogonal(u) for u in side] for side in bases)
+    DERIVE(state, config)
+    state.a_basis, state.b_basis = bases
+
+
+def _orthogonal(like: torch.Tensor) -> torch.Tensor:
+    """A random orthogonal matrix, the same at every refresh."""
+    generator = torch.Generator().manual_seed(like.shape[-1])
+    return torch.linalg.qr(torch.randn(like.shape, generator=generator))[0].to(like)
+
+
+CONTROLS: dict[str, Operators] = {"K-FAC": full, "A only": only_a, "B only": only_b, "random basis": random_basis}
+
+
+def train(workload_name: str, point: dict[str, Any], steps: int, seed: int, control: Operators | None) -> float:
+    """The validation metric after `steps` steps; NadamW if there is no control."""
+    workload = registry.load(workload_name, "pytorch")
+    rng = seeds.root(seed)
+    model, _ = workload.init_model_fn(rng)
+    opt: KFAC | NadamW
+    if control is None:
+        betas = (1 - point["one_minus_beta1"], point["beta2"])
+        opt = NadamW(model.parameters(), point["learning_rate"], betas, weight_decay=point["weight_decay"])
+    else:
+        preconditioner.set_operators = optimizer.set_operators = control
+        opt = KFAC(model, config=KFACConfig(**point))
+    queue = workload._build_input_queue(rng, "train", "", get_batch_size(workload_name))
+    for step in range(steps):
+        batch = next(queue)
+        context = opt.capture() if isinstance(opt, KFAC) else None
+        compute_gradient(workload, model, batch, None, rng, context=context, loss_type=workload.loss_type)
+        clip_gradient(model.parameters(), point.get("grad_clip"))
+        factor = learning_rate_factor(steps, 1.0, point["warmup_factor"], step)
+        for group in opt.param_groups:
+            group["lr"] = point["learning_rate"] * factor
+        opt.step()
+    count, batch_size = workload.num_validation_examples, workload.eval_batch_size
+    metrics = workload._eval_model_on_split("validation", count, batch_size, model, None, rng, "")
+    return float(metrics[workload.target_metric_name])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--workloads", default=",".join(registry.WORKLOADS), help="comma-separated names")
+    args = parser.parse_args()
+    known = {field.name for field in dataclasses.fields(KFACConfig)}
+    print("| workload | statistics | steps | variant | metric: median (all seeds) |")
+    print("|---|---|---|---|---|")
+    for name in args.workloads.split(","):
+        hint = registry.load(name, "pytorch").step_hint
+        for approximation, defaults in DEFAULTS.items():
+            steps = round(defaults["horizon_factor"] * hint)
+            point = {k: v for k, v in defaults.items() if k in known} | {"approximation": approximation}
+            variants = [*CONTROLS.items(), ("NadamW", None)]
+            for variant, control in variants:
+                chosen = BEST_POINT[name] if control is None else point
+                values = [train(name, chosen, steps, 2001 + s, control) for s in range(args.seeds)]
+                shown = ", ".join(f"{v:.4f}" for v in values)
+                median = statistics.median(values)
+                print(f"| {name} | {approximation} | {steps} | {variant} | {median:.4f} ({shown}) |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
