@@ -3,9 +3,9 @@
     python -m benchmarks.controls --seeds=2
 
 Trains each K-FAC submission's default point to its horizon and prints the validation metric there, beside controls
-that differ in one thing: only A or only B applied, or the eigenvectors of both replaced by random orthogonal ones with
-the same eigenvalues. NadamW over the same steps, with its best point on the workload, is the floor. The seeds are not
-those of the race.
+that differ in one thing: only A or only B applied, or the eigenvectors of both replaced by random orthogonal ones
+with the same eigenvalues. NadamW over the same steps, with its best point on the workload, is the floor. The seeds
+are not those of the race.
 """
 
 from __future__ import annotations
