@@ -19,7 +19,7 @@ help:
 	@echo "make demo         race K-FAC-expand, K-FAC-reduce and NadamW on real data; prints where the report lies"
 	@echo "make test         run the whole test suite"
 	@echo "make lint         ruff and mypy"
-	@echo "make results      measure every figure of docs/results.md (about 45 minutes)"
+	@echo "make results      measure every figure of docs/results.md (about an hour)"
 	@echo "make environment  only create $(VENV) with the pinned packages"
 	@echo "make clean        remove $(VENV) and $(RUNS)"
 
@@ -36,7 +36,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	@$(BIN)/python -m workloads.demo --output_dir=$(RUNS)/demo
 
-# Every figure of docs/results.md, from the tuning of the reference to the race; about 45 minutes.
+# Every figure of docs/results.md, from the tuning of the reference to the race; about an hour.
 results: $(READY)
 	@$(BIN)/python -m workloads.study --submissions=nadamw --nostop_at_target --experiment_dir=$(RUNS)/tuning \
 		--tuning_search_space=nadamw=tuning_search_spaces/nadamw.json --num_tuning_trials=20
@@ -47,6 +47,7 @@ results: $(READY)
 		--tuning_search_space=nadamw=tuning_search_spaces/nadamw_tuned.json --num_tuning_trials=2
 	@$(BIN)/python -m scoring report $(RUNS)/race --output_dir=$(RUNS)/race/report
 	@$(BIN)/python -m benchmarks.step_time
+	@$(BIN)/python -m benchmarks.controls
 
 test: $(READY)
 	@echo "==> Checking style and types"

@@ -119,8 +119,8 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
     def __enter__(self) -> Capture:
         if self.active:
             # A compiled graph hides its operations: statistics steps run the same model eagerly.
-            if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-                self._stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if "torch._dynamo" in sys.modules:
+                self._stack.enter_context(_eagerly())
             self._stack.enter_context(_Interceptor(self))
         return self
 
@@ -291,6 +291,24 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             b = [matrix * factor for matrix in recorder.b]
             statistics[name] = Statistics(recorder.a, b, recorder.a_count, recorder.examples)
         self._finish(statistics, missing, tied)
+
+
+@contextlib.contextmanager
+def _eagerly() -> Iterator[None]:
+    """Run what torch.compile compiled as it was written."""
+    if hasattr(torch.compiler, "set_stance"):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+        return
+    # Before torch 2.6: compiled functions ask this one to switch compilation on for their frame.
+    from torch._dynamo import eval_frame
+
+    switch = eval_frame._maybe_set_eval_frame
+    eval_frame._maybe_set_eval_frame = lambda callback: switch(None)
+    try:
+        yield
+    finally:
+        eval_frame._maybe_set_eval_frame = switch
 
 
 def _to_front(sizes: tuple[int, ...], dim: int) -> tuple[int, ...]:

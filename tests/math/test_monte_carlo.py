@@ -37,9 +37,9 @@ def test_exact_columns_are_a_root_of_the_hessian(loss: str, shape: tuple[int, ..
 
 @EACH_LOSS
 def test_draws_have_the_hessian_as_covariance(loss: str) -> None:
-    """50,000 draws in one batch of equal examples; mean zero, and positions independent of each other."""
+    """200,000 draws in one batch of equal examples; mean zero, and positions independent of each other."""
     one = 1.5 * torch.randn(2, 3)
-    outputs = one.expand(50_000, 2, 3).clone().requires_grad_()
+    outputs = one.expand(200_000, 2, 3).clone().requires_grad_()
     g = gradients(iter([sampled_loss(outputs, loss, generator=torch.Generator().manual_seed(1))]), outputs)[0]
     exact = hessians(one[None], loss)[0]
     assert relative_error(g.T @ g / len(g), exact) < 0.02
