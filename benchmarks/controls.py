@@ -96,13 +96,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--workloads", default=",".join(registry.WORKLOADS), help="comma-separated names")
+    parser.add_argument("--approximations", default=",".join(DEFAULTS), help="comma-separated")
     args = parser.parse_args()
     known = {field.name for field in dataclasses.fields(KFACConfig)}
     print("| workload | statistics | steps | variant | metric: median (all seeds) |")
     print("|---|---|---|---|---|")
     for name in args.workloads.split(","):
         hint = registry.load(name, "pytorch").step_hint
-        for approximation, defaults in DEFAULTS.items():
+        for approximation in args.approximations.split(","):
+            defaults = DEFAULTS[approximation]
             steps = round(defaults["horizon_factor"] * hint)
             point = {k: v for k, v in defaults.items() if k in known} | {"approximation": approximation}
             variants = [*CONTROLS.items(), ("NadamW", None)]

@@ -71,16 +71,17 @@ def test_the_loss_falls(approximation, workload):
 @pytest.mark.parametrize("approximation", APPROXIMATIONS)
 def test_it_resumes_between_statistics_steps(approximation, workload):
     submission = load(approximation)
-    model, state = start(submission, workload)
-    train(submission, workload, model, state, 13)
+    point = {"factor_interval": 4, "refresh_interval": 8}
+    model, state = start(submission, workload, point)
+    train(submission, workload, model, state, 13, point=point)
     saved = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": state["optimizer"].state_dict()}, saved)
-    train(submission, workload, model, state, 4, first=13)
-    resumed, fresh = start(submission, workload)
+    train(submission, workload, model, state, 4, first=13, point=point)
+    resumed, fresh = start(submission, workload, point)
     loaded = torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
     resumed.load_state_dict(loaded["model"])
     fresh["optimizer"].load_state_dict(loaded["optimizer"])
-    train(submission, workload, resumed, fresh, 4, first=13)
+    train(submission, workload, resumed, fresh, 4, first=13, point=point)
     for name, p in model.state_dict().items():
         assert torch.equal(p, resumed.state_dict()[name]), name
 
