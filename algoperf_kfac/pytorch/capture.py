@@ -197,9 +197,6 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             return output
         if spec.bias is not None and operation.bias is None:
             self.other_use("a call without its bias", (operation.weight,))
-        if output._is_view():
-            # An in-place operation on a view rewrites its history, and a hook on it would never fire.
-            output = output.clone()
         if spec.name not in self._recorders:
             dtype = torch.promote_types(operation.weight.dtype, torch.float32)
             self._recorders[spec.name] = Recorder(spec, dtype)
@@ -213,7 +210,15 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             with torch.no_grad(), torch.autocast(device, enabled=False):
                 return recorder.input(operation, geometry, positions)
 
-        output.register_hook(self._gradient_hook(recorder, record if again else record(), positions, output))
+        hook = self._gradient_hook(recorder, record if again else record(), positions, output)
+        producer = output._base.grad_fn if output._is_view() and output._base is not None else None
+        if producer is not None and output._base is not None and output._base.numel() == output.numel():
+            # An in-place operation on a view rewrites its history, and a hook on it would never fire; the operation
+            # that made what it is a view of stays in the graph.
+            producer.register_prehook(lambda grads: hook(grads[0]))
+        else:
+            output = output.clone() if output._is_view() else output
+            output.register_hook(hook)
         return output
 
     def _gradient_hook(
@@ -227,8 +232,8 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             if not self._record_gradients:
                 return
             with torch._C.DisableTorchFunction(), torch.no_grad(), torch.autocast(device.type, enabled=False):
-                if grad is None:  # what an autograd.Function may return for zero
-                    grad = torch.zeros(shape, device=device)
+                # None is what an autograd.Function may return for zero.
+                grad = torch.zeros(shape, device=device) if grad is None else grad.reshape(shape)
                 if not isinstance(call, Call):
                     call = call()
                 recorder.output_gradient(call, grad, positions)

@@ -146,16 +146,19 @@ class Recorder:
                 assert call.input_sums is not None
                 sums = call.input_sums if sums is None else sums + call.input_sums
             assert sums is not None
-            counts = self._counts(sums)
-            ones = None
-            if layout.readout == "sum":
-                ones = counts
-            else:
-                sums = sums / counts.clamp(min=1)[:, None, None]
-                ones = (counts > 0).to(self.dtype)
-            ones = ones if self.spec.bias is not None else None
-            self.a = _accumulate(self.a, factors.outer_sums(sums, ones, self.spec.in_blocks))
-            examples = (counts > 0).sum().to(self.dtype) if ragged else float(layout.num_examples)
+            examples: Scalar
+            if ragged or layout.readout == "sum":
+                counts = self._counts(sums)
+                valid = (counts > 0).to(self.dtype)
+                examples = valid.sum() if ragged else float(layout.num_examples)
+                ones = counts if layout.readout == "sum" else valid
+                if layout.readout == "mean":
+                    sums = sums / counts.clamp(min=1)[:, None, None]
+            else:  # the same, without asking the device for what is known
+                examples, ones = float(layout.num_examples), sums.new_ones(len(sums))
+                sums = sums / sum(call.layout.positions for call in self.calls)
+            homogeneous = ones if self.spec.bias is not None else None
+            self.a = _accumulate(self.a, factors.outer_sums(sums, homogeneous, self.spec.in_blocks))
             self.a_count = self.a_count + examples
         elif ragged:
             like = self.a[0] if self.a else torch.empty(0, dtype=self.dtype)
