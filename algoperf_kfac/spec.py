@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 
 try:
-    from algoperf.spec import ForwardPassMode, LossType, ParameterType, TrainingCompleteError
+    from algoperf.spec import ForwardPassMode, LossType, ParameterType, ShapeTuple, TrainingCompleteError
 
     OFFICIAL = True
 except ImportError:
@@ -49,8 +49,43 @@ except ImportError:
         ATTENTION_KV = 13
         ATTENTION_BIAS = 14
 
+    class ShapeTuple:  # type: ignore[no-redef]
+        """A shape as a leaf of a JAX pytree, where a bare tuple would be a subtree."""
+
+        def __init__(self, shape_tuple: tuple[int, ...]) -> None:
+            self.shape_tuple = shape_tuple
+
+        def __repr__(self) -> str:
+            return f"ShapeTuple({self.shape_tuple})"
+
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, ShapeTuple) and self.shape_tuple == other.shape_tuple
+
     class TrainingCompleteError(Exception):  # type: ignore[no-redef]
         """Raised by `update_params` to end training; the runner then evaluates once more."""
 
 
-__all__ = ["OFFICIAL", "ForwardPassMode", "LossType", "ParameterType", "TrainingCompleteError"]
+def loss_type_of(loss_type: LossType | str) -> LossType:
+    """Accept the enum or its name in any case.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if isinstance(loss_type, str):
+        try:
+            return LossType[loss_type.upper()]
+        except KeyError:
+            known = [member.name.lower() for member in LossType]
+            raise ValueError(f"loss_type {loss_type!r}: known are {known}") from None
+    return loss_type
+
+
+__all__ = [
+    "OFFICIAL",
+    "ForwardPassMode",
+    "LossType",
+    "ParameterType",
+    "ShapeTuple",
+    "TrainingCompleteError",
+    "loss_type_of",
+]

@@ -14,25 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from algoperf_kfac.spec import LossType
+from algoperf_kfac.spec import LossType, loss_type_of
 
 # One backward pass per output of an example: beyond this, "exact" is a mistake rather than a choice.
 MAX_EXACT_OUTPUTS = 512
-
-
-def loss_type_of(loss_type: LossType | str) -> LossType:
-    """Accept the enum or its name in any case.
-
-    Raises:
-        ValueError: for an unknown name.
-    """
-    if isinstance(loss_type, str):
-        try:
-            return LossType[loss_type.upper()]
-        except KeyError:
-            known = [member.name.lower() for member in LossType]
-            raise ValueError(f"loss_type {loss_type!r}: known are {known}") from None
-    return loss_type
 
 
 def sampled_loss(
