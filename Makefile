@@ -7,8 +7,9 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 RUNS   ?= runs
 
-# One BLAS thread per process: with two on two cores, timings have outliers of 10x.
+# One BLAS thread per process: with two on two cores, timings have outliers of 10x. NPROC is XLA's.
 export OMP_NUM_THREADS := 1
+export NPROC := 1
 export MKL_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
@@ -29,7 +30,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@echo "==> Creating the environment in $(VENV) (about two minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[torch,bench,test]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[torch,jax,bench,test]'
 	@touch $@
 	@echo "==> The environment is ready"
 

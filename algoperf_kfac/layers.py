@@ -12,7 +12,7 @@ class LayerSpec:
 
     Attributes:
         name: path of the module that owns the weight.
-        kind: "linear", "conv" or "conv_transpose".
+        kind: "linear", "conv", "conv_transpose", or "embedding" for a table that is the output layer, too.
         weight: name of the weight parameter.
         bias: name of the bias parameter, or None.
         weight_shape: the parameter's shape as the framework stores it.

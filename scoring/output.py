@@ -55,7 +55,8 @@ def write_report(result: Report, logs: Logs, path: Path) -> None:
 
     names = sorted(result.summary["algorithm"].unique())
     look = figures.styles(names, result.reference)
-    look = {name: look[name] for name in sorted(names, key=lambda one: (one != result.reference, one))}
+    order = sorted(names, key=lambda one: (result.reference_of(one), one != result.reference_of(one), one))
+    look = {name: look[name] for name in order}
     panels = []
     for workload in sorted(result.summary["workload"].unique()):
         target = result.rules.targets[workload]
@@ -68,6 +69,9 @@ def write_report(result: Report, logs: Logs, path: Path) -> None:
         drawn = figures.svg(figures.learning_curves([panel], look), f"f{k}")
         caption = f"Learning curves on {panel[0]}: studies (thin), their median (thick), the target (dotted)."
         sections.append(html.Section(panel[0], [], [(drawn, caption)], [table]))
+    both = report_module.framework_table(result)
+    if both is not None:
+        sections.append(html.Section("PyTorch and JAX", [], [], [both]))
     sections.append(html.Section("Intervals", [], [], [report_module.interval_table(result)]))
     sections.append(html.Section("Every study", [], [], [report_module.study_table(result)]))
     sections.append(html.Section("Oddities", [], [], [report_module.oddity_table(result.oddities)]))
@@ -75,6 +79,7 @@ def write_report(result: Report, logs: Logs, path: Path) -> None:
     title = "Steps and time to target"
     parts = [f"# {title}", "", lead[0], "", "![Learning curves](curves.png)", ""]
     rest = [report_module.interval_table(result), report_module.study_table(result)]
+    rest = rest if both is None else [both, *rest]
     for table in [*found, *rest, report_module.oddity_table(result.oddities)]:
         parts += [text.markdown(table), ""]
     write(path / "report.html", html.page(title, lead, sections))
@@ -91,7 +96,8 @@ def lead_text(result: Report) -> str:
     """One sentence on what was compared."""
     studies = result.studies.groupby(["workload", "submission"])["study"].nunique()
     span = f"{studies.min()}" if studies.min() == studies.max() else f"{studies.min()} to {studies.max()}"
-    against = f", against {result.reference}" if result.reference else ""
+    references = sorted(set(result.references.values()) - {""}) or [result.reference]
+    against = f", against {' and '.join(references)}" if references[0] else ""
     names = sorted(set(result.studies["submission"]))
     workloads = ", ".join(sorted(set(result.studies["workload"])))
     return (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -16,6 +18,8 @@ from scoring.targets import Rules, rules_for, with_targets
 from scoring.text import Table
 
 MEASURES = ("steps", "time")
+# How `labels` names a submission that was run in both frameworks.
+LABELLED = re.compile(r"(?P<submission>.+) \((?P<framework>jax|pytorch)\)")
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class Report:
       summary: one row per workload and algorithm, numbers only; a miss is infinite, an undefined ratio missing.
       studies: one row per study: its best trial.
       trials: one row per trial.
+      reference: what all ratios are to; empty if there is none, or one for each framework.
+      references: algorithm -> its reference, where each framework has its own.
     """
 
     summary: pd.DataFrame
@@ -34,6 +40,11 @@ class Report:
     rules: Rules
     reference: str
     oddities: pd.DataFrame
+    references: Mapping[str, str] = field(default_factory=dict)
+
+    def reference_of(self, algorithm: str) -> str:
+        """What the ratios of an algorithm are to, empty for none."""
+        return self.references.get(algorithm, self.reference)
 
 
 def build(
@@ -54,10 +65,12 @@ def build(
     if reached.empty:
         raise InputError("no trial of a workload with a known target")
     best = trials.studies(reached, rules)
-    chosen = _reference(sorted(best["submission"].unique()), reference)
+    names = sorted(best["submission"].unique())
+    own = _references(best, names, reference)
+    chosen = "" if own else _reference(names, reference)
     missing(best, studies, odd)
-    table = summarise(reached, rules, chosen)
-    return Report(table, best, reached, rules, chosen, merge(logs.oddities, odd.table()))
+    table = summarise(reached, rules, chosen, own)
+    return Report(table, best, reached, rules, chosen, merge(logs.oddities, odd.table()), own)
 
 
 def labels(table: pd.DataFrame, odd: Oddities) -> list[str]:
@@ -79,6 +92,21 @@ def _reference(names: list[str], wanted: str | None) -> str:
     return wanted
 
 
+def _references(best: pd.DataFrame, names: list[str], wanted: str | None) -> dict[str, str]:
+    """The reference of each algorithm, in its framework, if the reference was run in two; else nothing.
+
+    An algorithm whose framework has no reference gets none, as one that was run in several.
+    """
+    base = "nadamw" if wanted is None else wanted
+    if not base or base in names or not any(f"{base} ({framework})" in names for framework in ("jax", "pytorch")):
+        return {}
+    found = {}
+    for name, frameworks in best.groupby("submission")["framework"].unique().items():
+        label = f"{base} ({frameworks[0]})"
+        found[str(name)] = label if len(frameworks) == 1 and label in names else ""
+    return found
+
+
 def missing(best: pd.DataFrame, studies: int, odd: Oddities) -> None:
     """Report studies and workloads that one algorithm lacks and another has."""
     names = best["submission"].unique()
@@ -93,8 +121,11 @@ def missing(best: pd.DataFrame, studies: int, odd: Oddities) -> None:
                 odd.add("warning", str(name), "missing study", f"{workload}: {have} of {most}", action, most - have)
 
 
-def summarise(reached: pd.DataFrame, rules: Rules, reference: str = "") -> pd.DataFrame:
-    """One row per workload and algorithm, every algorithm on every workload."""
+def summarise(
+    reached: pd.DataFrame, rules: Rules, reference: str = "", references: Mapping[str, str] | None = None
+) -> pd.DataFrame:
+    """One row per workload and algorithm, every algorithm on every workload, those of one reference together."""
+    base = {name: (references or {}).get(name, reference) for name in reached["submission"].unique()}
     parts = {}
     for measure in MEASURES:
         # Each measure has its own best trial of a study: the fewest steps need not be the least time.
@@ -104,7 +135,7 @@ def summarise(reached: pd.DataFrame, rules: Rules, reference: str = "") -> pd.Da
     batch = reached.groupby(["workload", "submission"])["batch_size"].median()
     rows = []
     for workload in sorted(reached["workload"].unique()):
-        for name in sorted(everyone, key=lambda one: (one != reference, one)):
+        for name in sorted(everyone, key=lambda one: (base[one], one != base[one], one)):
             row: dict[str, object] = {"workload": workload, "algorithm": name}
             key = (workload, name)
             if key not in parts["time"].index:
@@ -113,12 +144,14 @@ def summarise(reached: pd.DataFrame, rules: Rules, reference: str = "") -> pd.Da
             cell = lookup(parts["time"], key)
             row |= {"state": cell["state"], "studies": cell["present"], "hits": cell["hits"]}
             for measure in MEASURES:
-                row |= _measure(measure, parts[measure], key, (workload, reference))
+                row |= _measure(measure, parts[measure], key, (workload, base[name]))
             row |= {"best": cell["best"], "ms_per_step": cell["ms_per_step"], "batch_size": batch.get(key, np.nan)}
             rows.append(row)
     table = pd.DataFrame(rows)
-    other = table["workload"].map(table[table["algorithm"] == reference].set_index("workload")["ms_per_step"])
-    table["ms_ratio"] = table["ms_per_step"] / other
+    pace = table.set_index(["workload", "algorithm"])["ms_per_step"]
+    keys = pd.MultiIndex.from_arrays([table["workload"], table["algorithm"].map(base)])
+    other = pace.reindex(keys)
+    table["ms_ratio"] = table["ms_per_step"] / other.to_numpy()
     return table.reindex(columns=COLUMNS)
 
 
@@ -180,7 +213,8 @@ def tables(report: Report) -> list[Table]:
             table.rows.append(_row(row, report, str(workload))[: len(headers)])
         table.note = (
             "Medians over studies (least to most). Ratios are to "
-            + (report.reference or "no reference")
+            + (" and ".join(sorted(set(report.references.values()) - {""})) or report.reference or "no reference")
+            + (", each for its framework" if report.references else "")
             + "; below 1 is better. The metric is the median best value."
         )
         found.append(table)
@@ -188,7 +222,7 @@ def tables(report: Report) -> list[Table]:
 
 
 def _row(row: pd.Series, report: Report, workload: str) -> list[str]:
-    name = row["algorithm"] + (" (reference)" if row["algorithm"] == report.reference else "")
+    name = row["algorithm"] + (" (reference)" if row["algorithm"] == report.reference_of(row["algorithm"]) else "")
     if not row["studies"]:
         return [name, "0 of 0", "no data", "–", "no data", "–", "–", "–", "–"]
     cells = [name, f"{row['hits']} of {max(row['studies'], report.rules.studies)}"]
@@ -277,6 +311,36 @@ def study_table(report: Report) -> Table:
         numbers = [text.steps(row["steps"]), text.seconds(row["time"]), text.number(row["best"])]
         table.rows.append([*cells, *numbers, text.steps(row["last_step"]), text.number(row["ms_per_step"], 3)])
     return table
+
+
+def framework_table(report: Report) -> Table | None:
+    """PyTorch and JAX side by side for what was run in both, None if nothing was."""
+    headers = [
+        "workload",
+        "algorithm",
+        "steps, PyTorch",
+        "steps, JAX",
+        "JAX / PyTorch",
+        "best, PyTorch",
+        "best, JAX",
+        "ms/step, PyTorch",
+        "ms/step, JAX",
+    ]
+    table = Table("PyTorch and JAX", headers, left=(0, 1))
+    rows = {(row["workload"], row["algorithm"]): row for _, row in report.summary.iterrows() if row["studies"]}
+    for (workload, name), torch in rows.items():
+        match = LABELLED.fullmatch(name)
+        jax = rows.get((workload, f"{match['submission']} (jax)")) if match else None
+        if match is None or match["framework"] != "pytorch" or jax is None:
+            continue
+        pair = (torch, jax)
+        steps = [text.steps(row["steps"]) if np.isfinite(row["steps"]) else "miss" for row in pair]
+        ratio = jax["steps"] / torch["steps"] if "miss" not in steps else np.nan
+        cells = [workload, match["submission"], *steps, "–" if np.isnan(ratio) else _two_places(ratio)]
+        cells += [text.number(row["best"]) for row in pair]
+        table.rows.append([*cells, *(text.number(row["ms_per_step"], 3) for row in pair)])
+    table.note = "Medians over studies. The time of a step in JAX holds the share of the compilation."
+    return table if table.rows else None
 
 
 def oddity_table(found: pd.DataFrame) -> Table:

@@ -1,4 +1,4 @@
-"""The demo: K-FAC-expand, K-FAC-reduce and NadamW race to a target on real data, then the report.
+"""The demo: K-FAC-expand, K-FAC-reduce and NadamW race to a target on real data, in each framework, then a report.
 
     python -m workloads.demo --output_dir=runs/demo
 
@@ -17,7 +17,7 @@ from absl import flags
 from workloads import registry, study
 from workloads.errors import UserError
 from workloads.runner import experiment
-from workloads.runner.flags import parse
+from workloads.runner.flags import FRAMEWORKS, parse
 
 SUBMISSIONS = ("nadamw", "kfac_expand", "kfac_reduce")
 # No single point of NadamW is good on both workloads: it gets its best one on each, and the better trial counts.
@@ -29,13 +29,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     values = flags.FlagValues()
     flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=values)
     flags.DEFINE_string("output_dir", None, "Where to. Required.", flag_values=values)
+    flags.DEFINE_list("framework", list(FRAMEWORKS), "Frameworks.", flag_values=values)
     flags.DEFINE_integer("jobs", 2, "Runs at a time, a core each.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer(
         "max_global_steps", None, "Default: each workload's step_hint.", lower_bound=1, flag_values=values
     )
     try:
         parse(sys.argv[1:] if argv is None else argv, values, "python -m workloads.demo", ("output_dir",))
-        return demo(Path(values.output_dir).expanduser().resolve(), values.jobs, values.max_global_steps)
+        output = Path(values.output_dir).expanduser().resolve()
+        return demo(output, values.jobs, values.max_global_steps, values.framework)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -44,14 +46,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def demo(output: Path, parallel: int, max_steps: int | None = None) -> int:
-    """One study of each submission on each workload, then the report; returns the exit code."""
+def demo(output: Path, parallel: int, max_steps: int | None = None, frameworks: Sequence[str] = FRAMEWORKS) -> int:
+    """One study of each submission on each workload in each framework, then the report; returns the exit code.
+
+    Raises:
+      UserError: a package is missing, a framework unknown, or the folder cannot be written.
+    """
     experiment.check_writable(output)
     workloads = list(registry.WORKLOADS)
-    for name in workloads:
-        registry.load(name, "pytorch")  # missing packages show here, once, and not in every job
-    jobs = study.jobs(output, SUBMISSIONS, workloads, "pytorch", [1], {"nadamw": str(TUNED)}, [0, 1], max_steps)
-    print(f"==> Training {', '.join(SUBMISSIONS)} on {', '.join(workloads)}, {parallel} at a time", flush=True)
+    jobs = []
+    for framework in frameworks:
+        for name in workloads:
+            registry.load(name, framework)  # missing packages show here, once, and not in every job
+        there = study.submissions_in(framework)
+        chosen = [name for name in SUBMISSIONS if name in there]
+        jobs += study.jobs(output, chosen, workloads, framework, [1], {"nadamw": str(TUNED)}, [0, 1], max_steps)
+        print(f"==> Training {', '.join(chosen)} on {', '.join(workloads)} in {framework}", flush=True)
+    print(f"==> {len(jobs)} runs, {parallel} at a time", flush=True)
     failed = study.run(jobs, parallel)
     print("==> Writing the report", flush=True)
     report = output / "report"

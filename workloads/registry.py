@@ -25,8 +25,8 @@ class Entry:
 
 
 WORKLOADS = {
-    "mnist_vit": Entry("workloads.mnist_vit", "MnistVitWorkload", ("pytorch",)),
-    "bible_lm": Entry("workloads.bible_lm", "BibleLmWorkload", ("pytorch",)),
+    "mnist_vit": Entry("workloads.mnist_vit", "MnistVitWorkload", ("pytorch", "jax")),
+    "bible_lm": Entry("workloads.bible_lm", "BibleLmWorkload", ("pytorch", "jax")),
 }
 
 
@@ -46,7 +46,8 @@ def load(name: str, framework: str) -> Workload:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("workloads"):
             raise
+        extra = "torch" if framework == "pytorch" else framework
         raise UserError(
-            f"The module '{error.name}' is not installed. Run: pip install -e '.[torch,bench]' in the checkout."
+            f"The module '{error.name}' is not installed. Run: pip install -e '.[{extra},bench]' in the checkout."
         ) from None
     return getattr(module, entry.class_name)()

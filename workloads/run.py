@@ -63,8 +63,12 @@ def run(flags: Any) -> list[dict[str, Any]]:
         submissions.check_divides("evaluation batch size", eval_batch_size, backend.device_count())
     if flags.overwrite and flags.resume_last_run:
         raise UserError("--overwrite and --resume_last_run exclude each other; give one of them.")
+    if flags.torch_compile and framework != "pytorch":
+        raise UserError("--torch_compile is for --framework=pytorch; leave it out.")
     backend.start()
     _check_points(workload, submission, backend, points, flags.save_checkpoints)
+    if not backend.is_main():
+        backend.same_on_all(0.0)  # the main process decides whether the folder may be taken
     folder = experiment.open_folder(
         flags.experiment_dir,
         flags.experiment_name,
@@ -73,6 +77,8 @@ def run(flags: Any) -> list[dict[str, Any]]:
         flags.overwrite and backend.is_main(),
         flags.resume_last_run or not backend.is_main(),
     )
+    if backend.is_main():
+        backend.same_on_all(0.0)
     for index, point in points:
         _check_earlier_run(folder / f"trial_{index + 1}", point, flags)
     outcomes = []
@@ -142,15 +148,19 @@ def _points(flags: Any) -> list[tuple[int, Any]]:
 def _backend(framework: str) -> Any:
     if framework not in runner_flags.FRAMEWORKS:
         raise UserError(f"Unknown framework '{framework}'. Known: {', '.join(runner_flags.FRAMEWORKS)}.")
-    if framework == "jax":
-        raise UserError("The framework 'jax' is not available in this runner yet. Known: pytorch.")
     try:
+        if framework == "jax":
+            from workloads.runner.jax import JaxBackend
+
+            return JaxBackend()
         from workloads.runner.pytorch import PyTorchBackend
+
+        return PyTorchBackend()
     except ModuleNotFoundError as error:
+        extra = "torch" if framework == "pytorch" else framework
         raise UserError(
-            f"The module '{error.name}' is not installed. Run: pip install -e '.[torch,bench]' in the checkout."
+            f"The module '{error.name}' is not installed. Run: pip install -e '.[{extra},bench]' in the checkout."
         ) from None
-    return PyTorchBackend()
 
 
 def _check_points(
@@ -164,7 +174,8 @@ def _check_points(
     for index, point in points:
         params, model_state = workload.init_model_fn(seeds.root(0))
         try:
-            state = submission.init_optimizer_state(workload, params, model_state, point, seeds.root(0))
+            rng = backend.rng(seeds.root(0))
+            state = submission.init_optimizer_state(workload, params, model_state, point, rng)
         except ValueError as error:
             where = "its own point" if point is None else f"point {index}"
             raise UserError(f"The submission refuses {where}: {error}.") from None

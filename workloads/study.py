@@ -9,6 +9,7 @@ trials and goes on with interrupted ones. Study j has the same seed for every su
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -29,8 +30,8 @@ from workloads.runner import experiment, tuning
 from workloads.runner.flags import FRAMEWORKS, parse
 
 SUBMISSIONS_FOLDER = Path(__file__).resolve().parent.parent / "submissions"
-# One thread each: with several BLAS threads on as many cores, timings have outliers of ten times.
-ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+# One thread each: with several BLAS threads on as many cores, timings have outliers of ten times. XLA reads NPROC.
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC"), "1")
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,11 @@ def submission_path(submission: str, framework: str) -> Path:
     return SUBMISSIONS_FOLDER / submission / framework / "submission.py"
 
 
+def submissions_in(framework: str) -> list[str]:
+    """The submissions of this repository that exist in a framework, by name."""
+    return sorted(path.parts[-3] for path in SUBMISSIONS_FOLDER.glob(f"*/{framework}/submission.py"))
+
+
 def run(todo: Sequence[Job], parallel: int) -> list[str]:
     """Runs jobs, `parallel` at a time, except finished trials; prints each outcome, returns the failed names."""
     left: list[Job] = []
@@ -201,7 +207,7 @@ def define() -> flags.FlagValues:
     flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=values)
     flags.DEFINE_list("submissions", None, "Names of folders in submissions/. Required.", flag_values=values)
     flags.DEFINE_list("workloads", list(registry.WORKLOADS), "Workloads.", flag_values=values)
-    flags.DEFINE_string("framework", "pytorch", "The framework.", flag_values=values)
+    flags.DEFINE_list("framework", ["pytorch"], f"Frameworks: {', '.join(FRAMEWORKS)}.", flag_values=values)
     flags.DEFINE_integer("num_studies", 1, "How many studies.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("first_study", 1, "Number of the first.", lower_bound=1, flag_values=values)
     flags.DEFINE_list(
@@ -242,17 +248,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _jobs_of(values: Any) -> list[Job]:
     """The jobs the flags ask for, checked as far as it costs nothing."""
-    if values.framework not in FRAMEWORKS:
-        raise UserError(f"Unknown framework '{values.framework}'. Known: {', '.join(FRAMEWORKS)}.")
+    for framework in values.framework:
+        if framework not in FRAMEWORKS:
+            raise UserError(f"Unknown framework '{framework}'. Known: {', '.join(FRAMEWORKS)}.")
     for workload in values.workloads:
         if workload not in registry.WORKLOADS:
             raise UserError(f"Unknown workload '{workload}'. Known: {', '.join(registry.WORKLOADS)}.")
-    for submission in values.submissions:
-        if not submission_path(submission, values.framework).is_file():
-            known = sorted(
-                path.parts[-3] for path in SUBMISSIONS_FOLDER.glob(f"*/{values.framework}/submission.py")
-            )
-            raise UserError(f"Unknown submission '{submission}'. Known: {', '.join(known)}.")
+    for framework, submission in itertools.product(values.framework, values.submissions):
+        if not submission_path(submission, framework).is_file():
+            known = ", ".join(submissions_in(framework))
+            raise UserError(f"Unknown submission '{submission}' in {framework}. Known: {known}.")
     spaces = _search_spaces(values.tuning_search_space, values.submissions)
     trials = [0]
     for path in spaces.values():
@@ -262,18 +267,22 @@ def _jobs_of(values: Any) -> list[Job]:
     directory = Path(values.experiment_dir).expanduser().resolve()
     experiment.check_writable(directory)
     studies = range(values.first_study, values.first_study + values.num_studies)
-    return jobs(
-        directory,
-        values.submissions,
-        values.workloads,
-        values.framework,
-        studies,
-        spaces,
-        trials,
-        values.max_global_steps,
-        values.stop_at_target,
-        values.save_checkpoints,
-    )
+    return [
+        job
+        for study, framework in itertools.product(studies, values.framework)
+        for job in jobs(
+            directory,
+            values.submissions,
+            values.workloads,
+            framework,
+            [study],
+            spaces,
+            trials,
+            values.max_global_steps,
+            values.stop_at_target,
+            values.save_checkpoints,
+        )
+    ]
 
 
 def _search_spaces(entries: Sequence[str], submissions: Sequence[str]) -> dict[str, str]:

@@ -151,7 +151,7 @@ class Workload(abc.ABC):
 
     @abc.abstractmethod
     def is_output_params(self, param_key: str) -> bool:
-        """Whether a parameter belongs to the output layer."""
+        """Whether a parameter belongs to the output layer: in PyTorch by its name, in JAX by its module's."""
 
     @abc.abstractmethod
     def init_model_fn(self, rng: Any) -> tuple[Any, Any]:

@@ -7,6 +7,7 @@ operation of the covered layers (see `interpreter.py`, `statistics.py`).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,18 +15,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.extend.core import Var
 
 from algoperf_kfac.config import KFACConfig
-from algoperf_kfac.jax import fisher, statistics
-from algoperf_kfac.jax.discovery import CoveredLayer, Layers, check_dtypes, named_leaves, sources, survey, trace
+from algoperf_kfac.jax import fisher, statistics, tied
+from algoperf_kfac.jax.discovery import (
+    CoveredLayer,
+    Layers,
+    Survey,
+    check_dtypes,
+    named_leaves,
+    sources,
+    survey,
+    trace,
+)
 from algoperf_kfac.jax.factors import Layout, Positions, resolve_positions, to_front
-from algoperf_kfac.jax.interpreter import Interpreter, Key, Visitor
+from algoperf_kfac.jax.interpreter import Interpreter, Key, Lookup, Visitor
 from algoperf_kfac.jax.operations import Call
 from algoperf_kfac.jax.statistics import Statistics, Sums, Tap
+from algoperf_kfac.jax.tied import TiedSums
 from algoperf_kfac.layers import LayerSpec
 
 # Per layer, for each of its calls: layout, mask and segment ids.
 Resolved = dict[str, dict[Key, tuple[Layout, Any, Any]]]
+AnySums = Sums | TiedSums
 AnyPositions = Positions | Array | str | Sequence[Positions | Array | str] | None
 
 
@@ -40,7 +53,7 @@ class _Tapper(Visitor):
         self,
         layers: dict[str, CoveredLayer],
         resolved: Resolved,
-        probes: dict[str, Sums],
+        probes: dict[str, AnySums],
         dtypes: dict[str, Any],
         on_backward: Callable[[str], None],
     ) -> None:
@@ -57,9 +70,19 @@ class _Tapper(Visitor):
         name = layer.spec.name
         layout, mask, ids = self._resolved[name][key]
         static = Tap(layer.spec, call, layout, self._dtypes[name], self._on_backward)
-        return statistics.tap(static, out, jax.lax.stop_gradient(x), mask, ids, self._probes[name])
+        tap = tied.tap_output if layer.spec.kind == "embedding" else statistics.tap
+        return tap(static, out, jax.lax.stop_gradient(x), mask, ids, self._probes[name])
 
-    def stacked(self, names: Sequence[str], length: int) -> dict[str, Sums]:
+    def lookup(self, key: Key, lookup: Lookup, rows: Array, out: Array) -> Array:
+        layer = self._by_weight.get(lookup.source.name)
+        if layer is None:
+            return out
+        name = layer.spec.name
+        layout, mask, ids = self._resolved[name][key]
+        static = Tap(layer.spec, None, layout, self._dtypes[name], self._on_backward)
+        return tied.tap_lookup(static, out, rows, mask, ids, self._probes[name])
+
+    def stacked(self, names: Sequence[str], length: int) -> dict[str, AnySums]:
         layers = [self._by_weight[name].spec.name for name in names if name in self._by_weight]
         return {
             name: jax.tree.map(lambda t: t.reshape(length, t.shape[0] // length, *t.shape[1:]), self._probes[name])
@@ -67,7 +90,7 @@ class _Tapper(Visitor):
         }
 
     @contextlib.contextmanager
-    def slice(self, names: Sequence[str], values: dict[str, Sums]) -> Iterator[None]:
+    def slice(self, names: Sequence[str], values: dict[str, AnySums]) -> Iterator[None]:
         before = self._probes
         self._probes = before | values
         try:
@@ -122,26 +145,28 @@ def value_grad_and_statistics(
     ) -> tuple[Any, Any, dict[str, Statistics]]:
         check_params(layers, params)
         closed, shapes = trace(apply_fn, params, args)
-        calls = survey(closed, params, args).calls
+        notes = survey(closed, params, args)
         dtypes = {n: _wide(layers.shapes[la.spec.weight][1]) for n, la in layers.covered.items()}
-        resolved = _resolve(layers, calls, positions, dtypes)
+        resolved = _resolve(layers, notes, positions, dtypes)
         probes = {
-            name: statistics.probe(layer.spec, layer.stack, _layout(resolved[name]).num_examples, dtypes[name])
+            name: _probe(layer, _layout(resolved[name]).num_examples, dtypes[name])
             for name, layer in layers.covered.items()
         }
         tags, rest = sources(params, args), jax.tree.leaves(args)
         reached: set[str] = set()
         out_tree = jax.tree.structure(shapes)
+        used = _used(lambda outputs: loss_fn(outputs, *args), shapes[0] if has_aux else shapes)
 
-        def forward(params: Any, probes: dict[str, Sums]) -> tuple[list[Array], tuple[Any, list[Any]]]:
+        def forward(params: Any, probes: dict[str, AnySums]) -> tuple[list[Array], tuple[Any, list[Any]]]:
             visitor = _Tapper(layers.covered, resolved, probes, dtypes, reached.add)
             flat = Interpreter(visitor).run(closed, [*jax.tree.leaves(params), *rest], tags)
             outputs, aux = (
                 jax.tree.unflatten(out_tree, flat) if has_aux else (jax.tree.unflatten(out_tree, flat), None)
             )
             leaves, tree = jax.tree.flatten(outputs)
-            floats = [t for t in leaves if jnp.issubdtype(t.dtype, jnp.inexact)]
-            others = [None if jnp.issubdtype(t.dtype, jnp.inexact) else t for t in leaves]
+            # Outputs that the loss does not read have no gradient: nor do the layers behind them.
+            floats = [t for t, is_used in zip(leaves, used, strict=True) if is_used]
+            others = [None if is_used else t for t, is_used in zip(leaves, used, strict=True)]
             structures.append(tree)
             return floats, (aux, others)
 
@@ -181,6 +206,16 @@ def value_grad_and_statistics(
     return run
 
 
+def _used(loss: Callable[[Any], Any], shapes: Any) -> list[bool]:
+    """Which leaves of the outputs are floating and go into the loss."""
+    jaxpr = jax.make_jaxpr(loss)(shapes).jaxpr
+    needed = {v for v in jaxpr.outvars if isinstance(v, Var)}
+    for eqn in reversed(jaxpr.eqns):
+        if needed.intersection(eqn.outvars):
+            needed.update(v for v in eqn.invars if isinstance(v, Var))
+    return [v in needed and jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in jaxpr.invars]
+
+
 def _wide(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
@@ -203,7 +238,7 @@ def check_params(layers: Layers, params: Any) -> None:
 
 def _resolve(
     layers: Layers,
-    calls: dict[str, dict[Key, Call]],
+    notes: Survey,
     positions: Any,
     dtypes: dict[str, Any],
 ) -> Resolved:
@@ -213,7 +248,7 @@ def _resolve(
         MissingStatisticsError: naming layers without a call.
         ValueError: if the calls of a layer differ in their examples.
     """
-    missing = [name for name, layer in layers.covered.items() if layer.spec.weight not in calls]
+    missing = [name for name, layer in layers.covered.items() if layer.spec.weight not in notes.calls]
     if missing:
         raise MissingStatisticsError(
             f"{len(missing)} of {len(layers.covered)} layers missed their inputs: {', '.join(missing)}. The model "
@@ -222,9 +257,14 @@ def _resolve(
     resolved: Resolved = {}
     for name, layer in layers.covered.items():
         resolved[name] = {}
-        for key, call in calls[layer.spec.weight].items():
-            chosen = _positions_for(positions, layer.spec, call.leading)
-            resolved[name][key] = resolve_positions(chosen, call.leading, name, dtypes[name])
+        uses: dict[Key, Call | Lookup] = {**notes.calls[layer.spec.weight]}
+        if layer.spec.kind == "embedding":
+            uses |= notes.lookups.get(layer.spec.weight, {})
+        for key, use in uses.items():
+            chosen = _positions_for(positions, layer.spec, use.leading)
+            if chosen is not None and isinstance(use, Call) and use.conv is not None:
+                chosen = _batch_first(chosen)
+            resolved[name][key] = resolve_positions(chosen, use.leading, name, dtypes[name])
         numbers = {layout.num_examples for layout, _, _ in resolved[name].values()}
         if len(numbers) > 1:
             raise ValueError(
@@ -260,6 +300,14 @@ def _positions_for(positions: Any, spec: LayerSpec, leading: tuple[int, ...]) ->
     return None
 
 
+def _batch_first(positions: Positions) -> Positions:
+    """The same for a convolution, whose examples come first whatever the other layers do."""
+    mask = positions.mask
+    if mask is not None and not isinstance(mask, str) and mask.ndim > 1:
+        mask = jnp.moveaxis(mask, positions.batch_dim, 0)
+    return dataclasses.replace(positions, mask=mask, batch_dim=0)
+
+
 def _fits(positions: Positions, leading: tuple[int, ...]) -> bool:
     if not leading:
         return False
@@ -284,10 +332,22 @@ def _layout(calls: dict[Key, tuple[Layout, Any, Any]]) -> Layout:
     return next(iter(calls.values()))[0]
 
 
-def _finalise(layers: Layers, resolved: Resolved, sums: dict[str, Sums], normalizer: Any) -> dict[str, Statistics]:
+def _probe(layer: CoveredLayer, examples: int, dtype: Any) -> AnySums:
+    if layer.spec.kind == "embedding":
+        return tied.probe(layer.spec, examples, dtype)
+    return statistics.probe(layer.spec, layer.stack, examples, dtype)
+
+
+def _finalise(
+    layers: Layers, resolved: Resolved, sums: dict[str, AnySums], normalizer: Any
+) -> dict[str, Statistics]:
     gathered = {}
     for name, layer in layers.covered.items():
         valid = (sums[name].counts > 0).sum(1)[0].astype(sums[name].counts.dtype)
         scale = valid if normalizer is None else jnp.asarray(normalizer, sums[name].counts.dtype)
-        gathered[name] = statistics.finalise(layer.spec, sums[name], _layout(resolved[name]), scale)
+        collected, layout = sums[name], _layout(resolved[name])
+        if isinstance(collected, TiedSums):
+            gathered[name] = tied.finalise(layer.spec, collected, layout, scale)
+        else:
+            gathered[name] = statistics.finalise(layer.spec, collected, layout, scale)
     return gathered

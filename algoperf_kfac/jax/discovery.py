@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -83,7 +84,7 @@ class Survey(Visitor):
         self.calls.setdefault(call.view.source.name, {})[key] = call
         return out
 
-    def lookup(self, key: Key, lookup: Lookup, out: Array) -> Array:
+    def lookup(self, key: Key, lookup: Lookup, rows: Array, out: Array) -> Array:
         self.lookups.setdefault(lookup.source.name, {})[key] = lookup
         return out
 
@@ -100,13 +101,20 @@ def trace(apply_fn: Callable[..., Any], params: Any, args: Sequence[Any]) -> tup
     Raises:
         TypeError: if `apply_fn` is a module instead of a function of parameters.
     """
-    if not callable(apply_fn) or hasattr(apply_fn, "apply"):
+    if not callable(apply_fn) or _is_module(apply_fn):
         raise TypeError(
             f"apply_fn must be a function of (params, *args), got {type(apply_fn).__name__}: for a flax.linen "
             "module pass `lambda params, x: module.apply({'params': params}, x)`, for others (nnx, equinox) split "
             "the module into parameters and a function first"
         )
     return jax.make_jaxpr(apply_fn, return_shape=True)(params, *args)
+
+
+def _is_module(apply_fn: Any) -> bool:
+    """Whether it is a module of flax (linen or nnx), equinox or haiku; some can be called like a function."""
+    libraries = (sys.modules.get(name) for name in ("flax.linen", "flax.nnx", "equinox", "haiku"))
+    modules = tuple(library.Module for library in libraries if library is not None)
+    return hasattr(apply_fn, "apply") or isinstance(apply_fn, modules)
 
 
 def survey(closed: ClosedJaxpr, params: Any, args: Sequence[Any]) -> Survey:
@@ -230,33 +238,37 @@ def _cover(
         return None, "excluded by the user"
     if weight in notes.other_uses:
         return None, f"tied weight: {notes.other_uses[weight]} reads it too, and K-FAC would miss that use"
-    if weight in notes.lookups:
-        return None, "tied weight: an embedding reads it too"
     first = next(iter(calls.values()))
     if any(call.view != first.view or call.kind != first.kind for call in calls.values()):
         return None, "tied weight: its calls read it in different layouts"
     if not all(shape for shape in shapes[weight][0]):
         return None, "empty"
     view = first.view
-    bias = biases.get(weight)
+    tied = weight in notes.lookups
+    if tied and (view.groups != 1 or (view.out_dim, view.in_dim) != shapes[weight][0]):
+        return None, "tied weight: an embedding reads it too, in another layout than that of an output layer"
+    bias = None if tied else biases.get(weight)
     if bias is not None and _matches(bias, exclude):
         bias = None
     blocks = [
         split_blocks(dim, config.max_factor_dim, config.large_factor)
         for dim in (view.in_dim + (bias is not None), view.out_dim)
     ]
+    if tied:  # see tied.py
+        blocks[1] = ()
     if not blocks[0] and not blocks[1]:
         return None, f"both factors above max_factor_dim={config.max_factor_dim}"
+    kind = "embedding" if tied else first.kind
     spec = LayerSpec(
         name=name,
-        kind=first.kind,
+        kind=kind,
         weight=weight,
         bias=bias,
         weight_shape=shapes[weight][0],
         groups=view.groups,
         in_dim=view.in_dim,
         out_dim=view.out_dim,
-        approximation=config.approximation_for(first.kind),
+        approximation=config.approximation_for(kind),
         in_blocks=blocks[0],
         out_blocks=blocks[1],
     )

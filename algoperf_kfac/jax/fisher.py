@@ -62,7 +62,7 @@ def cotangents(
 
 
 def sweep(count: int, gather: Callable[[Array], dict[str, Statistics]]) -> dict[str, Statistics]:
-    """The sum of the statistics of several backward passes, one after the other."""
+    """The mean of the statistics of several backward passes over the same batch, one after the other."""
     first = gather(jnp.zeros((), jnp.int32))
     if count == 1:
         return first
@@ -71,7 +71,9 @@ def sweep(count: int, gather: Callable[[Array], dict[str, Statistics]]) -> dict[
         new = gather(number)
         return {name: statistics.add(total[name], new[name]) for name in total}, None
 
-    return lax.scan(step, first, jnp.arange(1, count, dtype=jnp.int32))[0]
+    total = lax.scan(step, first, jnp.arange(1, count, dtype=jnp.int32))[0]
+    # The mean of the counts too: the batch has no more examples for being gone through several times.
+    return jax.tree.map(lambda t: t / count, total)
 
 
 def sampled_loss(outputs: Any, loss_type: LossType | str, mask: Array | None, rng: Array) -> Array:

@@ -73,7 +73,23 @@ class Lookup:
     leading: tuple[int, ...]
 
 
-Tag = Source | Fused | Output
+@dataclasses.dataclass(frozen=True)
+class Derived:
+    """A value computed from parameters and constants, no longer a parameter itself: a scaled or normalised weight.
+
+    Attributes:
+        sources: the parameters; empty for a constant.
+    """
+
+    sources: frozenset[Source] = frozenset()
+
+
+CONSTANT = Derived()
+
+Tag = Source | Fused | Output | Derived
+
+# What multiplies a derived weight into the data, or hides what it does with it.
+_PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot", "pallas_call", "custom_vjp_call", "shard_map"}
 
 
 class Visitor:
@@ -83,8 +99,8 @@ class Visitor:
         """A weighted operation; returns what takes the place of its output."""
         return out
 
-    def lookup(self, key: Key, lookup: Lookup, out: Array) -> Array:
-        """An embedding; returns what takes the place of its output."""
+    def lookup(self, key: Key, lookup: Lookup, rows: Array, out: Array) -> Array:
+        """An embedding of the row numbers `rows`; returns what takes the place of its output."""
         return out
 
     def bias(self, key: Key, call: Call, source: Source) -> None:
@@ -128,10 +144,12 @@ class Interpreter:
 
         for number, eqn in enumerate(jaxpr.eqns):
             ins = [v.val if isinstance(v, Literal) else values[v] for v in eqn.invars]
-            in_tags = [None if isinstance(v, Literal) else tagged.get(v) for v in eqn.invars]
+            in_tags = [CONSTANT if isinstance(v, Literal) else tagged.get(v) for v in eqn.invars]
             here = (*key, number)
-            if not any(in_tags):
+            if not any(tag for tag in in_tags if tag != CONSTANT):
                 outs = _bind(eqn, ins)
+                if in_tags and all(in_tags):
+                    tagged |= dict.fromkeys(eqn.outvars, CONSTANT)
             else:
                 outs, out_tags = self._equation(eqn, ins, in_tags, here)
                 tagged |= {v: t for v, t in zip(eqn.outvars, out_tags, strict=False) if t is not None}
@@ -152,7 +170,7 @@ class Interpreter:
         if name in _CALLS:
             inner = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
             return self._enter(inner, ins, tags, key)
-        if any(isinstance(tag, Source | Fused) for tag in tags):
+        if any(_sources(tag) for tag in tags):
             if name in _REMAT:
                 return self._remat(eqn, ins, tags, key), []
             if name == "scan":
@@ -176,7 +194,7 @@ class Interpreter:
             for position in (1, 0):
                 tag, other = tags[position], tags[1 - position]
                 source = tag.whole if isinstance(tag, Fused) else tag
-                if isinstance(source, Source) and not isinstance(other, Source | Fused) and not source.is_broadcast:
+                if isinstance(source, Source) and not _sources(other) and not source.is_broadcast:
                     x, w = ins[1 - position], ins[position]
                     call = read_dot_general(source, w.shape, x.shape, position == 1, eqn.params)
                     if call is not None and isinstance(tag, Fused):
@@ -184,7 +202,7 @@ class Interpreter:
                     break
         elif name == "conv_general_dilated":
             kernel = tags[1]
-            if isinstance(kernel, Source) and not isinstance(tags[0], Source) and not kernel.is_broadcast:
+            if isinstance(kernel, Source) and not _sources(tags[0]) and not kernel.is_broadcast:
                 x = ins[0]
                 call = read_conv(kernel, ins[1].shape, x.shape, eqn.outvars[0].aval.shape, eqn.params)
         elif name == "gather" and isinstance(tags[0], Source):
@@ -224,7 +242,7 @@ class Interpreter:
         ):
             return None
         (out,) = _bind(eqn, ins)
-        return [self.visitor.lookup(key, Lookup(source, out.shape[:-1]), out)], []
+        return [self.visitor.lookup(key, Lookup(source, out.shape[:-1]), ins[1][..., 0], out)], []
 
     def _follow(self, eqn: Any, tags: list[Tag | None], key: Key, outs: list[Any]) -> Tag | None:
         """What the output of an ordinary primitive is, and what it means for the parameters it reads."""
@@ -261,10 +279,10 @@ class Interpreter:
                     return None
         if name in WEIGHT_READS:
             for tag in tags:
-                for part in tag.parts if isinstance(tag, Fused) else (tag,):
-                    if isinstance(part, Source):
+                if not isinstance(tag, Derived) or name in _PRODUCTS:
+                    for part in _sources(tag):
                         self.visitor.other_use(key, part, name)
-        return None
+        return _derived(eqn, tags, outs[0])
 
     def _bias(self, output: Output, summand: Source | Fused, shape: tuple[int, ...]) -> None:
         """Tell the visitor if the summand is the bias of the operation, part by part where it is fused."""
@@ -302,11 +320,11 @@ class Interpreter:
         stacked: list[str] = []
         for position, tag in enumerate(tags):
             inner: Tag | None = None
-            if isinstance(tag, Fused):
+            if isinstance(tag, Fused | Derived):
                 if position < num_consts:
                     inner = tag
                 else:
-                    for part in tag.parts:
+                    for part in _sources(tag):
                         self.visitor.other_use(key, part, "scan")
             elif isinstance(tag, Source):
                 if position < num_consts:
@@ -340,6 +358,25 @@ def _bind(eqn: Any, ins: list[Any]) -> list[Any]:
     functions, params = eqn.primitive.get_bind_params(eqn.params)
     out = eqn.primitive.bind(*functions, *ins, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def _sources(tag: Tag | None) -> tuple[Source, ...]:
+    """The parameters in a value."""
+    if isinstance(tag, Source):
+        return (tag,)
+    if isinstance(tag, Fused):
+        return tag.parts
+    return tuple(tag.sources) if isinstance(tag, Derived) else ()
+
+
+def _derived(eqn: Any, tags: Sequence[Tag | None], out: Any) -> Derived | None:
+    """The output as a function of parameters, where no data go into it, or data only scale a weight."""
+    names = frozenset(source for tag in tags for source in _sources(tag))
+    pure = all(isinstance(tag, Source | Fused | Derived) for tag in tags)
+    scaled = eqn.primitive.name in ("mul", "div") and any(
+        math.prod(source.shape) == out.size and len(source.shape) > 1 for source in names
+    )
+    return Derived(names) if pure or scaled else None
 
 
 def _probe(shape: tuple[int, ...]) -> Any:

@@ -54,10 +54,10 @@ class Sums(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Tap:
-    """The static half of a tapped call."""
+    """The static half of a tapped call; `call` is None for a lookup."""
 
     spec: LayerSpec
-    call: Call
+    call: Call | None
     layout: Layout
     dtype: Any
     on_backward: Callable[[str], None]
@@ -115,6 +115,7 @@ tap.defvjp(_forward, _backward)
 
 def _sums(static: Tap, x: Array, gradient: Array, mask: Array | None, segment_ids: Array | None) -> Sums:
     spec, call, layout = static.spec, static.call, static.layout
+    assert call is not None
     leading = len(call.leading)
     g = call.outputs(gradient.astype(static.dtype))
     g = layout.batch_first(g, leading)
@@ -174,8 +175,8 @@ def finalise(spec: LayerSpec, sums: Sums, layout: Layout, scale: Array | float) 
             inputs = inputs / divisor
         if spec.bias is not None:
             inputs = jnp.concatenate([inputs, per_group(ones)[..., None]], 2)
-        a = _outer(inputs, spec.in_blocks)
-        b = _outer(gradients, spec.out_blocks)
+        a = outer(inputs, spec.in_blocks)
+        b = outer(gradients, spec.out_blocks)
         a_count = valid.sum(1)
     examples = valid.sum(1)
     b = tuple(m * (scale * scale) for m in b)
@@ -184,7 +185,7 @@ def finalise(spec: LayerSpec, sums: Sums, layout: Layout, scale: Array | float) 
     return Statistics(a, b, per_group(a_count), per_group(examples))
 
 
-def _outer(rows: Array, blocks: tuple[int, ...]) -> tuple[Array, ...]:
+def outer(rows: Array, blocks: tuple[int, ...]) -> tuple[Array, ...]:
     """(groups, M, P) -> a (groups, b, b) sum of outer products per block."""
     matrices, start = [], 0
     for size in blocks:

@@ -214,8 +214,7 @@ class KFAC:
 
     def factors(self, state: Any, *, reduction: str = "sum") -> dict[str, FactorPair]:
         """Each covered layer's A and B from the moving averages; see `factors`."""
-        pairs = factors(state, reduction=reduction)
-        return {name: pairs[name] for name in self.layers.covered}
+        return factors(state, self.layers, reduction=reduction)
 
     def metrics(self, state: Any) -> dict[str, float]:
         """Counts and ratios for monitoring; see `metrics`."""
@@ -329,7 +328,7 @@ def find_state(state: Any) -> KFACState:
     return found[0]
 
 
-def factors(state: Any, *, reduction: str = "sum") -> dict[str, FactorPair]:
+def factors(state: Any, layers: Layers, *, reduction: str = "sum") -> dict[str, FactorPair]:
     """Each covered layer's A and B from the moving averages: undamped, bias-corrected.
 
     The product of B and A approximates the layer's block of the Gauss-Newton matrix of the summed loss,
@@ -338,6 +337,7 @@ def factors(state: Any, *, reduction: str = "sum") -> dict[str, FactorPair]:
 
     Args:
         state: of `scale_by_kfac`, `kfac`, or a chain with one of them.
+        layers: from `discover`.
         reduction: "sum" or "mean".
 
     Raises:
@@ -347,13 +347,19 @@ def factors(state: Any, *, reduction: str = "sum") -> dict[str, FactorPair]:
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction={reduction!r}: allowed is 'sum' or 'mean'")
     pairs = {}
-    for name, layer in find_state(state).layers.items():
+    states = find_state(state).layers
+    for name, covered in layers.covered.items():
+        layer = states[name]
         if not float(layer.weight):
             raise RuntimeError(f"layer {name} has no statistics yet: make a statistics step first")
         a, b = preconditioner.corrected(layer)
         if reduction == "sum":
             examples = layer.examples / layer.weight
-            b = tuple(m * (examples[:, None, None] if examples.ndim else examples) for m in b)
+            scale = examples[:, None, None] if examples.ndim else examples
+            if covered.spec.kind == "embedding":  # B is the identity, and the whole product in A
+                a = tuple(m * scale for m in a)
+            else:
+                b = tuple(m * scale for m in b)
         pairs[name] = FactorPair(_present(a), _present(b))
     return pairs
 

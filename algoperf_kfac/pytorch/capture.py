@@ -8,9 +8,10 @@ operations and repeated uses are seen. Factors are accumulated at once, activati
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fnmatch
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,11 +20,15 @@ from torch.overrides import TorchFunctionMode
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.layers import LayerSpec
-from algoperf_kfac.pytorch import fisher
+from algoperf_kfac.pytorch import fisher, recurrent, tied
 from algoperf_kfac.pytorch.factors import Positions
-from algoperf_kfac.pytorch.operations import RULES, WEIGHT_READS, Operation
+from algoperf_kfac.pytorch.operations import LOOKUPS, RULES, WEIGHT_READS, Operation
 from algoperf_kfac.pytorch.statistics import Call, Recorder, Scalar, Statistics
+from algoperf_kfac.pytorch.tied import TiedRecorder
 from algoperf_kfac.spec import LossType
+
+PositionsLike = Positions | Tensor | str | Sequence[Positions | Tensor]
+AnyRecorder = Recorder | TiedRecorder
 
 
 class MissingStatisticsError(RuntimeError):
@@ -49,11 +54,17 @@ class _Interceptor(TorchFunctionMode):
             # checkpointing). Unlike for tensors, backward from gradient edges does not ask the mode again.
             with self:
                 return func(edges, *list(args)[1:], **kwargs)
+        name = _operation_name(func)
+        if name == "lstm" and (call := recurrent.parse(list(args), kwargs)) and self._capture.covers(call):
+            return self._capture.lstm(call)
         output = func(*args, **kwargs)
         rule = RULES.get(func)
+        table = self._capture.table_use(func, name, list(args), kwargs, output)
+        if table is not None:
+            return table
         if rule is None:
-            if _operation_name(func) in WEIGHT_READS:
-                self._capture.other_use(_operation_name(func), [*args, *kwargs.values()])
+            if name in WEIGHT_READS:
+                self._capture.other_use(name, [*args, *kwargs.values()])
             return output
         return self._capture.operation(rule(*args, **kwargs), output)
 
@@ -94,9 +105,12 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         *,
         config: KFACConfig,
         layers: Mapping[int, LayerSpec],
+        tables: Mapping[int, LayerSpec],
+        untied: set[str],
         promote: Callable[[Operation], LayerSpec | None],
+        adopt: Callable[[LayerSpec], None],
         finish: Callable[[dict[str, Statistics], dict[str, str], dict[str, str]], None],
-        positions: Positions | Tensor | Mapping[str, Positions | Tensor] | None,
+        positions: PositionsLike | Mapping[str, PositionsLike] | None,
         loss_normalizer: Scalar | None,
         generator: torch.Generator | None,
         active: bool,
@@ -105,11 +119,14 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         self.loss_normalizer = loss_normalizer
         self._config = config
         self._layers = layers
+        self._tables = tables
+        self._untied = untied
         self._promote = promote
+        self._adopt = adopt
         self._finish = finish
         self._positions = _as_positions(positions)
         self._generator = generator
-        self._recorders: dict[str, Recorder] = {}
+        self._recorders: dict[str, AnyRecorder] = {}
         self._weights: dict[str, Tensor] = {}
         self._other_uses: dict[int, str] = {}
         self._record_gradients = config.fisher == "empirical"
@@ -186,9 +203,9 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         otherwise the first run was recorded, and no gradient will reach this one.
         """
         spec = self._layers.get(id(operation.weight))
-        again = torch._C._current_graph_task_id() != -1
-        if spec is not None and not again and spec.name in self._recorders:
-            self._recorders[spec.name].next_forward()
+        known = self._recorders.get(spec.name) if spec is not None else None
+        if isinstance(known, Recorder) and not _in_backward():
+            known.next_forward()
         if not output.requires_grad:
             return output
         self.other_use(f"{operation.kind} as its input", (operation.input,))
@@ -197,13 +214,83 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             return output
         if spec.bias is not None and operation.bias is None:
             self.other_use("a call without its bias", (operation.weight,))
+        recorder = self._recorder(spec, operation.weight, Recorder)
+        return self._attach(recorder, operation, output, self._positions_for(spec.name, operation, output))
+
+    def covers(self, call: recurrent.LSTMCall) -> bool:
+        return torch.is_grad_enabled() and any(id(weight) in self._layers for weight in call.weights)
+
+    def lstm(self, call: recurrent.LSTMCall) -> tuple[Tensor, Tensor, Tensor]:
+        """Run an LSTM so that its linear layers can be recorded; returns what the fused operation returns."""
+
+        def record(operation: Operation, output: Tensor, rows: recurrent.Rows) -> Tensor:
+            spec = self._layers.get(id(operation.weight))
+            if spec is None:
+                return output
+            if spec.bias is not None and operation.bias is None:
+                self.other_use("a call without its bias", (operation.weight,))
+            recorder = self._recorder(spec, operation.weight, Recorder)
+            if not _in_backward():
+                recorder.next_forward()
+            return self._attach(recorder, operation, output, rows.positions(self._candidates(spec.name)))
+
+        return recurrent.run(call, record)
+
+    def table_use(
+        self, func: Any, name: str, args: list[Any], kwargs: Mapping[str, Any], output: Any
+    ) -> Tensor | None:
+        """Record what an operation does with an embedding table that is, or may prove to be, the output layer too.
+
+        Returns:
+            The output to hand on if this was such an operation, None if it is to be treated like any other.
+        """
+        if not self._tables or not torch.is_grad_enabled():
+            return None
+        flat = [x for arg in (*args, *kwargs.values()) for x in (arg if isinstance(arg, list | tuple) else (arg,))]
+        behind = [(x, *tied.table_behind(x, self._tables)) for x in flat]
+        reads = [(x, table, transposed) for x, table, transposed in behind if table is not None]
+        if not reads or not isinstance(output, Tensor) or not output.requires_grad:
+            return None
+        item, table, transposed = reads[0]
+        operation = None
+        if func in LOOKUPS or func is torch.nn.functional.linear:
+            operation = (LOOKUPS.get(func) or RULES[func])(*args, **kwargs)
+        elif name in tied.PRODUCTS and transposed and flat[1:] == [item]:
+            operation = Operation("linear", flat[0], table, None)
+        if operation is not None and operation.weight is table and len(reads) == 1:
+            return self._table_operation(operation, output)
+        if name in tied.TRANSPOSES and tied.table_behind(output, self._tables)[0] is not None:
+            return output  # whoever reads it will be seen
+        for item, table, _ in reads:
+            if item is not table:
+                self._other_uses.setdefault(id(table), name)
+        return None
+
+    def _table_operation(self, operation: Operation, output: Tensor) -> Tensor:
+        spec = self._tables[id(operation.weight)]
+        is_output = operation.kind == "linear"
+        if spec.name in self._untied and not is_output:
+            return output
+        recorder = self._recorder(spec, operation.weight, TiedRecorder)
+        recorder.is_output |= is_output
+        part = recorder.output if is_output else recorder.lookups
+        if not _in_backward():
+            part.next_forward()
+        return self._attach(part, operation, output, self._positions_for(spec.name, operation, output))
+
+    def _recorder(self, spec: LayerSpec, weight: Tensor, kind: type[AnyRecorder]) -> Any:
         if spec.name not in self._recorders:
-            dtype = torch.promote_types(operation.weight.dtype, torch.float32)
-            self._recorders[spec.name] = Recorder(spec, dtype)
-            self._weights[spec.name] = operation.weight
-        recorder = self._recorders[spec.name]
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            self._recorders[spec.name] = kind(spec, dtype, self._config.fisher == "empirical")
+            self._weights[spec.name] = weight
+        return self._recorders[spec.name]
+
+    def _attach(
+        self, recorder: Recorder, operation: Operation, output: Tensor, positions: Positions | None
+    ) -> Tensor:
+        """Record a call's input now (or when its layer is run again), and its output gradient when it comes."""
+        again = _in_backward()
         geometry = operation.geometry(output)
-        positions = self._positions_for(spec.name, operation, output)
         device = output.device.type
 
         def record() -> Call:
@@ -241,35 +328,49 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         return hook
 
     def _positions_for(self, name: str, operation: Operation, output: Tensor) -> Positions | None:
-        positions = self._positions
-        if positions is None:
+        candidates = self._candidates(name)
+        if not candidates:
             return None
-        if isinstance(positions, Mapping):
-            matches = (value for pattern, value in positions.items() if fnmatch.fnmatchcase(name, pattern))
-            return next(matches, None)
-        # One description for the whole model: it applies to the layers whose shape it fits.
-        shape, dim = tuple(output.shape), positions.batch_dim
-        leading = _to_front(shape[:-1], dim) if operation.kind == "linear" else (shape[0], *shape[2:])
-        mask, ids = positions.mask, positions.segment_ids
-        if ids is not None and leading[:1] != tuple(ids.shape):
-            if leading[:1] != (positions.num_segments,):
-                # Taken as they are, these rows would silently be examples with a single position each.
-                raise ValueError(
-                    f"layer {name} has {leading[0] if leading else 1} rows in dimension 0, neither those of "
-                    f"segment_ids ({len(ids)}) nor one per segment ({positions.num_segments}): describe its "
-                    f"positions by its name, capture(positions={{{name!r}: ..., ...}})"
-                )
-            return None
-        if mask is not None and leading[: mask.dim()] != _to_front(tuple(mask.shape), dim):
-            return None
-        return positions
+        if isinstance(self._positions, Mapping) and len(candidates) == 1:
+            return candidates[0]  # by name, it has to fit
+        shape = tuple(output.shape)
+        leading = (shape[0], *shape[2:]) if operation.kind.startswith("conv") else shape[:-1]
+        fitting = [p for p in candidates if p.fits(leading)]
+        if len([p for p in fitting if p.segment_ids is not None]) > 1:
+            # Nothing but their number tells what the rows are, and a wrong guess would not show.
+            raise ValueError(
+                f"layer {name} has {leading[0]} rows in dimension 0, which fits several of the segmentations: "
+                f"describe its positions by its name, capture(positions={{{name!r}: ..., ...}})"
+            )
+        if fitting:
+            return fitting[0]
+        for p in candidates:
+            if p.segment_ids is None:
+                continue
+            if leading[:1] == (p.num_segments,):  # one row per segment
+                return dataclasses.replace(p, segment_ids=None, num_segments=None) if p.by_gradient else None
+            # Taken as they are, these rows would silently be examples with a single position each.
+            raise ValueError(
+                f"layer {name} has {leading[0] if leading else 1} rows in dimension 0, neither those of "
+                f"segment_ids ({len(p.segment_ids)}) nor one per segment ({p.num_segments}): describe its "
+                f"positions by its name, capture(positions={{{name!r}: ..., ...}})"
+            )
+        return None
+
+    def _candidates(self, name: str) -> list[Positions]:
+        """The descriptions of positions that a layer may take, in order."""
+        if isinstance(self._positions, Mapping):
+            matches = (value for pattern, value in self._positions.items() if fnmatch.fnmatchcase(name, pattern))
+            return next(matches, [])
+        return self._positions
 
     def _collect(self) -> None:
+        self._settle_tables()
         missing: dict[str, str] = {}
-        tied: dict[str, str] = {}
+        shared: dict[str, str] = {}
         for weight_id, spec in self._layers.items():
             if weight_id in self._other_uses:
-                tied[spec.name] = self._other_uses[weight_id]
+                shared[spec.name] = self._other_uses[weight_id]
                 continue
             recorder = self._recorders.get(spec.name)
             if recorder is None:
@@ -283,19 +384,37 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
                 missing[spec.name] = "its output gradients"
         statistics = {}
         for name, recorder in self._recorders.items():
-            if name in missing or name in tied:
+            if name in missing or name in shared:
                 continue
             recorder.end_group()
-            assert recorder.a is not None
-            assert recorder.b is not None
             if self._config.fisher == "empirical":
                 scale = recorder.examples if self.loss_normalizer is None else self.loss_normalizer
                 factor = scale * scale
             else:
                 factor = 1.0 / self._config.fisher_samples if self._config.fisher == "mc" else 1.0
-            b = [matrix * factor for matrix in recorder.b]
-            statistics[name] = Statistics(recorder.a, b, recorder.a_count, recorder.examples)
-        self._finish(statistics, missing, tied)
+            statistics[name] = recorder.statistics(factor)
+        self._finish(statistics, missing, shared)
+
+    def _settle_tables(self) -> None:
+        """Cover the tables that proved to be the output layer, too; forget the others."""
+        for weight_id, spec in self._tables.items():
+            recorder = self._recorders.get(spec.name)
+            if weight_id in self._layers or not isinstance(recorder, TiedRecorder):
+                continue
+            ready = recorder.backward_done and spec.name not in self._untied and weight_id not in self._other_uses
+            if ready:
+                self._adopt(spec)
+                continue
+            del self._recorders[spec.name]
+            # An output layer whose lookups went by: the next statistics step will see both.
+            if recorder.is_output:
+                self._untied.discard(spec.name)
+            else:
+                self._untied.add(spec.name)
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 @contextlib.contextmanager
@@ -316,20 +435,15 @@ def _eagerly() -> Iterator[None]:
         eval_frame._maybe_set_eval_frame = switch
 
 
-def _to_front(sizes: tuple[int, ...], dim: int) -> tuple[int, ...]:
-    """Sizes with dimension `dim` first, where there are several."""
-    return (sizes[dim], *sizes[:dim], *sizes[dim + 1 :]) if len(sizes) > 1 else sizes
-
-
 def _as_positions(
-    positions: Positions | Tensor | Mapping[str, Positions | Tensor] | None,
-) -> Positions | Mapping[str, Positions] | None:
-    """A bare tensor is a mask."""
-    if isinstance(positions, Tensor):
-        return Positions(mask=positions)
+    positions: PositionsLike | Mapping[str, PositionsLike] | None,
+) -> list[Positions] | dict[str, list[Positions]]:
+    """Lists of candidates; a bare tensor is a mask, and "gradient" is `Positions(mask="gradient")`."""
     if isinstance(positions, Mapping):
-        return {
-            pattern: Positions(mask=value) if isinstance(value, Tensor) else value
-            for pattern, value in positions.items()
-        }
-    return positions
+        return {pattern: _as_list(value) for pattern, value in positions.items()}
+    return [] if positions is None else _as_list(positions)
+
+
+def _as_list(positions: PositionsLike) -> list[Positions]:
+    items: list[Any] = list(positions) if isinstance(positions, list | tuple) else [positions]
+    return [p if isinstance(p, Positions) else Positions(mask=p) for p in items]

@@ -33,7 +33,11 @@ class Positions:
     """How the leading dimensions of a layer's input and output are to be read.
 
     Attributes:
-        mask: shape of the leading dimensions (or of the first few of them), 1 where a position counts.
+        mask: shape of the leading dimensions (or of the first few of them), 1 where a position counts; or
+            "gradient": a position counts where its output gradient is not exactly zero in every channel. These
+            are the positions b[n, r] = 0 that the loss does not depend on (padding, positions without target),
+            found layer by layer from the data. Over several backward passes a position counts if any pass
+            reaches it.
         segment_ids: shape (rows,): example index of each row of dimension 0, for graphs and packed batches.
         num_segments: number of examples in `segment_ids`; needed with it (reading it off would cost a
             host synchronisation).
@@ -42,17 +46,37 @@ class Positions:
             reduce's factors takes the 1/R where R varies between examples.
     """
 
-    mask: Tensor | None = None
+    mask: Tensor | str | None = None
     segment_ids: Tensor | None = None
     num_segments: int | None = None
     batch_dim: int = 0
     readout: str = "mean"
 
     def __post_init__(self) -> None:
+        if isinstance(self.mask, str) and self.mask != "gradient":
+            raise ValueError(f"mask={self.mask!r}: allowed is a tensor or 'gradient'")
         if self.readout not in ("mean", "sum"):
             raise ValueError(f"readout={self.readout!r}: allowed is 'mean' or 'sum'")
         if (self.segment_ids is None) != (self.num_segments is None):
             raise ValueError("segment_ids and num_segments go together")
+
+    @property
+    def by_gradient(self) -> bool:
+        return isinstance(self.mask, str)
+
+    def fits(self, leading: Sequence[int]) -> bool:
+        """Whether mask and segment ids have the sizes of a layer's leading dimensions, in the layer's own order."""
+        sizes = to_front(leading, self.batch_dim)
+        if self.segment_ids is not None and sizes[:1] != tuple(self.segment_ids.shape):
+            return False
+        if not isinstance(self.mask, Tensor):
+            return True
+        return sizes[: self.mask.dim()] == to_front(self.mask.shape, self.batch_dim)
+
+
+def to_front(sizes: Sequence[int], dim: int) -> tuple[int, ...]:
+    """Sizes with dimension `dim` first, where there are several."""
+    return (sizes[dim], *sizes[:dim], *sizes[dim + 1 :]) if len(sizes) > 1 else tuple(sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +84,13 @@ class Layout:
     """`Positions` resolved for one call of a layer with N x R positions.
 
     Attributes:
-        mask: (N, R) of zeros and ones in the factors' dtype, or None.
+        mask: (N, R) of zeros and ones in the factors' dtype, or None. Follows when the output gradients are
+            known where they decide it.
         segment_ids: (N,) or None.
         num_examples: number of examples: N, or the number of segments.
         positions: R.
         readout: see `Positions`.
+        by_gradient: whether the output gradients decide the mask.
     """
 
     mask: Tensor | None
@@ -72,11 +98,19 @@ class Layout:
     num_examples: int
     positions: int
     readout: str
+    by_gradient: bool = False
+
+    @property
+    def ragged(self) -> bool:
+        """Whether examples may differ in the number of positions that count."""
+        return self.by_gradient or self.mask is not None or self.segment_ids is not None
 
     def sum_positions(self, t: Tensor) -> Tensor:
         """(N, R, groups, P) -> (examples, groups, P): sums over the positions of each example."""
-        summed = t.sum(1) if self.mask is None else torch.einsum("nrgp,nr->ngp", t, self.mask)
-        return self.sum_rows(summed)
+        if self.mask is None:
+            return self.sum_rows(t.sum(1))
+        summed = self.mask.unsqueeze(1) @ t.flatten(2)
+        return self.sum_rows(summed.reshape(len(t), *t.shape[2:]))
 
     def sum_rows(self, t: Tensor) -> Tensor:
         """(N, ...) -> (examples, ...): sums over the rows of each segment, where there are segments."""
@@ -104,7 +138,7 @@ def resolve_positions(positions: Positions | None, leading: Sequence[int], name:
         count *= size
     if positions is None:
         return Layout(None, None, rows, count, "mean")
-    mask = positions.mask
+    mask = positions.mask if isinstance(positions.mask, Tensor) else None
     if mask is not None:
         if mask.dim() > 1 and positions.batch_dim:
             mask = mask.movedim(positions.batch_dim, 0)
@@ -116,13 +150,13 @@ def resolve_positions(positions: Positions | None, leading: Sequence[int], name:
         mask = mask.reshape(*mask.shape, *[1] * missing).expand(*leading).reshape(rows, count).to(dtype)
     ids = positions.segment_ids
     if ids is None:
-        return Layout(mask, None, rows, count, positions.readout)
+        return Layout(mask, None, rows, count, positions.readout, positions.by_gradient)
     if tuple(ids.shape) != (rows,):
         raise ValueError(
             f"layer {name}: segment_ids of shape {tuple(ids.shape)} do not fit {rows} rows in dimension 0"
         )
     assert positions.num_segments is not None
-    return Layout(mask, ids, positions.num_segments, count, positions.readout)
+    return Layout(mask, ids, positions.num_segments, count, positions.readout, positions.by_gradient)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +242,9 @@ class ConvGeometry:
         """(N, C, *in_size) -> (N, groups, P): sums over positions of the patches, which are never built.
 
         Without a mask the set of inputs a kernel offset reads is a product over dimensions, so the sums are
-        one small matrix product per dimension. A mask (N, R) breaks the product: one pass per offset then.
+        one small matrix product per dimension. A mask (N, R) breaks the product. Laid out over the inputs that
+        each kernel offset reads, it makes the sums one matrix product per example instead; where that is larger
+        than the patches (few channels, large strides), they are built offset by offset.
         """
         n = len(x)
         if mask is None:
@@ -216,11 +252,19 @@ class ConvGeometry:
                 x = torch.tensordot(x, self.indicator(dim, x), dims=([2], [1]))
             return x.reshape(n, groups, -1)
         padded = self.padded(x)
-        weights = mask.reshape(n, 1, *self.out_size)
-        dims = tuple(range(2, 2 + len(self.kernel)))
-        offsets = itertools.product(*(range(k) for k in self.kernel))
-        sums = [(self.window(padded, offset) * weights).sum(dims) for offset in offsets]
-        return torch.stack(sums, -1).reshape(n, groups, -1)
+        offsets = list(itertools.product(*(range(k) for k in self.kernel)))
+        if x.shape[1] * _product(self.out_size) <= _product(padded.shape[2:]):
+            weight = mask.unsqueeze(-1)
+            windows = [self.window(padded, offset).flatten(2) @ weight for offset in offsets]
+            return torch.cat(windows, -1).reshape(n, groups, -1)
+        step = max(1, MAX_PATCH_ELEMENTS // (len(offsets) * _product(padded.shape[2:])))
+        sums = []
+        for rows, weights in zip(padded.split(step), mask.split(step), strict=True):
+            reads = rows.new_zeros(len(rows), len(offsets), *rows.shape[2:])
+            for i, offset in enumerate(offsets):
+                self.window(reads[:, i : i + 1], offset).copy_(weights.reshape(len(rows), 1, *self.out_size))
+            sums.append(rows.flatten(2) @ reads.flatten(2).transpose(1, 2))
+        return torch.cat(sums).reshape(n, groups, -1)
 
 
 def input_chunks(x: Tensor, groups: int, conv: ConvGeometry | None) -> Iterator[tuple[slice, Tensor]]:
@@ -265,6 +309,12 @@ def output_rows(grad: Tensor, groups: int, conv: ConvGeometry | None) -> Tensor:
     return grad.reshape(len(grad), groups, grad.shape[1] // groups, -1).permute(0, 3, 1, 2)
 
 
+def nonzero_positions(rows: Tensor) -> Tensor:
+    """(N, R, groups, P) output gradients -> (N, R) booleans: where any of them is not zero (NaN counts)."""
+    flat = rows.flatten(2)
+    return (flat.amax(-1) != 0) | (flat.amin(-1) != 0)
+
+
 def outer_sums(rows: Tensor, ones: Tensor | None, blocks: Sequence[int]) -> list[Tensor]:
     """Sums of outer products, block by block of the feature dimension.
 
@@ -291,6 +341,18 @@ def outer_sums(rows: Tensor, ones: Tensor | None, blocks: Sequence[int]) -> list
         sums.append(outer)
         start += size
     return sums
+
+
+def tied_factor(a: Sequence[Tensor], b: Sequence[Tensor], vocabulary: int) -> list[Tensor]:
+    """The blocks of X = (tr(B_out) A_out + tr(F) B_emb) / V of a tied table (see `tied`).
+
+    Args:
+        a: blocks of A_out.
+        b: tr(B_out) and tr(F), (1, 1, 1) each, then the blocks of B_emb.
+        vocabulary: V.
+    """
+    trace, share, *blocks = b
+    return [(trace * x + share * y) / vocabulary for x, y in zip(a, blocks, strict=True)]
 
 
 def expand_rows(rows: Tensor, mask: Tensor | None) -> Tensor:

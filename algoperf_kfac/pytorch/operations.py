@@ -18,12 +18,12 @@ class Operation:
     """A weighted operation as it was called.
 
     Attributes:
-        kind: layer kind.
-        input: its input, batch first for convolutions.
+        kind: layer kind: "linear", "conv", "conv_transpose", or "embedding" for a lookup.
+        input: its input, batch first for convolutions; (*positions, 1) token ids for a lookup.
         weight: the weight argument.
         bias: the bias argument, or None.
         groups: channel groups.
-        hyper: stride, padding, dilation and so on of convolutions.
+        hyper: stride, padding, dilation of convolutions; padding_idx of a lookup.
     """
 
     kind: str
@@ -34,8 +34,8 @@ class Operation:
     hyper: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def geometry(self, output: Tensor) -> ConvGeometry | None:
-        """The geometry of a convolution, None for linear operations."""
-        if self.kind == "linear":
+        """The geometry of a convolution, None for other operations."""
+        if self.kind in ("linear", "embedding"):
             return None
         kernel = tuple(self.weight.shape[2:])
         dims = len(kernel)
@@ -93,6 +93,14 @@ def _conv_transpose(
     return Operation("conv_transpose", input, weight, bias, groups, hyper)
 
 
+def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *_: Any, **__: Any) -> Operation:
+    return Operation("embedding", input.unsqueeze(-1), weight, None, hyper={"padding_idx": padding_idx})
+
+
+def _torch_embedding(weight: Tensor, indices: Tensor, padding_idx: int = -1, *_: Any, **__: Any) -> Operation:
+    return _embedding(indices, weight, None if padding_idx < 0 else padding_idx)
+
+
 RULES: dict[Callable[..., Any], Callable[..., Operation]] = {
     F.linear: _linear,
     torch.conv1d: _conv,
@@ -101,6 +109,12 @@ RULES: dict[Callable[..., Any], Callable[..., Operation]] = {
     torch.conv_transpose1d: _conv_transpose,
     torch.conv_transpose2d: _conv_transpose,
     torch.conv_transpose3d: _conv_transpose,
+}
+
+# Lookups in a table; a rule only where the table is the output layer, too.
+LOOKUPS: dict[Callable[..., Any], Callable[..., Operation]] = {
+    F.embedding: _embedding,
+    torch.embedding: _torch_embedding,
 }
 
 # Operations that read a weight as a weight. Others (norms, penalties) leave the layer's statistics complete.

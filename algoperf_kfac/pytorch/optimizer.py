@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.layers import Coverage, FallbackSpec, LayerSpec
 from algoperf_kfac.pytorch import distributed
-from algoperf_kfac.pytorch.capture import Capture, MissingStatisticsError
-from algoperf_kfac.pytorch.discovery import RAW, CoveredLayer, discover, spec_of_operation, unwrap
-from algoperf_kfac.pytorch.factors import Positions, from_matrix, to_matrix
+from algoperf_kfac.pytorch import state as serial
+from algoperf_kfac.pytorch.capture import Capture, MissingStatisticsError, PositionsLike
+from algoperf_kfac.pytorch.discovery import RAW, CoveredLayer, discover, spec_of_operation, tied_tables, unwrap
+from algoperf_kfac.pytorch.factors import from_matrix, to_matrix
 from algoperf_kfac.pytorch.nadamw import nadamw_directions, nesterov
 from algoperf_kfac.pytorch.operations import Operation
-from algoperf_kfac.pytorch.preconditioner import LayerState, precondition, refresh, set_operators
+from algoperf_kfac.pytorch.preconditioner import LayerState, precondition
 from algoperf_kfac.pytorch.statistics import Scalar, Statistics
 
 
@@ -54,6 +55,9 @@ class KFAC(torch.optim.Optimizer):
             set lr, betas, eps and weight_decay; a layer takes betas and eps from its weight's group.
         config: a configuration; keyword arguments override its fields.
         exclude: patterns of module paths to leave to the fallback, e.g. ["decoder.*"].
+        output_splits: patterns of module paths -> into how many equal parts the outputs of a linear layer are cut,
+            e.g. {"*.in_proj": 3} for fused query, key and value: B then has a block for each (or several, above
+            max_factor_dim), while they share A.
         allow_partial_coverage: move a layer that misses its statistics to the fallback, with a warning, instead
             of stopping.
         seed: of the label draws of fisher="mc".
@@ -71,6 +75,7 @@ class KFAC(torch.optim.Optimizer):
         *,
         config: KFACConfig | None = None,
         exclude: Iterable[str] = (),
+        output_splits: Mapping[str, int] | None = None,
         allow_partial_coverage: bool = False,
         seed: int = 0,
         **hyperparameters: Any,
@@ -80,7 +85,7 @@ class KFAC(torch.optim.Optimizer):
         self.config = config
         self._complete = False
         model = unwrap(model)
-        names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+        names = {id(p): name for name, p in model.named_parameters()}  # the first of several
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
             if not params:
@@ -101,7 +106,14 @@ class KFAC(torch.optim.Optimizer):
             raise ValueError("the model has no trainable parameter")
         self._params = {names[id(p)]: p for p in trainable}
         self._allow_partial_coverage = allow_partial_coverage
-        layers, self._fallbacks = discover(model, config, trainable, exclude)
+        exclude = list(exclude)
+        self._output_splits = dict(output_splits or {})
+        layers, self._fallbacks = discover(model, config, trainable, exclude, self._output_splits)
+        # Tables that may prove to be tied, and the reason they have as long as this is open.
+        reasons = {f.name: f.reason for f in self._fallbacks}
+        tables = tied_tables(model, config, self._fallbacks, exclude)
+        self._tables = {name: (spec, reasons[name]) for name, spec in tables.items()}
+        self._untied: set[str] = set()
         self._layers: dict[str, CoveredLayer] = {}
         self._states: dict[str, LayerState] = {}
         self._by_weight: dict[int, LayerSpec] = {}
@@ -113,8 +125,8 @@ class KFAC(torch.optim.Optimizer):
         self._graft: dict[str, Tensor] = {}
         self._cosine: dict[str, Tensor] = {}
         self._stand_ins = torch.zeros((), device=trainable[0].device)
-        self._generator = torch.Generator(device=trainable[0].device)
-        self._generator.manual_seed(seed)
+        self._seed = seed
+        self._captures = 0  # of the coming step
 
     # Covered layers ----------------------------------------------------------------------------------------
 
@@ -132,13 +144,22 @@ class KFAC(torch.optim.Optimizer):
         """Cover a raw parameter that an operation with a rule reads."""
         candidates = {f.name for f in self._fallbacks if f.reason == RAW}
         names = {id(p): n for n, p in self._params.items() if n in candidates}
-        spec = spec_of_operation(operation, names, self.config)
+        spec = spec_of_operation(operation, names, self.config, self._output_splits)
         if spec is None:
             return None
         if spec.name in self._layers:  # two raw weights in one module
             spec = dataclasses.replace(spec, name=spec.weight)
         self._adopt(spec)
         return spec
+
+    def _open_tables(self) -> dict[int, LayerSpec]:
+        """By identity of the weight: the tied tables, and those of which it is not known."""
+        reasons = {f.name: f.reason for f in self._fallbacks}
+        return {
+            id(self._params[name]): spec
+            for name, (spec, reason) in self._tables.items()
+            if reasons.get(name) == reason or spec.name in self._layers
+        }
 
     def _adopt(self, spec: LayerSpec) -> None:
         covered = {spec.weight, spec.bias}
@@ -169,7 +190,7 @@ class KFAC(torch.optim.Optimizer):
 
     def capture(
         self,
-        positions: Positions | Tensor | Mapping[str, Positions | Tensor] | None = None,
+        positions: PositionsLike | Mapping[str, PositionsLike] | None = None,
         loss_normalizer: Scalar | None = None,
         *,
         force: bool = False,
@@ -177,14 +198,16 @@ class KFAC(torch.optim.Optimizer):
         """Context around forward and backward pass; watches them on statistics steps, else does nothing.
 
         Args:
-            positions: which positions count and to which example they belong: a mask, a `Positions`, or a
-                mapping from patterns of layer names to them. Given for the whole model, it applies to the
-                layers whose leading dimensions it fits.
+            positions: which positions count and to which example they belong: "gradient" (those that the loss
+                depends on, see `Positions`), a mask, a `Positions`, a list of these, of which a layer takes the
+                first that fits its leading dimensions, or a mapping from patterns of layer names to any of them.
+                Given for the whole model, a mask applies to the layers it fits. Of several segmentations in a
+                list only one may fit a layer.
             loss_normalizer: what the summed loss is divided by before `backward` (see `Capture`), so that
                 output gradients can be scaled back to the loss of single examples. Default: the number of
                 examples in this capture, right for a loss that is a mean over them; give it where a mask leaves out
                 whole examples. See below.
-            force: take statistics on this step whatever the interval.
+            force: take statistics on this step whatever the interval; on all processes alike.
 
         What to pass, with n examples (or tokens, if the loss is a mean over tokens) here and N in the whole step:
 
@@ -198,15 +221,24 @@ class KFAC(torch.optim.Optimizer):
           W processes and so multiplies them by W (which DDP's averaging undoes for parameters alone).
         - a GradScaler: the above, divided by scaler.get_scale().
         """
+        active = bool(force or self.is_statistics_step)
+        generator = None
+        if active and self.config.fisher == "mc":
+            device = self._stand_ins.device
+            generator = distributed.generator_for(self._seed, self._steps, self._captures, device)
+            self._captures += 1
         return Capture(
             config=self.config,
             layers=self._by_weight,
+            tables=self._open_tables() if active else {},
+            untied=self._untied,
             promote=self._promote,
+            adopt=self._adopt,
             finish=self._finish_capture,
             positions=positions,
             loss_normalizer=loss_normalizer,
-            generator=self._generator,
-            active=bool(force or self.is_statistics_step),
+            generator=generator,
+            active=active,
         )
 
     def _finish_capture(
@@ -245,27 +277,42 @@ class KFAC(torch.optim.Optimizer):
         self._pending.clear()
 
     def _update_statistics(self) -> None:
-        if not self._pending:
-            if self.is_statistics_step and self._layers:
-                raise MissingStatisticsError(
-                    f"step {self._steps} is a statistics step and nothing was captured: run the forward and the "
-                    "backward pass inside `with optimizer.capture():` on every step"
-                )
+        if not self._pending and not self.is_statistics_step:
             return
-        mine = [name for name in self._layers if name in self._pending]
-        names = distributed.common(mine)
-        for name in set(mine) - set(names):
-            self._leave_out(name, "its statistics on another process")
+        names = self._agree_on_layers()
         distributed.all_reduce_statistics([self._pending[name] for name in names])
         for name in names:
             s = self._pending[name]
-            a = [m / s.a_count for m in s.a]
-            b = [m / s.examples for m in s.b]
+            a, b = s.averages(self._layers[name].spec)
             self._states[name].update(a, b, s.examples, self.config.factor_decay)
         self._pending.clear()
         due = self._due()
         if due:
-            refresh([(self._layers[name].spec, self._states[name]) for name in due], self.config)
+            distributed.refresh([(self._layers[name].spec, self._states[name]) for name in due], self.config)
+
+    def _agree_on_layers(self) -> list[str]:
+        """The layers with statistics on every process, in one order; the others are left out everywhere.
+
+        Raises:
+            MissingStatisticsError: on every process, if one has layers and captured nothing.
+        """
+        mine = [name for name in self._layers if name in self._pending]
+        gathered = distributed.all_gather(None if self._layers and not mine else mine)
+        silent = [rank for rank, names in enumerate(gathered) if names is None]
+        if silent:
+            where = f" on process {silent[0]}" if len(gathered) > 1 else ""
+            raise MissingStatisticsError(
+                f"step {self._steps} is a statistics step and nothing was captured{where}: run the forward and "
+                "the backward pass inside `with optimizer.capture():` on every step"
+            )
+        everywhere = set.intersection(*(set(names or ()) for names in gathered))
+        for name in mine:
+            if name not in everywhere:
+                self._leave_out(name, "its statistics on another process")
+        names = [name for name in gathered[0] or () if name in everywhere]
+        # Raw parameters joined in the order of their use, which may differ; refreshes take turns in this one.
+        self._layers = {name: self._layers[name] for name in dict.fromkeys([*names, *self._layers])}
+        return names
 
     def _due(self) -> list[str]:
         """Layers to refresh at this statistics step: staggered, but all of them while the statistics are young."""
@@ -298,6 +345,8 @@ class KFAC(torch.optim.Optimizer):
             a, b = state.corrected()
             if reduction == "sum":
                 examples = state.examples / state.weight
+                if self._layers[name].spec.kind == "embedding":  # one factor for both
+                    a = [m * examples for m in a]
                 b = [m * examples for m in b]
             pairs[name] = FactorPair(_present(a), _present(b))
         return pairs
@@ -323,6 +372,7 @@ class KFAC(torch.optim.Optimizer):
             steps = [directions[id(p)][0].to(p.dtype) for p in params]
             torch._foreach_add_(params, steps, alpha=-group["lr"])
         self._steps += 1
+        self._captures = 0
         return loss
 
     def _first_order(self) -> dict[int, list[Tensor]]:
@@ -475,22 +525,16 @@ class KFAC(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue bit for bit; loadable with torch.load(weights_only=True)."""
         state = super().state_dict()
-        state["kfac"] = {
-            "steps": self._steps,
-            "preconditioner": self.config.preconditioner,
-            "generator": self._generator.get_state(),
-            "missed": dict(self._missed),
-            "stand_ins": self._stand_ins,
-            "fallbacks": [dataclasses.asdict(f) for f in self._fallbacks],
-            "layers": {
-                name: {
-                    "spec": dataclasses.asdict(layer.spec),
-                    # Fields by hand: dataclasses.asdict would copy every tensor.
-                    "state": {f.name: getattr(self._states[name], f.name) for f in dataclasses.fields(LayerState)},
-                }
-                for name, layer in self._layers.items()
-            },
-        }
+        state["kfac"] = serial.to_dict(
+            [layer.spec for layer in self._layers.values()],
+            self._states,
+            self._fallbacks,
+            self.config,
+            steps=self._steps,
+            seed=self._seed,
+            missed=dict(self._missed),
+            stand_ins=self._stand_ins,
+        )
         return state
 
     @torch.no_grad()
@@ -503,64 +547,35 @@ class KFAC(torch.optim.Optimizer):
         if "kfac" not in state_dict:
             raise ValueError("this state_dict is not KFAC's: it has no entry 'kfac'")
         kfac = state_dict["kfac"]
-        self._check(kfac)
+        specs = {name: layer.spec for name, layer in self._layers.items()}
+        serial.check(kfac, self.config, specs, {name: tuple(p.shape) for name, p in self._params.items()})
         # A copy, so that the optimizer that gave the state may go on.
         super().load_state_dict(copy.deepcopy({k: v for k, v in state_dict.items() if k != "kfac"}))
-        self._fallbacks = [FallbackSpec(f["name"], tuple(f["shape"]), f["reason"]) for f in kfac["fallbacks"]]
+        self._fallbacks = serial.fallbacks_of(kfac)
         old = self._layers
         self._layers, self._states, self._by_weight = {}, {}, {}
-        for name, entry in kfac["layers"].items():
+        for name, spec in serial.specs_of(kfac).items():
             if name in old:
                 self._add_layer(old[name])
             else:
-                self._adopt(_spec_from(entry["spec"]))
+                self._adopt(spec)
             like = self._factor_like(self._layers[name].weight)
-            self._states[name] = LayerState(**{k: _to(v, like) for k, v in entry["state"].items()})
-            set_operators(self._states[name], self.config)
+            self._states[name] = serial.layer_state(kfac, name, like, self.config)
         self._steps = kfac["steps"]
         self._missed = dict(kfac["missed"])
         self._stand_ins.copy_(kfac["stand_ins"])
-        self._generator.set_state(kfac["generator"].cpu())
+        self._seed = serial.seed_of(kfac)
+        self._captures = 0
         self._pending.clear()
-
-    def _check(self, kfac: Mapping[str, Any]) -> None:
-        """Raise ValueError if the entry "kfac" of a state_dict is of another model or preconditioner."""
-        if kfac["preconditioner"] != self.config.preconditioner:
-            raise ValueError(
-                f"state_dict: its preconditioner was {kfac['preconditioner']!r}, and is "
-                f"{self.config.preconditioner!r} here"
-            )
-        shapes: dict[str, tuple[int, ...] | None] = {f["name"]: tuple(f["shape"]) for f in kfac["fallbacks"]}
-        for name, entry in kfac["layers"].items():
-            spec = _spec_from(entry["spec"])
-            known = self._layers.get(name)
-            if known is not None and known.spec != spec:
-                raise ValueError(f"state_dict: layer {name} was {spec}, and is {known.spec} here")
-            shapes[spec.weight] = spec.weight_shape
-            if spec.bias is not None:
-                shapes[spec.bias] = None  # follows from the layer
-        for name in sorted(shapes.keys() ^ self._params.keys()):
-            what = "missing in it" if name in self._params else "unknown here"
-            raise ValueError(f"state_dict: parameter {name} is {what}")
-        for name, shape in shapes.items():
-            mine = tuple(self._params[name].shape)
-            if shape not in (None, mine):
-                raise ValueError(f"state_dict: parameter {name} had shape {shape}, and has {mine} here")
 
     def __getstate__(self) -> dict[str, Any]:
         """For deepcopy and pickle, together with the model: all but what hangs on identities."""
-        generator = (str(self._generator.device), self._generator.get_state())
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in _COPIED}, "generator": generator}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in _COPIED}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        generator = state.pop("generator", None)
         super().__setstate__(state)
-        if generator is None:  # torch's own load_state_dict comes here too, with groups and moments alone
-            return
-        self._generator = torch.Generator(device=generator[0])
-        self._generator.set_state(generator[1])
-        self._by_weight = {id(layer.weight): layer.spec for layer in self._layers.values()}
+        if "_layers" in state:  # torch's own load_state_dict comes here too, with groups and moments alone
+            self._by_weight = {id(layer.weight): layer.spec for layer in self._layers.values()}
 
 
 _COPIED = (
@@ -571,12 +586,17 @@ _COPIED = (
     "_fallbacks",
     "_layers",
     "_states",
+    "_tables",
+    "_untied",
+    "_output_splits",
     "_steps",
     "_pending",
     "_missed",
     "_graft",
     "_cosine",
     "_stand_ins",
+    "_seed",
+    "_captures",
 )
 
 
@@ -600,15 +620,3 @@ def _present(blocks: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
     """One block as a matrix, without the group dimension where there is one group."""
     squeezed = [m[0] if len(m) == 1 else m for m in blocks]
     return squeezed[0] if len(squeezed) == 1 else tuple(squeezed)
-
-
-def _spec_from(fields: Mapping[str, Any]) -> LayerSpec:
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in fields.items()}
-    return LayerSpec(**values)
-
-
-def _to(value: Any, like: Tensor) -> Any:
-    """Tensors (and lists of them) copied to the device and dtype of the factors."""
-    if isinstance(value, Tensor):
-        return value.detach().to(device=like.device, dtype=like.dtype, copy=True)
-    return [_to(v, like) for v in value] if isinstance(value, list) else value

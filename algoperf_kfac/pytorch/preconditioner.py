@@ -84,14 +84,18 @@ class LayerState:
         )
 
     def update(self, a: list[Tensor], b: list[Tensor], examples: Tensor | float, decay: float) -> None:
-        """Move the averages towards the statistics of one step; non-finite statistics are left out."""
+        """Move the averages towards the statistics of one step; non-finite statistics are left out.
+
+        So is a step without examples, where no position counted (`Positions.mask`).
+        """
+        examples = torch.as_tensor(examples).to(self.examples)
         finite = torch.stack(torch._foreach_norm([*a, *b])).sum().isfinite()
         rate = torch.where(finite, 1 - decay, 0.0).to(self.weight.dtype)
         for average, new in zip([*self.a, *self.b], [*a, *b], strict=True):
             average.lerp_(torch.where(finite, new, average), rate)
-        self.examples.lerp_(torch.as_tensor(examples).to(self.examples), rate)
+        self.examples.lerp_(examples, rate)
         self.weight.lerp_(torch.ones_like(self.weight), rate)
-        self.dropped += (~finite).to(self.dropped.dtype)
+        self.dropped += (~finite & (examples > 0)).to(self.dropped.dtype)
 
     def corrected(self) -> tuple[list[Tensor], list[Tensor]]:
         """A and B per example, the bias of the averages corrected."""
@@ -119,21 +123,64 @@ def damping_terms(
     return pi * damping**0.5, damping**0.5 / pi
 
 
+@dataclasses.dataclass
+class Refresh:
+    """What the refresh of one layer came to; `install` puts it into the layer's state.
+
+    Attributes:
+        a_basis, b_basis, a_values, b_values: as in `LayerState`; empty where the old ones stay.
+        renewed: whether the decomposition succeeded and there are new bases or inverses.
+        skipped: whether the bases were kept because they had not drifted, with new values in them.
+        failures: failed attempts.
+        drift: of the factors in the old basis.
+    """
+
+    a_basis: list[Tensor] = dataclasses.field(default_factory=list)
+    b_basis: list[Tensor] = dataclasses.field(default_factory=list)
+    a_values: list[Tensor] = dataclasses.field(default_factory=list)
+    b_values: list[Tensor] = dataclasses.field(default_factory=list)
+    renewed: bool = False
+    skipped: bool = False
+    failures: int = 0
+    drift: float = 0.0
+
+
 def refresh(layers: list[tuple[LayerSpec, LayerState]], config: KFACConfig) -> None:
-    """Recompute the preconditioners of `layers` from their current statistics.
+    """Recompute the preconditioners of `layers` from their current statistics, all in this process."""
+    states = [state for _, state in layers]
+    for state, result in zip(states, decompose(states, config), strict=True):
+        install(state, result, config)
+
+
+def decompose(states: list[LayerState], config: KFACConfig) -> list[Refresh]:
+    """The new preconditioners of layers; their states are only read.
 
     Matrices of equal shape are decomposed in one batched call. What fails is retried in float64 with more
-    damping; what still fails keeps the last good decomposition. Both are counted in the states.
+    damping; what still fails is to keep the last good decomposition. Both are counted.
     """
     jobs = []
-    for spec, state in layers:
+    for state in states:
         a, b = state.corrected()
-        jobs.append(_Job(spec, state, a, b, damping_terms(a, b, config)))
+        jobs.append(_Job(state, a, b, damping_terms(a, b, config), Refresh(drift=state.drift)))
     if config.preconditioner == "inverse":
-        _refresh_inverses(jobs, config)
+        _decompose_inverses(jobs, config)
     else:
-        _refresh_bases(jobs, config)
-    for _, state in layers:
+        _decompose_bases(jobs, config)
+    return [job.result for job in jobs]
+
+
+def install(state: LayerState, result: Refresh, config: KFACConfig) -> None:
+    """Put a refresh into its layer's state, which then depends on the old state and on `result` alone."""
+    state.refreshes += result.renewed
+    state.skipped += result.skipped
+    state.failures += result.failures
+    state.drift = result.drift
+    if result.renewed:
+        if state.second_moment is not None and (state.a_basis or state.b_basis):
+            state.second_moment = _transport(state.second_moment, state, result.a_basis, result.b_basis)
+        state.a_basis, state.b_basis = result.a_basis, result.b_basis
+    if result.renewed or result.skipped:
+        state.a_values, state.b_values = result.a_values, result.b_values
         set_operators(state, config)
 
 
@@ -154,11 +201,11 @@ def set_operators(state: LayerState, config: KFACConfig) -> None:
 
 @dataclasses.dataclass
 class _Job:
-    spec: LayerSpec
     state: LayerState
     a: list[Tensor]
     b: list[Tensor]
     damping: tuple[Tensor, Tensor]
+    result: Refresh
 
     def damped(self) -> list[Tensor]:
         """All blocks of A, then of B, each plus its damping."""
@@ -169,39 +216,36 @@ class _Job:
         ]
 
 
-def _refresh_inverses(jobs: list[_Job], config: KFACConfig) -> None:
-    results = _decompose([job.damped() for job in jobs], _inverse, jobs, config)
-    for job, result in zip(jobs, results, strict=True):
-        if result is not None:
-            inverses = [r[0] for r in result]
-            job.state.a_basis, job.state.b_basis = inverses[: len(job.a)], inverses[len(job.a) :]
-            job.state.refreshes += 1
+def _decompose_inverses(jobs: list[_Job], config: KFACConfig) -> None:
+    for job, parts in zip(jobs, _decompose(jobs, _inverse, config), strict=True):
+        if parts is not None:
+            inverses, k = [p[0] for p in parts], len(job.a)
+            job.result.a_basis, job.result.b_basis = inverses[:k], inverses[k:]
+            job.result.renewed = True
 
 
-def _refresh_bases(jobs: list[_Job], config: KFACConfig) -> None:
+def _decompose_bases(jobs: list[_Job], config: KFACConfig) -> None:
     due = []
     for job, drift in zip(jobs, _drifts(jobs, config), strict=True):
         if drift is None or not drift <= config.drift_tolerance:
             due.append(job)
         else:
-            state = job.state
-            state.a_values = _rotated_diagonals(job.a, state.a_basis, job.damping[0])
-            state.b_values = _rotated_diagonals(job.b, state.b_basis, job.damping[1])
-            state.skipped += 1
-    results = _decompose([job.damped() for job in due], _eigh, due, config)
-    for job, result in zip(due, results, strict=True):
-        if result is None:
+            job.result.a_values = _rotated_diagonals(job.a, job.state.a_basis, job.damping[0])
+            job.result.b_values = _rotated_diagonals(job.b, job.state.b_basis, job.damping[1])
+            job.result.skipped = True
+    for job, parts in zip(due, _decompose(due, _eigh, config), strict=True):
+        if parts is None:
             continue
-        values, bases = [r[0] for r in result], [r[1] for r in result]
-        k, state = len(job.a), job.state
+        k, result = len(job.a), job.result
         # Damping was added before the decomposition, so that rank-deficient factors decompose.
         floors = [job.damping[0]] * k + [job.damping[1]] * len(job.b)
-        values = [v.clamp(min=floor[:, None]) for v, floor in zip(values, floors, strict=True)]
-        if state.second_moment is not None and (state.a_basis or state.b_basis):
-            state.second_moment = _transport(state.second_moment, state, bases[:k], bases[k:])
-        state.a_values, state.b_values = values[:k], values[k:]
-        state.a_basis, state.b_basis = bases[:k], bases[k:]
-        state.refreshes += 1
+        values = [p[0].clamp(min=floor[:, None]) for p, floor in zip(parts, floors, strict=True)]
+        # In memory of their own: slices would keep the whole batch alive, and products of the same numbers at other
+        # addresses round differently, so that a resumed run would drift from the one it continues.
+        bases = [p[1].clone(memory_format=torch.contiguous_format) for p in parts]
+        result.a_values, result.b_values = values[:k], values[k:]
+        result.a_basis, result.b_basis = bases[:k], bases[k:]
+        result.renewed = True
 
 
 def _drifts(jobs: list[_Job], config: KFACConfig) -> list[float | None]:
@@ -222,8 +266,8 @@ def _drifts(jobs: list[_Job], config: KFACConfig) -> list[float | None]:
         shares.append(torch.stack(worst).amax())
     values = torch.stack(shares).tolist()  # the one synchronisation
     for job, value in zip(known, values, strict=True):
-        job.state.drift = value
-    return [job.state.drift if job.state.refreshes else None for job in jobs]
+        job.result.drift = value
+    return [job.result.drift if job.state.refreshes else None for job in jobs]
 
 
 def _rotated_diagonals(blocks: list[Tensor], bases: list[Tensor], damping: Tensor) -> list[Tensor]:
@@ -272,9 +316,10 @@ def _attempt(decompose: Decomposition, matrices: Tensor) -> tuple[tuple[Tensor, 
 
 
 def _decompose(
-    blocks: list[list[Tensor]], decompose: Decomposition, jobs: list[_Job], config: KFACConfig
+    jobs: list[_Job], decompose: Decomposition, config: KFACConfig
 ) -> list[list[tuple[Tensor, ...]] | None]:
-    """Decompose every block of every layer, equal shapes in one batch; None for a layer that failed."""
+    """Decompose every damped block of every layer, equal shapes in one batch; None for a layer that failed."""
+    blocks = [job.damped() for job in jobs]
     by_shape: dict[tuple[int, torch.dtype, torch.device], list[tuple[int, int]]] = {}
     for i, layer in enumerate(blocks):
         for k, m in enumerate(layer):
@@ -305,8 +350,9 @@ def _decompose(
 
 def _retry(job: _Job, decompose: Decomposition, config: KFACConfig) -> list[tuple[Tensor, ...]] | None:
     """One layer alone, in float64, with growing damping; None if nothing helps."""
-    job.state.failures += 1
-    doubles = _Job(job.spec, job.state, [m.double() for m in job.a], [m.double() for m in job.b], job.damping)
+    job.result.failures += 1
+    a, b = [m.double() for m in job.a], [m.double() for m in job.b]
+    doubles = dataclasses.replace(job, a=a, b=b)
     dtype = (job.a or job.b)[0].dtype
     for multiple in RETRIES:
         doubles.damping = damping_terms(doubles.a, doubles.b, config, multiple)
@@ -314,7 +360,7 @@ def _retry(job: _Job, decompose: Decomposition, config: KFACConfig) -> list[tupl
         if all(attempt is not None and bool(attempt[1].all()) for attempt in attempts):
             job.damping = (doubles.damping[0].to(dtype), doubles.damping[1].to(dtype))
             return [tuple(p.to(dtype) for p in attempt[0]) for attempt in attempts if attempt is not None]
-        job.state.failures += 1
+        job.result.failures += 1
     return None
 
 

@@ -12,8 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from algoperf_kfac.spec import ForwardPassMode
-
-LOG_PERIOD = 100  # steps; the official logger rewrites its whole file at each call
+from submissions.training_step.logs import is_log_step
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def clip_gradient(parameters: Iterable[nn.Parameter], max_norm: float | None) ->
 
 def log_step(workload: Any, model: nn.Module, loss: torch.Tensor, global_step: int, **metrics: float) -> None:
     """Logs loss, gradient norm and other metrics every 100 steps, if the workload has a logger."""
-    if workload.metrics_logger is None or global_step % LOG_PERIOD != 0:
+    if not is_log_step(workload, global_step):
         return
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     # torch.nn.utils.get_total_norm needs torch 2.6.

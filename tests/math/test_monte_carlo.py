@@ -14,6 +14,7 @@ from algoperf_kfac.spec import LossType
 from tests.math.oracle import LOSSES, relative_error
 from tests.math.support import assert_equal, fisher_factors
 
+SEEDS = 48
 EACH_LOSS = pytest.mark.parametrize("loss", LOSSES)
 
 
@@ -67,7 +68,7 @@ def test_losses_by_name_and_by_enum() -> None:
 @EACH_LOSS
 @pytest.mark.parametrize("approximation", ["expand", "reduce"])
 def test_rate_of_convergence(loss: str, approximation: str) -> None:
-    """16 times the samples, a quarter of the error; averaged over seeds, so the band is narrow."""
+    """16 times the samples, a quarter of the error; averaged over enough seeds for a narrow band."""
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Tanh(), nn.Linear(3, 3))
     x = 2 * torch.randn(2, 3, 3)
     exact = fisher_factors(model, x, loss, approximation)["0"]
@@ -75,9 +76,9 @@ def test_rate_of_convergence(loss: str, approximation: str) -> None:
     for samples in (8, 128):
         pairs = [
             fisher_factors(model, x, loss, approximation, fisher="mc", fisher_samples=samples, seed=seed)["0"]
-            for seed in range(16)
+            for seed in range(SEEDS)
         ]
         assert_equal((pairs[0].A, exact.B), exact)  # inputs are not sampled
-        error[samples] = sum(relative_error(pair.B, exact.B) ** 2 for pair in pairs) ** 0.5 / 4
+        error[samples] = sum(relative_error(pair.B, exact.B) ** 2 for pair in pairs) ** 0.5 / SEEDS**0.5
     assert error[128] < 0.3
     assert 2.5 < error[8] / error[128] < 6.5

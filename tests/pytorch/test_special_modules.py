@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from algoperf_kfac.pytorch import KFAC, MissingStatisticsError
-from tests.pytorch.toys import assert_finite, capture_once, covered, mlp, reasons, vectors
+from tests.pytorch.toys import assert_finite, assert_same_parameters, capture_once, covered, mlp, reasons, vectors
 
 
 def overfit(model: nn.Module, *inputs: Tensor, steps: int = 25) -> tuple[KFAC, list[float]]:
@@ -60,21 +61,74 @@ def test_transformer_encoder_layer_covers_its_feed_forward_part(norm_first: bool
     assert "fused function" in why["self_attn.in_proj_weight"]
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-def test_recurrent_layers_take_the_fallback(kind: type[nn.RNNBase]) -> None:
-    class Recurrent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.recurrent = kind(4, 6, batch_first=True)
-            self.head = nn.Linear(6, 2)
+class Recurrent(nn.Module):
+    def __init__(self, recurrent: nn.RNNBase, width: int) -> None:
+        super().__init__()
+        self.recurrent = recurrent
+        self.head = nn.Linear(width, 2)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.recurrent(x)[0])
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.recurrent(x)[0])
 
-    optimizer, _ = overfit(Recurrent(), torch.randn(4, 5, 4))
+
+@pytest.mark.parametrize(
+    ("recurrent", "width"),
+    [
+        (nn.GRU(4, 6, batch_first=True), 6),
+        (nn.RNN(4, 6, batch_first=True), 6),
+        (nn.LSTM(4, 6, batch_first=True, proj_size=3), 3),
+        (nn.LSTM(4, 6, num_layers=2, dropout=0.1, batch_first=True), 6),
+    ],
+    ids=["GRU", "RNN", "LSTM with projections", "LSTM with dropout"],
+)
+def test_recurrent_layers_that_take_the_fallback(recurrent: nn.RNNBase, width: int) -> None:
+    optimizer, _ = overfit(Recurrent(copy.deepcopy(recurrent), width), torch.randn(4, 5, 4), steps=40)
     assert covered(optimizer) == {"head"}
-    assert len(reasons(optimizer)) == 4
-    assert all(r.startswith(f"recurrent ({kind.__name__})") for r in reasons(optimizer).values())
+    assert len(reasons(optimizer)) == len(list(recurrent.parameters()))
+    assert all(r.startswith(f"recurrent ({type(recurrent).__name__})") for r in reasons(optimizer).values())
+
+
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+def test_an_lstm_is_covered_and_resumes(approximation: str) -> None:
+    model, x = Recurrent(nn.LSTM(4, 3, batch_first=True, bidirectional=True), 6), torch.randn(4, 5, 4)
+    optimizer, _ = overfit(model, x)
+    ends = ("l0", "l0_reverse")
+    assert covered(optimizer) == {
+        "head",
+        *(f"recurrent.weight_{part}_{end}" for part in ("ih", "hh") for end in ends),
+    }
+    assert optimizer.coverage().fraction == 1
+    options = {"approximation": approximation, "factor_interval": 2, "refresh_interval": 2}
+    optimizer = capture_once(model, lambda m: m(x).square().mean(), **options)
+    twin = copy.deepcopy(model)
+    resumed = KFAC(twin, **options)
+    resumed.load_state_dict(optimizer.state_dict())
+    for m, o in ((model, optimizer), (twin, resumed)):
+        for _ in range(3):
+            o.zero_grad()
+            with o.capture():
+                m(x).square().mean().backward()
+            o.step()
+    assert_same_parameters(model, twin, rtol=0, atol=0)
+
+
+def test_the_gates_of_a_wide_lstm_have_blocks_of_their_own() -> None:
+    optimizer = KFAC(nn.LSTM(4, 6), max_factor_dim=8)
+    assert {layer.out_blocks for layer in optimizer.coverage().layers} == {(6, 6, 6, 6)}
+
+
+def test_an_lstm_under_autocast_gives_what_it_gives_without_capture() -> None:
+    model, x = Recurrent(nn.LSTM(4, 3, batch_first=True), 3), torch.randn(4, 5, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        try:
+            want = model(x)
+        except RuntimeError as error:
+            pytest.skip(f"this CPU runs no LSTM in bfloat16, K-FAC or not: {str(error)[:80]}")
+        with KFAC(model).capture():
+            got = model(x)
+            got.float().square().mean().backward()
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want, rtol=0.05, atol=0.02)
 
 
 @pytest.mark.parametrize("style", ["parametrization", "hook"])

@@ -1,8 +1,10 @@
-"""A weight with two readers takes the fallback, with a reason that names the tie."""
+"""A weight with two readers takes the fallback, and the reason names the tie; not so a table as output layer."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from algoperf_kfac.pytorch import KFAC
-from tests.pytorch.toys import capture_once, covered, reasons
+from tests.pytorch.toys import assert_same_parameters, capture_once, covered, reasons
 
 
 def test_one_parameter_in_two_linears() -> None:
@@ -63,14 +65,18 @@ def token_loss(model: nn.Module) -> Tensor:
 
 
 def test_embedding_and_output_linear() -> None:
+    """One direction for both uses, from the first statistics step on: until then they might be anything."""
+    why = {"table.weight": "tied weight: table.weight and out.weight are one parameter"}
+    assert reasons(KFAC(LanguageModel(tie=True))) == why
     optimizer = capture_once(LanguageModel(tie=True), token_loss)
-    assert covered(optimizer) == {"mix"}
-    assert reasons(optimizer) == {"table.weight": "tied weight: table.weight and out.weight are one parameter"}
+    assert covered(optimizer) == {"mix", "table"}
+    assert not reasons(optimizer)
     untied = capture_once(LanguageModel(tie=False), token_loss)
     assert covered(untied) == {"mix", "out"}
+    assert "embedding" in reasons(untied)["table.weight"]
 
 
-@pytest.mark.parametrize(
+READS = pytest.mark.parametrize(
     "read",
     [
         lambda h, table: h @ table.weight.T,
@@ -79,11 +85,92 @@ def test_embedding_and_output_linear() -> None:
     ],
     ids=["T", "transpose", "F.linear"],
 )
+
+
+@READS
 def test_table_read_again_as_output_layer(read: Callable[[Tensor, nn.Embedding], Tensor]) -> None:
-    """The table was never covered, and reading it with a covered operation must not promote it."""
+    model = LanguageModel(tie=False, read=read)
+    optimizer = KFAC(model)
+    assert covered(optimizer) == {"mix"}
+    assert "embedding" in reasons(optimizer)["table.weight"]
+    optimizer = capture_once(model, token_loss)
+    assert covered(optimizer) == {"mix", "table"}
+    (spec,) = (layer for layer in optimizer.coverage().layers if layer.name == "table")
+    assert (spec.kind, spec.in_blocks, spec.out_blocks) == ("embedding", (4,), ())
+    assert optimizer.coverage().fraction == 1
+
+
+@pytest.mark.parametrize(
+    ("read", "name"),
+    [
+        (lambda h, table: torch.einsum("nld,vd->nlv", h, table.weight), "einsum"),
+        (lambda h, table: F.linear(h @ table.weight.T, table.weight.T) @ table.weight.T, "linear"),
+        (lambda h, table: h @ table.weight.T + table.weight.T.sum(0), "sum"),
+        (lambda h, table: h @ table.weight.T + table.weight[:, 0], "__getitem__"),
+    ],
+    ids=["einsum", "as encoder", "as bias", "row"],
+)
+def test_a_table_read_in_any_other_way_takes_the_fallback(
+    read: Callable[[Tensor, nn.Embedding], Tensor], name: str
+) -> None:
     optimizer = capture_once(LanguageModel(tie=False, read=read), token_loss)
     assert covered(optimizer) == {"mix"}
     assert "embedding" in reasons(optimizer)["table.weight"]
+    # Known as tied, it is read otherwise later on.
+    model = LanguageModel(tie=False, read=lambda h, table: h @ table.weight.T)
+    optimizer = capture_once(model, token_loss, factor_interval=1, refresh_interval=1)
+    assert covered(optimizer) == {"mix", "table"}
+    model.read = read
+    for step in range(2):
+        with (
+            pytest.warns(UserWarning, match=f"weight of table is also read by {name}")
+            if not step
+            else nullcontext()
+        ):
+            optimizer.zero_grad()
+            with optimizer.capture():
+                token_loss(model).backward()
+            optimizer.step()
+        assert covered(optimizer) == {"mix"}
+        assert reasons(optimizer)["table.weight"].startswith(f"tied weight: {name} reads it too")
+
+
+@READS
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+def test_a_tied_table_resumes(read: Callable[[Tensor, nn.Embedding], Tensor], approximation: str) -> None:
+    """Bit for bit, by way of a file without pickled code, into an optimizer that does not know of the tie yet."""
+    model = LanguageModel(tie=False, read=read)
+    options = {"approximation": approximation, "factor_interval": 2, "refresh_interval": 2, "initial_statistics": 1}
+    optimizer = capture_once(model, token_loss, **options)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    saved = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    twin = LanguageModel(tie=False, read=read)
+    twin.load_state_dict(saved["model"])
+    resumed = KFAC(twin, **options)
+    resumed.load_state_dict(saved["optimizer"])
+    for m, o in ((model, optimizer), (twin, resumed)):
+        torch.manual_seed(1)
+        for _ in range(4):
+            o.zero_grad()
+            with o.capture():
+                token_loss(m).backward()
+            o.step()
+    assert_same_parameters(model, twin, rtol=0, atol=0)
+
+
+def test_a_module_under_two_names_resumes() -> None:
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(shared, nn.Tanh(), shared)
+    optimizer = capture_once(model, lambda m: m(torch.randn(6, 4)).square().mean())
+    KFAC(model).load_state_dict(optimizer.state_dict())
+
+
+def test_a_frozen_or_excluded_table_is_left_alone() -> None:
+    model = LanguageModel(tie=False, read=lambda h, table: h @ table.weight.T)
+    assert covered(capture_once(model, token_loss, exclude=["table"])) == {"mix"}
+    model.table.weight.requires_grad_(False)
+    assert covered(capture_once(model, token_loss)) == {"mix"}
 
 
 @pytest.mark.parametrize(

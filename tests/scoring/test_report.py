@@ -322,3 +322,60 @@ def test_intervals_and_batch_sizes(tmp_path: Path, result: Report) -> None:
     (table,) = report.tables(report.build(logs.read([tmp_path])))
     assert (table.headers[-1], table.rows[0][-1]) == ("batch", "64")
     assert report.tables(result)[0].headers[-1] == "ms/step"
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> logs.Logs:
+    """NadamW in both frameworks, slower in JAX, K-FAC in both on one workload, SGD in JAX alone."""
+    root = tmp_path_factory.mktemp("both")
+    speeds = {("nadamw", "pytorch"): 1.0, ("nadamw", "jax"): 0.8, ("kfac", "pytorch"): 2.0, ("kfac", "jax"): 1.6}
+    for (name, framework), speed in {**speeds, ("sgd", "jax"): 0.9}.items():
+        folder = root / name / "study_0" / f"bible_lm_{framework}" / "trial_1"
+        write_trial(folder, "bible_lm", curve("bible_lm", speed))
+    return logs.read([root])
+
+
+def test_each_framework_has_its_own_reference(both: logs.Logs) -> None:
+    found = report.build(both)
+    table = found.summary.set_index("algorithm")
+    order = ["nadamw (jax)", "kfac (jax)", "sgd", "nadamw (pytorch)", "kfac (pytorch)"]
+    assert list(found.summary["algorithm"]) == order
+    for name, other in (
+        ("sgd", "nadamw (jax)"),
+        ("kfac (jax)", "nadamw (jax)"),
+        ("kfac (pytorch)", "nadamw (pytorch)"),
+    ):
+        assert table.loc[name, "steps_ratio"] == table.loc[name, "steps"] / table.loc[other, "steps"]
+        assert table.loc[name, "ms_ratio"] == table.loc[name, "ms_per_step"] / table.loc[other, "ms_per_step"]
+    assert (table.loc[["nadamw (jax)", "nadamw (pytorch)"], "steps_ratio"] == 1.0).all()
+    assert table.loc["nadamw (jax)", "steps"] > table.loc["nadamw (pytorch)", "steps"]
+    words = text.markdown(report.tables(found)[0])
+    assert "nadamw (jax) and nadamw (pytorch), each for its framework" in words
+    assert words.count("(reference)") == 2
+
+
+def test_a_reference_named_in_full_is_that_of_both_frameworks(both: logs.Logs) -> None:
+    table = report.build(both, reference="nadamw (jax)").summary.set_index("algorithm")
+    assert table.loc["kfac (pytorch)", "steps_ratio"] == (
+        table.loc["kfac (pytorch)", "steps"] / table.loc["nadamw (jax)", "steps"]
+    )
+    by_kfac = report.build(both, reference="kfac").summary.set_index("algorithm")
+    assert by_kfac.loc["nadamw (pytorch)", "steps_ratio"] > 1
+    with pytest.raises(InputError, match="adam"):
+        report.build(both, reference="adam")
+
+
+def test_frameworks_stand_side_by_side(both: logs.Logs, runs: Path, result: Report, tmp_path: Path) -> None:
+    found = report.build(both)
+    table = report.framework_table(found)
+    assert table is not None
+    summary = found.summary.set_index("algorithm")
+    assert [row[1] for row in table.rows] == ["nadamw", "kfac"]
+    for row in table.rows:
+        steps = [summary.loc[f"{row[1]} ({framework})", "steps"] for framework in ("pytorch", "jax")]
+        assert [float(cell.replace(",", "")) for cell in row[2:4]] == steps
+        assert float(row[4]) == pytest.approx(steps[1] / steps[0], abs=0.006)
+    output.write_report(found, both, output.folder(str(tmp_path / "out")))
+    assert "PyTorch and JAX" in (tmp_path / "out" / "report.md").read_text()
+    assert "PyTorch and JAX" in (tmp_path / "out" / "report.html").read_text()
+    assert report.framework_table(result) is None

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from submissions.training_step import batch_sizes, hyperparameters, schedule
-from submissions.training_step.pytorch import LOG_PERIOD, clip_gradient, compute_gradient, log_step
+from submissions.training_step.logs import LOG_PERIOD
+from submissions.training_step.pytorch import clip_gradient, compute_gradient, log_step
 from workloads import registry, seeds
 
 

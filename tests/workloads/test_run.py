@@ -143,7 +143,7 @@ def test_time_budget(small, tmp_path, monkeypatch, ruleset, reached):
     from workloads.runner.pytorch import PyTorchBackend
 
     clock = [0.0]
-    monkeypatch.setattr(PyTorchBackend, "now", lambda self: clock[0])
+    monkeypatch.setattr(PyTorchBackend, "now", lambda self, *results: clock[0])
     monkeypatch.setattr(PyTorchBackend, "seed_step", lambda self, rng: clock.__setitem__(0, clock[0] + 1.0))
     monkeypatch.setattr(BaseBibleLmWorkload, "max_allowed_runtime_sec", 7)
     space = tmp_path / "space.json"

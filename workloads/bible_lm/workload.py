@@ -48,7 +48,7 @@ class BaseBibleLmWorkload(Workload):
         return len(self._text.parts["train"]) // bible.LENGTH
 
     def is_output_params(self, param_key: str) -> bool:
-        return param_key in ("output.weight", "output.bias")
+        return param_key.split(".")[0] == "output"
 
     def numpy_batch(self, data_rng: Any, split: str, index: int, batch_size: int) -> dict[str, np.ndarray]:
         """Batch `index` of a split; see `workloads.data.bible` for keys and shapes."""

@@ -46,7 +46,7 @@ class BaseMnistVitWorkload(Workload):
         self._parts = mnist.load()
 
     def is_output_params(self, param_key: str) -> bool:
-        return param_key in ("head.weight", "head.bias")
+        return param_key.split(".")[0] == "head"
 
     def numpy_batch(self, data_rng: Any, split: str, index: int, batch_size: int) -> dict[str, np.ndarray]:
         """Batch `index` of a split; see `workloads.data.mnist` for keys and shapes."""

@@ -76,11 +76,12 @@ class _Run:
             self.params = backend.compiled(self.params)
         backend.seed_step(optimizer_rng)
         self.optimizer_state = trial.submission.init_optimizer_state(
-            workload, self.params, self.model_state, trial.hyperparameters, optimizer_rng
+            workload, self.params, self.model_state, trial.hyperparameters, backend.rng(optimizer_rng)
         )
         self.step = 0
         self.preemption_count = 0
         self.duration_before = 0.0
+        self.first_step_time: float | None = None
         self.eval_results: list[tuple[int, dict[str, float]]] = []
         self.state: dict[str, Any] = {
             "validation_goal_reached": False,
@@ -108,7 +109,9 @@ class _Run:
             self.trial.folder, lambda content: backend.unpack(content, self.params, self.optimizer_state)
         )
         if saved is not None:
+            self.params, self.optimizer_state = saved["model_params"], saved["optimizer_state"]
             self.step = saved["global_step"]
+            self.first_step_time = saved["first_step_time"]
             self.preemption_count = saved["preemption_count"] + 1
             self.duration_before = saved["total_duration"]
             # The clock starts anew with the process; what counts are the accumulated times.
@@ -129,6 +132,7 @@ class _Run:
             "train_state": dict(self.state),
             "eval_results": list(self.eval_results),
             "global_step": self.step,
+            "first_step_time": self.first_step_time,
             "preemption_count": self.preemption_count,
             "total_duration": self.duration(),
             "queue_position": self.queue.position,
@@ -179,7 +183,7 @@ class _Run:
         finally:
             if progress:
                 progress.close(self.step)
-            del trial.workload.loss_fn  # the watcher: the next trial uses the same workload
+            backend.unwatch_loss(trial.workload)
 
     def is_eval_due(self) -> bool:
         period = self.trial.workload.eval_period_steps
@@ -196,7 +200,7 @@ class _Run:
             self.model_state,
             trial.hyperparameters,
             self.step,
-            data_rng,
+            trial.backend.rng(data_rng),
         )
         trial.backend.seed_step(update_rng)
         extra = {"train_state": MappingProxyType(self.state)} if submission.needs_train_state else {}
@@ -212,7 +216,7 @@ class _Run:
                 optimizer_state=self.optimizer_state,
                 eval_results=self.eval_results,
                 global_step=self.step,
-                rng=update_rng,
+                rng=trial.backend.rng(update_rng),
                 **extra,
             )
         except TrainingCompleteError:
@@ -220,7 +224,11 @@ class _Run:
         self.step += 1
         if self.step >= trial.max_steps:
             self.state["training_complete"] = True
-        self.state["accumulated_submission_time"] += trial.backend.now() - self.state["last_step_end_time"]
+        end = trial.backend.now(self.params, self.optimizer_state)
+        seconds = end - self.state["last_step_end_time"]
+        self.state["accumulated_submission_time"] += seconds
+        if self.first_step_time is None:
+            self.first_step_time = seconds
 
     def prepare_for_eval(self, rng: Any) -> None:
         """The submission's own preparation, timed."""
@@ -239,9 +247,10 @@ class _Run:
             optimizer_state=self.optimizer_state,
             eval_results=self.eval_results,
             global_step=self.step,
-            rng=rng,
+            rng=trial.backend.rng(rng),
         )
-        self.state["accumulated_submission_time"] += trial.backend.now() - start
+        end = trial.backend.now(self.params, self.optimizer_state)
+        self.state["accumulated_submission_time"] += end - start
 
     def check_time(self) -> None:
         time = self.trial.backend.same_on_all(self.state["accumulated_submission_time"])
@@ -315,6 +324,8 @@ class _Run:
             "final_metric": self.eval_results[-1][1][name] if self.eval_results else None,
             "global_step": self.step,
             "accumulated_submission_time": self.state["accumulated_submission_time"],
+            # It compiles, in JAX and under --torch_compile, and counts as any other.
+            "first_step_time": self.first_step_time,
             "ms_per_step": 1e3 * self.state["accumulated_submission_time"] / max(self.step, 1),
             "accumulated_eval_time": self.state["accumulated_eval_time"],
             "preemption_count": self.preemption_count,

@@ -17,7 +17,7 @@ from workloads.pytorch import devices
 
 
 class PyTorchBackend:
-    """The framework-specific half of the runner. A JAX one will have the same methods."""
+    """The framework-specific half of the runner. `workloads.runner.jax.JaxBackend` has the same methods."""
 
     def start(self) -> None:
         """Makes results repeatable and joins the other processes, if any."""
@@ -44,8 +44,13 @@ class PyTorchBackend:
         """Seeds PyTorch's generator: what a step draws depends on (seed, step), so a resumed run draws the same."""
         torch.manual_seed(int(rng[0]))
 
-    def now(self) -> float:
-        """Seconds on a steady clock, once the device has done its work."""
+    def rng(self, rng: np.ndarray) -> np.ndarray:
+        """The rng as submissions get it: as in the official harness, of dtype int32 and shape (2,)."""
+        return rng
+
+    def now(self, *results: Any) -> float:
+        """Seconds on a steady clock, once the device has done its work, whether or not `results` come of it."""
+        del results
         devices.synchronize()
         return time.perf_counter()
 
@@ -74,6 +79,10 @@ class PyTorchBackend:
         workload.loss_fn = loss_fn
         return lambda: float(last["summed"] / last["n"]) if last else float("nan")
 
+    def unwatch_loss(self, workload: Any) -> None:
+        """Removes what `watch_loss` added: the next trial uses the same workload."""
+        del workload.loss_fn
+
     def check_optimizer_state(self, optimizer_state: Any) -> None:
         """Raises UserError unless the state can be saved the way the official harness saves it."""
         if not isinstance(optimizer_state, dict):
@@ -97,13 +106,12 @@ class PyTorchBackend:
         return buffer.getvalue()
 
     def unpack(self, content: bytes, model: nn.Module, optimizer_state: dict[str, Any]) -> dict[str, Any]:
-        """Loads a checkpoint into model and optimizer state; returns the rest."""
+        """Loads a checkpoint into model and optimizer state; returns them and the rest."""
         checkpoint = torch.load(io.BytesIO(content), map_location=devices.device(), weights_only=True)
-        unwrapped(model).load_state_dict(checkpoint.pop("model_params"))
-        saved = checkpoint.pop("optimizer_state")
+        unwrapped(model).load_state_dict(checkpoint["model_params"])
         for key, value in optimizer_state.items():
-            value.load_state_dict(saved[key])
-        return checkpoint
+            value.load_state_dict(checkpoint["optimizer_state"][key])
+        return {**checkpoint, "model_params": model, "optimizer_state": optimizer_state}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

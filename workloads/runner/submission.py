@@ -75,7 +75,7 @@ def check_divides(name: str, size: Any, devices: int) -> None:
     if size % devices:
         raise UserError(
             f"The {name} {size} does not divide by the {devices} devices; "
-            f"use a number of devices that divides it (torchrun --nproc_per_node)."
+            "use a number of devices that divides it (torchrun --nproc_per_node, in JAX JAX_NUM_CPU_DEVICES)."
         )
 
 

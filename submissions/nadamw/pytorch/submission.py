@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from algoperf_kfac.pytorch.nadamw import NadamW
+from submissions.nadamw.defaults import DEFAULTS, EPSILON
 from submissions.training_step.batch_sizes import get_batch_size
 from submissions.training_step.hyperparameters import resolve
 from submissions.training_step.pass_through import data_selection, prepare_for_eval
@@ -14,20 +15,6 @@ from submissions.training_step.pytorch import clip_gradient, compute_gradient, l
 from submissions.training_step.schedule import learning_rate_factor
 
 __all__ = ["data_selection", "get_batch_size", "init_optimizer_state", "prepare_for_eval", "update_params"]
-
-# The point of the self-tuning ruleset, and what a search space leaves open.
-DEFAULTS = {
-    "learning_rate": 9.5e-3,
-    "one_minus_beta1": 0.09,
-    "beta2": 0.99,
-    "weight_decay": 0.026,
-    "warmup_factor": 0.1,
-    "label_smoothing": 0.0,
-    "dropout_rate": 0.0,
-    "grad_clip": 0.5,
-    "horizon_factor": 1.0,
-}
-EPSILON = 1e-8
 
 
 def init_optimizer_state(

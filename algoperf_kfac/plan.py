@@ -1,0 +1,372 @@
+"""What a K-FAC configuration costs on a model: state and peak memory, flops per step. Arithmetic, no framework.
+
+A plan takes the coverage of a model and the load of each layer (how many examples and positions it sees in a step
+on one device). The flops are those of the leading matrix products of one device (Eschenhagen et al. 2023, arXiv
+2311.00636, section 3), a multiply-add counting as 2:
+
+    model's step     6 N R P_in P_out per layer: forward pass, gradient of the input, gradient of the weight
+    statistics       expand 2 N R (P_in^2 + P_out^2); reduce N R (P_in + P_out) + 2 N (P_in^2 + P_out^2)
+    refresh          9 n^3 per eigendecomposition plus 2 n^3 for the operator; n^3 per damped inverse
+    preconditioning  2 P_out P_in (P_in + P_out) per layer
+
+9 n^3 is the symmetric QR algorithm with vectors, n^3 Cholesky (n^3 / 3) and the inverse from its root (2 n^3 / 3)
+(Golub and Van Loan, Matrix Computations, sections 8.3 and 4.2). Flops are not seconds: on a GPU decompositions run
+at a fraction of the speed of matrix products.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from algoperf_kfac.config import KFACConfig
+from algoperf_kfac.layers import Coverage, LayerSpec
+
+ITEM_BYTES = 4  # float32: parameters, moments and factors alike
+EIGH_FLOPS = 9.0
+INVERSE_FLOPS = 1.0
+SCALARS_PER_LAYER = 3  # weight of the averages, examples, dropped statistics
+DEVICE_BYTES = 16e9  # AlgoPerf's competition hardware: 8 GPUs of 16 GB
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What one layer sees in a training step on one device, all its calls together.
+
+    Attributes:
+        examples: N.
+        positions: R, per example; an average where it varies.
+        products: how often a step multiplies each entry of the weight in the forward pass: N R, but for transposed
+            convolutions N times the input positions.
+        input_elements: entries of the layer's inputs.
+        output_elements: entries of its outputs.
+        kernel: extent of a convolution's kernel in its first spatial dimension.
+    """
+
+    examples: float
+    positions: float
+    products: float
+    input_elements: float
+    output_elements: float
+    kernel: int = 1
+
+    def scaled(self, factor: float) -> Load:
+        """The load of a batch `factor` times as large."""
+        return Load(
+            self.examples * factor,
+            self.positions,
+            self.products * factor,
+            self.input_elements * factor,
+            self.output_elements * factor,
+            self.kernel,
+        )
+
+    def of_examples(self, examples: float) -> Load:
+        """The same rows, as positions of so many examples."""
+        rows = self.examples * self.positions
+        return dataclasses.replace(self, examples=examples, positions=rows / examples)
+
+    def __add__(self, other: Load) -> Load:
+        """The load of two calls on the same examples."""
+        return Load(
+            self.examples,
+            self.positions + other.positions,
+            self.products + other.products,
+            self.input_elements + other.input_elements,
+            self.output_elements + other.output_elements,
+            self.kernel,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPlan:
+    """One covered layer and its flops, on one device.
+
+    Attributes:
+        spec: the layer.
+        load: what it sees, None if nothing is known; its statistics and model flops count as zero then.
+        model: flops of its forward and backward pass, per step.
+        statistics: flops of one statistics step.
+        refresh: flops of one refresh.
+        preconditioning: flops of every step.
+    """
+
+    spec: LayerSpec
+    load: Load | None
+    model: float
+    statistics: float
+    refresh: float
+    preconditioning: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device; state is replicated on each (data parallel).
+
+    Attributes:
+        parameters: the model's.
+        gradients: of the parameters, and their copies (the buckets of DistributedDataParallel).
+        moments: first and second moment of NadamW.
+        factors: moving averages of A and B, and a few scalars.
+        bases: eigenvectors and eigenvalues, or inverses.
+        operators: what the momentum is multiplied by (eigenvectors with scaled eigenvalues), or the second moment
+            of the rotated gradient.
+        accumulators: sums of outer products of the statistics step at hand.
+        activations: what the model keeps for its backward pass; an estimate.
+        capture: what a statistics step holds beside the activations: inputs and sums over positions until the
+            gradients are there (reduce), or the sums of outer products, which then grow within the passes (expand).
+        refresh: temporary matrices of the largest refresh, that of all layers at once.
+        update: temporary directions of the update.
+        averaging: flat copy of the accumulators for the all-reduce; 0 on one device.
+    """
+
+    parameters: float
+    gradients: float
+    moments: float
+    factors: float
+    bases: float
+    operators: float
+    accumulators: float
+    activations: float
+    capture: float
+    refresh: float
+    update: float
+    averaging: float
+
+    @property
+    def kfac_state(self) -> float:
+        """What K-FAC keeps between steps beside NadamW's moments."""
+        return self.factors + self.bases + self.operators
+
+    @property
+    def state(self) -> float:
+        """What the optimizer keeps between steps: the tensors of its state_dict, without the random generator."""
+        return self.moments + self.kfac_state
+
+    @property
+    def peak(self) -> float:
+        """State, parameters and gradients, and the largest of the phases of a step, which follow one another."""
+        phases = (
+            self.activations + self.capture,
+            self.accumulators + self.averaging,
+            self.refresh,
+            self.update,
+        )
+        return self.parameters + self.gradients + self.state + max(phases)
+
+    @property
+    def first_order_peak(self) -> float:
+        """The peak of NadamW alone, on the same model and batch.
+
+        It has two moments of every parameter, and its update holds direction and momentum of every parameter.
+        """
+        return self.parameters + self.gradients + 2 * self.parameters + max(self.activations, 2 * self.parameters)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """Flops per step of one device as shares of the model's own forward and backward pass, averaged over intervals.
+
+    Attributes:
+        model: flops of the model's weighted operations per step, the unit of the others; attention products and
+            element-wise operations are not in it, so the shares are upper bounds.
+        statistics: A and B, every `factor_interval` steps.
+        refresh: decompositions every `refresh_interval` steps, of the device with the most work: the layers are
+            divided over the devices, the most expensive first, each to the device with the least work.
+        preconditioning: every step, on every device.
+    """
+
+    model: float
+    statistics: float
+    refresh: float
+    preconditioning: float
+
+    @property
+    def total(self) -> float:
+        """What K-FAC adds to the model's own flops, as a share of them."""
+        return self.statistics + self.refresh + self.preconditioning
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The plan of a configuration on a model.
+
+    Attributes:
+        coverage: covered layers and fallbacks.
+        layers: the covered layers with their loads and flops.
+        config: the configuration.
+        devices: data-parallel processes.
+        memory: bytes per device.
+        flops: per step.
+        measured_activations: whether the activation memory is a sum over arrays kept for the backward pass, or
+            estimated from the inputs and outputs of the layers.
+    """
+
+    coverage: Coverage
+    layers: tuple[LayerPlan, ...]
+    config: KFACConfig
+    devices: int
+    memory: Memory
+    flops: Flops
+    measured_activations: bool
+
+    def fits(self, device_bytes: float = DEVICE_BYTES) -> bool:
+        """Whether the peak stays below the memory of a device."""
+        return self.memory.peak <= device_bytes
+
+
+def make_plan(
+    coverage: Coverage,
+    loads: Mapping[str, Load],
+    config: KFACConfig,
+    *,
+    devices: int = 1,
+    activation_bytes: float | None = None,
+    capture_bytes: float = 0.0,
+    gradient_copies: int = 1,
+) -> Plan:
+    """The plan of a configuration on a model.
+
+    Args:
+        coverage: covered layers and fallbacks, as `KFAC.coverage()` gives them.
+        loads: by weight parameter name, of covered layers and of others; the others' count for the model's flops
+            and the activations. A layer that is missing is taken as idle.
+        config: the configuration.
+        devices: data-parallel processes; loads are those of one of them.
+        activation_bytes: what the model keeps for its backward pass; estimated as the layers' inputs and outputs
+            if None.
+        capture_bytes: what a statistics step keeps of them in addition; sums come on top.
+        gradient_copies: how often the gradients are held: 2 with DistributedDataParallel and its buckets.
+
+    Raises:
+        ValueError: if `devices` is not positive.
+    """
+    if devices < 1:
+        raise ValueError(f"devices must be at least 1, got {devices}")
+    layers = tuple(_layer_plan(spec, loads.get(spec.weight), config) for spec in coverage.layers)
+    shapes = {f.name: f.shape for f in coverage.fallbacks}
+    others = sum(
+        6 * load.products * math.prod(shapes[name])
+        for name, load in loads.items()
+        if load.products and name in shapes
+    )
+    if activation_bytes is None:
+        elements = sum(load.input_elements + load.output_elements for load in loads.values())
+    memory = Memory(
+        **_state_bytes(coverage, config),
+        **_temporary_bytes(coverage, devices, gradient_copies),
+        activations=ITEM_BYTES * elements if activation_bytes is None else activation_bytes,
+        capture=capture_bytes + ITEM_BYTES * sum(_captured_elements(layer) for layer in layers),
+    )
+    model = sum(layer.model for layer in layers) + others
+    share = 1 / model if model else 0.0
+    refreshes = [layer.refresh for layer in layers]
+    flops = Flops(
+        model=model,
+        statistics=share * sum(layer.statistics for layer in layers) / config.factor_interval,
+        refresh=share * max(_deal(refreshes, devices)) / config.refresh_interval,
+        preconditioning=share * sum(layer.preconditioning for layer in layers),
+    )
+    return Plan(coverage, layers, config, devices, memory, flops, activation_bytes is not None)
+
+
+def _layer_plan(spec: LayerSpec, load: Load | None, config: KFACConfig) -> LayerPlan:
+    squares = spec.groups * (_power_sum(spec.in_blocks, 2) + _power_sum(spec.out_blocks, 2))
+    cubes = spec.groups * (_power_sum(spec.in_blocks, 3) + _power_sum(spec.out_blocks, 3))
+    rotations = 2 * spec.groups
+    rotations *= spec.out_dim * _power_sum(spec.in_blocks, 2) + spec.factor_in_dim * _power_sum(spec.out_blocks, 2)
+    if config.preconditioner == "inverse":
+        decomposition, passes = INVERSE_FLOPS, 1
+    elif config.scaling == "second_moment":
+        decomposition, passes = EIGH_FLOPS, 3  # momentum and gradient into the basis, the direction back
+    else:
+        decomposition, passes = EIGH_FLOPS + 2, 1
+    model = statistics = 0.0
+    if load is not None:
+        model = 6 * load.products * math.prod(spec.weight_shape)
+        if spec.approximation == "reduce":
+            # Convolutions sum the input by a small matrix product for each spatial dimension; the first dominates.
+            each = 2 * load.kernel if spec.kind.startswith("conv") else 1
+            statistics = load.input_elements * each + load.output_elements + 2 * load.examples * squares
+        else:
+            statistics = 2 * load.examples * load.positions * squares
+    return LayerPlan(spec, load, model, statistics, decomposition * cubes, passes * rotations)
+
+
+def _captured_elements(layer: LayerPlan) -> float:
+    """Entries of the sums that a statistics step of a layer holds together with the activations.
+
+    Reduce sums inputs and output gradients over each example's positions, and makes outer products of them once the
+    backward pass is over and the activations are gone.
+    """
+    spec = layer.spec
+    if spec.approximation == "expand":
+        return _factor_elements(spec)
+    return 0.0 if layer.load is None else layer.load.examples * spec.groups * (spec.in_dim + spec.out_dim)
+
+
+def _state_bytes(coverage: Coverage, config: KFACConfig) -> dict[str, float]:
+    """Parameters, moments and K-FAC state after the first refresh."""
+    total = coverage.num_parameters
+    second = total if config.grafting else total - coverage.num_covered
+    squares = {spec.name: _factor_elements(spec) for spec in coverage.layers}
+    matrices = sum(squares.values())
+    values = sum(spec.groups * sum((*spec.in_blocks, *spec.out_blocks)) for spec in coverage.layers)
+    if config.preconditioner == "inverse":
+        values = operators = 0  # the inverses are the operators
+    elif config.scaling == "second_moment":
+        operators = coverage.num_covered
+    else:
+        operators = matrices
+    scalars = SCALARS_PER_LAYER * len(coverage.layers) + 1  # and one count of replaced directions
+    elements = {
+        "parameters": total,
+        "moments": total + second,
+        "factors": matrices + scalars,
+        "bases": matrices + values,
+        "operators": operators,
+    }
+    return {name: float(ITEM_BYTES * count) for name, count in elements.items()}
+
+
+def _temporary_bytes(coverage: Coverage, devices: int, gradient_copies: int) -> dict[str, float]:
+    """Gradients, and what lives only within a step.
+
+    A refresh of all layers, as in the first steps, holds the new bases of all; of the layers a device takes, the
+    corrected and the damped factors; of its largest stack of matrices of equal shape the copy, the masked copy and
+    the workspace of the decomposition; and with several devices the bases a second time, as they are sent. An
+    update holds direction and momentum of every parameter, and both as matrices for covered layers.
+    """
+    total = coverage.num_parameters
+    matrices = sum(_factor_elements(spec) for spec in coverage.layers)
+    mine = max(_deal([float(_factor_elements(spec)) for spec in coverage.layers], devices))
+    stacks: dict[int, int] = {}
+    for spec in coverage.layers:
+        for size in (*spec.in_blocks, *spec.out_blocks):
+            stacks[size] = stacks.get(size, 0) + spec.groups * size * size
+    stack = min(max(stacks.values(), default=0), mine)
+    elements = {
+        "gradients": total * gradient_copies,
+        "accumulators": matrices,
+        "averaging": 0 if devices == 1 else matrices,
+        "refresh": (1 if devices == 1 else 2) * matrices + 2 * mine + 3 * stack,
+        "update": 2 * total + 2 * coverage.num_covered,
+    }
+    return {name: float(ITEM_BYTES * count) for name, count in elements.items()}
+
+
+def _factor_elements(spec: LayerSpec) -> int:
+    return spec.groups * (_power_sum(spec.in_blocks, 2) + _power_sum(spec.out_blocks, 2))
+
+
+def _power_sum(sizes: tuple[int, ...], power: int) -> int:
+    return sum(size**power for size in sizes)
+
+
+def _deal(costs: list[float], devices: int) -> list[float]:
+    """The work of each device when the most expensive layers are dealt out first, each to the idlest device."""
+    sums = [0.0] * devices
+    for cost in sorted(costs, reverse=True):
+        sums[sums.index(min(sums))] += cost
+    return sums

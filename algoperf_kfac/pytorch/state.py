@@ -1,0 +1,118 @@
+"""What a `state_dict` of `KFAC` holds beside groups and moments: its entry "kfac", made, checked and read.
+
+Plain containers, numbers and tensors only, so that torch.load(weights_only=True) takes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from algoperf_kfac.config import KFACConfig
+from algoperf_kfac.layers import FallbackSpec, LayerSpec
+from algoperf_kfac.pytorch.preconditioner import LayerState, set_operators
+
+
+def to_dict(
+    specs: Iterable[LayerSpec],
+    states: Mapping[str, LayerState],
+    fallbacks: Iterable[FallbackSpec],
+    config: KFACConfig,
+    **rest: Any,
+) -> dict[str, Any]:
+    """The entry "kfac"; tensors are not copied.
+
+    Args:
+        specs: the covered layers.
+        states: their states, by name.
+        fallbacks: the other parameters.
+        config: the configuration, of which the preconditioner is remembered.
+        **rest: taken in as it is.
+    """
+    return {
+        **rest,
+        "preconditioner": config.preconditioner,
+        "fallbacks": [dataclasses.asdict(f) for f in fallbacks],
+        "layers": {
+            spec.name: {
+                "spec": dataclasses.asdict(spec),
+                # Fields by hand: dataclasses.asdict would copy every tensor.
+                "state": {f.name: getattr(states[spec.name], f.name) for f in dataclasses.fields(LayerState)},
+            }
+            for spec in specs
+        },
+    }
+
+
+def check(
+    kfac: Mapping[str, Any],
+    config: KFACConfig,
+    known: Mapping[str, LayerSpec],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Compare an entry "kfac" with the optimizer that is to load it.
+
+    Args:
+        kfac: the entry.
+        config: the optimizer's configuration.
+        known: its covered layers, by name.
+        shapes: shapes of its parameters, by name.
+
+    Raises:
+        ValueError: naming the layer or parameter of another model, or the other preconditioner.
+    """
+    if kfac["preconditioner"] != config.preconditioner:
+        raise ValueError(
+            f"state_dict: its preconditioner was {kfac['preconditioner']!r}, and is {config.preconditioner!r} here"
+        )
+    saved: dict[str, tuple[int, ...] | None] = {f.name: f.shape for f in fallbacks_of(kfac)}
+    for name, spec in specs_of(kfac).items():
+        if name in known and known[name] != spec:
+            raise ValueError(f"state_dict: layer {name} was {spec}, and is {known[name]} here")
+        saved[spec.weight] = spec.weight_shape
+        if spec.bias is not None:
+            saved[spec.bias] = None  # follows from the layer
+    for name in sorted(saved.keys() ^ shapes.keys()):
+        what = "missing in it" if name in shapes else "unknown here"
+        raise ValueError(f"state_dict: parameter {name} is {what}")
+    for name, shape in saved.items():
+        if shape not in (None, shapes[name]):
+            raise ValueError(f"state_dict: parameter {name} had shape {shape}, and has {shapes[name]} here")
+
+
+def specs_of(kfac: Mapping[str, Any]) -> dict[str, LayerSpec]:
+    """The covered layers, by name."""
+
+    def spec(fields: Mapping[str, Any]) -> LayerSpec:
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in fields.items()}
+        return LayerSpec(**values)
+
+    return {name: spec(entry["spec"]) for name, entry in kfac["layers"].items()}
+
+
+def fallbacks_of(kfac: Mapping[str, Any]) -> list[FallbackSpec]:
+    return [FallbackSpec(f["name"], tuple(f["shape"]), f["reason"]) for f in kfac["fallbacks"]]
+
+
+def layer_state(kfac: Mapping[str, Any], name: str, like: Tensor, config: KFACConfig) -> LayerState:
+    """A layer's state, copied to the device and dtype of `like`."""
+    state = LayerState(**{k: _to(v, like) for k, v in kfac["layers"][name]["state"].items()})
+    set_operators(state, config)
+    return state
+
+
+def seed_of(kfac: Mapping[str, Any]) -> int:
+    """The seed of the label draws. Version 0.1.0 saved a generator instead, which begins with its seed."""
+    if "seed" in kfac:
+        return int(kfac["seed"])
+    return int.from_bytes(bytes(kfac["generator"][:8].tolist()), "little")
+
+
+def _to(value: Any, like: Tensor) -> Any:
+    """Tensors (and lists of them) copied to the device and dtype of the factors."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device=like.device, dtype=like.dtype, copy=True)
+    return [_to(v, like) for v in value] if isinstance(value, list) else value

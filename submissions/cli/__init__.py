@@ -1,0 +1,1 @@
+"""The commands `python -m submissions plan` and `python -m submissions export`."""

@@ -1,0 +1,127 @@
+"""The JAX models a plan can be made for: AlgoPerf's workloads, the embedded ones, and any of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from algoperf_kfac.spec import ForwardPassMode
+from submissions.cli import references, sizes
+from submissions.cli.jax_probe import Subject
+from workloads.errors import UserError
+
+
+def official(name: str, batch_size: int) -> Subject:
+    """One of AlgoPerf's workloads, of the size it is scored with.
+
+    Raises:
+        UserError: AlgoPerf is not installed, or has no such workload.
+    """
+    workload = references.official_workload(name, "jax")
+    base = sizes.base_of(name, BATCHES)
+    segments = sizes.graph_rows(batch_size) if base == "ogbg" else {}
+    return _of_workload(workload, BATCHES[base](batch_size), segments)
+
+
+def embedded(name: str, batch_size: int) -> Subject:
+    """One of this repository's workloads.
+
+    Raises:
+        UserError: there is no such workload in JAX, or its data are not installed.
+    """
+    from workloads import registry, seeds
+
+    workload = registry.load(name, "jax")
+    batch = next(workload._build_input_queue(seeds.root(0), "train", "", batch_size))
+    return _of_workload(workload, {"inputs": jnp.asarray(batch["inputs"])})
+
+
+def custom(reference: str, batch_size: int | None) -> Subject:
+    """A model of the user's.
+
+    Args:
+        reference: "package.module:function"; the function returns (apply function, parameters, its other arguments
+            as a tuple), arrays or shapes.
+        batch_size: examples on one device, first in every argument; None for those of the arguments.
+
+    Raises:
+        UserError: there is no such function, or it returns something else.
+    """
+    made = references.load(reference)()
+    if not (isinstance(made, tuple) and len(made) == 3 and callable(made[0]) and isinstance(made[2], tuple)):
+        raise UserError(
+            f"{reference} must be a function that returns (apply function, parameters, tuple of arguments)"
+        )
+    apply, params, args = made
+    if batch_size is not None:
+        args = jax.tree.map(lambda leaf: _shape(batch_size, *leaf.shape[1:], dtype=leaf.dtype), args)
+    return Subject(apply, params, args)
+
+
+def _of_workload(workload: Any, batch: Mapping[str, Any], segments: Mapping[int, int] | None = None) -> Subject:
+    key = jax.eval_shape(lambda: jax.random.PRNGKey(0))
+    params, state = jax.eval_shape(workload.init_model_fn, key)
+
+    def apply(params: Any, state: Any, batch: Any, rng: Any) -> Any:
+        return workload.model_fn(
+            params=params,
+            augmented_and_preprocessed_input_batch=batch,
+            model_state=state,
+            mode=ForwardPassMode.TRAIN,
+            rng=rng,
+            update_batch_norm=True,
+        )[0]
+
+    return Subject(apply, params, (state, dict(batch), key), segments or {})
+
+
+def _shape(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _images(size: int, channels: int) -> Callable[[int], dict[str, Any]]:
+    return lambda n: {"inputs": _shape(n, size, size, channels)}
+
+
+def _speech(n: int) -> dict[str, Any]:
+    return {"inputs": (_shape(n, sizes.AUDIO_SAMPLES), _shape(n, sizes.AUDIO_SAMPLES))}
+
+
+def _sentences(n: int) -> dict[str, Any]:
+    """Packed rows, as in training."""
+    keys = [f"{side}{suffix}" for side in ("inputs", "targets") for suffix in ("", "_position", "_segmentation")]
+    return {key: _shape(n, sizes.SENTENCE, dtype=jnp.int32) for key in keys}
+
+
+def _graphs(n: int) -> dict[str, Any]:
+    """n molecules of average size and the padding graph."""
+    from jraph import GraphsTuple
+
+    nodes, edges = sizes.GRAPH_NODES * n + 1, sizes.GRAPH_EDGES * n
+    graph = GraphsTuple(
+        nodes=_shape(nodes, 9),
+        edges=_shape(edges, 3),
+        receivers=_shape(edges, dtype=jnp.int32),
+        senders=_shape(edges, dtype=jnp.int32),
+        globals={},
+        n_node=_shape(n + 1, dtype=jnp.int32),
+        n_edge=_shape(n + 1, dtype=jnp.int32),
+    )
+    return {"inputs": graph}
+
+
+BATCHES: dict[str, Callable[[int], dict[str, Any]]] = {
+    "criteo1tb": lambda n: {"inputs": _shape(n, 39)},
+    "fastmri": lambda n: {"inputs": _shape(n, 320, 320)},
+    "imagenet_resnet": _images(224, 3),
+    "imagenet_vit": _images(224, 3),
+    "librispeech_conformer": _speech,
+    "librispeech_deepspeech": _speech,
+    "ogbg": _graphs,
+    "wmt": _sentences,
+    "mnist": _images(28, 1),
+    "cifar": _images(32, 3),
+}

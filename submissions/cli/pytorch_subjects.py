@@ -1,0 +1,176 @@
+"""The PyTorch models a plan can be made for: AlgoPerf's workloads, the embedded ones, and any of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from algoperf_kfac.spec import ForwardPassMode
+from submissions.cli import references, sizes
+from submissions.cli.pytorch_probe import Subject
+from workloads.errors import UserError
+
+
+def official(name: str, batch_size: int) -> Subject:
+    """One of AlgoPerf's workloads, of the size it is scored with.
+
+    Raises:
+        UserError: AlgoPerf is not installed, or has no such workload.
+    """
+    _import_torchvision()
+    workload = references.official_workload(name, "pytorch")
+    base = sizes.base_of(name, BATCHES)
+    make_batch = BATCHES[base]
+
+    def outputs(model: nn.Module, examples: int) -> Any:
+        return _model_fn(workload, model, make_batch(examples))
+
+    small = None if base == "ogbg" else 2
+    return Subject(
+        lambda: workload.init_model_fn([0, 0])[0],
+        outputs,
+        batch_size,
+        small,
+        sizes.graph_rows(batch_size) if base == "ogbg" else {},
+        workload,
+    )
+
+
+def embedded(name: str, batch_size: int) -> Subject:
+    """One of this repository's workloads.
+
+    Raises:
+        UserError: there is no such workload, or its data are not installed.
+    """
+    from workloads import registry, seeds
+
+    workload = registry.load(name, "pytorch")
+    first = next(workload._build_input_queue(seeds.root(0), "train", "", batch_size))
+
+    def outputs(model: nn.Module, examples: int) -> Any:
+        device = next(model.parameters()).device
+        values = {k: v[:examples].to(device) for k, v in first.items()}
+        return _model_fn(workload, model, values)
+
+    return Subject(lambda: workload.init_model_fn(seeds.root(0))[0], outputs, batch_size, None, workload=workload)
+
+
+def custom(reference: str, batch_size: int | None) -> Subject:
+    """A model of the user's.
+
+    Args:
+        reference: "package.module:function"; the function returns the model and its inputs: a tensor, a tuple of
+            positional arguments or a dict of keyword arguments, batch first.
+        batch_size: examples on one device; None for those of the example inputs.
+
+    Raises:
+        UserError: there is no such function; later, when the model is built: it returns something else.
+    """
+    function = references.load(reference)
+    made: dict[int, Any] = {}
+
+    def build() -> nn.Module:
+        result = function()
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], nn.Module)):
+            raise UserError(f"{reference} must be a function that returns (model, example inputs)")
+        made[id(result[0])] = result[1]
+        return result[0]
+
+    def outputs(model: nn.Module, examples: int) -> Any:
+        inputs = _adapt(made[id(model)], next(model.parameters()).device, examples if batch_size else None)
+        if isinstance(inputs, Mapping):
+            return model(**inputs)
+        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+    return Subject(build, outputs, batch_size or 1, None)
+
+
+def _adapt(inputs: Any, device: torch.device, examples: int | None) -> Any:
+    """Inputs on a device, their first dimension repeated or cut to so many examples."""
+    if isinstance(inputs, Tensor):
+        inputs = inputs.to(device)
+        if examples is not None and inputs.dim():
+            times = -(-examples // len(inputs))
+            inputs = inputs.repeat(times, *[1] * (inputs.dim() - 1))[:examples]
+        return inputs
+    if isinstance(inputs, Mapping):
+        return {key: _adapt(value, device, examples) for key, value in inputs.items()}
+    if isinstance(inputs, tuple):
+        return tuple(_adapt(value, device, examples) for value in inputs)
+    return inputs
+
+
+def _model_fn(workload: Any, model: nn.Module, batch: dict[str, Any]) -> Any:
+    return workload.model_fn(
+        params=model,
+        augmented_and_preprocessed_input_batch=batch,
+        model_state=None,
+        mode=ForwardPassMode.TRAIN,
+        rng=np.zeros(2, np.int32),
+        update_batch_norm=True,
+    )[0]
+
+
+def _import_torchvision() -> None:
+    """Some workloads import torchvision for their data; a build for another torch lacks operators no model uses."""
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float threshold) -> Tensor")
+        _KEPT.append(library)
+    except ImportError:
+        pass  # those that need it say so
+
+
+_KEPT: list[Any] = []  # definitions go with the library object
+
+
+def _images(channels: int, size: int) -> Callable[[int], dict[str, Any]]:
+    return lambda n: {"inputs": torch.zeros(n, channels, size, size)}
+
+
+def _speech(n: int) -> dict[str, Any]:
+    return {"inputs": (torch.randn(n, sizes.AUDIO_SAMPLES), torch.zeros(n, sizes.AUDIO_SAMPLES))}
+
+
+def _sentences(n: int) -> dict[str, Any]:
+    """Packed rows, as in training."""
+    keys = [f"{side}{suffix}" for side in ("inputs", "targets") for suffix in ("", "_position", "_segmentation")]
+    return {key: torch.ones(n, sizes.SENTENCE, dtype=torch.long) for key in keys}
+
+
+def _graphs(n: int) -> dict[str, Any]:
+    """n molecules of average size and the padding graph."""
+    from jraph import GraphsTuple
+
+    nodes, edges = sizes.GRAPH_NODES * n + 1, sizes.GRAPH_EDGES * n
+    graph = GraphsTuple(
+        nodes=torch.zeros(nodes, 9),
+        edges=torch.zeros(edges, 3),
+        receivers=torch.zeros(edges, dtype=torch.long),
+        senders=torch.zeros(edges, dtype=torch.long),
+        globals={},
+        n_node=torch.tensor([sizes.GRAPH_NODES] * n + [1]),
+        n_edge=torch.tensor([sizes.GRAPH_EDGES] * n + [0]),
+    )
+    return {"inputs": graph}
+
+
+BATCHES: dict[str, Callable[[int], dict[str, Any]]] = {
+    "criteo1tb": lambda n: {"inputs": torch.zeros(n, 39)},
+    "fastmri": lambda n: {"inputs": torch.zeros(n, 320, 320)},
+    "imagenet_resnet": _images(3, 224),
+    "imagenet_vit": _images(3, 224),
+    "librispeech_conformer": _speech,
+    "librispeech_deepspeech": _speech,
+    "ogbg": _graphs,
+    "wmt": _sentences,
+    "mnist": _images(1, 28),
+    "cifar": _images(3, 32),
+}

@@ -1,0 +1,48 @@
+"""Finds what the plan's flags name: AlgoPerf's workloads, and functions of the user's."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from workloads.errors import UserError
+
+
+def official_workload(name: str, framework: str) -> Any:
+    """An instance of AlgoPerf's workload.
+
+    Raises:
+        UserError: AlgoPerf is not installed, or has no such workload.
+    """
+    try:
+        from algoperf.workloads import workloads
+    except ImportError:
+        raise UserError(
+            f"workload '{name}' is AlgoPerf's, and AlgoPerf is not installed here; "
+            "see README.md, 'Under the official harness'"
+        ) from None
+    if name not in workloads.WORKLOADS:
+        raise UserError(f"unknown workload '{name}'; AlgoPerf's are {', '.join(sorted(workloads.WORKLOADS))}")
+    entry = workloads.WORKLOADS[name]
+    path = f"{workloads.BASE_WORKLOADS_DIR}{entry['workload_path']}_{framework}/workload.py"
+    try:
+        return workloads.import_workload(path, entry["workload_class_name"], return_class=True)()
+    except ModuleNotFoundError as error:
+        raise UserError(f"workload '{name}' needs the module '{error.name}', which is not installed") from None
+
+
+def load(reference: str) -> Callable[[], Any]:
+    """A function by "package.module:function".
+
+    Raises:
+        UserError: there is no such function.
+    """
+    module_name, _, function_name = reference.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"--model={reference}: {error}; give it as package.module:function") from None
+    if not callable(function):
+        raise UserError(f"--model={reference} is no function")
+    return function

@@ -1,0 +1,1 @@
+"""NadamW in JAX."""

@@ -1,0 +1,35 @@
+"""Several devices: the batch split over them, statistics summed, decompositions shared; as on a single device."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("devices", [4, 8])
+def test_as_on_one_device(devices: int) -> None:
+    """Twelve steps in a process that sees `devices` devices; each number has its two configurations."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.jax.sharded"],
+        cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, text=True, capture_output=True,
+        timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    report = json.loads(run.stdout.splitlines()[-1])
+    assert report["devices"] == devices
+    for result in report["results"]:
+        assert result["parameters"] < 1e-9, result
+        assert result["factors"] < 1e-9, result
+        assert result["replicated"], result
+        # Three matrices of 5 x 5 (A of each layer) are padded to a multiple of the devices: one for each device.
+        assert result["batches"] == [1], result
+        assert result["gathers"] > 0, result
+        assert result["reduces"] > 0, result

@@ -1,0 +1,354 @@
+"""K-FAC as an optax transformation: a state of arrays, two compilations, no waiting, and small failures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import Array
+from orbax import checkpoint
+
+from algoperf_kfac.jax import KFAC, kfac, scale_by_kfac
+from algoperf_kfac.jax.fisher import sampled_loss
+from algoperf_kfac.jax.preconditioner import LayerState
+from algoperf_kfac.jax.statistics import add
+from algoperf_kfac.jax.transform import find_state
+from tests.jax.support import LOSSES, assert_equal, factors, fisher_factors, normal
+from tests.jax.toys import OPTIONS, batch, cross_entropy, mlp, mlp_params, optimizer, steps, train
+
+
+def assert_same(first: Any, second: Any) -> None:
+    """Equal bit for bit."""
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("scaling", ["power", "second_moment"])
+def test_the_state_is_arrays_alone(scaling: str) -> None:
+    ours = optimizer(scaling=scaling)
+    plain, with_statistics, _ = steps(ours)
+    params, state = mlp_params(), ours.init(mlp_params())
+    before = state
+    params, state = jax.jit(with_statistics)(params, state, *batch())
+    _, state = jax.jit(plain)(params, state, *batch())
+    for tree in (before, state):
+        leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: leaf is None)
+        assert leaves
+        assert all(isinstance(leaf, Array) and leaf.size for leaf in leaves)
+    # A step changes neither structure nor types, or it would be compiled anew.
+    assert jax.tree.map(lambda t: (t.shape, t.dtype), before) == jax.tree.map(lambda t: (t.shape, t.dtype), state)
+
+
+def test_float32_parameters_keep_their_type_in_wide_mode() -> None:
+    """Nothing of the state or the updates is promoted, without momentum either."""
+    params = jax.tree.map(lambda t: t.astype(jnp.float32), mlp_params())
+    x, y = batch()
+    ours = KFAC(mlp, cross_entropy, params, x.astype(jnp.float32), y, **OPTIONS, one_minus_beta1=1.0, beta2=0.0)
+    _, with_statistics, _ = steps(ours)
+    state = ours.init(params)
+    new_params, new_state = jax.jit(with_statistics)(params, state, x.astype(jnp.float32), y)
+    assert {t.dtype for t in jax.tree.leaves(new_params)} == {jnp.dtype("float32")}
+    assert [t.dtype for t in jax.tree.leaves(new_state)] == [t.dtype for t in jax.tree.leaves(state)]
+
+
+def test_inside_a_chain() -> None:
+    """Clipping, a schedule and a decay mask around `scale_by_kfac` do what `kfac` with the same does by itself."""
+    ours = optimizer()
+    mask = jax.tree.map(lambda t: t.ndim > 1, mlp_params())
+
+    def schedule(count: Array) -> Array:
+        return 1e-2 * jnp.asarray(0.9) ** count  # not optax's own, which would compute in float32
+
+    whole = kfac(ours.layers, ours.config, learning_rate=schedule, weight_decay_mask=mask)
+    decayed = optax.chain(
+        optax.clip_by_global_norm(1e9),
+        scale_by_kfac(ours.layers, ours.config),
+        optax.add_decayed_weights(0.0, mask),
+        optax.scale_by_schedule(lambda count: -schedule(count)),
+    )
+    results = []
+    for transformation in (whole, decayed):
+        plain, with_statistics, _ = steps(ours, transformation)
+        start = transformation.init(mlp_params())
+        results.append(train(ours, jax.jit(plain), jax.jit(with_statistics), mlp_params(), start, 0, 6)[0])
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+    clipped = optax.chain(optax.clip_by_global_norm(1e-3), whole)
+    assert find_state(clipped.init(mlp_params())).layers.keys() == ours.layers.covered.keys()
+
+
+def test_the_decay_mask_and_rate() -> None:
+    """Without gradient a parameter shrinks by 1 - lr weight_decay where the mask says so, and else stays."""
+    ours = optimizer()
+    mask = jax.tree.map(lambda t: t.ndim > 1, mlp_params())
+    config = KFAC(mlp, cross_entropy, mlp_params(), *batch(), weight_decay=0.5).config
+    transformation = kfac(ours.layers, config, learning_rate=0.1, weight_decay_mask=mask)
+    zero = jax.tree.map(jnp.zeros_like, mlp_params())
+    updates, _ = transformation.update(zero, transformation.init(mlp_params()), mlp_params())
+    for update, p in zip(jax.tree.leaves(updates), jax.tree.leaves(mlp_params()), strict=True):
+        np.testing.assert_allclose(update, -0.05 * p if p.ndim > 1 else 0 * p, atol=1e-15)
+
+
+@pytest.mark.parametrize("scaling", ["power", "second_moment"])
+@pytest.mark.parametrize("way", ["flax", "orbax"])
+def test_resume(way: str, scaling: str, tmp_path: Path) -> None:
+    """Saved and loaded in mid-interval, training goes on bit for bit."""
+    ours = optimizer(scaling=scaling)
+    plain, with_statistics, _ = steps(ours)
+    run = jax.jit(plain), jax.jit(with_statistics)
+    middle = train(ours, *run, mlp_params(), ours.init(mlp_params()), 0, 7)
+    template = (mlp_params(), ours.init(mlp_params()))
+    if way == "flax":
+        loaded = flax.serialization.from_bytes(template, flax.serialization.to_bytes(middle))
+        loaded = jax.tree.map(jnp.asarray, loaded)
+    else:
+        with checkpoint.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "state", middle)
+            checkpointer.wait_until_finished()
+            loaded = checkpointer.restore(tmp_path / "state", template)
+    assert_same(loaded, middle)
+    again = optimizer(scaling=scaling)
+    assert_same(train(again, *run, *loaded, 7, 13), train(ours, *run, *middle, 7, 13))
+
+
+def test_two_traces_and_no_waiting() -> None:
+    """A hundred steps trace one plain step and one with statistics, and fetch nothing from the device."""
+    ours = optimizer(refresh_interval=6)
+    plain, with_statistics, traces = steps(ours)
+    run = jax.jit(plain, donate_argnums=(0, 1)), jax.jit(with_statistics, donate_argnums=(0, 1))
+    params, state = mlp_params(), ours.init(mlp_params())
+    old = jax.tree.leaves((params, state))
+    with jax.transfer_guard_device_to_host("disallow"):
+        params, state = train(ours, *run, params, state, 0, 100)
+    assert traces == [1, 1]
+    # All that the step reads: what is only there for monitoring is written anew.
+    assert all(leaf.is_deleted() for leaf in old if leaf.ndim)
+    metrics = ours.metrics(state)
+    assert metrics["steps"] == 100
+    # Steps 0, 1, 2, 4 refresh all layers (statistics are young until step 6); then each layer its turn of three.
+    assert metrics["failures"] == metrics["dropped"] == metrics["stand_ins"] == 0
+    assert all(metrics[f"{name}/refreshes"] >= 17 for name in ours.layers.covered)
+
+
+def primitives(jaxpr: Any, name: str) -> int:
+    """How often a primitive occurs, in inner programs too."""
+    count = 0
+    for eqn in jaxpr.eqns:
+        count += eqn.primitive.name == name
+        for value in jax.tree.leaves(eqn.params, is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                count += primitives(inner, name)
+    return count
+
+
+def test_equal_sizes_are_decomposed_together() -> None:
+    """Factors of 5 (A, with bias), 4 (B) and 3 (the last B): three batched calls for six matrices."""
+    ours = optimizer(refresh_interval=2)
+    _, with_statistics, _ = steps(ours)
+    params = mlp_params()
+    jaxpr = jax.make_jaxpr(with_statistics)(params, ours.init(params), *batch()).jaxpr
+    assert primitives(jaxpr, "eigh") == 3
+    plain = steps(ours)[0]
+    assert primitives(jax.make_jaxpr(plain)(params, ours.init(params), *batch()).jaxpr, "eigh") == 0
+
+
+def test_refreshes_take_turns() -> None:
+    """After the young phase each statistics step refreshes the layers whose turn it is, in the model's order."""
+    ours = optimizer(factor_interval=1, refresh_interval=3, initial_statistics=0)
+    _, with_statistics, _ = steps(ours)
+    run = jax.jit(with_statistics)
+    params, state = mlp_params(), ours.init(mlp_params())
+    counts = []
+    for _ in range(9):
+        params, state = run(params, state, *batch())
+        counts.append([int(layer.refreshes) for layer in state[0].layers.values()])
+    growth = np.diff(counts, axis=0)
+    assert (growth[:2] == 1).all()
+    assert (growth[2:].sum(1) == 1).all()
+    assert (growth[2:].sum(0) == 2).all()
+
+
+def test_nothing_else_differs_from_nadamw_before_the_first_statistics() -> None:
+    """Without statistics the operators are the identity, and grafting gives the momentum NadamW's length."""
+    ours = optimizer()
+    params = mlp_params()
+    gradient = jax.tree.map(lambda t: t + 1, params)
+    updates, _ = scale_by_kfac(ours.layers, ours.config).update(
+        gradient, scale_by_kfac(ours.layers, ours.config).init(params)
+    )
+    for name in params:
+        for key in ("w", "b"):
+            cosine = (updates[name][key] * gradient[name][key]).sum()
+            cosine /= jnp.linalg.norm(updates[name][key]) * jnp.linalg.norm(gradient[name][key])
+            assert cosine > 1 - 1e-12
+
+
+# Failures ---------------------------------------------------------------------------------------------------------
+
+
+def poisoned(statistics: Any, name: str, value: float) -> Any:
+    return statistics | {name: statistics[name]._replace(b=tuple(m * value for m in statistics[name].b))}
+
+
+@pytest.mark.parametrize("preconditioner", ["eigen", "inverse"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_bad_statistics_are_dropped(value: float, preconditioner: str) -> None:
+    """They change no average and are counted; the layer goes on with the old ones, and others do not notice."""
+    ours = optimizer(preconditioner=preconditioner, refresh_interval=2)
+    params = mlp_params()
+    _, gradient, statistics = jax.jit(ours.value_grad_and_statistics)(params, *batch())
+    update = jax.jit(ours.update)
+    _, state = update(gradient, ours.init(params), params, statistics=statistics)
+    updates, new = update(gradient, state, params, statistics=poisoned(statistics, "l1", value))
+    good_updates, good = update(gradient, state, params, statistics=statistics)
+    metrics = ours.metrics(new)
+    assert metrics["l1/dropped"] == metrics["dropped"] == 1
+    for field in ("a", "b", "weight", "examples"):
+        assert_same(getattr(new[0].layers["l1"], field), getattr(state[0].layers["l1"], field))
+    assert_same(new[0].layers["l0"], good[0].layers["l0"])
+    assert all(bool(jnp.isfinite(u).all()) for u in jax.tree.leaves(updates))
+    assert_same(updates["l0"], good_updates["l0"])
+
+
+@pytest.mark.parametrize("preconditioner", ["eigen", "inverse"])
+def test_a_failed_decomposition_keeps_the_last_good_one(preconditioner: str) -> None:
+    """Averages that overflow cannot be decomposed: three attempts are counted, the operators stay."""
+    ours = optimizer(preconditioner=preconditioner, refresh_interval=2)
+    params = mlp_params()
+    _, gradient, statistics = jax.jit(ours.value_grad_and_statistics)(params, *batch())
+    update = jax.jit(ours.update)
+    _, state = update(gradient, ours.init(params), params, statistics=statistics)
+    layers = dict(state[0].layers)
+    broken: LayerState = layers["l1"]._replace(b=tuple(m.at[0, 0, 0].set(jnp.nan) for m in layers["l1"].b))
+    state = (state[0]._replace(layers=layers | {"l1": broken}), *state[1:])
+    updates, new = update(gradient, state, params, statistics=statistics)
+    assert ours.metrics(new)["l1/failures"] == 3
+    assert ours.metrics(new)["l0/failures"] == 0
+    assert int(new[0].layers["l1"].refreshes) == 1
+    assert int(new[0].layers["l0"].refreshes) == 2
+    assert_same(new[0].layers["l1"].b_operator, layers["l1"].b_operator)
+    assert all(bool(jnp.isfinite(u).all()) for u in jax.tree.leaves(updates))
+
+
+def test_indefinite_factors_are_retried_with_more_damping() -> None:
+    """A slightly indefinite B (as rounding makes) fails at the configured damping and succeeds at ten times it."""
+    ours = optimizer(preconditioner="inverse", damping=1e-3)
+    params = mlp_params()
+    _, gradient, statistics = jax.jit(ours.value_grad_and_statistics)(params, *batch())
+    b = statistics["l1"].b[0]
+    mean = jnp.trace(b[0]) / 4
+    values, vectors = jnp.linalg.eigh(b)
+    values = values.at[0, 0].set(-5e-3 * mean)
+    indefinite = statistics | {"l1": statistics["l1"]._replace(b=((vectors * values[:, None]) @ vectors.mT,))}
+    _, state = jax.jit(ours.update)(gradient, ours.init(params), params, statistics=indefinite)
+    assert ours.metrics(state)["l1/failures"] == 1
+    assert ours.metrics(state)["l1/refreshes"] == 1
+
+
+# Fisher -----------------------------------------------------------------------------------------------------------
+
+
+def linear(p: Any, x: Array) -> Array:
+    return x @ p["w"]
+
+
+def output_hessian(loss: str, f: Array) -> Array:
+    """(N, C, C) of a loss summed over examples."""
+    return jax.vmap(jax.hessian(LOSSES[loss]))(f)
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_fisher_of_every_loss(loss: str) -> None:
+    """For one layer B is the summed output Hessian: "exact" equals it, "mc" converges to it as 1/sqrt(samples)."""
+    params, x = {"w": normal(0, 4, 3)}, normal(1, 5, 4)
+    want = output_hessian(loss, linear(params, x)).sum(0)
+    exact = fisher_factors(linear, params, x, loss, "expand")["w"]
+    np.testing.assert_allclose(exact.B, want, atol=1e-10)
+    errors = []
+    for samples in (4, 1600):
+        pair = fisher_factors(
+            linear, params, x, loss, "expand", fisher="mc", fisher_samples=samples, rng=jax.random.key(1)
+        )["w"]
+        np.testing.assert_allclose(pair.A, exact.A, rtol=1e-10)
+        errors.append(float(jnp.linalg.norm(pair.B - want) / jnp.linalg.norm(want)))
+    assert errors[1] < 0.1
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("fisher", ["exact", "mc"])
+def test_masked_outputs_have_no_fisher(fisher: str) -> None:
+    params, x = {"w": normal(0, 4, 3)}, normal(1, 5, 4)
+    mask = jnp.array([1.0, 0, 1, 1, 0])
+    ours = KFAC(
+        linear, lambda f, x: LOSSES["softmax_cross_entropy"](f), params, x,
+        fisher=fisher, fisher_samples=800, loss_type="softmax_cross_entropy",
+    )  # fmt: skip
+    run = jax.jit(lambda p, x: ours.value_grad_and_statistics(p, x, loss_mask=mask, rng=jax.random.key(0))[2])
+    statistics = run(params, x)["w"]
+    want = output_hessian("softmax_cross_entropy", linear(params, x[mask > 0])).sum(0)
+    np.testing.assert_allclose(statistics.b[0][0], want, rtol=1e-9 if fisher == "exact" else 0.15, atol=0.05)
+
+
+def test_ctc() -> None:
+    """Sampled label sequences: the mean score vanishes, as that of any likelihood does, paddings have none."""
+    logits, paddings = {"w": normal(0, 3, 4)}, jnp.array([[0.0, 0, 0, 0, 0], [0, 0, 0, 1, 1]])
+    x = normal(1, 2, 5, 3)
+
+    def apply(p: Any, x: Array) -> Any:
+        return x @ p["w"], paddings
+
+    def score(key: Array) -> Array:
+        return jax.grad(lambda f: sampled_loss((f, paddings), "ctc_loss", None, key))(x @ logits["w"])
+
+    scores = jax.jit(jax.vmap(score))(jax.random.split(jax.random.key(0), 4000))
+    deviation = scores.std(0) / 4000**0.5
+    assert bool((jnp.abs(scores.mean(0)) <= 5 * deviation + 1e-12).all())
+    assert not scores[:, 1, 3:].any()
+    assert bool((scores.std(0)[0] > 0.01).all())
+    ours = KFAC(apply, lambda f, x: f[0].sum(), logits, x, fisher="mc", loss_type="ctc_loss")
+    _, _, statistics = jax.jit(lambda p, x: ours.value_grad_and_statistics(p, x, rng=jax.random.key(0)))(logits, x)
+    assert bool(jnp.isfinite(statistics["w"].b[0]).all())
+
+
+def test_statistics_add_up_over_micro_batches() -> None:
+    """Two halves, each loss divided by the whole batch's size, make the statistics of the whole."""
+    ours = optimizer()
+    params, (x, y) = mlp_params(), batch()
+    run = jax.jit(lambda p, x, y: ours.value_grad_and_statistics(p, x, y)[2])
+    whole = run(params, x, y)
+    halves = [run(params, x[i::2], y[i::2]) for i in (0, 1)]
+    for name, statistics in whole.items():
+        both = add(halves[0][name], halves[1][name])
+        for a, b in zip(jax.tree.leaves(statistics), jax.tree.leaves(both), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_averages_are_corrected() -> None:
+    """After two statistics steps the factors are the weighted mean of both, weights decay and one."""
+    ours = optimizer(factor_decay=0.75)
+    params = mlp_params()
+    run = jax.jit(ours.value_grad_and_statistics)
+    x, y = batch()
+    _, gradient, first = run(params, x, y)
+    _, _, second = run(params, 2 * x, y)
+    update = jax.jit(ours.update)
+    _, state = update(gradient, ours.init(params), params, statistics=first)
+    once = ours.factors(state)
+    _, state = update(gradient, state, params, statistics=second)
+    twice = ours.factors(state)
+    alone = factors(mlp, cross_entropy, params, 2 * x, y, loss_normalizer=None, **OPTIONS)
+    for name in once:
+        for got, a, b in zip(twice[name], once[name], alone[name], strict=True):
+            np.testing.assert_allclose(got, (0.75 * a + b) / 1.75, rtol=1e-10, atol=1e-13)
+    mean = ours.factors(state, reduction="mean")
+    for name in once:
+        assert_equal((mean[name].A, mean[name].B * len(x)), twice[name])

@@ -1,0 +1,92 @@
+"""G^T A = dL/dW: the inputs and output gradients K-FAC captured give back the weight's gradient, by layer.
+
+This finds every lost hook, every call that was missed and every wrong unfolding, on any model. It listens to what
+the capture hands to its recorders, so it sees what the factors are made of and not a second measurement.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from algoperf_kfac.pytorch import factors, statistics
+
+
+class CapturedGradients:
+    """For each captured layer, sum_n sum_r g a^T with the bias as last column, (groups, P_out, P_in [+ 1]).
+
+    Summed in float64. The gradient it is compared with was summed in float32 by autograd and may have lost digits
+    where terms cancel, so that each layer's rounding bound is kept, too: float32's epsilon times sum_n sum_r |g|
+    |a|^T.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.magnitudes: dict[str, Tensor] = {}
+        self.specs: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listens to every capture made in this context."""
+        record_input, record_gradient = statistics.Recorder.input, statistics.Recorder.output_gradient
+        inputs: dict[int, tuple[Any, Any]] = {}
+
+        def input_(recorder: Any, operation: Any, conv: Any, positions: Any) -> Any:
+            call = record_input(recorder, operation, conv, positions)
+            # The call is kept, so its id stays its own.
+            inputs[id(call)] = call, operation.input.detach().clone()
+            return call
+
+        def output_gradient(recorder: Any, call: Any, grad: Tensor, positions: Any) -> None:
+            record_gradient(recorder, call, grad, positions)
+            self._add(recorder.spec, inputs.pop(id(call))[1], grad, call.conv)
+
+        with (
+            mock.patch.object(statistics.Recorder, "input", input_),
+            mock.patch.object(statistics.Recorder, "output_gradient", output_gradient),
+        ):
+            yield
+
+    def _add(self, spec: Any, x: Tensor, grad: Tensor, conv: Any) -> None:
+        if x.dtype in (torch.int32, torch.int64):  # a lookup: the inputs are one-hot rows
+            total = torch.zeros(1, spec.out_dim, spec.in_dim, dtype=torch.float64)
+            total[0].index_add_(0, x.flatten(), grad.reshape(-1, spec.in_dim).double())
+            self._sum(spec, total, total.abs())
+            return
+        if x.dim() == (1 if conv is None else len(conv.kernel) + 1):
+            x, grad = x.unsqueeze(0), grad.unsqueeze(0)
+        rows = factors.output_rows(grad, spec.groups, conv)
+        total = torch.zeros(spec.groups, spec.out_dim, spec.factor_in_dim, dtype=torch.float64)
+        magnitude = torch.zeros_like(total)
+        for chunk, inputs in factors.input_chunks(x, spec.groups, conv):
+            a = inputs.flatten(0, 1).transpose(0, 1).double()  # (groups, rows, P_in)
+            g = rows[chunk].flatten(0, 1).transpose(0, 1).double()
+            total[..., : spec.in_dim] += g.transpose(1, 2) @ a
+            magnitude[..., : spec.in_dim] += g.transpose(1, 2).abs() @ a.abs()
+            if spec.bias is not None:
+                total[..., -1] += g.sum(1)
+                magnitude[..., -1] += g.abs().sum(1)
+        self._sum(spec, total, magnitude)
+
+    def _sum(self, spec: Any, total: Tensor, magnitude: Tensor) -> None:
+        if spec.name in self.sums:
+            total, magnitude = total + self.sums[spec.name], magnitude + self.magnitudes[spec.name]
+        self.sums[spec.name], self.magnitudes[spec.name], self.specs[spec.name] = total, magnitude, spec
+
+    def errors(self, model: nn.Module) -> tuple[Mapping[str, float], Mapping[str, float]]:
+        """Each layer's error against `.grad`, and its rounding bound, relative to the gradient's Frobenius norm."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        errors, bounds = {}, {}
+        for name, total in self.sums.items():
+            spec = self.specs[name]
+            bias = None if spec.bias is None else parameters[spec.bias].grad
+            exact = factors.to_matrix(parameters[spec.weight].grad, bias, spec)
+            norm = total.norm().clamp(min=1e-30)
+            errors[name] = float((total - exact).norm() / norm)
+            bounds[name] = float(torch.finfo(torch.float32).eps * self.magnitudes[name].norm() / norm)
+        return errors, bounds

@@ -1,0 +1,243 @@
+"""An exported submission needs nothing of this repository, and trains as the one it was made from."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from submissions.__main__ import main
+from submissions.cli import export
+from workloads.errors import UserError
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+NAMES = ("kfac_expand", "kfac_reduce", "nadamw")
+# Runs in a process that cannot import this repository unless OURS is set; prints the parameters after some steps.
+TRAIN = """
+import importlib, os, sys
+ours = os.environ.get("OURS")
+if ours:
+    sys.path.insert(0, ours)
+else:
+    sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in f"{getattr(f, '__module__', '')}{f}"]
+    sys.path[:] = [p for p in sys.path if "__editable__" not in p and p != sys.argv[2]]
+    for name in ("algoperf_kfac", "submissions"):
+        assert importlib.util.find_spec(name) is None, name
+    sys.path.insert(0, os.getcwd())
+import torch
+submission = importlib.import_module(sys.argv[1])
+
+class Workload:
+    step_hint = 20
+    metrics_logger = None
+
+    def model_fn(self, params, augmented_and_preprocessed_input_batch, model_state, mode, rng, update_batch_norm,
+                 dropout_rate=0.0):
+        return params(augmented_and_preprocessed_input_batch["inputs"]), None
+
+    def loss_fn(self, label_batch, logits_batch, mask_batch=None, label_smoothing=0.0):
+        loss = torch.nn.functional.cross_entropy(logits_batch, label_batch, reduction="none")
+        return {"summed": loss.sum(), "n_valid_examples": torch.tensor(len(loss)), "per_example": loss}
+
+torch.manual_seed(0)
+workload, model = Workload(), torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 4))
+x = torch.randn(32, 6)
+batch = {"inputs": x, "targets": x[:, :4].argmax(1)}
+assert submission.get_batch_size("imagenet_vit") == 1024
+state = submission.init_optimizer_state(workload, model, None, None, [1, 2])
+losses = []
+for step in range(12):
+    out = workload.loss_fn(batch["targets"], model(batch["inputs"]))["summed"]
+    losses.append(float(out))
+    chosen = submission.data_selection(workload, iter([batch]), state, model, None, None, step, None)
+    state, model, _ = submission.update_params(
+        workload=workload, current_param_container=model, current_params_types=None, model_state=None,
+        hyperparameters=None, batch=chosen, loss_type=None, optimizer_state=state, eval_results=[],
+        global_step=step, rng=[step, 0], train_state={})
+    state, model, _ = submission.prepare_for_eval(
+        workload=workload, current_param_container=model, current_params_types=None, model_state=None,
+        hyperparameters=None, loss_type=None, optimizer_state=state, eval_results=[], global_step=step, rng=None)
+assert losses[-1] < 0.9 * losses[0], losses
+if not ours:
+    strays = [m.__name__ for m in list(sys.modules.values())
+              if str(getattr(m, "__file__", None) or "").startswith(sys.argv[2] + os.sep + "algoperf_kfac")
+              or str(getattr(m, "__file__", None) or "").startswith(sys.argv[2] + os.sep + "submissions")]
+    assert not strays, strays
+    assert all(os.getcwd() in m.__file__ for n, m in sys.modules.items() if ".algoperf_kfac" in n)
+print([p.flatten().tolist() for p in model.parameters()])
+"""
+
+
+def train(module: str, folder: Path, ours: bool = False) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | (
+        {"OURS": str(CHECKOUT)} if ours else {}
+    )
+    command = [sys.executable, "-I", "-c", TRAIN, module, str(CHECKOUT)]
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.parametrize("submission", ["kfac_reduce", "nadamw"])
+def test_it_trains_alone_as_it_does_here(tmp_path, submission):
+    pytest.importorskip("torch")
+    export.write(tmp_path / "external_tuning" / submission, export.contents(submission, "pytorch", "external"))
+    alone = train(f"external_tuning.{submission}.submission", tmp_path)
+    assert alone == train(f"submissions.{submission}.pytorch.submission", tmp_path, ours=True)
+
+
+@pytest.mark.parametrize("framework", ["pytorch", "jax"])
+@pytest.mark.parametrize("submission", NAMES)
+def test_every_import_is_relative_and_leads_somewhere(submission, framework):
+    files = export.contents(submission, framework, "self")
+    assert "def update_params" in "".join(files.values())
+    for path, text in files.items():
+        if not path.endswith(".py"):
+            continue
+        package = path.split("/")[:-1]
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import):
+                assert all(alias.name.split(".")[0] not in ("algoperf_kfac", "submissions") for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                assert node.module.split(".")[0] not in ("algoperf_kfac", "submissions", "workloads"), path
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level <= len(package) + 1, path
+                base = [*package[: len(package) - node.level + 1], *(node.module.split(".") if node.module else [])]
+                candidates = ["/".join(base) + ".py", "/".join([*base, "__init__.py"])]
+                assert any(c in files for c in candidates), (path, candidates)
+    other = {"pytorch": "jax", "jax": "torch"}[framework]
+    imported = {
+        (alias.name if isinstance(node, ast.Import) else node.module or "").split(".")[0]
+        for text in (t for p, t in files.items() if p.endswith(".py"))
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    assert other not in imported
+
+
+@pytest.mark.parametrize("ruleset", ["external", "self"])
+@pytest.mark.parametrize("submission", NAMES)
+def test_files_and_facts(submission, ruleset):
+    files = export.contents(submission, "pytorch", ruleset, authors='A "B" C', affiliations="D")
+    assert files == export.contents(submission, "pytorch", ruleset, authors='A "B" C', affiliations="D")
+    assert {
+        "__init__.py",
+        "submission.py",
+        "submission_info.yml",
+        "requirements.txt",
+        "README.md",
+        "LICENSE",
+    } <= set(files)
+    assert ("tuning_search_space.json" in files) == (ruleset == "external")
+    info = dict(
+        line.split(": ", 1) for line in files["submission_info.yml"].splitlines() if not line.startswith("#")
+    )
+    info = {key: json.loads(value) for key, value in info.items()}
+    assert info["authors"] == 'A "B" C'
+    assert info["ruleset"] == {"external": "external", "self": "self-tuning"}[ruleset]
+    assert info["submission_folder"] == f"submissions/{ruleset}_tuning/{submission}"
+    assert all(line.startswith("#") for line in files["requirements.txt"].splitlines())
+    if ruleset == "external" and submission != "nadamw":
+        assert len(json.loads(files["tuning_search_space.json"])) == 5
+
+
+def folder_of(files: dict[str, str], folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_writing(tmp_path):
+    folder = tmp_path / "self_tuning" / "kfac_reduce"
+    files = export.contents("kfac_reduce", "pytorch", "self")
+    for _ in range(2):  # an earlier export is replaced, with what Python left in it
+        export.write(folder, files)
+        assert folder_of(files, folder) == files
+        (folder / "old_module.py").write_text("")
+        (folder / "__pycache__").mkdir()
+        (folder / "__pycache__" / "x.pyc").write_text("")
+    assert [p.name for p in folder.parent.iterdir()] == ["kfac_reduce"]
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds notes\.txt, which no export wrote"):
+        export.write(folder, files)
+    assert (folder / "notes.txt").read_text() == "mine"
+    foreign = tmp_path / "self_tuning" / "other"
+    foreign.mkdir()
+    export.write(foreign, files)  # empty: fine
+    (foreign / "submission_info.yml").write_text("submission_name: other\n")
+    with pytest.raises(UserError, match="not an earlier export"):
+        export.write(foreign, files)
+    taken = tmp_path / "file"
+    taken.write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        export.write(taken, files)
+    with pytest.raises(UserError, match="cannot write"):
+        export.write(taken / "below", files)
+
+
+def test_a_failed_export_leaves_the_old_one(tmp_path, monkeypatch):
+    folder = tmp_path / "kfac_reduce"
+    files = export.contents("kfac_reduce", "pytorch", "self")
+    export.write(folder, files)
+    replace = os.replace
+
+    def fail(source, target):
+        if str(source).endswith(".tmp"):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(UserError, match="No space left"):
+        export.write(folder, files | {"more.txt": ""})
+    assert folder_of(files, folder) == files
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("ruleset", ["external", "self"])
+def test_the_official_checker_passes_it(tmp_path, ruleset):
+    """Set ALGOPERF_CHECKOUT to a checkout of AlgoPerf: its wheel does not hold the checker."""
+    checker = Path(os.environ.get("ALGOPERF_CHECKOUT", "nowhere")) / "algorithms/submission_checker.py"
+    if not checker.is_file():
+        pytest.skip("ALGOPERF_CHECKOUT does not name a checkout of AlgoPerf")
+    spec = importlib.util.spec_from_file_location("submission_checker", checker)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    folder = tmp_path / f"{ruleset}_tuning" / "kfac_reduce"
+    export.write(folder, export.contents("kfac_reduce", "pytorch", ruleset))
+    assert module.run_checks(str(tmp_path))
+    (folder / "submission.py").unlink()
+    assert not module.run_checks(str(tmp_path))
+
+
+def test_command(tmp_path, capsys):
+    assert main(["export", "kfac_reduce", "--ruleset=self", f"--out={tmp_path}"]) == 0
+    out = capsys.readouterr().out
+    assert "Fill in the authors" in out
+    assert "--submission_path=self_tuning/kfac_reduce/submission.py" in out
+    assert (tmp_path / "self_tuning/kfac_reduce/submission.py").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["kfac_reduce"], "--out is missing"),
+        (["--out=x"], "name one submission"),
+        (["a", "b", "--out=x"], "name one submission"),
+        (["adam", "--out=x"], "there is no submission 'adam' in pytorch; known: kfac_expand, kfac_reduce, nadamw"),
+        (["kfac_reduce", "--out=x", "--ruleset=both"], "ruleset"),
+    ],
+)
+def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not list(tmp_path.iterdir())

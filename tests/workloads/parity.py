@@ -1,0 +1,40 @@
+"""The parameters of the embedded models in both frameworks: JAX trees made of PyTorch's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from torch import nn
+
+
+def jax_params(module: nn.Module, template: Any) -> Any:
+    """The weights of a PyTorch model as a tree like `template`, the parameters of the JAX model."""
+    return from_named(dict(module.named_parameters()), template)
+
+
+def from_named(named: Mapping[str, torch.Tensor], template: Any) -> Any:
+    """Tensors by PyTorch's parameter names as a tree like `template`.
+
+    Raises:
+      AssertionError: a tensor has no place in the tree.
+    """
+    left = dict(named)
+
+    def take(path: Any, leaf: jax.Array) -> np.ndarray:
+        *modules, kind = [entry.key for entry in path]
+        name = ".".join(part.replace("blocks_", "blocks.") for part in modules)
+        value = left.pop(f"{name}.{'bias' if kind == 'bias' else 'weight'}").detach().numpy()
+        if kind == "kernel" and value.ndim == 4:
+            value = value.transpose(2, 3, 1, 0)  # (out, in, height, width) -> (height, width, in, out)
+        elif kind == "kernel":
+            value = value.T
+        assert value.size == leaf.size, f"{name}: {value.shape} does not fill {leaf.shape}"
+        return np.ascontiguousarray(value).reshape(leaf.shape)
+
+    tree = jax.tree_util.tree_map_with_path(take, template)
+    assert not left, f"JAX has no counterpart of {list(left)}"
+    return tree

@@ -1,0 +1,1 @@
+"""What the workloads share in JAX."""

@@ -1,0 +1,42 @@
+"""AlgoPerf's ParameterType of each parameter, from its path in the parameter tree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from algoperf_kfac.spec import ParameterType, ShapeTuple
+
+_ATTENTION = {
+    "query": ParameterType.ATTENTION_Q,
+    "key": ParameterType.ATTENTION_K,
+    "value": ParameterType.ATTENTION_V,
+    "out": ParameterType.ATTENTION_OUT,
+}
+
+
+def parameter_types(params: Any) -> Any:
+    """The tree of `params` with types for arrays."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _type([entry.key for entry in path], leaf), params)
+
+
+def parameter_shapes(params: Any) -> Any:
+    """The tree of `params` with shapes for arrays, wrapped, because a tuple would be a subtree."""
+    return jax.tree.map(lambda leaf: ShapeTuple(leaf.shape), params)
+
+
+def _type(path: list[str], leaf: Any) -> ParameterType:
+    *modules, name = path
+    is_bias = name == "bias"
+    if modules[-1].startswith("norm"):
+        return ParameterType.LAYER_NORM_BIAS if is_bias else ParameterType.LAYER_NORM_SCALE
+    if "attention" in modules and modules[-1] in _ATTENTION:
+        return ParameterType.ATTENTION_BIAS if is_bias else _ATTENTION[modules[-1]]
+    if is_bias:
+        return ParameterType.BIAS
+    if name == "embedding":
+        return ParameterType.EMBEDDING
+    if leaf.ndim == 4:  # height, width, channels in, channels out
+        return ParameterType.CONV_WEIGHT
+    return ParameterType.WEIGHT

@@ -1,0 +1,90 @@
+"""The pre-LN transformer block of the embedded models, in flax; see `workloads.pytorch.transformer`."""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Rate = float | jax.Array
+
+
+class Dropout(nn.Module):
+    """Dropout whose rate may be traced; at rate 0 it draws nothing.
+
+    Draws from the rng `dropout`.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rate: Rate, train: bool) -> jax.Array:
+        if not train or (isinstance(rate, (int, float)) and rate == 0):
+            return x
+        key = self.make_rng("dropout")
+
+        def drop(x: jax.Array) -> jax.Array:
+            keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+            return jnp.where(keep, x / (1.0 - rate), 0.0)
+
+        return jax.lax.cond(rate > 0, drop, lambda x: x, x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over (N, R, width), in flax's own layers: kernels (width, heads, width / heads)."""
+
+    heads: int
+    causal: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, dropout_rate: Rate, train: bool) -> jax.Array:
+        width = x.shape[-1]
+        size = width // self.heads
+        query, key, value = (
+            nn.DenseGeneral((self.heads, size), kernel_init=nn.initializers.xavier_uniform(), name=name)(x)
+            for name in ("query", "key", "value")
+        )  # (N, R, heads, size)
+        scores = jnp.einsum("nqhd,nkhd->nhqk", query, key) / math.sqrt(size)
+        if self.causal:
+            future = jnp.triu(jnp.ones(scores.shape[-2:], bool), 1)
+            scores = jnp.where(future, -jnp.inf, scores)
+        attention = Dropout()(nn.softmax(scores), dropout_rate, train)
+        mixed = jnp.einsum("nhqk,nkhd->nqhd", attention, value)
+        out = nn.DenseGeneral(width, axis=(-2, -1), kernel_init=nn.initializers.xavier_uniform(), name="out")
+        return out(mixed)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them, at each position."""
+
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, dropout_rate: Rate, train: bool) -> jax.Array:
+        hidden = nn.gelu(dense(self.hidden, "linear1")(x), approximate=True)
+        return dense(x.shape[-1], "linear2")(Dropout()(hidden, dropout_rate, train))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), over (N, R, width)."""
+
+    hidden: int
+    heads: int
+    causal: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, dropout_rate: Rate, train: bool) -> jax.Array:
+        update = Attention(self.heads, self.causal, name="attention")(norm("norm1")(x), dropout_rate, train)
+        x = x + Dropout()(update, dropout_rate, train)
+        update = Mlp(self.hidden, name="mlp")(norm("norm2")(x), dropout_rate, train)
+        return x + Dropout()(update, dropout_rate, train)
+
+
+def dense(features: int, name: str) -> nn.Dense:
+    """A linear layer with Xavier-uniform weights and zero biases."""
+    return nn.Dense(features, kernel_init=nn.initializers.xavier_uniform(), name=name)
+
+
+def norm(name: str) -> nn.LayerNorm:
+    """A layer normalisation that computes the variance as PyTorch does, from the centred values."""
+    return nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, name=name)

@@ -1,0 +1,1 @@
+"""The JAX part of mnist_vit."""
