@@ -14,15 +14,16 @@ export MKL_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo test lint results clean
+.PHONY: help environment demo test test-newest-jax lint results clean
 
 help:
 	@echo "make demo         race K-FAC-expand, K-FAC-reduce and NadamW on real data; prints where the report lies"
 	@echo "make test         run the whole test suite"
+	@echo "make test-newest-jax   the JAX tests on the newest JAX, flax and optax that this Python can install"
 	@echo "make lint         ruff and mypy"
 	@echo "make results      measure every figure of docs/results.md (about an hour)"
 	@echo "make environment  only create $(VENV) with the pinned packages"
-	@echo "make clean        remove $(VENV) and $(RUNS)"
+	@echo "make clean        remove the environments and $(RUNS)"
 
 environment: $(READY)
 
@@ -56,10 +57,21 @@ test: $(READY)
 	@echo "==> Running the tests on two processes"
 	@$(BIN)/python -m pytest -n 2
 
+# The pins are AlgoPerf's; a second environment has the newest releases of what JAX brings, and all else as pinned.
+NEWEST := $(VENV)-newest
+JAX_PACKAGES := jax|jaxlib|flax|optax|chex|orbax-checkpoint|tensorstore|ml_dtypes|kfac-jax|distrax|tfp-nightly|etils|protobuf
+
+test-newest-jax:
+	@test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	@grep -v -E '^($(JAX_PACKAGES))==' constraints.txt > $(NEWEST)/constraints.txt
+	@$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --constraint $(NEWEST)/constraints.txt --editable '.[torch,jax,bench,test]'
+	@$(NEWEST)/bin/python -c 'import flax, jax, optax; print("==> jax", jax.__version__, "flax", flax.__version__, "optax", optax.__version__)'
+	@$(NEWEST)/bin/python -m pytest -n 2 tests/jax tests/workloads/test_contract_jax.py tests/workloads/test_run_jax.py tests/submissions/test_nadamw_jax.py
+
 lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(RUNS)
+	rm -rf $(VENV) $(NEWEST) $(RUNS)

@@ -1,4 +1,4 @@
-"""What a JAX model keeps for its backward pass, from the trace of its derivative: nothing is compiled or computed."""
+"""What a JAX model keeps for its backward pass, from the trace of its derivative; nothing is compiled."""
 
 from __future__ import annotations
 
@@ -7,20 +7,29 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend.core import Literal
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import maximum_flow
 
 # Element by element, or a change of shape: XLA fuses these into whatever reads them, forward or backward.
-CHEAP = frozenset(
-    """
-    abs add add_any and atan2 broadcast_in_dim cbrt ceil clamp convert_element_type copy cos div eq erf erf_inv erfc
-    exp exp2 expand_dims expm1 floor full_like ge gt integer_pow iota is_finite le log log1p logistic lt max min mul
-    ne neg nextafter not or pad pow reduce_precision rem reshape rev round rsqrt select_n sign sin slice sqrt square
-    squeeze stop_gradient sub tan tanh transpose xor
-    """.split()
-)
-RENAMES = frozenset({"reshape", "squeeze", "expand_dims", "copy", "stop_gradient"})  # the same memory
+# fmt: off
+CHEAP = frozenset([
+    "abs", "add", "add_any", "and", "atan2", "broadcast_in_dim", "cbrt", "ceil", "clamp",
+    "convert_element_type", "copy", "cos", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2",
+    "expand_dims", "expm1", "floor", "full_like", "ge", "gt", "integer_pow", "iota", "is_finite", "le", "log",
+    "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not", "or", "pad", "pow",
+    "reduce_precision", "rem", "reshape", "rev", "round", "rsqrt", "select_n", "sign", "sin", "slice", "sqrt",
+    "square", "squeeze", "stop_gradient", "sub", "tan", "tanh", "transpose", "xor",
+])
 # What these read lies in memory, whether or not it could be recomputed.
-READERS = frozenset("conv_general_dilated cond dot_general fft gather scan scatter scatter-add sort while".split())
+READERS = frozenset([
+    "cond", "conv_general_dilated", "dot_general", "fft", "gather", "scan", "scatter", "scatter-add", "sort",
+    "while",
+])
+# fmt: on
+RENAMES = frozenset({"reshape", "squeeze", "expand_dims", "copy", "stop_gradient"})  # the same memory
+UNBOUNDED = 2**31 - 1
 SMALL = 1 / 16  # means over positions and the like, beside an array: not worth counting
 
 
@@ -43,11 +52,11 @@ class _Array:
 
 
 def activation_bytes(apply: Callable[..., Any], params: Any, args: tuple[Any, ...]) -> float:
-    """Bytes of the residuals of `jax.vjp`, each once, less those that follow element by element from others.
+    """Bytes of the smallest set of arrays from which the residuals of `jax.vjp` follow element by element.
 
-    The derivative of an elementwise function keeps several arrays (for x sigmoid(x): x, sigmoid(x) and products of
-    the two), of which a compiled program needs one. What a matrix product, convolution or loop makes or reads counts
-    if the derivative keeps it.
+    The derivative of elementwise functions keeps several arrays where a compiled program needs one: of a normalised
+    input x with a ReLU, x - mean, x^2 and a mask, which all follow from x. What a matrix product, convolution or
+    loop reads lies in memory anyway: it counts if the derivative keeps it.
 
     Args:
         apply: function of (params, *args).
@@ -61,14 +70,34 @@ def activation_bytes(apply: Callable[..., Any], params: Any, args: tuple[Any, ..
     closed = jax.make_jaxpr(residuals)(params, *args)
     made: list[_Array] = []
     given = [_Array(v.aval) for v in closed.jaxpr.invars]
-    # As keys of a dictionary they have an order, that of the program.
-    wanted = set(_run(closed.jaxpr, given, made)) - {None}
-    kept = dict.fromkeys(array for array in made if array in wanted)
-    # From the last to the first: what a dropped array follows from is dropped only if it follows in turn.
-    for array in reversed(list(kept)):
-        if not array.is_read and _follows(array, kept):
-            del kept[array]
-    return float(sum(array.bytes for array in kept))
+    wanted = {array for array in _run(closed.jaxpr, given, made) if array is not None and array.maker}
+    read = {array for array in wanted if array.is_read}
+    return float(sum(array.bytes for array in read)) + _smallest_cut(made, wanted - read, read)
+
+
+def _smallest_cut(made: Sequence[_Array], wanted: set[_Array], kept: set[_Array]) -> float:
+    """Bytes of the arrays to keep, beside those kept and given, for the wanted ones to be recomputed.
+
+    They cut every path of elementwise operations from an array that cannot be recomputed to one that is wanted, and
+    the smallest such cut is the largest flow through a network in which an array lets its bytes pass.
+    """
+    numbers = {array: 2 + 2 * i for i, array in enumerate(made)}  # and the next one for its way out
+    unit = max(1.0, sum(array.bytes for array in made) / 1e9)  # the solver takes 32 bits
+    edges: dict[tuple[int, int], int] = {}
+    for array, number in numbers.items():
+        edges[number, number + 1] = 0 if array in kept else round(array.bytes / unit)
+        if array in wanted:
+            edges[number + 1, 1] = UNBOUNDED
+        if array.maker not in CHEAP:
+            edges[0, number] = UNBOUNDED
+            continue
+        for source in array.inputs:
+            if source.maker and source.bytes > SMALL * array.bytes:
+                edges[numbers[source] + 1, number] = UNBOUNDED
+    rows, columns = zip(*edges, strict=True) if edges else ((), ())
+    size = 2 + 2 * len(made)
+    network = csr_matrix((np.array(list(edges.values()), np.int32), (rows, columns)), (size, size))
+    return float(unit * maximum_flow(network, 0, 1).flow_value)
 
 
 def _run(jaxpr: Any, inputs: Sequence[_Array | None], made: list[_Array]) -> list[_Array | None]:
@@ -98,11 +127,21 @@ def _run(jaxpr: Any, inputs: Sequence[_Array | None], made: list[_Array]) -> lis
             if name in READERS:
                 for array in arrays:
                     array.is_read = True
-            new = [_Array(v.aval, name, arrays) for v in eqn.outvars]
-            made += new
-            outputs = new
+            names: list[Any] = list(eqn.outvars)
+            if name == "scan":
+                names[eqn.params["num_carry"] :] = _stacked(eqn)
+            new = {key: _Array(v.aval, name, arrays) for key, v in zip(names, eqn.outvars, strict=True)}
+            made += new.values()
+            outputs = [new[key] for key in names]
         values.update(zip(eqn.outvars, outputs, strict=True))
     return [read(v) for v in jaxpr.outvars]
+
+
+def _stacked(eqn: Any) -> list[Any]:
+    """For each array that a loop stacks, the value in its body: what is stacked twice is one array."""
+    body, carries = eqn.params["jaxpr"].jaxpr, eqn.params["num_carry"]
+    values = _run(body, [_Array(v.aval) for v in body.invars], [])
+    return [v if value is None else value for value, v in zip(values, eqn.outvars, strict=True)][carries:]
 
 
 def _called(eqn: Any) -> Any:
@@ -115,19 +154,3 @@ def _called(eqn: Any) -> Any:
         if hasattr(inner, "eqns") and len(inner.invars) == len(eqn.invars):
             return inner
     return None
-
-
-def _follows(array: _Array, kept: dict[_Array, None]) -> bool:
-    """Whether an array can be recomputed element by element from given and other kept ones."""
-    if array.maker not in CHEAP:
-        return False
-    waiting, seen = list(array.inputs), set()
-    while waiting:
-        source = waiting.pop()
-        if source in seen or source in kept or not source.maker or source.bytes <= SMALL * array.bytes:
-            continue
-        if source.maker not in CHEAP:
-            return False
-        seen.add(source)
-        waiting += source.inputs
-    return True

@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from algoperf_kfac.config import KFACConfig
-from algoperf_kfac.jax import discovery
+from algoperf_kfac.jax import capture, discovery
 from algoperf_kfac.jax.interpreter import Interpreter, Key
 from algoperf_kfac.jax.operations import Call
 from algoperf_kfac.plan import Load
 from submissions.cli.jax_activations import activation_bytes
 from submissions.cli.probe import Probe
+from submissions.cli.references import line
 from submissions.kfac.defaults import DEFAULTS
 from workloads.errors import UserError
 
@@ -37,6 +39,11 @@ class Subject:
     args: tuple[Any, ...]
     segments: Mapping[int, int] = dataclasses.field(default_factory=dict)
 
+    @property
+    def batch_size(self) -> int:
+        """Examples on one device, for arguments with the batch first; 1 if no array is among them."""
+        return next((leaf.shape[0] for leaf in jax.tree.leaves(self.args) if leaf.shape), 1)
+
 
 def probe(subject: Subject, submission: str) -> Probe:
     """Trace the model once.
@@ -46,12 +53,19 @@ def probe(subject: Subject, submission: str) -> Probe:
         submission: "kfac_expand" or "kfac_reduce".
 
     Raises:
-        UserError: it is no K-FAC submission.
+        UserError: it is no K-FAC submission, or the model cannot be traced.
     """
     approximation = submission.removeprefix("kfac_")
     if approximation not in DEFAULTS:
         raise UserError(f"{submission} is no K-FAC submission; plan kfac_expand or kfac_reduce")
     config = KFACConfig.from_hyperparameters(None, **DEFAULTS[approximation], approximation=approximation)
+    try:
+        return _probe(subject, config)
+    except Exception as error:
+        raise UserError(f"the model cannot be traced ({line(error)})") from error
+
+
+def _probe(subject: Subject, config: KFACConfig) -> Probe:
     layers = discovery.discover(subject.apply, subject.params, *subject.args, config=config)
     recorder = _LoadRecorder()
     closed, _ = discovery.trace(subject.apply, subject.params, subject.args)
@@ -63,7 +77,31 @@ def probe(subject: Subject, submission: str) -> Probe:
         for name, load in recorder.loads.items()
     }
     kept = activation_bytes(subject.apply, subject.params, subject.args)
-    return Probe(layers.coverage(), config, loads, kept)
+    captured = activation_bytes(*_tapped(subject, layers), subject.args)
+    return Probe(layers.coverage(), config, loads, kept, max(captured - kept, 0.0))
+
+
+def _tapped(subject: Subject, layers: discovery.Layers) -> tuple[Callable[..., Any], Any]:
+    """The forward pass of a statistics step, a function of ((params, probes), *args), and shapes of the first.
+
+    Positions are as the submissions give them, as far as memory goes.
+    """
+    closed, _ = discovery.trace(subject.apply, subject.params, subject.args)
+    notes = discovery.survey(closed, subject.params, subject.args)
+    dtypes = {name: jnp.promote_types(layers.shapes[la.spec.weight][1], "f") for name, la in layers.covered.items()}
+    resolved = capture._resolve(layers, notes, "gradient", dtypes)
+    tags = discovery.sources(subject.params, subject.args)
+
+    def probes() -> dict[str, Any]:
+        examples = {name: capture._layout(calls).num_examples for name, calls in resolved.items()}
+        return {name: capture._probe(la, examples[name], dtypes[name]) for name, la in layers.covered.items()}
+
+    def apply(both: Any, *args: Any) -> Any:
+        params, sums = both
+        visitor = capture._Tapper(layers.covered, resolved, sums, dtypes, lambda name: None)
+        return Interpreter(visitor).run(closed, [*jax.tree.leaves(params), *jax.tree.leaves(args)], tags)
+
+    return apply, (subject.params, jax.eval_shape(probes))
 
 
 class _LoadRecorder(discovery.Survey):

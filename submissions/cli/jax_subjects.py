@@ -50,7 +50,11 @@ def custom(reference: str, batch_size: int | None) -> Subject:
     Raises:
         UserError: there is no such function, or it returns something else.
     """
-    made = references.load(reference)()
+    function = references.load(reference)
+    try:
+        made = function()
+    except Exception as error:
+        raise UserError(f"the model cannot be made: {references.line(error)}") from error
     if not (isinstance(made, tuple) and len(made) == 3 and callable(made[0]) and isinstance(made[2], tuple)):
         raise UserError(
             f"{reference} must be a function that returns (apply function, parameters, tuple of arguments)"

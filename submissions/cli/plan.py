@@ -102,7 +102,7 @@ def plan_for(values: Any, name: str, framework: str) -> tuple[Plan, str, int]:
     """The plan for a workload or model, how it was seen, and the global batch size."""
     devices = values.devices
     batch_size = _batch_size(name, values)
-    seen = _probe(values, name, framework, batch_size // devices)
+    seen, examples = _probe(values, name, framework, None if batch_size is None else batch_size // devices)
     plan = make_plan(
         seen.coverage,
         seen.loads,
@@ -112,13 +112,14 @@ def plan_for(values: Any, name: str, framework: str) -> tuple[Plan, str, int]:
         capture_bytes=seen.capture_bytes,
         gradient_copies=2 if framework == "pytorch" and devices > 1 else 1,
     )
-    return plan, seen.note, batch_size
+    return plan, seen.note, batch_size or examples * devices
 
 
-def _batch_size(name: str, values: Any) -> int:
+def _batch_size(name: str, values: Any) -> int | None:
+    """The global batch size; None for that of a model's example inputs."""
     size = values.batch_size
     if size is None and values.model:
-        return values.devices  # the example inputs as they are, on each device
+        return None
     if size is None:
         known = next((base for base in OFFICIAL if name.startswith(base)), name)
         try:
@@ -130,8 +131,8 @@ def _batch_size(name: str, values: Any) -> int:
     return size
 
 
-def _probe(values: Any, name: str, framework: str, batch_size: int) -> Probe:
-    """See the model, with the framework's adapter."""
+def _probe(values: Any, name: str, framework: str, batch_size: int | None) -> tuple[Probe, int]:
+    """See the model, with the framework's adapter; also the examples on a device."""
     try:
         subjects = importlib.import_module(f"submissions.cli.{framework}_subjects")
         adapter = importlib.import_module(f"submissions.cli.{framework}_probe")
@@ -140,12 +141,12 @@ def _probe(values: Any, name: str, framework: str, batch_size: int) -> Probe:
             f"--framework={framework} needs the module '{error.name}', which is not installed"
         ) from None
     if values.model:
-        subject = subjects.custom(name, values.batch_size and batch_size)
-    elif name in EMBEDDED:
-        subject = subjects.embedded(name, batch_size)
+        subject = subjects.custom(name, batch_size)
+        batch_size = subject.batch_size
     else:
-        subject = subjects.official(name, batch_size)
-    return adapter.probe(subject, values.submission)
+        subject = (subjects.embedded if name in EMBEDDED else subjects.official)(name, batch_size)
+    assert batch_size is not None
+    return adapter.probe(subject, values.submission), batch_size
 
 
 def _command(values: Any) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from algoperf_kfac.layers import FallbackSpec
-from algoperf_kfac.plan import DEVICE_BYTES, LayerPlan, Plan
+from algoperf_kfac.plan import DEVICE_BYTES, LayerPlan, Memory, Plan
 
 Named = tuple[str, Plan, str, int]
 Table = list[list[str]]
@@ -17,6 +17,14 @@ SUMMARY_HEAD = ["workload", "covered", "layers", "K-FAC state", "NadamW peak", "
 SUMMARY_HEAD += ["statistics", "refresh", "precond.", "sum"]
 RIGHT = {"P_in", "P_out", "R", "entries", "size", *SUMMARY_HEAD[1:]}
 
+# What XLA took of the JAX estimate, compiled for a CPU: growth or size of the temporary memory that
+# `memory_analysis()` gives for the gradient of the outputs' sum, at batches of 2 to 8. There was no GPU to ask.
+XLA_ON_CPU = {
+    "imagenet_resnet": 1.1,
+    "imagenet_vit": 1.7,
+    "librispeech_conformer": 1.6,
+    "librispeech_deepspeech": 1.5,
+}
 LEGEND = f"""\
 Layers that differ in a number of their path alone share a row, with their count. R: positions that share the
 weight, of one example, all calls of the layer together. A, B: sizes of the factors, or of their diagonal blocks.
@@ -24,13 +32,12 @@ Memory is that of one device, 1 GB = 10^9 bytes; it fits if the peak is at most 
 peak holds parameters, gradients, all state of the optimizer and the largest of: activations with what a statistics
 step holds beside them; the sums for A and B being averaged; the refresh of all layers; the update. "NadamW peak" is
 that of the first-order reference: parameters, gradients, moments, and the larger of activations and update.
-Activations are an estimate: float32, uncompiled, without the loss and without the overhead of allocator and libraries.
-In PyTorch they are what autograd keeps, an LSTM and dropout as on a GPU; attention counts unfused unless the model
-fuses it itself. In JAX they are what the derivative keeps, less what XLA can recompute element by element; XLA may
-keep more while there is room (compiled for a CPU: up to half as much again, by copies in other layouts and gaps).
-Flops are shares of the model's own forward
-and backward pass (its weighted operations alone, which overstates the shares), averaged over the intervals; the
-work of a refresh is divided over the devices. They are not seconds: decompositions run slower than products.
+Activations are an estimate: float32, uncompiled, without the loss, and without what allocator and libraries take.
+In PyTorch they are what autograd keeps, dropout and LSTMs as on a GPU; attention counts unfused unless the model
+fuses it itself. In JAX they are the least from which what the derivative keeps follows element by element; XLA may
+keep more. Flops are shares of the model's own forward and backward pass (its weighted operations alone, which
+overstates the shares), averaged over the intervals; the work of a refresh is divided over the devices. They are not
+seconds: decompositions run slower than products.
 """
 
 
@@ -63,7 +70,10 @@ def render_all(plans: Mapping[str, Sequence[Named]], command: str, form: str) ->
     """A summary of several plans per framework, then each plan."""
     if form == "markdown":
         parts = [f"# Coverage, memory and cost on AlgoPerf's workloads\n\nMade by `{command}`.\n\n{LEGEND}"]
-        parts += [f"{framework}:\n\n{_markdown(_summary(group))}\n" for framework, group in plans.items()]
+        for framework, group in plans.items():
+            parts.append(f"{framework}:\n\n{_markdown(_summary(group))}\n")
+            if framework == "JAX":
+                parts.append(_caution(group))
     else:
         parts = [f"{framework}\n{_text(_summary(group))}\n" for framework, group in plans.items()]
     for framework, group in plans.items():
@@ -73,6 +83,27 @@ def render_all(plans: Mapping[str, Sequence[Named]], command: str, form: str) ->
     if form == "text":
         parts.append(LEGEND)
     return "\n".join(parts)
+
+
+def _caution(plans: Sequence[Named]) -> str:
+    """What hangs on XLA keeping as little as the estimate says."""
+
+    def too_much(peak: Callable[[Memory], float]) -> str:
+        names = []
+        for name, plan, _, _ in plans:
+            more = (XLA_ON_CPU.get(name, 1.0) - 1) * plan.memory.activations
+            if peak(plan.memory) <= DEVICE_BYTES < peak(plan.memory) + more:
+                names.append(name)
+        return ", ".join(names) or "none"
+
+    measured = ", ".join(f"{factor} times ({name})" for name, factor in XLA_ON_CPU.items())
+    return (
+        "Compiled for a CPU, XLA took more than these activations, with copies in other layouts and gaps:\n"
+        f"{measured}.\n"
+        "The others were not compiled, and none for a GPU. By those figures these would not fit,\n"
+        f"with K-FAC: {too_much(lambda m: m.peak)}; "
+        f"with NadamW alone: {too_much(lambda m: m.first_order_peak)}.\n"
+    )
 
 
 def _summary(plans: Sequence[Named]) -> Table:
@@ -174,7 +205,8 @@ def _blocks(blocks: tuple[int, ...]) -> str:
 
 
 def _size(size: float) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+    unit, symbol = (1e9, "GB") if size >= 1e8 else (1e6, "MB") if size >= 1e5 else (1e3, "kB")
+    return f"{size / unit:.2f} {symbol}"
 
 
 def _percent(share: float) -> str:
@@ -182,7 +214,7 @@ def _percent(share: float) -> str:
 
 
 def _flops(flops: float) -> str:
-    unit, symbol = (1e12, "Tflop") if flops >= 1e12 else (1e9, "Gflop")
+    unit, symbol = (1e12, "Tflop") if flops >= 1e12 else (1e9, "Gflop") if flops >= 1e8 else (1e6, "Mflop")
     return f"{flops / unit:.3g} {symbol}"
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -22,6 +23,7 @@ from algoperf_kfac.pytorch.operations import LOOKUPS, RULES
 from algoperf_kfac.pytorch.tied import TiedRecorder
 from submissions.cli.meta import on_meta
 from submissions.cli.probe import Probe
+from submissions.cli.references import line
 from workloads.errors import UserError
 
 UNREAD = "no operation with a rule reads it"
@@ -104,39 +106,33 @@ def probe_optimizer(subject: Subject, make_optimizer: Callable[[nn.Module], Any]
         seen = _step(subject, make_optimizer, size)
         if size < subject.batch_size:
             half = _step(subject, make_optimizer, size // 2) if size > 1 else None
-            seen = _scaled(seen, size, half, size // 2, subject.batch_size)
+            seen = _scaled(seen, size, half, subject.batch_size)
     except Exception as error:
         raise UserError(
-            f"the model runs neither on the meta device ({_line(reason)}) nor on a batch of {size} ({_line(error)})"
+            f"the model runs neither on the meta device ({line(reason)}) nor on a batch of {size} ({line(error)})"
         ) from error
     note = f"seen on a real batch of {size}"
     note += f", scaled to {subject.batch_size}" if size < subject.batch_size else ""
     return dataclasses.replace(seen, note=note)
 
 
-def _scaled(seen: Probe, size: int, half: Probe | None, half_size: int, batch_size: int) -> Probe:
+def _scaled(seen: Probe, size: int, half: Probe | None, batch_size: int) -> Probe:
     """What a larger batch would show.
 
     Not all that is kept grows with the batch (masks over positions, matrices made from weights): bytes are taken on
-    from two sizes along a straight line.
+    along the straight line through those of `size` and of half the size, or of no bytes without examples.
     """
-    factor = batch_size / size
+    below = size // 2 if half is not None else 0
 
-    def extended(at_size: float, at_half: float | None) -> float:
-        if at_half is None:
-            return at_size * factor
-        return at_size + (at_size - at_half) * (batch_size - size) / (size - half_size)
+    def extended(bytes_at_size: float, bytes_below: float) -> float:
+        return bytes_at_size + (bytes_at_size - bytes_below) * (batch_size - size) / (size - below)
 
     return dataclasses.replace(
         seen,
-        loads={name: load.scaled(factor) for name, load in seen.loads.items()},
-        activation_bytes=extended(seen.activation_bytes, half and half.activation_bytes),
-        capture_bytes=extended(seen.capture_bytes, half and half.capture_bytes),
+        loads={name: load.scaled(batch_size / size) for name, load in seen.loads.items()},
+        activation_bytes=extended(seen.activation_bytes, half.activation_bytes if half else 0.0),
+        capture_bytes=extended(seen.capture_bytes, half.capture_bytes if half else 0.0),
     )
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _step(subject: Subject, make_optimizer: Callable[[nn.Module], Any], batch_size: int) -> Probe:
@@ -152,7 +148,7 @@ def _step(subject: Subject, make_optimizer: Callable[[nn.Module], Any], batch_si
         # Positions as the submissions give them, as far as memory goes.
         capture = optimizer.capture(positions="gradient", loss_normalizer=1.0)
         with recorder, _saving(model) as captured, capture:
-            outputs = [t for t in _tensors(subject.outputs(model, batch_size)) if t.requires_grad]
+            outputs = [t for t in tensors(subject.outputs(model, batch_size)) if t.requires_grad]
             if not outputs:
                 raise ValueError("the model's outputs do not depend on its parameters")
             for tensor in _kept_inputs(capture):
@@ -243,7 +239,7 @@ def _load(kind: str, input: Tensor, output: Tensor, weight: Tensor) -> Load:
 class _Saved(TorchFunctionMode):
     """Adds up what autograd keeps for the backward pass, each storage once and parameters not at all.
 
-    A model seen on a CPU or the meta device keeps what it would on a GPU, except where the operation is another one:
+    A model seen on a CPU or the meta device keeps what it would on a GPU, except where the operation is another:
 
     - Dropout, unless in place, is fused there and keeps its mask as one byte per entry, not as a float.
     - An LSTM of cuDNN keeps the four gates, cell and hidden state of every step in its reserve, beside input and
@@ -274,8 +270,10 @@ class _Saved(TorchFunctionMode):
         self, func: Any, types: Any, args: Iterable[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         args, kwargs = list(args), kwargs or {}
-        if func is torch.dropout and not kwargs and args[2] and 0 < args[1] < 1:
-            return torch.native_dropout(*args)[0]
+        if func in (F.dropout, torch.dropout):
+            x, rate, training, inplace = _dropout(*args, **kwargs)
+            if training and not inplace and 0 < rate < 1:
+                return torch.native_dropout(x, rate, training)[0]
         if func is not torch.lstm or kwargs or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         self._paused = True
@@ -301,6 +299,13 @@ class _Saved(TorchFunctionMode):
             self.bytes += sum(weight.numel() * weight.element_size() for weight in weights)
 
 
+def _dropout(
+    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, train: bool | None = None
+) -> tuple[Tensor, float, bool, bool]:
+    """The arguments of `F.dropout`, or of `torch.dropout`."""
+    return input, p, training if train is None else train, inplace
+
+
 @contextlib.contextmanager
 def _saving(model: nn.Module) -> Iterator[_Saved]:
     saved = _Saved(model)
@@ -315,11 +320,12 @@ def _kept_inputs(capture: Capture) -> Iterator[Tensor]:
             yield from (call.input for call in part.calls if call.input is not None)
 
 
-def _tensors(outputs: Any) -> Iterator[Tensor]:
+def tensors(outputs: Any) -> Iterator[Tensor]:
+    """All tensors in nested lists, tuples and mappings."""
     if isinstance(outputs, Tensor):
         yield outputs
     elif isinstance(outputs, Mapping):
         outputs = list(outputs.values())
     if isinstance(outputs, list | tuple):
         for item in outputs:
-            yield from _tensors(item)
+            yield from tensors(item)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from algoperf_kfac.spec import ForwardPassMode
 from submissions.cli import references, sizes
-from submissions.cli.pytorch_probe import Subject
+from submissions.cli.meta import on_meta
+from submissions.cli.pytorch_probe import Subject, tensors
 from workloads.errors import UserError
 
 
@@ -68,7 +69,7 @@ def custom(reference: str, batch_size: int | None) -> Subject:
         batch_size: examples on one device; None for those of the example inputs.
 
     Raises:
-        UserError: there is no such function; later, when the model is built: it returns something else.
+        UserError: there is no such function, or it returns something else.
     """
     function = references.load(reference)
     made: dict[int, Any] = {}
@@ -81,12 +82,28 @@ def custom(reference: str, batch_size: int | None) -> Subject:
         return result[0]
 
     def outputs(model: nn.Module, examples: int) -> Any:
-        inputs = _adapt(made[id(model)], next(model.parameters()).device, examples if batch_size else None)
+        device = next(model.parameters()).device
+        inputs = _adapt(made[id(model)], device, None if batch_size is None else examples)
         if isinstance(inputs, Mapping):
             return model(**inputs)
         return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
-    return Subject(build, outputs, batch_size or 1, None)
+    return Subject(build, outputs, batch_size or _examples(build, made), None)
+
+
+def _examples(build: Callable[[], nn.Module], made: Mapping[int, Any]) -> int:
+    """How many examples the example inputs hold; 1 if no tensor is among them."""
+    try:
+        with on_meta():
+            model = build()
+    except UserError:
+        raise
+    except Exception:
+        try:
+            model = build()
+        except Exception as error:
+            raise UserError(f"the model cannot be made: {references.line(error)}") from error
+    return next((len(t) for t in tensors(made[id(model)]) if t.dim()), 1)
 
 
 def _adapt(inputs: Any, device: torch.device, examples: int | None) -> Any:

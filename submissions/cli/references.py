@@ -43,6 +43,13 @@ def load(reference: str) -> Callable[[], Any]:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"--model={reference}: {error}; give it as package.module:function") from None
+    except Exception as error:  # whatever the user's module does when it is imported
+        raise UserError(f"--model={reference}: importing it raises {line(error)}") from error
     if not callable(function):
         raise UserError(f"--model={reference} is no function")
     return function
+
+
+def line(error: Exception) -> str:
+    """What went wrong, on one line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

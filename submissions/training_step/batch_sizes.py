@@ -11,6 +11,10 @@ _BATCH_SIZES = {
     "librispeech_deepspeech": 256,
     "ogbg": 512,
     "wmt": 128,
+    # Variants for which AlgoPerf's baselines take other sizes than for the base workload.
+    "imagenet_resnet_silu": 512,
+    "imagenet_resnet_gelu": 512,
+    "imagenet_vit_glu": 512,
     # AlgoPerf's development workloads.
     "mnist": 1024,
     "cifar": 128,

@@ -324,23 +324,33 @@ MODELS = {"mlp": mlp, "cnn": cnn, "attention": attention, "graph": graph, "langu
 
 
 @pytest.mark.parametrize("approximation", ["expand", "reduce"])
-@pytest.mark.parametrize("configuration", CONFIGURATIONS)
-def test_configurations(configuration: str, approximation: str) -> None:
-    run(graph(), INTERVALS | CONFIGURATIONS[configuration] | {"approximation": approximation}, 1e-10)
-
-
-@pytest.mark.parametrize("approximation", ["expand", "reduce"])
-@pytest.mark.parametrize(
-    ("model", "configuration"),
-    [("mlp", "root"), ("cnn", "inverse"), ("attention", "eigen"), ("language-model", "second-moment")],
-)
+@pytest.mark.parametrize("configuration", ["eigen", "inverse"])
+@pytest.mark.parametrize("model", MODELS)
 def test_models(model: str, configuration: str, approximation: str) -> None:
     run(MODELS[model](), INTERVALS | CONFIGURATIONS[configuration] | {"approximation": approximation}, 1e-10)
 
 
+@pytest.mark.parametrize(
+    ("model", "configuration", "approximation"),
+    [
+        ("graph", "root", "expand"),
+        ("mlp", "root", "reduce"),
+        ("language-model", "second-moment", "expand"),
+        ("graph", "second-moment", "reduce"),
+        ("attention", "blocks", "expand"),
+        ("graph", "blocks", "reduce"),
+    ],
+)
+def test_other_configurations(model: str, configuration: str, approximation: str) -> None:
+    run(MODELS[model](), INTERVALS | CONFIGURATIONS[configuration] | {"approximation": approximation}, 1e-10)
+
+
 @pytest.mark.single
-@pytest.mark.parametrize(("model", "approximation"), [("mlp", "expand"), ("cnn", "expand"), ("graph", "reduce")])
-def test_single_precision(model: str, approximation: str) -> None:
+@pytest.mark.parametrize(
+    ("approximation", "preconditioner"), [("expand", "inverse"), ("reduce", "eigen")], ids=lambda value: value
+)
+@pytest.mark.parametrize("model", MODELS)
+def test_single_precision(model: str, approximation: str, preconditioner: str) -> None:
     # Strong damping: rounding of the factors must not be amplified beyond the tolerance.
-    options = INTERVALS | {"approximation": approximation, "damping": 1.0, "preconditioner": "inverse"}
+    options = INTERVALS | {"approximation": approximation, "damping": 1.0, "preconditioner": preconditioner}
     run(MODELS[model](), options, 1e-5)

@@ -31,6 +31,9 @@ SUBMISSIONS = ("nadamw", "kfac_expand", "kfac_reduce")
 STEPS = 5
 RESUME_AT = 2
 INTERVAL = 3  # statistics and refresh at steps 0 and 3
+# Where G^T A is compared with the gradient. Not at step 0: while a head or the last scale of each residual block is
+# still zero, as in imagenet_vit and the ResNets, most layers have no gradient, and any capture would do.
+CHECK_AT = INTERVAL
 # No warm-up: the official horizons are so long that five steps of one would not move. No clipping: the gradient is
 # compared with the captured one. Everything else is the submission's own point.
 POINT = {"learning_rate": 1e-4, "warmup_factor": 0.0, "horizon_factor": 1.0, "grad_clip": None}
@@ -58,8 +61,10 @@ class Record:
       uncovered_later: layers that were declared and then moved to the fallback, with the reason (in JAX none can:
         all of them are known before the first step).
       counters: the optimizer's own, after the last step.
-      gradient_errors, rounding_bounds: layer -> error of G^T A against its gradient at step 0, and how large
-        float32 alone may make it, see `gradient_check` and `gradient_check_jax`.
+      silent: layers without any gradient at step 0, behind weights that start at zero: their B is zero until the
+        next statistics, and so they take first-order steps.
+      gradient_errors, rounding_bounds: layer -> error of G^T A against its gradient at step `CHECK_AT`, and how
+        large float32 alone may make it, see `gradient_check` and `gradient_check_jax`.
       compiled: the model was compiled by the runner.
       resumed: the resumed run began at the checkpoint's step and ended in the same bits.
       restore_error: what AlgoPerf's own restore raised, if it did.
@@ -80,6 +85,7 @@ class Record:
     fallbacks: dict[str, str] = dataclasses.field(default_factory=dict)
     uncovered_later: dict[str, str] = dataclasses.field(default_factory=dict)
     counters: dict[str, float] = dataclasses.field(default_factory=dict)
+    silent: list[str] = dataclasses.field(default_factory=list)
     gradient_errors: dict[str, float] = dataclasses.field(default_factory=dict)
     rounding_bounds: dict[str, float] = dataclasses.field(default_factory=dict)
     compiled: bool = False
@@ -272,6 +278,10 @@ class _Case:
             "global_step": -1,
             "preemption_count": -1,
         }
+        if batches.base_of(self.record.workload) == "cifar":
+            # AlgoPerf's cifar returns its parameters as the initial model state, into which flax restores no batch
+            # statistics: without a word they would be lost. The saved structure takes its place.
+            target["model_state"] = checkpoints.restore_checkpoint(given["checkpoint_dir"], None)["model_state"]
         saved = checkpoints.restore_checkpoint(given["checkpoint_dir"], target=target)
         restored = (saved["optimizer_state"], given["optimizer_state"][1])
         content = {
@@ -313,6 +323,16 @@ def _feed(hasher: Any, tree: Any) -> None:
         hasher.update(repr(tree).encode())
 
 
+def _silent(pairs: Any) -> list[str]:
+    """Layers whose B is zero (of a tied table, which has no B: none)."""
+
+    def blocks(b: Any) -> tuple[Any, ...]:
+        return b if isinstance(b, tuple) else (b,)
+
+    found = {name: blocks(pair.B) for name, pair in pairs.items()}
+    return [name for name, b in found.items() if b and not any(bool((m != 0).any()) for m in b)]
+
+
 class _PyTorchWatcher:
     """Loss, coverage, refresh time and captured gradients of one step in PyTorch."""
 
@@ -334,7 +354,7 @@ class _PyTorchWatcher:
         import contextlib
 
         self.stack = contextlib.ExitStack()
-        if self.step == 0 and hasattr(self.optimizer, "coverage"):
+        if self.step == CHECK_AT and hasattr(self.optimizer, "coverage"):
             from tests.official.gradient_check import CapturedGradients
 
             self.captured = CapturedGradients()
@@ -379,6 +399,8 @@ class _PyTorchWatcher:
         weights = {name: reason for name, reason in record.fallbacks.items() if name.rpartition(".")[0] in lost}
         record.uncovered_later |= weights
         record.counters = self.optimizer.metrics()
+        if self.step == 0:
+            record.silent = _silent(self.optimizer.factors())
         if self.captured is not None:
             model = getattr(self.model, "_orig_mod", self.model)
             model = getattr(model, "module", model)
@@ -401,10 +423,10 @@ class _JaxWatcher:
         if self.step == 0:
             sizes = [leaf.size for leaf in jax.tree.leaves(kwargs["current_param_container"])]
             record.parameters = sum(sizes)
-            if record.submission.startswith("kfac"):
-                # The step donates the arrays it is given; what it captures is looked at after it.
-                self.params = jax.tree.map(lambda leaf: leaf.copy(), kwargs["current_param_container"])
-                self.model_state = jax.tree.map(lambda leaf: leaf.copy(), kwargs["model_state"])
+        if self.step == CHECK_AT and record.submission.startswith("kfac"):
+            # The step donates the arrays it is given; what it captures is looked at after it.
+            self.params = jax.tree.map(lambda leaf: leaf.copy(), kwargs["current_param_container"])
+            self.model_state = jax.tree.map(lambda leaf: leaf.copy(), kwargs["model_state"])
 
     def __enter__(self) -> _JaxWatcher:
         return self
@@ -423,7 +445,7 @@ class _JaxWatcher:
         record.losses.append(self.workload.losses[self.before])
         if not record.submission.startswith("kfac"):
             return
-        from algoperf_kfac.jax.transform import metrics
+        from algoperf_kfac.jax.transform import factors, metrics
 
         state, training = result[0]
         coverage = training.layers.coverage()
@@ -433,6 +455,8 @@ class _JaxWatcher:
         record.layers = [layer.name for layer in coverage.layers]
         record.fallbacks = {f.name: f.reason for f in coverage.fallbacks}
         record.counters = metrics(state, training.layers)
+        if self.step == 0:
+            record.silent = _silent(factors(state, training.layers))
         if self.params is not None:
             self._check_gradients(state, training)
 

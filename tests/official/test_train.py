@@ -11,7 +11,7 @@ import math
 import pytest
 
 from tests.official import batches, environment
-from tests.official.case import POINT, STEPS, SUBMISSIONS, Record, exists
+from tests.official.case import INTERVAL, POINT, STEPS, SUBMISSIONS, Record, exists
 from tests.official.table import Failure, run_case
 from tests.official.variants import VARIANTS
 
@@ -51,8 +51,6 @@ def result_of(name: str, framework: str, submission: str, data_parallel: bool = 
     """The record of a case; each is run once."""
     if not exists(submission, framework):
         pytest.skip(f"there is no {submission} for {framework} yet")
-    if name == "cifar" and framework == "jax":
-        pytest.skip("AlgoPerf's cifar in JAX does not evaluate at its pinned jax: it calls jax.tree_map")
     result = run_case(name, framework, submission, data_parallel=data_parallel)
     if isinstance(result, Failure):
         pytest.fail(result.reason)
@@ -77,7 +75,7 @@ def check_kfac(record: Record) -> None:
     """Every declared layer received its statistics, and they are those of its gradient."""
     counters = record.counters
     assert counters["steps"] == STEPS
-    names = ["failures", "dropped", "stand_ins"]
+    names = ["failures", "dropped"]
     if record.framework == "pytorch":
         names.append("missed_layers")
     else:
@@ -85,11 +83,14 @@ def check_kfac(record: Record) -> None:
         assert "missed_layers" not in counters, "JAX counts missed layers now: check them"
     for name in names:
         assert counters[name] == 0, (name, {k: v for k, v in counters.items() if k.endswith("/" + name) and v})
+    # First-order steps in place of K-FAC's: only where there was no curvature, and only until the next statistics.
+    assert counters["stand_ins"] <= (INTERVAL - 1) * len(record.silent), (counters["stand_ins"], record.silent)
     assert record.layers
     for layer in record.layers:
         assert counters[f"{layer}/refreshes"] + counters[f"{layer}/skipped"] >= 1, layer
     assert set(record.gradient_errors) == set(record.layers)
     for layer, error in record.gradient_errors.items():
+        assert record.rounding_bounds[layer] > 0, f"{layer} has no gradient: its error says nothing"
         assert error < 1e-4 + record.rounding_bounds[layer], (layer, error, record.rounding_bounds[layer])
     assert all(reason for reason in record.fallbacks.values())
 

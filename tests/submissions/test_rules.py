@@ -153,6 +153,9 @@ class Toy:
         kind = importlib.import_module("algoperf_kfac.spec").LossType
         self.loss_type = kind.SOFTMAX_CROSS_ENTROPY
 
+    def init_model_fn(self, rng):
+        return self.parameters(), None
+
     def parameters(self):
         rng = np.random.default_rng(0)
         arrays = {n: rng.standard_normal(s).astype("f") for n, s in (("a", (6, 9)), ("b", (9, 4)))}

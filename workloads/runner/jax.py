@@ -99,7 +99,7 @@ class JaxBackend:
             "optimizer_state": optimizer_state[0],
             "model_state": rest["model_state"],
         }
-        content = {name: serialization.to_state_dict(tree) for name, tree in trees.items()}
+        content: dict[str, Any] = {name: serialization.to_state_dict(tree) for name, tree in trees.items()}
         # As text, because msgpack knows no tuples; floats survive it unchanged.
         content["rest"] = json.dumps({name: value for name, value in rest.items() if name not in trees})
         return serialization.msgpack_serialize(jax.device_get(content))

@@ -1,0 +1,171 @@
+"""K-FAC's submissions in JAX: a state that is whole before the first step and survives flax's checkpoints."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from types import SimpleNamespace
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.training import checkpoints
+
+from algoperf_kfac.jax import KFACState
+from algoperf_kfac.spec import LossType
+from submissions.kfac.model_call import initial_call
+from submissions.kfac_reduce.jax import submission
+
+POINT = {"learning_rate": 0.01, "factor_interval": 2, "refresh_interval": 4, "initial_statistics": 1}
+POINT = namedtuple("Hyperparameters", POINT)(**POINT)
+
+
+class Net(nn.Module):
+    """With batch statistics, dropout, and a layer that takes part in training alone where `hidden` says so."""
+
+    hidden: bool = False
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(nn.Dense(6, name="first")(x))
+        x = nn.Dropout(0.1, deterministic=not train)(jnp.tanh(x))
+        extra = nn.Dense(6, name="extra")
+        if self.hidden:
+            w = self.param("raw", nn.initializers.normal(0.5), (6, 6))
+            x = x @ w if train else x + w[0]
+        return nn.Dense(3, name="last")(x + extra(x))
+
+
+class Workload:
+    """As AlgoPerf's: `init_model_fn` makes and compiles its own model and calls it on two examples of zeros."""
+
+    loss_type = LossType.SOFTMAX_CROSS_ENTROPY
+    step_hint = 20
+    metrics_logger = None
+    model_params_types = None
+    num_inits = 0
+
+    def __init__(self, hidden=False):
+        self.hidden = hidden
+
+    def init_model_fn(self, rng):
+        self.num_inits += 1
+        self.model = Net(self.hidden)
+        variables = jax.jit(self.model.init, static_argnames="train")(
+            {"params": jnp.asarray(rng)}, jnp.zeros((2, 5)), train=False
+        )
+        return variables["params"], {"batch_stats": variables["batch_stats"]}
+
+    def model_fn(self, params, batch=None, model_state=None, mode=None, rng=None, update_batch_norm=True, **kwargs):
+        batch = kwargs.get("augmented_and_preprocessed_input_batch", batch)
+        variables = {"params": params, **model_state}
+        return self.model.apply(variables, batch["inputs"], True, rngs={"dropout": rng}, mutable=["batch_stats"])
+
+    def loss_fn(self, label_batch, logits_batch, mask_batch=None, label_smoothing=0.0):
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits_batch, label_batch)
+        return {"summed": losses.sum(), "n_valid_examples": len(losses), "per_example": losses}
+
+
+def begin(workload):
+    rng = np.array([0, 1], np.uint32)
+    params, model_state = workload.init_model_fn(rng)
+    return params, model_state, submission.init_optimizer_state(workload, params, model_state, POINT, rng)
+
+
+def train(workload, run, first, last):
+    params, model_state, state = run
+    for step in range(first, last):
+        generator = np.random.default_rng(step)
+        batch = {
+            "inputs": generator.normal(size=(12, 5)).astype(np.float32),
+            "targets": generator.integers(0, 3, 12).astype(np.int32),
+        }
+        state, params, model_state = submission.update_params(
+            workload=workload,
+            current_param_container=params,
+            current_params_types=None,
+            model_state=model_state,
+            hyperparameters=POINT,
+            batch=batch,
+            loss_type=workload.loss_type,
+            optimizer_state=state,
+            eval_results=[],
+            global_step=step,
+            rng=np.array([step, 7], np.uint32),
+            train_state={},
+        )
+    return params, model_state, state
+
+
+def assert_same(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_state_has_its_final_structure_before_the_first_step():
+    workload = Workload()
+    run = begin(workload)
+    before = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), run[2][0])
+    assert isinstance(run[2][0], KFACState)
+    assert set(run[2][0].layers) == {"first", "extra", "last"}
+    after = train(workload, run, 0, 3)[2][0]
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == before
+
+
+def test_nothing_of_init_model_fn_stays_traced():
+    """It is called again inside a trace: what it keeps on the workload must serve the run all the same."""
+    workload = Workload()
+    params, model_state, _ = begin(workload)
+    assert workload.num_inits >= 2
+    logits, _ = workload.model_fn(params, {"inputs": np.ones((2, 5))}, model_state, rng=jax.random.PRNGKey(0))
+    assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_a_run_restored_by_flax_goes_on_bit_for_bit(stop, tmp_path):
+    """Through the calls AlgoPerf's runner makes, between two statistics steps (0, 2, 4, ...)."""
+    workload = Workload()
+    params, model_state, state = train(workload, begin(workload), 0, stop)
+    content = {"model_params": params, "optimizer_state": state[0], "model_state": model_state}
+    checkpoints.save_checkpoint(tmp_path, target=content, step=stop)
+    whole = train(workload, (params, model_state, state), stop, 7)
+
+    workload = Workload()
+    params, model_state, state = begin(workload)
+    target = {"model_params": params, "optimizer_state": state[0], "model_state": model_state}
+    saved = checkpoints.restore_checkpoint(tmp_path, target=target)
+    restored = saved["model_params"], saved["model_state"], (saved["optimizer_state"], state[1])
+    resumed = train(workload, restored, stop, 7)
+    assert_same((resumed[0], resumed[1], resumed[2][0]), (whole[0], whole[1], whole[2][0]))
+
+
+def test_layers_that_show_in_training_alone_are_covered_all_the_same():
+    """In `init_model_fn`'s call this weight is no layer; the first batch has the last word."""
+    workload = Workload(hidden=True)
+    run = begin(workload)
+    assert "raw" not in run[2][0].layers
+    after = train(workload, run, 0, 3)[2][0]
+    assert "raw" in after.layers
+    assert after.layers["raw"].refreshes > 0
+    assert after.steps == 3
+
+
+def test_a_model_that_is_no_flax_module_waits_for_the_first_batch():
+    def init_model_fn(rng):
+        return {"w": jax.random.normal(rng, (5, 3))}, {}
+
+    def model_fn(params, augmented_and_preprocessed_input_batch, model_state, **kwargs):
+        return augmented_and_preprocessed_input_batch["inputs"] @ params["w"], model_state
+
+    workload = SimpleNamespace(
+        init_model_fn=init_model_fn, model_fn=model_fn, loss_fn=Workload().loss_fn, loss_type=Workload.loss_type,
+        step_hint=20, metrics_logger=None,
+    )  # fmt: skip
+    assert initial_call(init_model_fn, np.zeros(2, np.uint32)) is None
+    run = begin(workload)
+    assert run[2][0] == {}
+    state = train(workload, run, 0, 2)[2][0]
+    assert set(state.layers) == {"w"}
