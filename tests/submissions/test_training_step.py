@@ -161,8 +161,8 @@ def test_batch_sizes():
     assert batch_sizes.get_batch_size("wmt") == 128
     for name in registry.WORKLOADS:
         assert batch_sizes.get_batch_size(name) > 0
-    with pytest.raises(ValueError, match=r"'imagenet_vit_glu'.*ogbg"):
-        batch_sizes.get_batch_size("imagenet_vit_glu")
+    with pytest.raises(ValueError, match=r"'imagenet_vit_map'.*ogbg"):
+        batch_sizes.get_batch_size("imagenet_vit_map")
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5, 0.99])

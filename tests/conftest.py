@@ -1,0 +1,30 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_compilation(tmp_path_factory):
+    """JAX compiles for speed of compilation, and no program twice, here and in processes that are started.
+
+    These tests run few steps, and without this they would spend most of their time on compiling.
+    """
+    cache = str(tmp_path_factory.mktemp("compiled"))
+    options = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": cache,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in options.items():
+            patch.setenv(name.upper(), str(value))
+        before = {name: jax.config.values[name] for name in options}
+        for name, value in options.items():
+            jax.config.update(name, value)
+        yield
+        for name, value in before.items():
+            jax.config.update(name, value)
