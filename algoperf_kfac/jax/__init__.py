@@ -7,6 +7,7 @@ from algoperf_kfac.jax.capture import MissingStatisticsError, value_grad_and_sta
 from algoperf_kfac.jax.discovery import CoveredLayer, Layers, discover
 from algoperf_kfac.jax.factors import Positions
 from algoperf_kfac.jax.sharding import batch_mesh, replicate, shard_batch
+from algoperf_kfac.jax.stacks import layer_states
 from algoperf_kfac.jax.transform import KFAC, FactorPair, KFACState, factors, kfac, metrics, scale_by_kfac
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "discover",
     "factors",
     "kfac",
+    "layer_states",
     "metrics",
     "replicate",
     "scale_by_kfac",

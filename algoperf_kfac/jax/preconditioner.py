@@ -1,4 +1,5 @@
-"""From the factors A and B to a preconditioned gradient: damping, decomposition, application.
+"""From the factors A and B to a preconditioned gradient: averages, damping, application. One layer at a time;
+`transform` maps these functions over layers of equal shape, `refresh` decomposes.
 
 For a layer's gradient G as a matrix (P_out x P_in), per channel group,
 
@@ -12,24 +13,18 @@ tuple stands for the identity. Nothing here waits for the device: what depends o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax import Array, lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax import Array
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.jax.statistics import Statistics
 from algoperf_kfac.layers import LayerSpec
 
-# Least mean eigenvalue assumed for damping: a factor that is zero altogether (a layer that saw no gradient yet)
-# still decomposes.
+# Least mean eigenvalue assumed for damping: a channel group whose factor is zero still decomposes with the others.
 MEAN_FLOOR = 1e-15
-
-# Damping of the attempts at a decomposition, as multiples of the configured one.
-RETRIES = (1.0, 10.0, 100.0)
 
 Blocks = tuple[Array, ...]
 
@@ -96,7 +91,7 @@ def init_layer(spec: LayerSpec, stack: int, config: KFACConfig, dtype: Any) -> L
         return tuple(jnp.ones((spec.groups, size), dtype) for size in sizes)
 
     ins, outs = spec.in_blocks, spec.out_blocks
-    kept = _keeps_bases(config)
+    kept = keeps_bases(config)
     moment = config.preconditioner == "eigen" and config.scaling == "second_moment"
     shape = (spec.groups, spec.out_dim, spec.factor_in_dim)
     return LayerState(
@@ -122,12 +117,15 @@ def init_layer(spec: LayerSpec, stack: int, config: KFACConfig, dtype: Any) -> L
     )
 
 
-def _keeps_bases(config: KFACConfig) -> bool:
+def keeps_bases(config: KFACConfig) -> bool:
     return config.preconditioner == "eigen" and (config.scaling == "second_moment" or config.drift_tolerance > 0)
 
 
 def update_statistics(state: LayerState, new: Statistics, decay: float) -> LayerState:
-    """Move the averages towards the statistics of one step; non-finite statistics are left out."""
+    """Move the averages towards the statistics of one step; non-finite statistics are left out.
+
+    So is a step without examples, where no position counted (`Positions.mask`).
+    """
 
     def mean(m: Array, count: Array) -> Array:
         return m / (count[:, None, None] if count.ndim else count)
@@ -145,7 +143,7 @@ def update_statistics(state: LayerState, new: Statistics, decay: float) -> Layer
         b=tuple(map(moved, state.b, b)),
         examples=moved(state.examples, new.examples.astype(state.examples.dtype)),
         weight=state.weight + rate * (1 - state.weight),
-        dropped=state.dropped + ~finite,
+        dropped=state.dropped + (~finite & (new.examples > 0).any()),
     )
 
 
@@ -171,253 +169,6 @@ def damping_terms(a: Blocks, b: Blocks, config: KFACConfig, multiple: Array | fl
         return damping * mean_a, damping * mean_b
     pi = jnp.sqrt(mean_a / mean_b)
     return pi * damping**0.5, damping**0.5 / pi
-
-
-class _Batch(NamedTuple):
-    """Matrices of one size, from several layers, stacked for one batched decomposition.
-
-    Attributes:
-        owners: (layer, which of its blocks, A's first, number of matrices) in order.
-        matrices: (matrices, size, size), undamped.
-        damping: (matrices,).
-    """
-
-    owners: tuple[tuple[str, int, int], ...]
-    matrices: Array
-    damping: Array
-
-
-def _batches(states: Mapping[str, LayerState], config: KFACConfig) -> list[_Batch]:
-    grouped: dict[tuple[int, Any], list[tuple[str, int, Array, Array]]] = {}
-    for name, state in states.items():
-        a, b = corrected(state)
-        damping_a, damping_b = damping_terms(a, b, config)
-        for i, m in enumerate((*a, *b)):
-            damping = damping_a if i < len(a) else damping_b
-            grouped.setdefault((m.shape[-1], m.dtype), []).append((name, i, m, damping))
-    return [
-        _Batch(
-            tuple((name, i, m.shape[0]) for name, i, m, _ in members),
-            jnp.concatenate([m for _, _, m, _ in members]),
-            jnp.concatenate([damping for _, _, _, damping in members]),
-        )
-        for members in grouped.values()
-    ]
-
-
-def refresh(
-    states: Mapping[str, LayerState], due: Mapping[str, Array], config: KFACConfig, mesh: Mesh | None = None
-) -> dict[str, LayerState]:
-    """Recompute the preconditioners of the layers that are due from their current statistics.
-
-    Matrices of equal size are decomposed in one batched call, split over the devices of `mesh`. What fails is
-    retried with more damping; what still fails keeps the last good decomposition. Both are counted in the states.
-
-    Args:
-        states: by layer.
-        due: which of them to refresh, boolean scalars.
-        config: the configuration.
-        mesh: a one-dimensional mesh whose devices share the work; None to do it where the state lies.
-    """
-    drifted = _drifts(states, config)
-    needed = {name: due[name] & drifted[name][0] for name in states}
-    batches = _batches(states, config)
-    solved = [_solve(batch, needed, config, mesh) for batch in batches]
-    parts: dict[str, list[tuple[int, Array, Array, Array, Array]]] = {name: [] for name in states}
-    for batch, (solved_values, solved_matrices, ok, failed) in zip(batches, solved, strict=True):
-        start = 0
-        for name, block, count in batch.owners:
-            piece = slice(start, start + count)
-            parts[name].append(
-                (block, solved_values[piece], solved_matrices[piece], ok[piece].all(), failed[piece].max())
-            )
-            start += count
-    new = {}
-    for name, state in states.items():
-        blocks = sorted(parts[name], key=lambda part: part[0])
-        solved_all = jnp.stack([part[3] for part in blocks]).all()
-        failures = jnp.stack([part[4] for part in blocks]).max()
-        values, matrices = tuple(part[1] for part in blocks), tuple(part[2] for part in blocks)
-        new[name] = _installed(
-            state, values, matrices, needed[name] & solved_all, due[name] & ~drifted[name][0], config
-        )
-        drift = jnp.where(due[name], drifted[name][1], state.drift)
-        counted = jnp.where(needed[name], failures, 0).astype(jnp.int32)
-        new[name] = new[name]._replace(failures=state.failures + counted, drift=drift)
-    return new
-
-
-def _installed(
-    state: LayerState, values: Blocks, matrices: Blocks, fresh: Array, kept: Array, config: KFACConfig
-) -> LayerState:
-    """The state with a new decomposition where `fresh`, with new eigenvalues in the old basis where `kept`."""
-    k = len(state.a)
-
-    def select(new: Blocks, old: Blocks) -> Blocks:
-        return tuple(jnp.where(fresh, n, o) for n, o in zip(new, old, strict=True))
-
-    was_refreshed = state.refreshes > 0
-    state = state._replace(
-        refreshes=state.refreshes + fresh.astype(jnp.int32), skipped=state.skipped + kept.astype(jnp.int32)
-    )
-    if config.preconditioner == "inverse":
-        a, b = select(matrices[:k], state.a_operator), select(matrices[k:], state.b_operator)
-        return state._replace(a_operator=a, b_operator=b)
-    if not _keeps_bases(config):
-        new = tuple(_operator(u, v, config) for u, v in zip(matrices, values, strict=True))
-        a, b = select(new[:k], state.a_operator), select(new[k:], state.b_operator)
-        return state._replace(a_operator=a, b_operator=b)
-    blocks_a, blocks_b = corrected(state)
-    damping = damping_terms(blocks_a, blocks_b, config)
-    old_bases, old_values = (*state.a_basis, *state.b_basis), (*state.a_values, *state.b_values)
-    old_values = tuple(
-        jnp.where(kept, _rotated_diagonal(m, u, damping[i >= k]), v)
-        for i, (m, u, v) in enumerate(zip((*blocks_a, *blocks_b), old_bases, old_values, strict=True))
-    )
-    bases = select(matrices, old_bases)
-    chosen = select(values, old_values)
-    moment = state.second_moment
-    if moment:
-        moved = fresh & was_refreshed
-        moment = (jnp.where(moved, _transport(moment[0], state, bases[:k], bases[k:]), moment[0]),)
-    operators: Blocks = ()
-    if not moment:
-        operators = tuple(_operator(u, v, config) for u, v in zip(bases, chosen, strict=True))
-        known = fresh | was_refreshed
-        old = (*state.a_operator, *state.b_operator)
-        operators = tuple(jnp.where(known, n, o) for n, o in zip(operators, old, strict=True))
-    return state._replace(
-        a_basis=bases[:k],
-        b_basis=bases[k:],
-        a_values=chosen[:k],
-        b_values=chosen[k:],
-        a_operator=operators[:k],
-        b_operator=operators[k:],
-        second_moment=moment,
-    )
-
-
-def _operator(basis: Array, values: Array, config: KFACConfig) -> Array:
-    """U f(v) U^T, formed once per refresh: scaling by eigenvalues is separable, so a step costs two products."""
-    return (basis * (values**-config.exponent)[:, None, :]) @ basis.transpose(0, 2, 1)
-
-
-def _drifts(states: Mapping[str, LayerState], config: KFACConfig) -> dict[str, tuple[Array, Array]]:
-    """Per layer, whether it needs a new decomposition, and how far its factors are from diagonal in the old one."""
-    out = {}
-    for name, state in states.items():
-        if config.preconditioner != "eigen" or config.drift_tolerance == 0:
-            out[name] = (jnp.ones((), bool), state.drift)
-            continue
-        a, b = corrected(state)
-        worst = []
-        for m, basis in zip((*a, *b), (*state.a_basis, *state.b_basis), strict=True):
-            rotated = basis.transpose(0, 2, 1) @ m @ basis
-            off = rotated * (1 - jnp.eye(m.shape[-1], dtype=m.dtype))
-            total = jnp.maximum(jnp.square(rotated).sum(), jnp.finfo(m.dtype).tiny)
-            worst.append(jnp.sqrt(jnp.square(off).sum() / total))
-        drift = jnp.stack(worst).max()
-        out[name] = ((state.refreshes == 0) | ~(drift <= config.drift_tolerance), drift)
-    return out
-
-
-def _rotated_diagonal(m: Array, basis: Array, damping: Array) -> Array:
-    return jnp.maximum((basis * (m @ basis)).sum(1), 0) + damping[:, None]
-
-
-def _transport(v: Array, state: LayerState, a_basis: Blocks, b_basis: Blocks) -> Array:
-    """The second moment in new bases, its entries taken as uncorrelated in the old ones.
-
-    (Q^T X P)_ij has variance sum_kl Q_ki^2 P_lj^2 var(X_kl) for the rotations Q, P between old and new bases.
-    """
-
-    def rotations(old: Blocks, new: Blocks) -> Blocks:
-        return tuple(jnp.square(o.transpose(0, 2, 1) @ n) for o, n in zip(old, new, strict=True))
-
-    return multiply(rotations(state.b_basis, b_basis), v, rotations(state.a_basis, a_basis), transpose_left=True)
-
-
-def _solve(
-    batch: _Batch, needed: Mapping[str, Array], config: KFACConfig, mesh: Mesh | None
-) -> tuple[Array, Array, Array, Array]:
-    """Decompose a batch, with retries.
-
-    Returns:
-        Damped eigenvalues (matrices, size), of no meaning for inverses; bases or inverses (matrices, size, size);
-        which succeeded; the number of failed attempts of each.
-    """
-    size, dtype = batch.matrices.shape[-1], batch.matrices.dtype
-    count = batch.matrices.shape[0]
-    wanted = jnp.concatenate([jnp.broadcast_to(needed[name], (n,)) for name, _, n in batch.owners])
-    eye = jnp.eye(size, dtype=dtype)
-    decompose = _split(_inverse if config.preconditioner == "inverse" else _eigh, mesh)
-    multiples = jnp.asarray(RETRIES, dtype)
-    if config.damping_mode == "absolute":
-        multiples = jnp.sqrt(multiples)
-
-    def attempt(carry: Any) -> Any:
-        number, values, matrices, ok, failed = carry
-        damping = batch.damping * multiples[number]
-        damped = batch.matrices + damping[:, None, None] * eye
-        finite = jnp.isfinite(damped).all((1, 2))
-        new_values, new = decompose(jnp.where(finite[:, None, None], damped, eye))
-        good = finite & jnp.isfinite(new).all((1, 2)) & jnp.isfinite(new_values).all(1)
-        # Damping was added before the decomposition, so that rank-deficient factors decompose.
-        new_values = jnp.maximum(new_values, damping[:, None])
-        take = ~ok & good
-        values = jnp.where(take[:, None], new_values, values)
-        matrices = jnp.where(take[:, None, None], new, matrices)
-        return number + 1, values, matrices, ok | good, failed + (~ok & ~good)
-
-    def undone(carry: Any) -> Array:
-        return (carry[0] < len(RETRIES)) & ~carry[3].all()
-
-    start = (
-        jnp.zeros((), jnp.int32),
-        jnp.ones((count, size), dtype),
-        jnp.tile(eye, (count, 1, 1)),
-        ~wanted,
-        jnp.zeros((count,), jnp.int32),
-    )
-    _, values, matrices, ok, failed = lax.while_loop(undone, attempt, start)
-    return values, matrices, ok, failed
-
-
-def _eigh(matrices: Array) -> tuple[Array, Array]:
-    """Batched eigenvalues and bases."""
-    values, vectors = jnp.linalg.eigh(matrices)
-    return values, vectors
-
-
-def _inverse(matrices: Array) -> tuple[Array, Array]:
-    """Batched inverses of positive definite matrices, NaN where one is not; zeros in place of eigenvalues."""
-    root = jnp.linalg.cholesky(matrices)
-    eye = jnp.broadcast_to(jnp.eye(matrices.shape[-1], dtype=matrices.dtype), matrices.shape)
-    half = lax.linalg.triangular_solve(root, eye, left_side=True, lower=True)
-    return jnp.zeros(matrices.shape[:-1], matrices.dtype), half.transpose(0, 2, 1) @ half
-
-
-Decomposition = Callable[[Array], tuple[Array, Array]]
-
-
-def _split(decompose: Decomposition, mesh: Mesh | None) -> Decomposition:
-    """The decomposition with its batch split over the devices of a mesh and gathered again."""
-    if mesh is None or mesh.size == 1:
-        return decompose
-    axis = PartitionSpec(mesh.axis_names)
-
-    def run(matrices: Array) -> tuple[Array, Array]:
-        count, size = matrices.shape[:2]
-        padding = -count % mesh.size
-        if padding:
-            filler = jnp.tile(jnp.eye(size, dtype=matrices.dtype), (padding, 1, 1))
-            matrices = jnp.concatenate([matrices, filler])
-        mapped = jax.shard_map(decompose, mesh=mesh, in_specs=axis, out_specs=(axis, axis), check_vma=False)
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        values, out = (lax.with_sharding_constraint(t, everywhere)[:count] for t in mapped(matrices))
-        return values, out
-
-    return run
 
 
 def multiply(

@@ -10,14 +10,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array, lax
+from jax import Array
 from jax.sharding import Mesh
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.jax import capture, preconditioner
-from algoperf_kfac.jax.discovery import CoveredLayer, Layers, discover, named_leaves
+from algoperf_kfac.jax.discovery import Layers, discover, named_leaves
 from algoperf_kfac.jax.nadamw import nadamw_directions, nesterov
 from algoperf_kfac.jax.preconditioner import Blocks, LayerState
+from algoperf_kfac.jax.refresh import refresh_due
+from algoperf_kfac.jax.stacks import Stack, broadcast, layer_states, stack_trees, stacks_of, take_apart
 from algoperf_kfac.jax.statistics import Statistics
 from algoperf_kfac.layers import Coverage
 
@@ -31,14 +33,15 @@ class KFACState(NamedTuple):
         steps: updates made so far, int32 ().
         mu: first moments, shapes of the parameters.
         nu: second moments, shapes of the parameters.
-        layers: statistics and preconditioner of each covered layer.
+        stacks: statistics and preconditioners of the covered layers, layers of equal shape together under the name
+            of the first of them; `layer_states` takes them apart.
         stand_ins: K-FAC directions that vanished or overflowed and were replaced by first-order ones, int32 ().
     """
 
     steps: Array
     mu: Tree
     nu: Tree
-    layers: dict[str, LayerState]
+    stacks: dict[str, LayerState]
     stand_ins: Array
 
 
@@ -67,12 +70,15 @@ def scale_by_kfac(
         mesh: a one-dimensional mesh whose devices share the decompositions.
     """
     beta1 = 1 - config.one_minus_beta1
+    stacks = stacks_of(layers)
 
     def init(params: Tree) -> KFACState:
         capture.check_params(layers, params)
         states = {
-            name: preconditioner.init_layer(layer.spec, layer.stack, config, _factor_dtype(layers, layer))
-            for name, layer in layers.covered.items()
+            key: stack_trees(
+                [preconditioner.init_layer(la.spec, la.stack, config, stack.dtype) for la in stack.layers]
+            )
+            for key, stack in stacks.items()
         }
         zeros = functools.partial(jax.tree.map, jnp.zeros_like)
         return KFACState(jnp.zeros((), jnp.int32), zeros(params), zeros(params), states, jnp.zeros((), jnp.int32))
@@ -86,16 +92,15 @@ def scale_by_kfac(
         **extra: Any,
     ) -> tuple[Tree, KFACState]:
         del params, extra
-        states = state.layers
+        states = state.stacks
         if statistics is not None:
-            # jit hands dictionaries back sorted; layers take turns in the order of the model.
-            states = {name: states[name] for name in layers.covered}
-            states = _with_statistics(states, statistics, state.steps, config, mesh)
+            states = move_averages(states, statistics, layers, config)
+            states = refresh_due(states, stacks, state.steps, config, mesh)
         count = state.steps + 1
         mu, momenta = nesterov(updates, state.mu, count, beta1)
         nu, directions = nadamw_directions(updates, momenta, state.nu, count, config.beta2, config.eps)
         directions, states, failed = _second_order(
-            layers, config, updates, momenta, directions, states, statistics is not None
+            stacks, config, updates, momenta, directions, states, statistics is not None
         )
         return directions, KFACState(count, mu, nu, states, state.stand_ins + failed)
 
@@ -226,93 +231,84 @@ def is_statistics_step(config: KFACConfig, step: int) -> bool:
     return step < config.initial_statistics or step % config.factor_interval == 0
 
 
-def _factor_dtype(layers: Layers, layer: CoveredLayer) -> Any:
-    return jnp.promote_types(layers.shapes[layer.spec.weight][1], jnp.float32)
-
-
-def _with_statistics(
-    states: dict[str, LayerState],
-    statistics: Mapping[str, Statistics],
-    count: Array,
-    config: KFACConfig,
-    mesh: Mesh | None,
+def move_averages(
+    states: Mapping[str, LayerState], statistics: Mapping[str, Statistics], layers: Layers, config: KFACConfig
 ) -> dict[str, LayerState]:
-    """Averages moved, and refreshed what is due: staggered, but all layers while the statistics are young.
+    """The states with their averages moved towards the statistics of one step.
+
+    Args:
+        states: by stack.
+        statistics: by layer, from `value_grad_and_statistics`.
+        layers: from `discover`.
+        config: the configuration.
 
     Raises:
         ValueError: naming layers that are missing in `statistics` or unknown to K-FAC.
     """
-    for name in sorted(states.keys() ^ statistics.keys()):
-        what = "missing" if name in states else "of a layer that K-FAC does not know"
+    for name in sorted(layers.covered.keys() ^ statistics.keys()):
+        what = "missing" if name in layers.covered else "of a layer that K-FAC does not know"
         raise ValueError(f"statistics of {name} are {what}: they must come from the same Layers")
-    states = {
-        name: preconditioner.update_statistics(state, statistics[name], config.factor_decay)
-        for name, state in states.items()
+    move = jax.vmap(functools.partial(preconditioner.update_statistics, decay=config.factor_decay))
+    return {
+        key: move(states[key], stack_trees([statistics[name] for name in stack.names]))
+        for key, stack in stacks_of(layers).items()
     }
-    cycle = config.refresh_interval // config.factor_interval
-    index = count // config.factor_interval
-    young = count < max(config.refresh_interval, config.initial_statistics)
-    refreshed: dict[str, LayerState] = {}
-    for turn in range(min(cycle, len(states))):
-        members = {name: state for i, (name, state) in enumerate(states.items()) if i % cycle == turn}
-        ready = young | ((index + turn) % cycle == 0)
-        due = {name: ready | (state.refreshes == 0) for name, state in members.items()}
-
-        def renew(members: dict[str, LayerState], due: dict[str, Array] = due) -> dict[str, LayerState]:
-            return preconditioner.refresh(members, due, config, mesh)
-
-        anyone = jnp.stack(list(due.values())).any()
-        refreshed |= lax.cond(anyone, renew, lambda members: members, members)
-    return {name: refreshed[name] for name in states}
 
 
 def _second_order(
-    layers: Layers,
+    stacks: Mapping[str, Stack],
     config: KFACConfig,
     gradients: Tree,
     momenta: Tree,
     directions: Tree,
-    states: dict[str, LayerState],
+    states: Mapping[str, LayerState],
     monitor: bool,
 ) -> tuple[Tree, dict[str, LayerState], Array]:
     """The directions with those of covered layers replaced, the states, and the number of stand-ins."""
     leaves, tree = jax.tree.flatten(directions)
-    names = list(named_leaves(directions))
-    number = {name: i for i, name in enumerate(names)}
+    number = {name: i for i, name in enumerate(named_leaves(directions))}
     momentum_leaves, gradient_leaves = jax.tree.leaves(momenta), jax.tree.leaves(gradients)
+    precondition = jax.vmap(functools.partial(preconditioner.precondition, config=config))
     new_states = {}
     failed = jnp.zeros((), jnp.int32)
-    for name, layer in layers.covered.items():
-        spec = layer.spec
-        weight, bias = number[spec.weight], None if spec.bias is None else number[spec.bias]
-        dtype = _factor_dtype(layers, layer)
+    for key, stack in stacks.items():
+        places = [
+            (number[layer.spec.weight], None if layer.spec.bias is None else number[layer.spec.bias])
+            for layer in stack.layers
+        ]
 
-        def matrix(values: list[Array], layer: CoveredLayer = layer, at: tuple[Any, Any] = (weight, bias)) -> Array:
-            wide = [None if i is None else values[i].astype(_factor_dtype(layers, layer)) for i in at]
-            return layer.view.to_matrix(*wide)
+        def matrices(values: list[Array], stack: Stack = stack, places: list[Any] = places) -> Array:
+            """(layers, groups, P_out, P_in)"""
+            wide = [[None if i is None else values[i].astype(stack.dtype) for i in place] for place in places]
+            return jnp.stack([la.view.to_matrix(*pair) for la, pair in zip(stack.layers, wide, strict=True)])
 
-        momentum = matrix(momentum_leaves)
-        direction, state = preconditioner.precondition(states[name], momentum, matrix(gradient_leaves), config)
-        norm = jnp.sqrt(jnp.square(direction).sum())
+        momentum, first_order = matrices(momentum_leaves), matrices(leaves)
+        direction, state = precondition(states[key], momentum, matrices(gradient_leaves))
+        norm = _norms(direction)
         ratio = jnp.ones_like(norm)
         if config.grafting:
-            parts = [leaves[weight]] if bias is None else [leaves[weight], leaves[bias]]
-            length = jnp.sqrt(sum(jnp.square(part.astype(dtype)).sum() for part in parts))
+            length = _norms(first_order)
             # A layer without gradient (all zero) has no direction of either kind, and is not in need of a stand-in.
             ratio = jnp.where(length == 0, length, length / norm)
         # Where factors are all but singular a direction may vanish or overflow: the first-order one then stands.
         usable = jnp.isfinite(ratio) & jnp.isfinite(norm)
         ratio = jnp.where(usable, ratio, 1.0)
-        failed = failed + ~usable
+        failed = failed + (~usable).sum(dtype=jnp.int32)
         if monitor:
-            cosine = (momentum * direction).sum() / (jnp.sqrt(jnp.square(momentum).sum()) * norm)
+            cosine = (momentum * direction).sum((1, 2, 3)) / (_norms(momentum) * norm)
             state = state._replace(graft_ratio=ratio, cosine=cosine)
-        new_states[name] = state
-        steps = layer.view.from_matrix(direction * ratio, layer.bias_shape)
-        for position, step in zip((weight, bias), steps, strict=True):
-            if position is not None and step is not None:
-                leaves[position] = jnp.where(usable, step.astype(leaves[position].dtype), leaves[position])
+        new_states[key] = state
+        steps = jnp.where(broadcast(usable, direction), direction * broadcast(ratio, direction), first_order)
+        for layer, place, step in zip(stack.layers, places, steps, strict=True):
+            for position, part in zip(place, layer.view.from_matrix(step, layer.bias_shape), strict=True):
+                if position is not None and part is not None:
+                    leaves[position] = part.astype(leaves[position].dtype)
     return jax.tree.unflatten(tree, leaves), new_states, failed
+
+
+def _norms(matrices: Array) -> Array:
+    """(layers,): Frobenius norms of (layers, groups, P_out, P_in)."""
+    return jnp.sqrt(jnp.square(matrices).sum((1, 2, 3)))
 
 
 def find_state(state: Any) -> KFACState:
@@ -333,7 +329,7 @@ def factors(state: Any, layers: Layers, *, reduction: str = "sum") -> dict[str, 
 
     The product of B and A approximates the layer's block of the Gauss-Newton matrix of the summed loss,
     B = sum_n sum_r ... as in the paper (section 3.2), n over the (average) number of examples of a step; with
-    reduction="mean", of the loss averaged over examples.
+    reduction="mean", of the loss averaged over examples. Zero for a layer that no gradient reached yet.
 
     Args:
         state: of `scale_by_kfac`, `kfac`, or a chain with one of them.
@@ -347,14 +343,14 @@ def factors(state: Any, layers: Layers, *, reduction: str = "sum") -> dict[str, 
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction={reduction!r}: allowed is 'sum' or 'mean'")
     pairs = {}
-    states = find_state(state).layers
+    states = layer_states(find_state(state).stacks, layers)
+    if states and not any(float(layer.weight) for layer in states.values()):
+        raise RuntimeError("no layer has statistics yet: make a statistics step first")
     for name, covered in layers.covered.items():
         layer = states[name]
-        if not float(layer.weight):
-            raise RuntimeError(f"layer {name} has no statistics yet: make a statistics step first")
         a, b = preconditioner.corrected(layer)
         if reduction == "sum":
-            examples = layer.examples / layer.weight
+            examples = layer.examples / jnp.maximum(layer.weight, jnp.finfo(layer.weight.dtype).tiny)
             scale = examples[:, None, None] if examples.ndim else examples
             if covered.spec.kind == "embedding":  # B is the identity, and the whole product in A
                 a = tuple(m * scale for m in a)
@@ -364,7 +360,7 @@ def factors(state: Any, layers: Layers, *, reduction: str = "sum") -> dict[str, 
     return pairs
 
 
-def metrics(state: Any, layers: Layers | None = None) -> dict[str, float]:
+def metrics(state: Any, layers: Layers) -> dict[str, float]:
     """Counts and ratios for monitoring; reading them waits for the device.
 
     `stand_ins` counts K-FAC directions that vanished or overflowed and were replaced by first-order ones. Per
@@ -373,14 +369,17 @@ def metrics(state: Any, layers: Layers | None = None) -> dict[str, float]:
 
     Args:
         state: of `scale_by_kfac`, `kfac`, or a chain with one of them.
-        layers: for the coverage.
+        layers: from `discover`.
     """
-    inner = jax.device_get(find_state(state))
-    out = {"steps": float(inner.steps), "stand_ins": float(inner.stand_ins)}
-    if layers is not None:
-        out["coverage"] = layers.coverage().fraction
+    inner = find_state(state)
+    out = {
+        "steps": float(inner.steps),
+        "stand_ins": float(inner.stand_ins),
+        "coverage": layers.coverage().fraction,
+    }
     for key in ("refreshes", "failures", "skipped", "dropped", "drift", "graft_ratio", "cosine"):
-        values = {name: float(getattr(layer, key)) for name, layer in inner.layers.items()}
+        rows = jax.device_get({name: getattr(stacked, key) for name, stacked in inner.stacks.items()})
+        values = {name: float(value) for name, value in take_apart(rows, layers).items()}
         out |= {f"{name}/{key}": value for name, value in values.items()}
         total = sum(values.values())
         if key in ("graft_ratio", "cosine") and values:

@@ -330,7 +330,7 @@ class KFAC(torch.optim.Optimizer):
 
         The product of B and A approximates the layer's block of the Gauss-Newton matrix of the summed loss,
         B = sum_n sum_r ... as in the paper (section 3.2), n over the (average) number of examples of a step;
-        with reduction="mean", of the loss averaged over examples.
+        with reduction="mean", of the loss averaged over examples. Zero for a layer that no gradient reached yet.
 
         Raises:
             RuntimeError: before the first statistics step.
@@ -338,13 +338,13 @@ class KFAC(torch.optim.Optimizer):
         """
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction={reduction!r}: allowed is 'sum' or 'mean'")
+        if self._states and not any(float(state.weight) for state in self._states.values()):
+            raise RuntimeError("no layer has statistics yet: make a statistics step first")
         pairs = {}
         for name, state in self._states.items():
-            if not float(state.weight):
-                raise RuntimeError(f"layer {name} has no statistics yet: make a statistics step first")
             a, b = state.corrected()
             if reduction == "sum":
-                examples = state.examples / state.weight
+                examples = state.examples / state.weight.clamp(min=torch.finfo(state.weight.dtype).tiny)
                 if self._layers[name].spec.kind == "embedding":  # one factor for both
                     a = [m * examples for m in a]
                 b = [m * examples for m in b]

@@ -21,8 +21,7 @@ from torch import Tensor
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.layers import LayerSpec
 
-# Least mean eigenvalue assumed for damping: a factor that is zero altogether (a layer that saw no gradient yet)
-# still decomposes.
+# Least mean eigenvalue assumed for damping: a channel group whose factor is zero still decomposes with the others.
 MEAN_FLOOR = 1e-15
 
 # Damping of the retries after a failed decomposition, as multiples of the configured one.
@@ -156,7 +155,8 @@ def decompose(states: list[LayerState], config: KFACConfig) -> list[Refresh]:
     """The new preconditioners of layers; their states are only read.
 
     Matrices of equal shape are decomposed in one batched call. What fails is retried in float64 with more
-    damping; what still fails is to keep the last good decomposition. Both are counted.
+    damping; what still fails is to keep the last good decomposition. Both are counted. A layer that saw no input
+    or no gradient yet has nothing to decompose, and is asked again at the next refresh.
     """
     jobs = []
     for state in states:
@@ -206,6 +206,11 @@ class _Job:
     b: list[Tensor]
     damping: tuple[Tensor, Tensor]
     result: Refresh
+
+    def is_silent(self) -> Tensor:
+        """Whether a factor is zero altogether, a boolean scalar; NaN is not, it shall fail and be counted."""
+        means = torch.stack([mean_eigenvalue(blocks).amax() for blocks in (self.a, self.b) if blocks])
+        return (means == 0).any()
 
     def damped(self) -> list[Tensor]:
         """All blocks of A, then of B, each plus its damping."""
@@ -318,7 +323,10 @@ def _attempt(decompose: Decomposition, matrices: Tensor) -> tuple[tuple[Tensor, 
 def _decompose(
     jobs: list[_Job], decompose: Decomposition, config: KFACConfig
 ) -> list[list[tuple[Tensor, ...]] | None]:
-    """Decompose every damped block of every layer, equal shapes in one batch; None for a layer that failed."""
+    """Decompose every damped block of every layer, equal shapes in one batch; None for a layer that failed, or has
+    a factor that is zero."""
+    if not jobs:
+        return []
     blocks = [job.damped() for job in jobs]
     by_shape: dict[tuple[int, torch.dtype, torch.device], list[tuple[int, int]]] = {}
     for i, layer in enumerate(blocks):
@@ -338,14 +346,17 @@ def _decompose(
         for place, part in zip(places, zip(*(p.split(sizes) for p in parts), strict=True), strict=True):
             results[place] = part
         verdicts.append((places, torch.stack([chunk.all() for chunk in ok.split(sizes)])))
-    if verdicts:
-        flags = torch.cat([ok for _, ok in verdicts]).tolist()  # the one synchronisation
-        places_in_order = [place for places, _ in verdicts for place in places]
-        failed |= {i for (i, _), ok in zip(places_in_order, flags, strict=True) if not ok}
-    return [
-        _retry(jobs[i], decompose, config) if i in failed else [results[i, k] for k in range(len(layer))]
-        for i, layer in enumerate(blocks)
-    ]
+    silent = torch.stack([job.is_silent() for job in jobs])
+    flags = torch.cat([silent, *(ok for _, ok in verdicts)]).tolist()  # the one synchronisation
+    places_in_order = [place for places, _ in verdicts for place in places]
+    failed |= {i for (i, _), ok in zip(places_in_order, flags[len(jobs) :], strict=True) if not ok}
+
+    def outcome(i: int) -> list[tuple[Tensor, ...]] | None:
+        if flags[i]:
+            return None
+        return _retry(jobs[i], decompose, config) if i in failed else [results[i, k] for k in range(len(blocks[i]))]
+
+    return [outcome(i) for i in range(len(jobs))]
 
 
 def _retry(job: _Job, decompose: Decomposition, config: KFACConfig) -> list[tuple[Tensor, ...]] | None:

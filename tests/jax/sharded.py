@@ -72,9 +72,9 @@ def main() -> None:
         )
         factors = max(
             float(np.abs(np.asarray(a) - np.asarray(b)).max() / max(np.abs(np.asarray(b)).max(), 1e-300))
-            for name in state[0].layers
+            for key in state[0].stacks
             for a, b in zip(
-                jax.tree.leaves(state[0].layers[name][:2]), jax.tree.leaves(alone_state[0].layers[name][:2]),
+                jax.tree.leaves(state[0].stacks[key][:2]), jax.tree.leaves(alone_state[0].stacks[key][:2]),
                 strict=True,
             )
         )  # fmt: skip

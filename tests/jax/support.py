@@ -12,8 +12,7 @@ from hypothesis import settings
 from jax import Array
 
 from algoperf_kfac.jax import KFAC, FactorPair
-from algoperf_kfac.jax.preconditioner import update_statistics
-from algoperf_kfac.jax.transform import find_state
+from algoperf_kfac.jax.transform import find_state, move_averages
 
 # Summed losses as functions of the outputs alone: none of their Hessians depends on the labels.
 LOSSES: dict[str, Callable[[Array], Array]] = {
@@ -66,11 +65,8 @@ def observe(optimizer: KFAC, params: Any, *args: Any, **kwargs: Any) -> tuple[An
 
     gradient, statistics = jax.jit(step)(params, args, kwargs)
     state = find_state(optimizer.init(params))
-    layers = {
-        name: update_statistics(layer, statistics[name], optimizer.config.factor_decay)
-        for name, layer in state.layers.items()
-    }
-    return gradient, optimizer.factors(state._replace(layers=layers))
+    stacks = move_averages(state.stacks, statistics, optimizer.layers, optimizer.config)
+    return gradient, optimizer.factors(state._replace(stacks=stacks))
 
 
 def factors(

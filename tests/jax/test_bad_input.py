@@ -222,7 +222,7 @@ def test_the_fisher_needs_its_arguments() -> None:
 
 def test_factors_before_statistics() -> None:
     ours = optimizer()
-    with pytest.raises(RuntimeError, match="layer l0 has no statistics yet: make a statistics step"):
+    with pytest.raises(RuntimeError, match="no layer has statistics yet: make a statistics step"):
         ours.factors(ours.init(mlp_params()))
     with pytest.raises(ValueError, match="reduction='max': allowed is 'sum' or 'mean'"):
         ours.factors(ours.init(mlp_params()), reduction="max")

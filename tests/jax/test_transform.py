@@ -14,9 +14,10 @@ import pytest
 from jax import Array
 from orbax import checkpoint
 
-from algoperf_kfac.jax import KFAC, kfac, scale_by_kfac
+from algoperf_kfac.jax import KFAC, kfac, layer_states, scale_by_kfac
 from algoperf_kfac.jax.fisher import sampled_loss
 from algoperf_kfac.jax.preconditioner import LayerState
+from algoperf_kfac.jax.stacks import stacks_of
 from algoperf_kfac.jax.statistics import add
 from algoperf_kfac.jax.transform import find_state
 from tests.jax.support import LOSSES, assert_equal, factors, fisher_factors, normal
@@ -29,6 +30,11 @@ def assert_same(first: Any, second: Any) -> None:
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
+
+
+def states_of(optimizer: KFAC, state: Any) -> dict[str, LayerState]:
+    """The state of each layer."""
+    return layer_states(find_state(state).stacks, optimizer.layers)
 
 
 @pytest.mark.parametrize("scaling", ["power", "second_moment"])
@@ -82,7 +88,7 @@ def test_inside_a_chain() -> None:
     for a, b in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12)
     clipped = optax.chain(optax.clip_by_global_norm(1e-3), whole)
-    assert find_state(clipped.init(mlp_params())).layers.keys() == ours.layers.covered.keys()
+    assert find_state(clipped.init(mlp_params())).steps == 0
 
 
 def test_the_decay_mask_and_rate() -> None:
@@ -170,11 +176,38 @@ def test_refreshes_take_turns() -> None:
     counts = []
     for _ in range(9):
         params, state = run(params, state, *batch())
-        counts.append([int(layer.refreshes) for layer in state[0].layers.values()])
+        counts.append([int(layer.refreshes) for layer in states_of(ours, state).values()])
     growth = np.diff(counts, axis=0)
     assert (growth[:2] == 1).all()
     assert (growth[2:].sum(1) == 1).all()
     assert (growth[2:].sum(0) == 2).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"preconditioner": "inverse"}, {"scaling": "second_moment"}])
+def test_a_layer_that_no_gradient_reached_waits_for_one(options: dict[str, Any]) -> None:
+    """Behind a weight that starts at zero there is no curvature: no refresh, and one out of turn once there is."""
+    ours = optimizer(factor_interval=2, refresh_interval=20, initial_statistics=1, **options)
+    plain, with_statistics, _ = steps(ours)
+    run = jax.jit(plain), jax.jit(with_statistics)
+    params = mlp_params()
+    params["l2"]["w"] = jnp.zeros_like(params["l2"]["w"])
+    params, state = train(ours, *run, params, ours.init(params), 0, 2)
+    counts = {name: int(layer.refreshes) for name, layer in states_of(ours, state).items()}
+    assert counts == {"l0": 0, "l1": 0, "l2": 1}
+    assert ours.metrics(state)["stand_ins"] == ours.metrics(state)["dropped"] == 0
+    assert not ours.factors(state)["l0"].B.any()
+    # Steps 2 to 20 are l0's to l2's, each once in ten statistics steps.
+    params, state = train(ours, *run, params, state, 2, 3)
+    states = states_of(ours, state)
+    assert int(states["l0"].refreshes) == int(states["l1"].refreshes) == 1
+    assert ours.factors(state)["l0"].B.any()
+    assert ours.metrics(state)["stand_ins"] == ours.metrics(state)["failures"] == 0
+
+
+def test_the_state_of_other_layers_is_refused() -> None:
+    ours, other = optimizer(), KFAC(mlp, cross_entropy, mlp_params((4, 3)), *batch(), **OPTIONS)
+    with pytest.raises(ValueError, match="the state is of other layers"):
+        ours.metrics(other.init(mlp_params((4, 3))))
 
 
 def test_nothing_else_differs_from_nadamw_before_the_first_statistics() -> None:
@@ -213,8 +246,8 @@ def test_bad_statistics_are_dropped(value: float, preconditioner: str) -> None:
     metrics = ours.metrics(new)
     assert metrics["l1/dropped"] == metrics["dropped"] == 1
     for field in ("a", "b", "weight", "examples"):
-        assert_same(getattr(new[0].layers["l1"], field), getattr(state[0].layers["l1"], field))
-    assert_same(new[0].layers["l0"], good[0].layers["l0"])
+        assert_same(getattr(states_of(ours, new)["l1"], field), getattr(states_of(ours, state)["l1"], field))
+    assert_same(states_of(ours, new)["l0"], states_of(ours, good)["l0"])
     assert all(bool(jnp.isfinite(u).all()) for u in jax.tree.leaves(updates))
     assert_same(updates["l0"], good_updates["l0"])
 
@@ -227,15 +260,18 @@ def test_a_failed_decomposition_keeps_the_last_good_one(preconditioner: str) -> 
     _, gradient, statistics = jax.jit(ours.value_grad_and_statistics)(params, *batch())
     update = jax.jit(ours.update)
     _, state = update(gradient, ours.init(params), params, statistics=statistics)
-    layers = dict(state[0].layers)
-    broken: LayerState = layers["l1"]._replace(b=tuple(m.at[0, 0, 0].set(jnp.nan) for m in layers["l1"].b))
-    state = (state[0]._replace(layers=layers | {"l1": broken}), *state[1:])
+    before = states_of(ours, state)["l1"]
+    key, place = next((k, s.names.index("l1")) for k, s in stacks_of(ours.layers).items() if "l1" in s.names)
+    stack = state[0].stacks[key]
+    broken = stack._replace(b=tuple(m.at[place, 0, 0, 0].set(jnp.nan) for m in stack.b))
+    state = (state[0]._replace(stacks=state[0].stacks | {key: broken}), *state[1:])
     updates, new = update(gradient, state, params, statistics=statistics)
     assert ours.metrics(new)["l1/failures"] == 3
     assert ours.metrics(new)["l0/failures"] == 0
-    assert int(new[0].layers["l1"].refreshes) == 1
-    assert int(new[0].layers["l0"].refreshes) == 2
-    assert_same(new[0].layers["l1"].b_operator, layers["l1"].b_operator)
+    after = states_of(ours, new)
+    assert int(after["l1"].refreshes) == 1
+    assert int(after["l0"].refreshes) == 2
+    assert_same(after["l1"].b_operator, before.b_operator)
     assert all(bool(jnp.isfinite(u).all()) for u in jax.tree.leaves(updates))
 
 

@@ -61,8 +61,6 @@ class Record:
       uncovered_later: layers that were declared and then moved to the fallback, with the reason (in JAX none can:
         all of them are known before the first step).
       counters: the optimizer's own, after the last step.
-      silent: layers without any gradient at step 0, behind weights that start at zero: their B is zero until the
-        next statistics, and so they take first-order steps.
       gradient_errors, rounding_bounds: layer -> error of G^T A against its gradient at step `CHECK_AT`, and how
         large float32 alone may make it, see `gradient_check` and `gradient_check_jax`.
       compiled: the model was compiled by the runner.
@@ -85,7 +83,6 @@ class Record:
     fallbacks: dict[str, str] = dataclasses.field(default_factory=dict)
     uncovered_later: dict[str, str] = dataclasses.field(default_factory=dict)
     counters: dict[str, float] = dataclasses.field(default_factory=dict)
-    silent: list[str] = dataclasses.field(default_factory=list)
     gradient_errors: dict[str, float] = dataclasses.field(default_factory=dict)
     rounding_bounds: dict[str, float] = dataclasses.field(default_factory=dict)
     compiled: bool = False
@@ -323,16 +320,6 @@ def _feed(hasher: Any, tree: Any) -> None:
         hasher.update(repr(tree).encode())
 
 
-def _silent(pairs: Any) -> list[str]:
-    """Layers whose B is zero (of a tied table, which has no B: none)."""
-
-    def blocks(b: Any) -> tuple[Any, ...]:
-        return b if isinstance(b, tuple) else (b,)
-
-    found = {name: blocks(pair.B) for name, pair in pairs.items()}
-    return [name for name, b in found.items() if b and not any(bool((m != 0).any()) for m in b)]
-
-
 class _PyTorchWatcher:
     """Loss, coverage, refresh time and captured gradients of one step in PyTorch."""
 
@@ -399,8 +386,6 @@ class _PyTorchWatcher:
         weights = {name: reason for name, reason in record.fallbacks.items() if name.rpartition(".")[0] in lost}
         record.uncovered_later |= weights
         record.counters = self.optimizer.metrics()
-        if self.step == 0:
-            record.silent = _silent(self.optimizer.factors())
         if self.captured is not None:
             model = getattr(self.model, "_orig_mod", self.model)
             model = getattr(model, "module", model)
@@ -445,7 +430,7 @@ class _JaxWatcher:
         record.losses.append(self.workload.losses[self.before])
         if not record.submission.startswith("kfac"):
             return
-        from algoperf_kfac.jax.transform import factors, metrics
+        from algoperf_kfac.jax import metrics
 
         state, training = result[0]
         coverage = training.layers.coverage()
@@ -455,8 +440,6 @@ class _JaxWatcher:
         record.layers = [layer.name for layer in coverage.layers]
         record.fallbacks = {f.name: f.reason for f in coverage.fallbacks}
         record.counters = metrics(state, training.layers)
-        if self.step == 0:
-            record.silent = _silent(factors(state, training.layers))
         if self.params is not None:
             self._check_gradients(state, training)
 

@@ -13,7 +13,7 @@ import optax
 import pytest
 from flax.training import checkpoints
 
-from algoperf_kfac.jax import KFACState
+from algoperf_kfac.jax import KFACState, layer_states
 from algoperf_kfac.spec import LossType
 from submissions.kfac.model_call import initial_call
 from submissions.kfac_reduce.jax import submission
@@ -110,7 +110,7 @@ def test_the_state_has_its_final_structure_before_the_first_step():
     run = begin(workload)
     before = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), run[2][0])
     assert isinstance(run[2][0], KFACState)
-    assert set(run[2][0].layers) == {"first", "extra", "last"}
+    assert set(layer_states(run[2][0].stacks, run[2][1].layers)) == {"first", "extra", "last"}
     after = train(workload, run, 0, 3)[2][0]
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == before
 
@@ -146,10 +146,9 @@ def test_layers_that_show_in_training_alone_are_covered_all_the_same():
     """In `init_model_fn`'s call this weight is no layer; the first batch has the last word."""
     workload = Workload(hidden=True)
     run = begin(workload)
-    assert "raw" not in run[2][0].layers
-    after = train(workload, run, 0, 3)[2][0]
-    assert "raw" in after.layers
-    assert after.layers["raw"].refreshes > 0
+    assert "raw" not in layer_states(run[2][0].stacks, run[2][1].layers)
+    after, training = train(workload, run, 0, 3)[2]
+    assert layer_states(after.stacks, training.layers)["raw"].refreshes > 0
     assert after.steps == 3
 
 
@@ -167,5 +166,5 @@ def test_a_model_that_is_no_flax_module_waits_for_the_first_batch():
     assert initial_call(init_model_fn, np.zeros(2, np.uint32)) is None
     run = begin(workload)
     assert run[2][0] == {}
-    state = train(workload, run, 0, 2)[2][0]
-    assert set(state.layers) == {"w"}
+    state, training = train(workload, run, 0, 2)[2]
+    assert set(layer_states(state.stacks, training.layers)) == {"w"}
