@@ -355,7 +355,9 @@ class Interpreter:
 
 def _bind(eqn: Any, ins: list[Any]) -> list[Any]:
     """The equation as it stands."""
-    functions, params = eqn.primitive.get_bind_params(eqn.params)
+    params = eqn.primitive.get_bind_params(eqn.params)
+    # Older releases give inner programs apart from the rest.
+    functions, params = params if isinstance(params, tuple) else ((), params)
     out = eqn.primitive.bind(*functions, *ins, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
 

@@ -15,7 +15,11 @@ from tests.jax.toys import OPTIONS, batch, cross_entropy, mlp, mlp_params, steps
 EIGEN: dict[str, Any] = {"preconditioner": "eigen"}
 INVERSE: dict[str, Any] = {"preconditioner": "inverse", "damping_mode": "absolute"}
 # By the number of devices: each is compiled for one and for several, which takes its time.
-CONFIGURATIONS = {4: (("expand", EIGEN), ("reduce", INVERSE)), 8: (("expand", INVERSE), ("reduce", EIGEN))}
+CONFIGURATIONS = {
+    2: (("reduce", EIGEN),),
+    4: (("expand", EIGEN), ("reduce", INVERSE)),
+    8: (("expand", INVERSE), ("reduce", EIGEN)),
+}
 
 
 def positions_mlp(params: Any, x: Any, y: Any) -> Any:

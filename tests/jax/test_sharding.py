@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("devices", [4, 8])
+@pytest.mark.parametrize("devices", [2, 4, 8])
 def test_as_on_one_device(devices: int) -> None:
     """Twelve steps in a process that sees `devices` devices; each number has its two configurations."""
     flags = f"--xla_force_host_platform_device_count={devices}"

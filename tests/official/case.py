@@ -125,6 +125,8 @@ class _Case:
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            if self.framework == "jax":
+                _cache_programs(folder)
             whole = self.train(folder, watch=True)
             self.runner.flags.FLAGS.resume_last_run = True
             resumed = self.train(folder, watch=False)
@@ -318,6 +320,15 @@ def _feed(hasher: Any, tree: Any) -> None:
         hasher.update(str((str(array.dtype), array.shape)).encode() + array.tobytes())
     else:
         hasher.update(repr(tree).encode())
+
+
+def _cache_programs(folder: str) -> None:
+    """The resumed run takes the whole one's compiled programs; compiling is most of a case's time."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", f"{folder}/compiled")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 class _PyTorchWatcher:

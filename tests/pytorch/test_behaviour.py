@@ -139,6 +139,30 @@ def test_a_layer_that_dies_and_comes_back(approximation: str) -> None:
     assert_finite(model, optimizer)
 
 
+@pytest.mark.parametrize("options", [{}, {"preconditioner": "inverse"}, {"scaling": "second_moment"}])
+def test_a_layer_that_no_gradient_reached_waits_for_one(options: dict[str, Any]) -> None:
+    """Behind a weight that starts at zero there is no curvature: no refresh, and one out of turn once there is."""
+    model = mlp(4, 4, 4, 3)
+    x, y = torch.randn(24, 4), torch.arange(24) % 3
+    optimizer = KFAC(model, factor_interval=2, refresh_interval=6, initial_statistics=1, **options)
+    for step in range(9):
+        if step < 8:
+            nn.init.zeros_(model[4].weight)
+        optimizer.zero_grad()
+        with optimizer.capture():
+            F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        metrics = optimizer.metrics()
+        assert metrics["stand_ins"] == metrics["dropped"] == metrics["failures"] == 0
+        refreshes = [metrics[f"{name}/refreshes"] for name in ("0", "2", "4")]
+        if step == 7:
+            assert refreshes == [0, 0, 3]
+            factors = optimizer.factors()
+            assert isinstance(factors["0"].B, Tensor)
+            assert not factors["0"].B.any()
+    assert refreshes == [1, 1, 4]  # at step 8, the turn of layer "4" alone
+
+
 def test_default_options_learn_faster_than_their_fallback() -> None:
     """Same steps, three seeds: against itself with every layer excluded, which is NadamW, each at the best learning
     rate of a grid. (At one rate, the power and not the basis could decide: grafting gives both the same length, and
