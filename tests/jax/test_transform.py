@@ -144,6 +144,16 @@ def test_two_traces_and_no_waiting() -> None:
     assert all(metrics[f"{name}/refreshes"] >= 17 for name in ours.layers.covered)
 
 
+def test_another_batch_size_is_compiled_anew_and_counts_its_own_examples() -> None:
+    """Only the parameters' shapes are fixed; factors are those of the batch at hand, not of the example's."""
+    ours, params, small = optimizer(), mlp_params(), batch(9)
+    _, gradient, statistics = jax.jit(ours.value_grad_and_statistics)(params, *small)
+    _, state = jax.jit(ours.update)(gradient, ours.init(params), params, statistics=statistics)
+    alone = factors(mlp, cross_entropy, params, *small, loss_normalizer=None, **OPTIONS)
+    for name, pair in ours.factors(state).items():
+        assert_equal(pair, alone[name])
+
+
 def primitives(jaxpr: Any, name: str) -> int:
     """How often a primitive occurs, in inner programs too."""
     count = 0

@@ -19,7 +19,7 @@ from workloads.errors import UserError
 CHECKOUT = Path(__file__).resolve().parents[2]
 NAMES = ("kfac_expand", "kfac_reduce", "nadamw")
 # Runs in a process that cannot import this repository unless OURS is set; prints the parameters after some steps.
-TRAIN = """
+ALONE = """
 import importlib, os, sys
 ours = os.environ.get("OURS")
 if ours:
@@ -30,12 +30,16 @@ else:
     for name in ("algoperf_kfac", "submissions"):
         assert importlib.util.find_spec(name) is None, name
     sys.path.insert(0, os.getcwd())
-import torch
 submission = importlib.import_module(sys.argv[1])
+"""
+SETUP = {
+    "pytorch": """
+import torch
 
 class Workload:
     step_hint = 20
     metrics_logger = None
+    loss_type = None
 
     def model_fn(self, params, augmented_and_preprocessed_input_batch, model_state, mode, rng, update_batch_norm,
                  dropout_rate=0.0):
@@ -45,23 +49,57 @@ class Workload:
         loss = torch.nn.functional.cross_entropy(logits_batch, label_batch, reduction="none")
         return {"summed": loss.sum(), "n_valid_examples": torch.tensor(len(loss)), "per_example": loss}
 
+def rng(step):
+    return [step, 0]
+
 torch.manual_seed(0)
 workload, model = Workload(), torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 4))
 x = torch.randn(32, 6)
 batch = {"inputs": x, "targets": x[:, :4].argmax(1)}
+""",
+    "jax": """
+import flax.linen as nn, jax, numpy as np, optax
+
+class Workload:
+    step_hint = 20
+    metrics_logger = None
+    loss_type = None
+    module = nn.Sequential([nn.Dense(9), nn.tanh, nn.Dense(4)])
+
+    def init_model_fn(self, rng):
+        return self.module.init(rng, np.ones((1, 6), np.float32))["params"], {}
+
+    def model_fn(self, params, augmented_and_preprocessed_input_batch, model_state, mode, rng, update_batch_norm,
+                 dropout_rate=0.0):
+        return self.module.apply({"params": params}, augmented_and_preprocessed_input_batch["inputs"]), model_state
+
+    def loss_fn(self, label_batch, logits_batch, mask_batch=None, label_smoothing=0.0):
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits_batch, label_batch)
+        return {"summed": loss.sum(), "n_valid_examples": len(loss), "per_example": loss}
+
+def rng(step):
+    return np.array([step, 0], np.uint32)
+
+workload = Workload()
+model = workload.init_model_fn(rng(0))[0]
+x = np.random.default_rng(0).standard_normal((32, 6), np.float32)
+batch = {"inputs": x, "targets": x[:, :4].argmax(1)}
+""",
+}
+TRAIN = """
 assert submission.get_batch_size("imagenet_vit") == 1024
-state = submission.init_optimizer_state(workload, model, None, None, [1, 2])
+state = submission.init_optimizer_state(workload, model, {}, None, rng(1))
 losses = []
 for step in range(12):
-    out = workload.loss_fn(batch["targets"], model(batch["inputs"]))["summed"]
-    losses.append(float(out))
+    out, _ = workload.model_fn(model, batch, {}, None, None, False)
+    losses.append(float(workload.loss_fn(batch["targets"], out)["summed"]))
     chosen = submission.data_selection(workload, iter([batch]), state, model, None, None, step, None)
     state, model, _ = submission.update_params(
-        workload=workload, current_param_container=model, current_params_types=None, model_state=None,
+        workload=workload, current_param_container=model, current_params_types=None, model_state={},
         hyperparameters=None, batch=chosen, loss_type=None, optimizer_state=state, eval_results=[],
-        global_step=step, rng=[step, 0], train_state={})
+        global_step=step, rng=rng(step), train_state={})
     state, model, _ = submission.prepare_for_eval(
-        workload=workload, current_param_container=model, current_params_types=None, model_state=None,
+        workload=workload, current_param_container=model, current_params_types=None, model_state={},
         hyperparameters=None, loss_type=None, optimizer_state=state, eval_results=[], global_step=step, rng=None)
 assert losses[-1] < 0.9 * losses[0], losses
 if not ours:
@@ -70,26 +108,31 @@ if not ours:
               or str(getattr(m, "__file__", None) or "").startswith(sys.argv[2] + os.sep + "submissions")]
     assert not strays, strays
     assert all(os.getcwd() in m.__file__ for n, m in sys.modules.items() if ".algoperf_kfac" in n)
-print([p.flatten().tolist() for p in model.parameters()])
 """
+RESULT = {
+    "pytorch": "print([p.flatten().tolist() for p in model.parameters()])",
+    "jax": "print([p.flatten().tolist() for p in jax.tree.leaves(model)])",
+}
 
 
-def train(module: str, folder: Path, ours: bool = False) -> str:
+def train(module: str, framework: str, folder: Path, ours: bool = False) -> str:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | (
         {"OURS": str(CHECKOUT)} if ours else {}
     )
-    command = [sys.executable, "-I", "-c", TRAIN, module, str(CHECKOUT)]
+    program = ALONE + SETUP[framework] + TRAIN + RESULT[framework]
+    command = [sys.executable, "-I", "-c", program, module, str(CHECKOUT)]
     run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return run.stdout
 
 
+@pytest.mark.parametrize("framework", ["pytorch", "jax"])
 @pytest.mark.parametrize("submission", ["kfac_reduce", "nadamw"])
-def test_it_trains_alone_as_it_does_here(tmp_path, submission):
-    pytest.importorskip("torch")
-    export.write(tmp_path / "external_tuning" / submission, export.contents(submission, "pytorch", "external"))
-    alone = train(f"external_tuning.{submission}.submission", tmp_path)
-    assert alone == train(f"submissions.{submission}.pytorch.submission", tmp_path, ours=True)
+def test_it_trains_alone_as_it_does_here(tmp_path, submission, framework):
+    pytest.importorskip("torch" if framework == "pytorch" else "jax")
+    export.write(tmp_path / "external_tuning" / submission, export.contents(submission, framework, "external"))
+    alone = train(f"external_tuning.{submission}.submission", framework, tmp_path)
+    assert alone == train(f"submissions.{submission}.{framework}.submission", framework, tmp_path, ours=True)
 
 
 @pytest.mark.parametrize("framework", ["pytorch", "jax"])
@@ -198,8 +241,9 @@ def test_a_failed_export_leaves_the_old_one(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [folder]
 
 
+@pytest.mark.parametrize("framework", ["pytorch", "jax"])
 @pytest.mark.parametrize("ruleset", ["external", "self"])
-def test_the_official_checker_passes_it(tmp_path, ruleset):
+def test_the_official_checker_passes_it(tmp_path, ruleset, framework):
     """Set ALGOPERF_CHECKOUT to a checkout of AlgoPerf: its wheel does not hold the checker."""
     checker = Path(os.environ.get("ALGOPERF_CHECKOUT", "nowhere")) / "algorithms/submission_checker.py"
     if not checker.is_file():
@@ -208,7 +252,7 @@ def test_the_official_checker_passes_it(tmp_path, ruleset):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     folder = tmp_path / f"{ruleset}_tuning" / "kfac_reduce"
-    export.write(folder, export.contents("kfac_reduce", "pytorch", ruleset))
+    export.write(folder, export.contents("kfac_reduce", framework, ruleset))
     assert module.run_checks(str(tmp_path))
     (folder / "submission.py").unlink()
     assert not module.run_checks(str(tmp_path))
