@@ -50,6 +50,8 @@ class Record:
     """What a case found.
 
     Attributes:
+      data_parallel: the PyTorch model was wrapped in DataParallel.
+      max_factor_dim: K-FAC's, where it was not the submission's own.
       losses: of the repeated batch in training mode, one for each step, before its update; and, last, after all
         steps in evaluation mode, where batch normalisation makes it another quantity.
       seconds: of a "plain" step (the fastest), the "first_plain" one (with compilation), a "statistics" step (the
@@ -74,6 +76,7 @@ class Record:
     framework: str
     submission: str
     data_parallel: bool
+    max_factor_dim: int | None = None
     steps: int = STEPS
     losses: list[float] = dataclasses.field(default_factory=list)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -103,19 +106,28 @@ def exists(submission: str, framework: str) -> bool:
     return (Path("submissions") / submission / framework / "submission.py").exists()
 
 
-def run(workload_name: str, framework: str, submission: str, data_parallel: bool = False) -> Record:
+def run(
+    workload_name: str,
+    framework: str,
+    submission: str,
+    data_parallel: bool = False,
+    max_factor_dim: int | None = None,
+) -> Record:
     """Runs the case in this process."""
-    return _Case(workload_name, framework, submission, data_parallel).run()
+    return _Case(Record(workload_name, framework, submission, data_parallel, max_factor_dim)).run()
 
 
 class _Case:
-    def __init__(self, workload_name: str, framework: str, submission: str, data_parallel: bool) -> None:
-        self.record = Record(workload_name, framework, submission, data_parallel)
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        workload_name, framework, submission = record.workload, record.framework, record.submission
         self.framework = framework
         not_compiled = framework == "pytorch" and batches.base_of(workload_name) in NOT_COMPILED
         self.runner = environment.load_runner(framework, workload_name, ["--notorch_compile"] * not_compiled)
         self.module = importlib.import_module(submission_module(submission, framework))
         point = POINT | (KFAC_POINT if submission.startswith("kfac") else {})
+        if submission.startswith("kfac") and record.max_factor_dim is not None:
+            point = point | {"max_factor_dim": record.max_factor_dim}
         self.hyperparameters = namedtuple("Hyperparameters", point)(**point)
         self.plain: list[float] = []
         self.statistics: list[float] = []
@@ -477,6 +489,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--framework", required=True, choices=environment.FRAMEWORKS)
     parser.add_argument("--submission", required=True, choices=SUBMISSIONS)
     parser.add_argument("--data_parallel", action="store_true", help="wrap the PyTorch model in DataParallel")
+    parser.add_argument("--max_factor_dim", type=int, help="K-FAC's; default: the submission's own")
     args = parser.parse_args(argv)
     if not environment.INSTALLED:
         print(f"error: {environment.REASON}.", file=sys.stderr)
@@ -489,7 +502,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not exists(args.submission, args.framework):
         print(f"error: there is no {args.submission} for {args.framework}.", file=sys.stderr)
         return 2
-    record = run(args.workload, args.framework, args.submission, args.data_parallel)
+    record = run(args.workload, args.framework, args.submission, args.data_parallel, args.max_factor_dim)
     print(json.dumps(dataclasses.asdict(record)))
     return 0
 

@@ -42,7 +42,12 @@ class Failure:
 
 
 def run_case(
-    workload: str, framework: str, submission: str, records: Path | None = None, data_parallel: bool = False
+    workload: str,
+    framework: str,
+    submission: str,
+    records: Path | None = None,
+    data_parallel: bool = False,
+    max_factor_dim: int | None = None,
 ) -> Record | Failure:
     """One case in a process of its own, or its record from an earlier run."""
     label = f"{workload}-{framework}-{submission}" + ("-data_parallel" if data_parallel else "")
@@ -52,6 +57,7 @@ def run_case(
     command = [sys.executable, "-m", "tests.official.case"]
     command += [f"--workload={workload}", f"--framework={framework}", f"--submission={submission}"]
     command += ["--data_parallel"] if data_parallel else []
+    command += [f"--max_factor_dim={max_factor_dim}"] if max_factor_dim is not None else []
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
     # A checkout is enough; the working directory is its root.
     root = Path(__file__).resolve().parents[2]
@@ -87,7 +93,9 @@ def row(result: Record | Failure) -> str:
     kfac = result.submission.startswith("kfac")
     coverage = f"{100 * result.covered / result.parameters:.1f}" if kfac else ""
     cells = [
-        str(result.steps) + (", compiled" if result.compiled else ""),
+        str(result.steps)
+        + (", compiled" if result.compiled else "")
+        + (f", blocks of {result.max_factor_dim}" if kfac and result.max_factor_dim is not None else ""),
         cell("plain"),
         cell("statistics"),
         cell("decompositions"),
@@ -117,6 +125,8 @@ def describe(results: Sequence[Record | Failure]) -> str:
         [
             f"Python {platform.python_version()}, {versions}; one thread of a CPU.",
             f"{STEPS} steps on one repeated batch at the point {json.dumps(POINT)} and else the submissions' own.",
+            "Where it says so, K-FAC's factors were cut into diagonal blocks (`max_factor_dim`) of at most that size;",
+            "it shortens the decompositions.",
             "",
             HEADER,
             *map(row, results),
@@ -159,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--frameworks", default=",".join(environment.FRAMEWORKS), help="comma-separated")
     parser.add_argument("--submissions", default=",".join(SUBMISSIONS), help="comma-separated")
     parser.add_argument("--records", help="folder that keeps finished cases")
+    parser.add_argument("--max_factor_dim", type=int, help="of K-FAC's cases; default: the submissions' own")
     args = parser.parse_args(argv)
     if not environment.INSTALLED:
         print(f"error: {environment.REASON}.", file=sys.stderr)
@@ -178,7 +189,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             for framework in args.frameworks.split(","):
                 for submission in args.submissions.split(","):
                     if exists(submission, framework):
-                        results.append(run_case(name, framework, submission, records))
+                        results.append(
+                            run_case(name, framework, submission, records, max_factor_dim=args.max_factor_dim)
+                        )
                         print(row(results[-1]), flush=True)
     table = describe(results)
     if args.out:
