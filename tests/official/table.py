@@ -125,8 +125,8 @@ def describe(results: Sequence[Record | Failure]) -> str:
         [
             f"Python {platform.python_version()}, {versions}; one thread of a CPU.",
             f"{STEPS} steps on one repeated batch at the point {json.dumps(POINT)} and else the submissions' own.",
-            "Where it says so, K-FAC's factors were cut into diagonal blocks of at most that size (max_factor_dim):",
-            "it shortens the decompositions.",
+            "Where it says so, K-FAC's factors were cut into diagonal blocks of at most that size",
+            "(max_factor_dim): it shortens the decompositions.",
             "",
             HEADER,
             *map(row, results),
