@@ -66,6 +66,7 @@ class Record:
       gradient_errors, rounding_bounds: layer -> error of G^T A against its gradient at step `CHECK_AT`, and how
         large float32 alone may make it, see `gradient_check` and `gradient_check_jax`.
       compiled: the model was compiled by the runner.
+      unoptimized: JAX compiled its programs with JAX_DISABLE_MOST_OPTIMIZATIONS: quickly, for slow steps.
       resumed: the resumed run began at the checkpoint's step and ended in the same bits.
       restore_error: what AlgoPerf's own restore raised, if it did.
       peak_rss_mb: of the whole process.
@@ -89,6 +90,7 @@ class Record:
     gradient_errors: dict[str, float] = dataclasses.field(default_factory=dict)
     rounding_bounds: dict[str, float] = dataclasses.field(default_factory=dict)
     compiled: bool = False
+    unoptimized: bool = False
     resumed: bool = False
     restore_error: str | None = None
     warnings: list[str] = dataclasses.field(default_factory=list)
@@ -138,7 +140,7 @@ class _Case:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             if self.framework == "jax":
-                _cache_programs(folder)
+                self.record.unoptimized = _cache_programs(folder)
             whole = self.train(folder, watch=True)
             self.runner.flags.FLAGS.resume_last_run = True
             resumed = self.train(folder, watch=False)
@@ -334,13 +336,17 @@ def _feed(hasher: Any, tree: Any) -> None:
         hasher.update(repr(tree).encode())
 
 
-def _cache_programs(folder: str) -> None:
-    """The resumed run takes the whole one's compiled programs; compiling is most of a case's time."""
+def _cache_programs(folder: str) -> bool:
+    """The resumed run takes the whole one's compiled programs; compiling is most of a case's time.
+
+    Returns whether they are compiled without most optimizations.
+    """
     import jax
 
     jax.config.update("jax_compilation_cache_dir", f"{folder}/compiled")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return bool(jax.config.values["jax_disable_most_optimizations"])
 
 
 class _PyTorchWatcher:

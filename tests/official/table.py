@@ -95,6 +95,7 @@ def row(result: Record | Failure) -> str:
     cells = [
         str(result.steps)
         + (", compiled" if result.compiled else "")
+        + (", unoptimized" if result.unoptimized else "")
         + (f", blocks of {result.max_factor_dim}" if kfac and result.max_factor_dim is not None else ""),
         cell("plain"),
         cell("statistics"),
@@ -126,7 +127,8 @@ def describe(results: Sequence[Record | Failure]) -> str:
             f"Python {platform.python_version()}, {versions}; one thread of a CPU.",
             f"{STEPS} steps on one repeated batch at the point {json.dumps(POINT)} and else the submissions' own.",
             "Where it says so, K-FAC's factors were cut into diagonal blocks of at most that size",
-            "(max_factor_dim): it shortens the decompositions.",
+            "(max_factor_dim): it shortens the decompositions. Unoptimized programs (JAX_DISABLE_MOST_OPTIMIZATIONS=1)",
+            "compile sooner, and their times say nothing.",
             "",
             HEADER,
             *map(row, results),
