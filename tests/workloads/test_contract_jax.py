@@ -66,7 +66,7 @@ def test_batches_are_the_same_and_sharded(pair):
         np.testing.assert_array_equal(ours["inputs"], inputs.transpose(0, 2, 3, 1) if inputs.ndim == 4 else inputs)
         np.testing.assert_array_equal(ours["targets"], theirs["targets"].numpy())
         for value in ours.values():
-            assert value.sharding.spec == ("batch",)
+            assert value.sharding.spec == jax.sharding.PartitionSpec("batch")
             assert value.dtype in (jnp.float32, jnp.int32)
 
 
