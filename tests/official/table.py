@@ -3,8 +3,8 @@
     python -m tests.official.table --out=docs/official.md
     python -m tests.official.table --workloads=ogbg,wmt --submissions=kfac_reduce    # prints only
 
-With --records, finished cases are kept in a folder and not run again. The table goes between the two marker lines
-of the file, everything else in it stays.
+With --records, finished cases are kept in a folder and not run again; --finished runs no others. The table goes
+between the two marker lines of the file, everything else in it stays.
 """
 
 from __future__ import annotations
@@ -41,6 +41,11 @@ class Failure:
     reason: str
 
 
+def case_label(workload: str, framework: str, submission: str, data_parallel: bool = False) -> str:
+    """The name of a case's record."""
+    return f"{workload}-{framework}-{submission}" + ("-data_parallel" if data_parallel else "")
+
+
 def run_case(
     workload: str,
     framework: str,
@@ -50,7 +55,7 @@ def run_case(
     max_factor_dim: int | None = None,
 ) -> Record | Failure:
     """One case in a process of its own, or its record from an earlier run."""
-    label = f"{workload}-{framework}-{submission}" + ("-data_parallel" if data_parallel else "")
+    label = case_label(workload, framework, submission, data_parallel)
     kept = None if records is None else records / f"{label}.json"
     if kept is not None and kept.exists():
         return Record(**json.loads(kept.read_text()))
@@ -172,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--submissions", default=",".join(SUBMISSIONS), help="comma-separated")
     parser.add_argument("--records", help="folder that keeps finished cases")
     parser.add_argument("--max_factor_dim", type=int, help="of K-FAC's cases; default: the submissions' own")
+    parser.add_argument("--finished", action="store_true", help="the table of what is in --records; runs nothing")
     args = parser.parse_args(argv)
     if not environment.INSTALLED:
         print(f"error: {environment.REASON}.", file=sys.stderr)
@@ -190,7 +196,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in names:
             for framework in args.frameworks.split(","):
                 for submission in args.submissions.split(","):
-                    if exists(submission, framework):
+                    finished = (records / f"{case_label(name, framework, submission)}.json").exists()
+                    if exists(submission, framework) and (finished or not args.finished):
                         results.append(
                             run_case(name, framework, submission, records, max_factor_dim=args.max_factor_dim)
                         )
