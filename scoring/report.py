@@ -339,7 +339,7 @@ def framework_table(report: Report) -> Table | None:
         cells = [workload, match["submission"], *steps, "–" if np.isnan(ratio) else _two_places(ratio)]
         cells += [text.number(row["best"]) for row in pair]
         table.rows.append([*cells, *(text.number(row["ms_per_step"], 3) for row in pair)])
-    table.note = "Medians over studies. The time of a step in JAX holds the share of the compilation."
+    table.note = "Medians over studies. In JAX the time to target and the time of a step hold the compilation."
     return table if table.rows else None
 
 
