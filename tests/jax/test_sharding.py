@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("devices", [2, 4, 8])
 def test_as_on_one_device(devices: int) -> None:
-    """Twelve steps in a process that sees `devices` devices; each number has its two configurations."""
+    """Twelve steps in a process that sees `devices` devices; each number has its configurations."""
     flags = f"--xla_force_host_platform_device_count={devices}"
     run = subprocess.run(
         [sys.executable, "-m", "tests.jax.sharded"],
