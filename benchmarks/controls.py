@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from algoperf_kfac.config import KFACConfig
-from algoperf_kfac.pytorch import KFAC, NadamW, optimizer, preconditioner
+from algoperf_kfac.pytorch import KFAC, NadamW, preconditioner, refresh
 from algoperf_kfac.pytorch.preconditioner import LayerState
 from submissions.kfac.defaults import DEFAULTS
 from submissions.training_step.batch_sizes import get_batch_size
@@ -75,7 +75,7 @@ def train(workload_name: str, point: dict[str, Any], steps: int, seed: int, cont
         betas = (1 - point["one_minus_beta1"], point["beta2"])
         opt = NadamW(model.parameters(), point["learning_rate"], betas, weight_decay=point["weight_decay"])
     else:
-        preconditioner.set_operators = optimizer.set_operators = control
+        refresh.set_operators = control  # where a refresh looks it up
         opt = KFAC(model, config=KFACConfig(**point))
     queue = workload._build_input_queue(rng, "train", "", get_batch_size(workload_name))
     for step in range(steps):

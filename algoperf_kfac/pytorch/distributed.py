@@ -17,8 +17,9 @@ from torch import Tensor
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.layers import LayerSpec
-from algoperf_kfac.pytorch import preconditioner
-from algoperf_kfac.pytorch.preconditioner import LayerState, Refresh
+from algoperf_kfac.pytorch import refresh as here
+from algoperf_kfac.pytorch.preconditioner import LayerState
+from algoperf_kfac.pytorch.refresh import Refresh
 from algoperf_kfac.pytorch.statistics import Statistics
 
 T = TypeVar("T")
@@ -109,17 +110,17 @@ def refresh(layers: list[tuple[LayerSpec, LayerState]], config: KFACConfig) -> N
     leave most processes without work: an all-gather would pad all of them to the largest.
     """
     if not is_distributed():
-        preconditioner.refresh(layers, config)
+        here.refresh(layers, config)
         return
     owners = assign([cost(spec) for spec, _ in layers], dist.get_world_size())
     mine = [i for i, owner in enumerate(owners) if owner == rank()]
     results = [Refresh() for _ in layers]
-    for i, result in zip(mine, preconditioner.decompose([layers[i][1] for i in mine], config), strict=True):
+    for i, result in zip(mine, here.decompose([layers[i][1] for i in mine], config), strict=True):
         results[i] = result
     _share_outcomes(results, layers[0][1].weight.device)
     _share_matrices(layers, results, owners, config)
     for (_, state), result in zip(layers, results, strict=True):
-        preconditioner.install(state, result, config)
+        here.install(state, result, config)
 
 
 def _share_outcomes(results: list[Refresh], device: torch.device) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +16,10 @@ from algoperf_kfac.layers import Coverage, FallbackSpec, LayerSpec
 from algoperf_kfac.pytorch import distributed
 from algoperf_kfac.pytorch import state as serial
 from algoperf_kfac.pytorch.capture import Capture, MissingStatisticsError, PositionsLike
+from algoperf_kfac.pytorch.directions import Direction, factor_dtype, first_order, second_order
 from algoperf_kfac.pytorch.discovery import RAW, CoveredLayer, discover, spec_of_operation, tied_tables, unwrap
-from algoperf_kfac.pytorch.factors import from_matrix, to_matrix
-from algoperf_kfac.pytorch.nadamw import nadamw_directions, nesterov
 from algoperf_kfac.pytorch.operations import Operation
-from algoperf_kfac.pytorch.preconditioner import LayerState, precondition
+from algoperf_kfac.pytorch.preconditioner import LayerState
 from algoperf_kfac.pytorch.statistics import Scalar, Statistics
 
 
@@ -138,7 +137,7 @@ class KFAC(torch.optim.Optimizer):
 
     def _factor_like(self, weight: Tensor) -> Tensor:
         """An empty tensor on the weight's device, in the factors' dtype: at least float32."""
-        return torch.empty(0, dtype=_factor_dtype(weight), device=weight.device)
+        return torch.empty(0, dtype=factor_dtype(weight), device=weight.device)
 
     def _promote(self, operation: Operation) -> LayerSpec | None:
         """Cover a raw parameter that an operation with a rule reads."""
@@ -361,7 +360,7 @@ class KFAC(torch.optim.Optimizer):
             with torch.enable_grad(), self.capture():
                 loss = closure()
         self._update_statistics()
-        directions = self._first_order()
+        directions = first_order(self.param_groups, self.state, self._without_second_moment())
         self._second_order(directions)
         for group in self.param_groups:
             params = [p for p in group["params"] if id(p) in directions]
@@ -369,113 +368,29 @@ class KFAC(torch.optim.Optimizer):
                 continue
             if group["weight_decay"]:
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            steps = [directions[id(p)][0].to(p.dtype) for p in params]
+            steps = [directions[id(p)].step.to(p.dtype) for p in params]
             torch._foreach_add_(params, steps, alpha=-group["lr"])
         self._steps += 1
         self._captures = 0
         return loss
 
-    def _first_order(self) -> dict[int, list[Tensor]]:
-        """NadamW direction and Nesterov momentum of every parameter with a gradient, by identity."""
-        directions: dict[int, list[Tensor]] = {}
-        plain: set[int] = set()  # without grafting, covered layers need no second moment
-        if not self.config.grafting:
-            for layer in self._layers.values():
-                plain |= {id(layer.weight), id(layer.bias)}
-        for group in self.param_groups:
-            buckets: dict[tuple[int, bool], list[Tensor]] = {}
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["step"] = 0
-                    state["exp_avg"] = torch.zeros_like(p)
-                if "exp_avg_sq" not in state and id(p) not in plain:
-                    state["exp_avg_sq"] = torch.zeros_like(p)
-                state["step"] += 1
-                buckets.setdefault((state["step"], id(p) in plain), []).append(p)
-            beta1, beta2 = group["betas"]
-            for (step, is_plain), params in buckets.items():
-                grads = [p.grad for p in params if p.grad is not None]
-                momenta = [self.state[p]["exp_avg"] for p in params]
-                nesterovs = nesterov(grads, momenta, step=step, beta1=beta1)
-                if is_plain:
-                    adam = nesterovs
-                else:
-                    adam = nadamw_directions(
-                        grads,
-                        nesterovs,
-                        [self.state[p]["exp_avg_sq"] for p in params],
-                        step=step,
-                        beta2=beta2,
-                        eps=group["eps"],
-                    )
-                for p, direction, momentum in zip(params, adam, nesterovs, strict=True):
-                    directions[id(p)] = [direction, momentum]
-        return directions
+    def _without_second_moment(self) -> set[int]:
+        """Identities of the parameters whose NadamW direction nothing needs: covered ones, without grafting."""
+        if self.config.grafting:
+            return set()
+        return {id(p) for layer in self._layers.values() for p in (layer.weight, layer.bias)}
 
-    def _second_order(self, directions: dict[int, list[Tensor]]) -> None:
+    def _second_order(self, directions: dict[int, Direction]) -> None:
         """Replace the directions of covered layers by their K-FAC directions."""
         beta2s = {id(p): group["betas"][1] for group in self.param_groups for p in group["params"]}
-        names: list[str] = []
-        momenta: list[Tensor] = []
-        kfac: list[Tensor] = []
-        for name, layer in self._layers.items():
-            params = [p for p in (layer.weight, layer.bias) if p is not None]
-            if any(p.grad is None for p in params):
-                continue
-            momentum = self._matrix(layer, [directions[id(p)][1] for p in params])
-            gradient = momentum
-            if self.config.scaling == "second_moment":
-                gradient = self._matrix(layer, [p.grad for p in params if p.grad is not None])
-            names.append(name)
-            momenta.append(momentum)
-            beta2 = beta2s[id(layer.weight)]
-            kfac.append(precondition(self._states[name], momentum, gradient, self.config, beta2))
-        if not names:
-            return
-        norms = _norms(kfac)
-        ratios = torch.ones_like(norms)
-        if self.config.grafting:
-            lengths = self._first_order_norms(names, directions)
-            # A layer without gradient (all zero) has no direction of either kind, and is not in need of a stand-in.
-            ratios = torch.where(lengths == 0, lengths, lengths / norms)
-        # Where factors are all but singular a direction may vanish or overflow: the first-order one then stands.
-        usable = ratios.isfinite() & norms.isfinite()
-        self._stand_ins += (~usable).sum()
-        ratios = torch.where(usable, ratios, 1.0)
-        torch._foreach_mul_(kfac, list(ratios.unbind()))
-        if self.is_statistics_step:
+        outcome = second_order(
+            directions, self._layers, self._states, beta2s, self.config, monitor=self.is_statistics_step
+        )
+        self._stand_ins += outcome.stand_ins
+        if self.is_statistics_step and outcome.cosines:
+            self._cosine = outcome.cosines
             if self.config.grafting:
-                self._graft = dict(zip(names, ratios.unbind(), strict=True))
-            dots = [torch.dot(m.flatten(), d.flatten()) for m, d in zip(momenta, kfac, strict=True)]
-            cosines = _stack(dots) / (_norms(momenta) * norms * ratios)
-            self._cosine = dict(zip(names, cosines.unbind(), strict=True))
-        for name, direction, ok in zip(names, kfac, usable.unbind(), strict=True):
-            layer = self._layers[name]
-            for p, step in zip((layer.weight, layer.bias), from_matrix(direction, layer.spec), strict=True):
-                if p is not None and step is not None:
-                    directions[id(p)][0] = torch.where(ok, step, directions[id(p)][0])
-
-    def _matrix(self, layer: CoveredLayer, parts: list[Tensor]) -> Tensor:
-        """A layer's weight and bias parts as one matrix, in the factors' dtype."""
-        parts = [part.to(_factor_dtype(layer.weight)) for part in parts]
-        return to_matrix(parts[0], parts[1] if len(parts) > 1 else None, layer.spec)
-
-    def _first_order_norms(self, names: list[str], directions: dict[int, list[Tensor]]) -> Tensor:
-        """(layers,): the norms of the layers' NadamW directions, weight and bias together."""
-        layers = [self._layers[name] for name in names]
-        weights = _norms([directions[id(layer.weight)][0] for layer in layers])
-        with_bias = [i for i, layer in enumerate(layers) if layer.bias is not None]
-        if not with_bias:
-            return weights
-        biases = _norms([directions[id(layers[i].bias)][0] for i in with_bias]).to(weights.dtype)
-        if len(with_bias) < len(layers):
-            # Spread without an index tensor, which would have to be copied to the device at every step.
-            parts = iter(biases.unbind())
-            biases = torch.stack([weights.new_zeros(()) if la.bias is None else next(parts) for la in layers])
-        return (weights.square() + biases.square()).sqrt()
+                self._graft = outcome.ratios
 
     # Monitoring --------------------------------------------------------------------------------------------
 
@@ -598,22 +513,6 @@ _COPIED = (
     "_seed",
     "_captures",
 )
-
-
-def _norms(tensors: list[Tensor]) -> Tensor:
-    """(tensors,): Frobenius norms in at least float32, whatever the dtype of the tensors."""
-    return _stack(torch._foreach_norm([t if t.dtype.itemsize >= 4 else t.float() for t in tensors]))
-
-
-def _stack(scalars: Sequence[Tensor]) -> Tensor:
-    """Scalars of layers that may differ in dtype and device, as one vector."""
-    wide = any(s.dtype == torch.float64 for s in scalars)
-    dtype = torch.float64 if wide else torch.float32
-    return torch.stack([s.to(device=scalars[0].device, dtype=dtype) for s in scalars])
-
-
-def _factor_dtype(weight: Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def _present(blocks: list[Tensor]) -> Tensor | tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""From the factors A and B to a preconditioned gradient: damping, decomposition, application.
+"""From the factors A and B to a preconditioned gradient: averages, damping, application; `refresh` decomposes.
 
 For a layer's gradient G as a matrix (P_out x P_in), per channel group,
 
@@ -13,7 +13,6 @@ list stands for the identity.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,9 +22,6 @@ from algoperf_kfac.layers import LayerSpec
 
 # Least mean eigenvalue assumed for damping: a channel group whose factor is zero still decomposes with the others.
 MEAN_FLOOR = 1e-15
-
-# Damping of the retries after a failed decomposition, as multiples of the configured one.
-RETRIES = (1.0, 10.0, 100.0)
 
 
 @dataclasses.dataclass
@@ -122,68 +118,6 @@ def damping_terms(
     return pi * damping**0.5, damping**0.5 / pi
 
 
-@dataclasses.dataclass
-class Refresh:
-    """What the refresh of one layer came to; `install` puts it into the layer's state.
-
-    Attributes:
-        a_basis, b_basis, a_values, b_values: as in `LayerState`; empty where the old ones stay.
-        renewed: whether the decomposition succeeded and there are new bases or inverses.
-        skipped: whether the bases were kept because they had not drifted, with new values in them.
-        failures: failed attempts.
-        drift: of the factors in the old basis.
-    """
-
-    a_basis: list[Tensor] = dataclasses.field(default_factory=list)
-    b_basis: list[Tensor] = dataclasses.field(default_factory=list)
-    a_values: list[Tensor] = dataclasses.field(default_factory=list)
-    b_values: list[Tensor] = dataclasses.field(default_factory=list)
-    renewed: bool = False
-    skipped: bool = False
-    failures: int = 0
-    drift: float = 0.0
-
-
-def refresh(layers: list[tuple[LayerSpec, LayerState]], config: KFACConfig) -> None:
-    """Recompute the preconditioners of `layers` from their current statistics, all in this process."""
-    states = [state for _, state in layers]
-    for state, result in zip(states, decompose(states, config), strict=True):
-        install(state, result, config)
-
-
-def decompose(states: list[LayerState], config: KFACConfig) -> list[Refresh]:
-    """The new preconditioners of layers; their states are only read.
-
-    Matrices of equal shape are decomposed in one batched call. What fails is retried in float64 with more
-    damping; what still fails is to keep the last good decomposition. Both are counted. A layer that saw no input
-    or no gradient yet has nothing to decompose, and is asked again at the next refresh.
-    """
-    jobs = []
-    for state in states:
-        a, b = state.corrected()
-        jobs.append(_Job(state, a, b, damping_terms(a, b, config), Refresh(drift=state.drift)))
-    if config.preconditioner == "inverse":
-        _decompose_inverses(jobs, config)
-    else:
-        _decompose_bases(jobs, config)
-    return [job.result for job in jobs]
-
-
-def install(state: LayerState, result: Refresh, config: KFACConfig) -> None:
-    """Put a refresh into its layer's state, which then depends on the old state and on `result` alone."""
-    state.refreshes += result.renewed
-    state.skipped += result.skipped
-    state.failures += result.failures
-    state.drift = result.drift
-    if result.renewed:
-        if state.second_moment is not None and (state.a_basis or state.b_basis):
-            state.second_moment = _transport(state.second_moment, state, result.a_basis, result.b_basis)
-        state.a_basis, state.b_basis = result.a_basis, result.b_basis
-    if result.renewed or result.skipped:
-        state.a_values, state.b_values = result.a_values, result.b_values
-        set_operators(state, config)
-
-
 def set_operators(state: LayerState, config: KFACConfig) -> None:
     """Derive the operators: scaling by eigenvalues is separable, so that U f(b) U^T is formed once per refresh
     and a step costs two products per layer instead of four."""
@@ -197,182 +131,6 @@ def set_operators(state: LayerState, config: KFACConfig) -> None:
             ]
             for bases, values in ((state.a_basis, state.a_values), (state.b_basis, state.b_values))
         )
-
-
-@dataclasses.dataclass
-class _Job:
-    state: LayerState
-    a: list[Tensor]
-    b: list[Tensor]
-    damping: tuple[Tensor, Tensor]
-    result: Refresh
-
-    def is_silent(self) -> Tensor:
-        """Whether a factor is zero altogether, a boolean scalar; NaN is not, it shall fail and be counted."""
-        means = torch.stack([mean_eigenvalue(blocks).amax() for blocks in (self.a, self.b) if blocks])
-        return (means == 0).any()
-
-    def damped(self) -> list[Tensor]:
-        """All blocks of A, then of B, each plus its damping."""
-        return [
-            m + damping[:, None, None] * torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
-            for blocks, damping in zip((self.a, self.b), self.damping, strict=True)
-            for m in blocks
-        ]
-
-
-def _decompose_inverses(jobs: list[_Job], config: KFACConfig) -> None:
-    for job, parts in zip(jobs, _decompose(jobs, _inverse, config), strict=True):
-        if parts is not None:
-            inverses, k = [p[0] for p in parts], len(job.a)
-            job.result.a_basis, job.result.b_basis = inverses[:k], inverses[k:]
-            job.result.renewed = True
-
-
-def _decompose_bases(jobs: list[_Job], config: KFACConfig) -> None:
-    due = []
-    for job, drift in zip(jobs, _drifts(jobs, config), strict=True):
-        if drift is None or not drift <= config.drift_tolerance:
-            due.append(job)
-        else:
-            job.result.a_values = _rotated_diagonals(job.a, job.state.a_basis, job.damping[0])
-            job.result.b_values = _rotated_diagonals(job.b, job.state.b_basis, job.damping[1])
-            job.result.skipped = True
-    for job, parts in zip(due, _decompose(due, _eigh, config), strict=True):
-        if parts is None:
-            continue
-        k, result = len(job.a), job.result
-        # Damping was added before the decomposition, so that rank-deficient factors decompose.
-        floors = [job.damping[0]] * k + [job.damping[1]] * len(job.b)
-        values = [p[0].clamp(min=floor[:, None]) for p, floor in zip(parts, floors, strict=True)]
-        # In memory of their own: slices would keep the whole batch alive, and products of the same numbers at other
-        # addresses round differently, so that a resumed run would drift from the one it continues.
-        bases = [p[1].clone(memory_format=torch.contiguous_format) for p in parts]
-        result.a_values, result.b_values = values[:k], values[k:]
-        result.a_basis, result.b_basis = bases[:k], bases[k:]
-        result.renewed = True
-
-
-def _drifts(jobs: list[_Job], config: KFACConfig) -> list[float | None]:
-    """How far each layer's factors are from diagonal in their old bases; None where there is no basis yet."""
-    if config.drift_tolerance == 0:
-        return [None] * len(jobs)
-    known = [job for job in jobs if job.state.refreshes]
-    if not known:
-        return [None] * len(jobs)
-    shares = []
-    for job in known:
-        worst = []
-        for m, basis in zip([*job.a, *job.b], [*job.state.a_basis, *job.state.b_basis], strict=True):
-            rotated = basis.transpose(1, 2) @ m @ basis
-            off = rotated - torch.diag_embed(rotated.diagonal(dim1=-2, dim2=-1))
-            tiny = torch.finfo(m.dtype).tiny
-            worst.append((off.square().sum() / rotated.square().sum().clamp(min=tiny)).sqrt())
-        shares.append(torch.stack(worst).amax())
-    values = torch.stack(shares).tolist()  # the one synchronisation
-    for job, value in zip(known, values, strict=True):
-        job.result.drift = value
-    return [job.result.drift if job.state.refreshes else None for job in jobs]
-
-
-def _rotated_diagonals(blocks: list[Tensor], bases: list[Tensor], damping: Tensor) -> list[Tensor]:
-    return [
-        (basis * (m @ basis)).sum(1).clamp(min=0) + damping[:, None] for m, basis in zip(blocks, bases, strict=True)
-    ]
-
-
-def _transport(v: Tensor, state: LayerState, a_basis: list[Tensor], b_basis: list[Tensor]) -> Tensor:
-    """The second moment in new bases, its entries taken as uncorrelated in the old ones.
-
-    (Q^T X P)_ij has variance sum_kl Q_ki^2 P_lj^2 var(X_kl) for the rotations Q, P between old and new bases.
-    """
-    b_rotation = [(old.transpose(1, 2) @ new).square() for old, new in zip(state.b_basis, b_basis, strict=True)]
-    a_rotation = [(old.transpose(1, 2) @ new).square() for old, new in zip(state.a_basis, a_basis, strict=True)]
-    return multiply(b_rotation, v, a_rotation, transpose_left=True)
-
-
-Decomposition = Callable[[Tensor], tuple[tuple[Tensor, ...], Tensor]]
-
-
-def _inverse(matrices: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Batched inverse of positive definite matrices, and which of them succeeded."""
-    root, info = torch.linalg.cholesky_ex(matrices)
-    # A failed root is replaced, so that the others of the batch still get their inverse.
-    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-    root = torch.where((info == 0)[:, None, None], root, eye)
-    inverse = torch.cholesky_inverse(root)
-    return (inverse,), (info == 0) & inverse.isfinite().all(-1).all(-1)
-
-
-def _eigh(matrices: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Batched eigendecomposition, and which of the matrices succeeded."""
-    finite = matrices.isfinite().all(-1).all(-1)
-    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-    values, vectors = torch.linalg.eigh(torch.where(finite[:, None, None], matrices, eye))
-    ok = finite & values.isfinite().all(-1) & vectors.isfinite().all(-1).all(-1)
-    return (values, vectors), ok
-
-
-def _attempt(decompose: Decomposition, matrices: Tensor) -> tuple[tuple[Tensor, ...], Tensor] | None:
-    try:
-        return decompose(matrices)
-    except torch.linalg.LinAlgError:  # one bad matrix fails a whole batch
-        return None
-
-
-def _decompose(
-    jobs: list[_Job], decompose: Decomposition, config: KFACConfig
-) -> list[list[tuple[Tensor, ...]] | None]:
-    """Decompose every damped block of every layer, equal shapes in one batch; None for a layer that failed, or has
-    a factor that is zero."""
-    if not jobs:
-        return []
-    blocks = [job.damped() for job in jobs]
-    by_shape: dict[tuple[int, torch.dtype, torch.device], list[tuple[int, int]]] = {}
-    for i, layer in enumerate(blocks):
-        for k, m in enumerate(layer):
-            by_shape.setdefault((m.shape[-1], m.dtype, m.device), []).append((i, k))
-    results: dict[tuple[int, int], tuple[Tensor, ...]] = {}
-    verdicts: list[tuple[list[tuple[int, int]], Tensor]] = []
-    failed: set[int] = set()
-    for places in by_shape.values():
-        batch = torch.cat([blocks[i][k] for i, k in places])
-        attempt = _attempt(decompose, batch)
-        if attempt is None:
-            failed.update(i for i, _ in places)
-            continue
-        parts, ok = attempt
-        sizes = [len(blocks[i][k]) for i, k in places]
-        for place, part in zip(places, zip(*(p.split(sizes) for p in parts), strict=True), strict=True):
-            results[place] = part
-        verdicts.append((places, torch.stack([chunk.all() for chunk in ok.split(sizes)])))
-    silent = torch.stack([job.is_silent() for job in jobs])
-    flags = torch.cat([silent, *(ok for _, ok in verdicts)]).tolist()  # the one synchronisation
-    places_in_order = [place for places, _ in verdicts for place in places]
-    failed |= {i for (i, _), ok in zip(places_in_order, flags[len(jobs) :], strict=True) if not ok}
-
-    def outcome(i: int) -> list[tuple[Tensor, ...]] | None:
-        if flags[i]:
-            return None
-        return _retry(jobs[i], decompose, config) if i in failed else [results[i, k] for k in range(len(blocks[i]))]
-
-    return [outcome(i) for i in range(len(jobs))]
-
-
-def _retry(job: _Job, decompose: Decomposition, config: KFACConfig) -> list[tuple[Tensor, ...]] | None:
-    """One layer alone, in float64, with growing damping; None if nothing helps."""
-    job.result.failures += 1
-    a, b = [m.double() for m in job.a], [m.double() for m in job.b]
-    doubles = dataclasses.replace(job, a=a, b=b)
-    dtype = (job.a or job.b)[0].dtype
-    for multiple in RETRIES:
-        doubles.damping = damping_terms(doubles.a, doubles.b, config, multiple)
-        attempts = [_attempt(decompose, m) for m in doubles.damped()]
-        if all(attempt is not None and bool(attempt[1].all()) for attempt in attempts):
-            job.damping = (doubles.damping[0].to(dtype), doubles.damping[1].to(dtype))
-            return [tuple(p.to(dtype) for p in attempt[0]) for attempt in attempts if attempt is not None]
-        job.result.failures += 1
-    return None
 
 
 def multiply(

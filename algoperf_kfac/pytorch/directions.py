@@ -1,0 +1,179 @@
+"""The directions of one step: NadamW's for every parameter, K-FAC's in place of it for covered layers.
+
+Nothing here waits for the device: whether a K-FAC direction is usable is selected on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from algoperf_kfac.config import KFACConfig
+from algoperf_kfac.pytorch.discovery import CoveredLayer
+from algoperf_kfac.pytorch.factors import from_matrix, to_matrix
+from algoperf_kfac.pytorch.nadamw import nadamw_directions, nesterov
+from algoperf_kfac.pytorch.preconditioner import LayerState, precondition
+
+
+@dataclasses.dataclass
+class Direction:
+    """Of one parameter.
+
+    Attributes:
+        step: what is subtracted, times the learning rate; shape of the parameter.
+        momentum: the bias-corrected Nesterov momentum, which K-FAC preconditions; shape of the parameter.
+    """
+
+    step: Tensor
+    momentum: Tensor
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What `second_order` did, as scalar tensors.
+
+    Attributes:
+        stand_ins: K-FAC directions that vanished or overflowed, so that the first-order ones stand.
+        ratios: by layer, what its K-FAC direction was multiplied by.
+        cosines: by layer, between K-FAC direction and momentum; empty unless monitored.
+    """
+
+    stand_ins: Tensor | int = 0
+    ratios: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    cosines: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+
+def factor_dtype(weight: Tensor) -> torch.dtype:
+    """What a layer's factors and its preconditioned direction are computed in: at least float32."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def first_order(
+    groups: Iterable[Mapping[str, Any]], states: Mapping[Tensor, dict[str, Any]], plain: Set[int]
+) -> dict[int, Direction]:
+    """NadamW's direction of every parameter with a gradient, by the parameter's identity.
+
+    Args:
+        groups: parameter groups with "params", "betas" and "eps".
+        states: by parameter: step, exp_avg and exp_avg_sq, made where they are missing and updated.
+        plain: identities of parameters whose direction is the momentum, without a second moment.
+    """
+    directions: dict[int, Direction] = {}
+    for group in groups:
+        buckets: dict[tuple[int, bool], list[Tensor]] = {}
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = states[p]
+            if not state:
+                state["step"] = 0
+                state["exp_avg"] = torch.zeros_like(p)
+            if "exp_avg_sq" not in state and id(p) not in plain:
+                state["exp_avg_sq"] = torch.zeros_like(p)
+            state["step"] += 1
+            buckets.setdefault((state["step"], id(p) in plain), []).append(p)
+        beta1, beta2 = group["betas"]
+        for (step, is_plain), params in buckets.items():
+            grads = [p.grad for p in params if p.grad is not None]
+            momenta = nesterov(grads, [states[p]["exp_avg"] for p in params], step=step, beta1=beta1)
+            steps = momenta
+            if not is_plain:
+                second_moments = [states[p]["exp_avg_sq"] for p in params]
+                steps = nadamw_directions(grads, momenta, second_moments, step=step, beta2=beta2, eps=group["eps"])
+            directions |= {id(p): Direction(*pair) for p, *pair in zip(params, steps, momenta, strict=True)}
+    return directions
+
+
+def second_order(
+    directions: Mapping[int, Direction],
+    layers: Mapping[str, CoveredLayer],
+    states: Mapping[str, LayerState],
+    beta2s: Mapping[int, float],
+    config: KFACConfig,
+    *,
+    monitor: bool,
+) -> Outcome:
+    """Replace the steps of covered layers whose parameters all have gradients by their K-FAC directions.
+
+    Args:
+        directions: of `first_order`; the steps of covered layers are replaced.
+        layers: by name.
+        states: by name; second moments in them are updated.
+        beta2s: by identity of the weight.
+        config: the configuration.
+        monitor: whether to compute cosines.
+    """
+    names: list[str] = []
+    momenta: list[Tensor] = []
+    kfac: list[Tensor] = []
+    for name, layer in layers.items():
+        params = [p for p in (layer.weight, layer.bias) if p is not None]
+        if any(p.grad is None for p in params):
+            continue
+        momentum = _matrix(layer, [directions[id(p)].momentum for p in params])
+        gradient = momentum
+        if config.scaling == "second_moment":
+            gradient = _matrix(layer, [p.grad for p in params if p.grad is not None])
+        names.append(name)
+        momenta.append(momentum)
+        kfac.append(precondition(states[name], momentum, gradient, config, beta2s[id(layer.weight)]))
+    if not names:
+        return Outcome()
+    norms = _norms(kfac)
+    ratios = torch.ones_like(norms)
+    if config.grafting:
+        lengths = _first_order_norms([layers[name] for name in names], directions)
+        # A layer without gradient (all zero) has no direction of either kind, and is not in need of a stand-in.
+        ratios = torch.where(lengths == 0, lengths, lengths / norms)
+    # Where factors are all but singular a direction may vanish or overflow: the first-order one then stands.
+    usable = ratios.isfinite() & norms.isfinite()
+    ratios = torch.where(usable, ratios, 1.0)
+    torch._foreach_mul_(kfac, list(ratios.unbind()))
+    outcome = Outcome((~usable).sum(), dict(zip(names, ratios.unbind(), strict=True)))
+    if monitor:
+        dots = [torch.dot(m.flatten(), d.flatten()) for m, d in zip(momenta, kfac, strict=True)]
+        cosines = _stack(dots) / (_norms(momenta) * norms * ratios)
+        outcome.cosines = dict(zip(names, cosines.unbind(), strict=True))
+    for name, direction, ok in zip(names, kfac, usable.unbind(), strict=True):
+        layer = layers[name]
+        for p, step in zip((layer.weight, layer.bias), from_matrix(direction, layer.spec), strict=True):
+            if p is not None and step is not None:
+                first = directions[id(p)]
+                first.step = torch.where(ok, step, first.step)
+    return outcome
+
+
+def _matrix(layer: CoveredLayer, parts: list[Tensor]) -> Tensor:
+    """A layer's weight and bias parts as one matrix, in the factors' dtype."""
+    parts = [part.to(factor_dtype(layer.weight)) for part in parts]
+    return to_matrix(parts[0], parts[1] if len(parts) > 1 else None, layer.spec)
+
+
+def _first_order_norms(layers: Sequence[CoveredLayer], directions: Mapping[int, Direction]) -> Tensor:
+    """(layers,): the norms of the layers' NadamW directions, weight and bias together."""
+    weights = _norms([directions[id(layer.weight)].step for layer in layers])
+    with_bias = [layer.bias for layer in layers if layer.bias is not None]
+    if not with_bias:
+        return weights
+    biases = _norms([directions[id(bias)].step for bias in with_bias]).to(weights.dtype)
+    if len(with_bias) < len(layers):
+        # Spread without an index tensor, which would have to be copied to the device at every step.
+        parts = iter(biases.unbind())
+        biases = torch.stack([weights.new_zeros(()) if la.bias is None else next(parts) for la in layers])
+    return (weights.square() + biases.square()).sqrt()
+
+
+def _norms(tensors: list[Tensor]) -> Tensor:
+    """(tensors,): Frobenius norms in at least float32, whatever the dtype of the tensors."""
+    return _stack(torch._foreach_norm([t if t.dtype.itemsize >= 4 else t.float() for t in tensors]))
+
+
+def _stack(scalars: Sequence[Tensor]) -> Tensor:
+    """Scalars of layers that may differ in dtype and device, as one vector."""
+    wide = any(s.dtype == torch.float64 for s in scalars)
+    dtype = torch.float64 if wide else torch.float32
+    return torch.stack([s.to(device=scalars[0].device, dtype=dtype) for s in scalars])
