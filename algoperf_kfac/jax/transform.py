@@ -337,14 +337,16 @@ def factors(state: Any, layers: Layers, *, reduction: str = "sum") -> dict[str, 
         reduction: "sum" or "mean".
 
     Raises:
-        RuntimeError: before the first statistics step.
+        RuntimeError: before the first statistics step; inside a transformation all factors are zero then.
         ValueError: for an unknown reduction, or a state without K-FAC.
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction={reduction!r}: allowed is 'sum' or 'mean'")
     pairs = {}
     states = layer_states(find_state(state).stacks, layers)
-    if states and not any(float(layer.weight) for layer in states.values()):
+    weights = [layer.weight for layer in states.values()]
+    known = not any(isinstance(weight, jax.core.Tracer) for weight in weights)
+    if states and known and not any(float(weight) for weight in weights):
         raise RuntimeError("no layer has statistics yet: make a statistics step first")
     for name, covered in layers.covered.items():
         layer = states[name]

@@ -50,7 +50,7 @@ def applier(module: Any) -> Callable[..., Any]:
 
 
 def observe(optimizer: KFAC, params: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, FactorPair]]:
-    """The gradient and the factors of one batch; without the refresh of a whole step, which takes long to compile.
+    """The gradient and the factors of one batch, compiled as one; without the refresh of a whole step.
 
     Args:
         optimizer: with the arguments of `args`.
@@ -61,12 +61,11 @@ def observe(optimizer: KFAC, params: Any, *args: Any, **kwargs: Any) -> tuple[An
 
     def step(params: Any, args: Sequence[Any], kwargs: Any) -> Any:
         _, gradient, statistics = optimizer.value_grad_and_statistics(params, *args, **kwargs)
-        return gradient, statistics
+        state = find_state(optimizer.init(params))
+        stacks = move_averages(state.stacks, statistics, optimizer.layers, optimizer.config)
+        return gradient, optimizer.factors(state._replace(stacks=stacks))
 
-    gradient, statistics = jax.jit(step)(params, args, kwargs)
-    state = find_state(optimizer.init(params))
-    stacks = move_averages(state.stacks, statistics, optimizer.layers, optimizer.config)
-    return gradient, optimizer.factors(state._replace(stacks=stacks))
+    return jax.jit(step)(params, args, kwargs)
 
 
 def factors(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import importlib
 import json
 import resource
@@ -21,91 +20,28 @@ import time
 import warnings
 from collections import namedtuple
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from tests.official import batches, environment
-
-SUBMISSIONS = ("nadamw", "kfac_expand", "kfac_reduce")
-STEPS = 5
-RESUME_AT = 2
-INTERVAL = 3  # statistics and refresh at steps 0 and 3
-# Where G^T A is compared with the gradient. Not at step 0: while a head or the last scale of each residual block is
-# still zero, as in imagenet_vit and the ResNets, most layers have no gradient, and any capture would do.
-CHECK_AT = INTERVAL
-# No warm-up: the official horizons are so long that five steps of one would not move. No clipping: the gradient is
-# compared with the captured one. Everything else is the submission's own point.
-POINT = {"learning_rate": 1e-4, "warmup_factor": 0.0, "horizon_factor": 1.0, "grad_clip": None}
-KFAC_POINT = {"factor_interval": INTERVAL, "refresh_interval": INTERVAL, "initial_statistics": 1}
-
-
-# AlgoPerf's runner compiles it, but at torch 2.13 inductor cannot on a CPU, whatever the submission and the image
-# size ("cannot determine truth value of Relational").
-NOT_COMPILED = ("fastmri",)
-
-
-@dataclasses.dataclass
-class Record:
-    """What a case found.
-
-    Attributes:
-      data_parallel: the PyTorch model was wrapped in DataParallel.
-      max_factor_dim: K-FAC's, where it was not the submission's own.
-      losses: of the repeated batch in training mode, one for each step, before its update; and, last, after all
-        steps in evaluation mode, where batch normalisation makes it another quantity.
-      seconds: of a "plain" step (the fastest), the "first_plain" one (with compilation), a "statistics" step (the
-        fastest, with the refresh), its eigendecompositions alone ("decompositions"), an "evaluation", a
-        "checkpoint".
-      covered, parameters: of the model.
-      layers: that K-FAC covers.
-      fallbacks: parameters it does not cover, with the reason.
-      uncovered_later: layers that were declared and then moved to the fallback, with the reason (in JAX none can:
-        all of them are known before the first step).
-      counters: the optimizer's own, after the last step.
-      gradient_errors, rounding_bounds: layer -> error of G^T A against its gradient at step `CHECK_AT`, and how
-        large float32 alone may make it, see `gradient_check` and `gradient_check_jax`.
-      compiled: the model was compiled by the runner.
-      unoptimized: JAX compiled its programs with JAX_DISABLE_MOST_OPTIMIZATIONS: quickly, for slow steps.
-      resumed: the resumed run began at the checkpoint's step and ended in the same bits.
-      restore_error: what AlgoPerf's own restore raised, if it did.
-      peak_rss_mb: of the whole process.
-      total_seconds: of the whole process but its imports.
-    """
-
-    workload: str
-    framework: str
-    submission: str
-    data_parallel: bool
-    max_factor_dim: int | None = None
-    steps: int = STEPS
-    losses: list[float] = dataclasses.field(default_factory=list)
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    covered: int = 0
-    parameters: int = 0
-    layers: list[str] = dataclasses.field(default_factory=list)
-    fallbacks: dict[str, str] = dataclasses.field(default_factory=dict)
-    uncovered_later: dict[str, str] = dataclasses.field(default_factory=dict)
-    counters: dict[str, float] = dataclasses.field(default_factory=dict)
-    gradient_errors: dict[str, float] = dataclasses.field(default_factory=dict)
-    rounding_bounds: dict[str, float] = dataclasses.field(default_factory=dict)
-    compiled: bool = False
-    unoptimized: bool = False
-    resumed: bool = False
-    restore_error: str | None = None
-    warnings: list[str] = dataclasses.field(default_factory=list)
-    peak_rss_mb: float = 0.0
-    total_seconds: float = 0.0
+from tests.official.digest import digest
+from tests.official.record import (
+    INTERVAL,
+    KFAC_POINT,
+    NOT_COMPILED,
+    POINT,
+    RESUME_AT,
+    STEPS,
+    SUBMISSIONS,
+    Record,
+    exists,
+)
+from tests.official.watchers import WATCHERS
 
 
 def submission_module(submission: str, framework: str) -> str:
     """The module AlgoPerf's runner would import."""
     return f"submissions.{submission}.{framework}.submission"
-
-
-def exists(submission: str, framework: str) -> bool:
-    """Whether the repository has that submission for that framework."""
-    return (Path("submissions") / submission / framework / "submission.py").exists()
 
 
 def run(
@@ -236,7 +172,7 @@ class _Case:
 
     def step(self, workload: Any, kwargs: dict[str, Any]) -> Any:
         """One observed step."""
-        watcher = _WATCHERS[self.framework](self.record, workload, kwargs)
+        watcher = WATCHERS[self.framework](self.record, workload, kwargs)
         start = time.perf_counter()
         with watcher:
             result = self.module.update_params(**kwargs)
@@ -264,10 +200,7 @@ class _Case:
 
             # Plain dictionaries, as a restored state is one until the submission has built its own types again.
             trees = [serialization.to_state_dict(tree) for tree in (params, state[0], content["model_state"])]
-        hasher = hashlib.sha256()
-        for tree in trees:
-            _feed(hasher, tree)
-        return hasher.hexdigest()
+        return digest(*trees)
 
     def restore_jax(self, restore: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """AlgoPerf's restore where it works; else what it does up to the point where it fails, and then goes on.
@@ -309,38 +242,6 @@ class _Case:
         return restored, saved["model_params"], saved["model_state"], state, [], step, 1
 
 
-def _feed(hasher: Any, tree: Any) -> None:
-    """Everything in a tree of containers, tensors, arrays and plain values.
-
-    None counts as an empty dictionary: flax gives back one for the other (the model state of imagenet_vit).
-    """
-    if tree is None:
-        return
-    if isinstance(tree, dict):
-        for key in sorted(tree, key=str):
-            hasher.update(str(key).encode())
-            _feed(hasher, tree[key])
-    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        for field in dataclasses.fields(tree):
-            hasher.update(field.name.encode())
-            _feed(hasher, getattr(tree, field.name))
-    elif isinstance(tree, (list, tuple)):
-        for item in tree:
-            _feed(hasher, item)
-    elif hasattr(tree, "detach"):
-        import torch
-
-        hasher.update(str((tree.dtype, tuple(tree.shape))).encode())
-        hasher.update(tree.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    elif hasattr(tree, "shape"):
-        import numpy as np
-
-        array = np.ascontiguousarray(tree)
-        hasher.update(str((str(array.dtype), array.shape)).encode() + array.tobytes())
-    else:
-        hasher.update(repr(tree).encode())
-
-
 def _cache_programs(folder: str) -> bool:
     """The resumed run takes the whole one's compiled programs; compiling is most of a case's time.
 
@@ -352,143 +253,6 @@ def _cache_programs(folder: str) -> bool:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return bool(jax.config.values["jax_disable_most_optimizations"])
-
-
-class _PyTorchWatcher:
-    """Loss, coverage, refresh time and captured gradients of one step in PyTorch."""
-
-    def __init__(self, record: Record, workload: Any, kwargs: dict[str, Any]) -> None:
-        self.record = record
-        self.workload = workload
-        self.step = kwargs["global_step"]
-        self.model = kwargs["current_param_container"]
-        self.optimizer = kwargs["optimizer_state"]["optimizer"]
-        self.decompositions = 0.0
-        self.captured: Any = None
-        if self.step == 0:
-            record.compiled = hasattr(self.model, "_orig_mod")
-            record.parameters = sum(p.numel() for p in self.model.parameters())
-        if hasattr(self.optimizer, "coverage"):
-            self.declared = {layer.name for layer in self.optimizer.coverage().layers}
-
-    def __enter__(self) -> _PyTorchWatcher:
-        import contextlib
-
-        self.stack = contextlib.ExitStack()
-        if self.step == CHECK_AT and hasattr(self.optimizer, "coverage"):
-            from tests.official.gradient_check import CapturedGradients
-
-            self.captured = CapturedGradients()
-            self.stack.enter_context(self.captured.listening())
-        self._time_decompositions()
-        return self
-
-    def _time_decompositions(self) -> None:
-        """Sums up the eigendecompositions of the step."""
-        import torch
-
-        original = torch.linalg.eigh
-        self.decompositions = 0.0
-
-        def eigh(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return original(*args, **kwargs)
-            finally:
-                self.decompositions += time.perf_counter() - start
-
-        self.stack.enter_context(mock.patch.object(torch.linalg, "eigh", eigh))
-
-    def __exit__(self, *args: Any) -> None:
-        self.stack.close()
-
-    def wait(self, result: Any) -> None:
-        """The CPU has nothing in flight."""
-
-    def after(self, result: Any) -> None:
-        from tests.official import one_batch
-
-        record = self.record
-        record.losses.append(one_batch.mean_loss(self.workload, self.workload.logits))
-        if not hasattr(self.optimizer, "coverage"):
-            return
-        coverage = self.optimizer.coverage()
-        record.covered = coverage.num_covered
-        record.layers = [layer.name for layer in coverage.layers]
-        record.fallbacks = {f.name: f.reason for f in coverage.fallbacks}
-        lost = self.declared - set(record.layers)
-        weights = {name: reason for name, reason in record.fallbacks.items() if name.rpartition(".")[0] in lost}
-        record.uncovered_later |= weights
-        record.counters = self.optimizer.metrics()
-        if self.captured is not None:
-            model = getattr(self.model, "_orig_mod", self.model)
-            model = getattr(model, "module", model)
-            record.gradient_errors, record.rounding_bounds = self.captured.errors(model)
-
-
-class _JaxWatcher:
-    """Loss, coverage and captured gradients of one step in JAX."""
-
-    def __init__(self, record: Record, workload: Any, kwargs: dict[str, Any]) -> None:
-        import jax
-
-        self.record = record
-        self.workload = workload
-        self.kwargs = kwargs
-        self.step = kwargs["global_step"]
-        self.decompositions = 0.0
-        self.before = len(workload.losses)
-        self.params: Any = None
-        if self.step == 0:
-            sizes = [leaf.size for leaf in jax.tree.leaves(kwargs["current_param_container"])]
-            record.parameters = sum(sizes)
-        if self.step == CHECK_AT and record.submission.startswith("kfac"):
-            # The step donates the arrays it is given; what it captures is looked at after it.
-            self.params = jax.tree.map(lambda leaf: leaf.copy(), kwargs["current_param_container"])
-            self.model_state = jax.tree.map(lambda leaf: leaf.copy(), kwargs["model_state"])
-
-    def __enter__(self) -> _JaxWatcher:
-        return self
-
-    def __exit__(self, *args: Any) -> None:
-        pass
-
-    def wait(self, result: Any) -> None:
-        import jax
-
-        jax.block_until_ready((result[0][0], result[1]))
-        jax.effects_barrier()
-
-    def after(self, result: Any) -> None:
-        record = self.record
-        record.losses.append(self.workload.losses[self.before])
-        if not record.submission.startswith("kfac"):
-            return
-        from algoperf_kfac.jax import metrics
-
-        state, training = result[0]
-        coverage = training.layers.coverage()
-        record.covered = coverage.num_covered
-        if record.layers and record.layers != [layer.name for layer in coverage.layers]:
-            raise RuntimeError("the covered layers changed between two steps")  # the state holds those of the first
-        record.layers = [layer.name for layer in coverage.layers]
-        record.fallbacks = {f.name: f.reason for f in coverage.fallbacks}
-        record.counters = metrics(state, training.layers)
-        if self.params is not None:
-            self._check_gradients(state, training)
-
-    def _check_gradients(self, state: Any, training: Any) -> None:
-        import submissions.kfac.jax
-        from tests.official import gradient_check_jax
-
-        kwargs = self.kwargs
-        self.workload.watch = False  # its loss was the training step's own
-        self.record.gradient_errors, self.record.rounding_bounds = gradient_check_jax.errors(
-            submissions.kfac.jax, training, self.params, state, self.model_state, kwargs["batch"], kwargs["rng"]
-        )
-
-
-_WATCHERS: dict[str, Any] = {"pytorch": _PyTorchWatcher, "jax": _JaxWatcher}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.official import batches, environment
-from tests.official.case import POINT, STEPS, SUBMISSIONS, Record, exists
+from tests.official.record import POINT, STEPS, SUBMISSIONS, Record, exists
 from tests.official.variants import VARIANTS
 
 BEGIN = "<!-- begin: python -m tests.official.table -->"

@@ -11,7 +11,7 @@ import math
 import pytest
 
 from tests.official import batches, environment
-from tests.official.case import POINT, STEPS, SUBMISSIONS, Record, exists
+from tests.official.record import POINT, STEPS, SUBMISSIONS, Record, exists
 from tests.official.table import Failure, run_case
 from tests.official.variants import VARIANTS
 
