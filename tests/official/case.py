@@ -76,6 +76,9 @@ class _Case:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             if self.framework == "jax":
+                import jax
+
+                self.record.devices = jax.device_count()
                 self.record.unoptimized = _cache_programs(folder)
             whole = self.train(folder, watch=True)
             self.runner.flags.FLAGS.resume_last_run = True

@@ -33,6 +33,7 @@ class Record:
     Attributes:
       data_parallel: the PyTorch model was wrapped in DataParallel.
       max_factor_dim: K-FAC's, where it was not the submission's own.
+      devices: that JAX saw and split the batch over.
       losses: of the repeated batch in training mode, one for each step, before its update; and, last, after all
         steps in evaluation mode, where batch normalisation makes it another quantity.
       seconds: of a "plain" step (the fastest), the "first_plain" one (with compilation), a "statistics" step (the
@@ -59,6 +60,7 @@ class Record:
     submission: str
     data_parallel: bool
     max_factor_dim: int | None = None
+    devices: int = 1
     steps: int = STEPS
     losses: list[float] = dataclasses.field(default_factory=list)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)

@@ -41,9 +41,12 @@ class Failure:
     reason: str
 
 
-def case_label(workload: str, framework: str, submission: str, data_parallel: bool = False) -> str:
+def case_label(
+    workload: str, framework: str, submission: str, data_parallel: bool = False, devices: int = 1
+) -> str:
     """The name of a case's record."""
-    return f"{workload}-{framework}-{submission}" + ("-data_parallel" if data_parallel else "")
+    label = f"{workload}-{framework}-{submission}" + ("-data_parallel" if data_parallel else "")
+    return label + (f"-{devices}_devices" if devices > 1 else "")
 
 
 def run_case(
@@ -53,9 +56,10 @@ def run_case(
     records: Path | None = None,
     data_parallel: bool = False,
     max_factor_dim: int | None = None,
+    devices: int = 1,
 ) -> Record | Failure:
     """One case in a process of its own, or its record from an earlier run."""
-    label = case_label(workload, framework, submission, data_parallel)
+    label = case_label(workload, framework, submission, data_parallel, devices)
     kept = None if records is None else records / f"{label}.json"
     if kept is not None and kept.exists():
         return Record(**json.loads(kept.read_text()))
@@ -64,6 +68,8 @@ def run_case(
     command += ["--data_parallel"] if data_parallel else []
     command += [f"--max_factor_dim={max_factor_dim}"] if max_factor_dim is not None else []
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    if devices > 1:
+        environ["JAX_NUM_CPU_DEVICES"] = str(devices)
     # A checkout is enough; the working directory is its root.
     root = Path(__file__).resolve().parents[2]
     try:
