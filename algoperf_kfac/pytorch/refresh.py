@@ -197,7 +197,15 @@ def _eigh(matrices: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
     """Batched eigendecomposition, and which of the matrices succeeded."""
     finite = matrices.isfinite().all(-1).all(-1)
     eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-    values, vectors = torch.linalg.eigh(torch.where(finite[:, None, None], matrices, eye))
+    matrices = torch.where(finite[:, None, None], matrices, eye)
+    try:
+        values, vectors = torch.linalg.eigh(matrices)
+    except RuntimeError as error:
+        # On a CPU some releases, 2.5 for one, give LAPACK too small a workspace for more than 2894 rows in float32,
+        # whose size float32 rounds down (pytorch/pytorch#83818).
+        if "illegal value" not in str(error) or matrices.dtype == torch.float64:
+            raise
+        values, vectors = (part.to(matrices.dtype) for part in torch.linalg.eigh(matrices.double()))
     ok = finite & values.isfinite().all(-1) & vectors.isfinite().all(-1).all(-1)
     return (values, vectors), ok
 

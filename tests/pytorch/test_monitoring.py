@@ -212,6 +212,33 @@ def test_a_failure_keeps_the_last_good_decomposition(
     assert_finite(model, optimizer)
 
 
+def test_too_small_a_workspace_in_float32_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch 2.5 does above 2894 rows on a CPU; any other error of the library passes through."""
+    original = torch.linalg.eigh
+    message = "false INTERNAL ASSERT FAILED: linalg.eigh: Argument 8 has illegal value."
+
+    def eigh(m: Tensor) -> Any:
+        if m.dtype == torch.float32:
+            raise RuntimeError(message)
+        return original(m)
+
+    models = [mlp(5, 4, 3) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [KFAC(model, factor_interval=1, refresh_interval=1) for model in models]
+    batch = vectors()
+    train(models[0], optimizers[0], [batch])
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    train(models[1], optimizers[1], [batch])
+    assert optimizers[1].metrics()["refreshes"] == 2
+    assert optimizers[1].metrics()["failures"] == 0
+    for ours, theirs in zip(models[1].parameters(), models[0].parameters(), strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    message = "CUDA error: an illegal memory access was encountered"
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        train(models[1], optimizers[1], [batch])
+
+
 @pytest.mark.parametrize(("preconditioner", "fail"), FAILURES)
 def test_before_the_first_success_the_momentum_is_the_direction(
     preconditioner: str, fail: Any, monkeypatch: pytest.MonkeyPatch
