@@ -284,7 +284,7 @@ def _second_order(
 
         momentum, first_order = matrices(momentum_leaves), matrices(leaves)
         direction, state = precondition(states[key], momentum, matrices(gradient_leaves))
-        norm = _norms(direction)
+        norm = _long_norms(direction)
         ratio = jnp.ones_like(norm)
         if config.grafting:
             length = _norms(first_order)
@@ -309,6 +309,16 @@ def _second_order(
 def _norms(matrices: Array) -> Array:
     """(layers,): Frobenius norms of (layers, groups, P_out, P_in)."""
     return jnp.sqrt(jnp.square(matrices).sum((1, 2, 3)))
+
+
+def _long_norms(matrices: Array) -> Array:
+    """As `_norms`, of matrices so long that the squares of their entries may overflow in float32.
+
+    They are: reduce's B of a layer before an instance norm, whose output gradients sum to zero, is rounding alone.
+    """
+    largest = jnp.abs(matrices).max((1, 2, 3), keepdims=True)
+    largest = jnp.maximum(largest, jnp.finfo(matrices.dtype).tiny)
+    return largest[:, 0, 0, 0] * _norms(matrices / largest)
 
 
 def find_state(state: Any) -> KFACState:

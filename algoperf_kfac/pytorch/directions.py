@@ -123,7 +123,7 @@ def second_order(
         kfac.append(precondition(states[name], momentum, gradient, config, beta2s[id(layer.weight)]))
     if not names:
         return Outcome()
-    norms = _norms(kfac)
+    norms = _long_norms(kfac)
     ratios = torch.ones_like(norms)
     if config.grafting:
         lengths = _first_order_norms([layers[name] for name in names], directions)
@@ -170,6 +170,15 @@ def _first_order_norms(layers: Sequence[CoveredLayer], directions: Mapping[int, 
 def _norms(tensors: list[Tensor]) -> Tensor:
     """(tensors,): Frobenius norms in at least float32, whatever the dtype of the tensors."""
     return _stack(torch._foreach_norm([t if t.dtype.itemsize >= 4 else t.float() for t in tensors]))
+
+
+def _long_norms(tensors: list[Tensor]) -> Tensor:
+    """(tensors,): as `_norms`, of tensors so long that the squares of their entries may overflow in float32.
+
+    They are: reduce's B of a layer before an instance norm, whose output gradients sum to zero, is rounding alone.
+    """
+    norms = _stack(torch._foreach_norm(tensors, dtype=torch.float64))
+    return norms if any(t.dtype == torch.float64 for t in tensors) else norms.float()
 
 
 def _stack(scalars: Sequence[Tensor]) -> Tensor:

@@ -398,3 +398,32 @@ def test_averages_are_corrected() -> None:
     mean = ours.factors(state, reduction="mean")
     for name in once:
         assert_equal((mean[name].A, mean[name].B * len(x)), twice[name])
+
+
+@pytest.mark.single
+def test_a_direction_whose_squares_overflow_is_scaled_and_kept() -> None:
+    """As in PyTorch: factors of reduce that all but cancel, with a gradient that does not."""
+    rng = np.random.default_rng(0)
+    almost = np.float32(-1 - 2 * np.finfo(np.float32).eps)
+    x, weights = (rng.standard_normal((16, size)).astype(np.float32) for size in (8, 6))
+    x, weights = (np.stack([rows, almost * rows], 1) for rows in (x, np.float32(1e-2) * weights))
+
+    def loss_fn(f: Array, x: Array) -> Array:
+        return (f * weights).sum() / 16
+
+    params = {"w": jnp.ones((8, 6), jnp.float32)}
+    ours = KFAC(
+        lambda p, x: x @ p["w"], loss_fn, params, jnp.asarray(x),
+        approximation="reduce", scaling="inverse", learning_rate=1e-3, eps=1e-12,
+    )  # fmt: skip
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        _, gradient, statistics = ours.value_grad_and_statistics(params, jnp.asarray(x))
+        return ours.update(gradient, state, params, statistics=statistics)
+
+    updates, state = step(params, ours.init(params))
+    metrics = ours.metrics(state)
+    assert metrics["stand_ins"] == 0
+    assert 0 < metrics["w/graft_ratio"] < 1e-20
+    assert 1e-3 * 48**0.5 < float(jnp.linalg.norm(updates["w"])) < 2e-3 * 48**0.5

@@ -185,3 +185,26 @@ def test_one_layer_that_overflows_does_not_stop_the_others() -> None:
     metrics = optimizer.metrics()
     assert (metrics["0/dropped"], metrics["2/dropped"]) == (1, 0)
     assert optimizer._states["2"].weight > 0
+
+
+def test_a_direction_whose_squares_overflow_is_scaled_and_kept() -> None:
+    """Inputs and output gradients that all but cancel over positions: tiny factors, but not a tiny gradient.
+
+    The norm of the K-FAC direction is far beyond 1.8e19, the root of float32's largest number.
+    """
+    torch.manual_seed(0)
+    model = nn.Linear(8, 6, bias=False)
+    optimizer = KFAC(model, approximation="reduce", scaling="inverse", learning_rate=1e-3, eps=1e-12)
+    x, weights = torch.randn(16, 8), 1e-2 * torch.randn(16, 6)
+    almost = -1 - 2 * torch.finfo(torch.float32).eps
+    x, weights = torch.stack([x, almost * x], 1), torch.stack([weights, almost * weights], 1)
+    before = model.weight.detach().clone()
+    with optimizer.capture():
+        (model(x) * weights).sum().div(16).backward()
+    optimizer.step()
+    metrics = optimizer.metrics()
+    assert metrics["stand_ins"] == 0
+    assert 0 < metrics["graft_ratio"] < 1e-20
+    # NadamW's first step is the sign of each entry, longer by its look-ahead.
+    length = float((before - model.weight.detach()).norm())
+    assert 1e-3 * 48**0.5 < length < 2e-3 * 48**0.5
