@@ -47,7 +47,7 @@ def forward(
 ) -> tuple[Tree, Tree]:
     """Logits and new model state, in training mode; arguments as in `loss_function`."""
     dropout = {} if dropout_rate is None else {"dropout_rate": dropout_rate}
-    return workload.model_fn(
+    logits, new_model_state = workload.model_fn(
         params=params,
         augmented_and_preprocessed_input_batch=batch,
         model_state=model_state,
@@ -56,6 +56,10 @@ def forward(
         update_batch_norm=True,
         **dropout,
     )
+    if not jax.tree.leaves((model_state, new_model_state)):
+        # AlgoPerf's imagenet_vit makes None of an empty dictionary: the second step would be compiled anew.
+        new_model_state = model_state
+    return logits, new_model_state
 
 
 def losses_of(workload: Any, logits: Tree, batch: dict[str, Any], label_smoothing: float) -> dict[str, jax.Array]:

@@ -135,10 +135,7 @@ class _Case:
         def update_params(**kwargs: Any) -> Any:
             steps.append(kwargs["global_step"])
             workload.steps = kwargs["global_step"] + 1
-            workload.watch = True
-            result = self.step(workload, kwargs) if watch else self.module.update_params(**kwargs)
-            workload.watch = False
-            return result
+            return self.step(workload, kwargs) if watch else self.module.update_params(**kwargs)
 
         with (
             mock.patch.object(checkpoint_utils, "save_checkpoint", save_checkpoint),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from tests.official import batches
@@ -21,8 +21,7 @@ def make_workload(runner: Any, name: str, framework: str, eval_steps: tuple[int,
       data_parallel: wrap the PyTorch model in DataParallel, as AlgoPerf does on several GPUs.
 
     The caller sets `steps` to the number of steps made. For whoever watches the workload: `batch`; `logits`, of the
-    last training pass (PyTorch); `losses`, of the training passes (JAX, where only a callback sees them);
-    `eval_seconds`.
+    last training pass (PyTorch alone: in JAX they never leave the compiled step); `eval_seconds`.
     """
     entry = runner.WORKLOADS[name]
     path = os.path.join(runner.BASE_WORKLOADS_DIR, f"{entry['workload_path']}_{framework}", "workload.py")
@@ -33,9 +32,7 @@ def make_workload(runner: Any, name: str, framework: str, eval_steps: tuple[int,
             super().__init__(**({"use_specaug": False} if "librispeech" in name else {}))
             self.batch = batches.make_batch(name, framework)
             self.logits: Any = None
-            self.losses: list[float] = []
             self.eval_seconds: list[float] = []
-            self.watch = False
             self.steps = 0
             if name.startswith("criteo1tb"):
                 # The true table needs 12 GB to train; this is the one of criteo1tb_test, AlgoPerf's own small
@@ -97,29 +94,7 @@ def make_workload(runner: Any, name: str, framework: str, eval_steps: tuple[int,
         def has_reached_test_target(self, eval_result: Any) -> bool:
             return False
 
-    if framework == "jax":
-        OneBatch.loss_fn = _reporting(official.loss_fn)
     return OneBatch()
-
-
-def _reporting(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The JAX loss function, which also tells the workload the mean loss whenever its compiled code runs."""
-    import functools
-
-    import jax
-
-    @functools.wraps(loss_fn)
-    def reporting(self: Any, *args: Any, **kwargs: Any) -> Any:
-        losses = loss_fn(self, *args, **kwargs)
-
-        def report(summed: Any, count: Any) -> None:
-            if self.watch:
-                self.losses.append(float(summed) / float(count))
-
-        jax.debug.callback(report, losses["summed"], losses["n_valid_examples"])
-        return losses
-
-    return reporting
 
 
 def detached(tree: Any) -> Any:

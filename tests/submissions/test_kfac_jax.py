@@ -124,6 +124,31 @@ def test_nothing_of_init_model_fn_stays_traced():
     assert np.isfinite(logits).all()
 
 
+class WithoutModelState(Workload):
+    """AlgoPerf's imagenet_vit: the model state is an empty dictionary at first, and None from the first step on."""
+
+    num_passes = 0
+
+    def init_model_fn(self, rng):
+        params, _ = super().init_model_fn(rng)
+        return params, {}
+
+    def model_fn(self, params, batch=None, model_state=None, mode=None, rng=None, update_batch_norm=True, **kwargs):
+        self.num_passes += 1
+        batch = kwargs.get("augmented_and_preprocessed_input_batch", batch)
+        variables = {"params": {"kernel": params["first"]["kernel"]}}
+        return nn.Dense(6, use_bias=False).apply(variables, batch["inputs"]), None
+
+
+def test_no_step_is_traced_anew_where_the_model_has_no_state():
+    workload = WithoutModelState()
+    run = train(workload, begin(workload), 0, 2)  # a step with statistics and one without: all there are
+    assert run[1] == {}
+    passes = workload.num_passes
+    train(workload, run, 2, 5)
+    assert workload.num_passes == passes
+
+
 @pytest.mark.parametrize("stop", [1, 3])
 def test_a_run_restored_by_flax_goes_on_bit_for_bit(stop, tmp_path):
     """Through the calls AlgoPerf's runner makes, between two statistics steps (0, 2, 4, ...)."""
