@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import importlib
 import json
 import resource
@@ -245,11 +246,13 @@ class _Case:
 def _cache_programs(folder: str) -> bool:
     """The resumed run takes the whole one's compiled programs; compiling is most of a case's time.
 
-    Returns whether they are compiled without most optimizations.
+    Where JAX_COMPILATION_CACHE_DIR is set, later cases take them too. Returns whether they are compiled without
+    most optimizations.
     """
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", f"{folder}/compiled")
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", f"{folder}/compiled")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return bool(jax.config.values["jax_disable_most_optimizations"])
@@ -277,6 +280,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not exists(args.submission, args.framework):
         print(f"error: there is no {args.submission} for {args.framework}.", file=sys.stderr)
         return 2
+    # Tracing a model in JAX makes millions of objects, hardly any of them garbage.
+    gc.set_threshold(100_000, 50, 100)
     record = run(args.workload, args.framework, args.submission, args.data_parallel, args.max_factor_dim)
     print(json.dumps(dataclasses.asdict(record)))
     return 0
