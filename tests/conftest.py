@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
+
 import jax
 import pytest
 
 
 @pytest.fixture(autouse=True, scope="session")
 def quick_compilation(tmp_path_factory):
-    """JAX compiles for speed of compilation, and no program twice, here and in processes that are started.
+    """JAX compiles for speed of compilation, and no program twice: here, in processes that are started, and in the
+    other workers of pytest-xdist.
 
     These tests run few steps, and without this they would spend most of their time on compiling.
     """
-    cache = str(tmp_path_factory.mktemp("compiled"))
+    base = tmp_path_factory.getbasetemp()
+    cache = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled")
     options = {
         "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": cache,

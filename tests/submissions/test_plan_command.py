@@ -1,0 +1,197 @@
+"""The command `plan`, and the plans committed in docs/coverage.md."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from submissions.__main__ import main
+from submissions.cli.plan import OFFICIAL
+from submissions.training_step.batch_sizes import get_batch_size
+from tests.submissions.planned import Net, inputs
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def command(capsys, *arguments: str) -> tuple[int, str, str]:
+    code = main(arguments)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_an_embedded_workload(capsys):
+    code, out, _ = command(capsys, "plan", "--workload=mnist_vit", "--devices=2")
+    assert code == 0
+    assert out.startswith("mnist_vit: batch 128 on 2 devices\n")
+    assert "K-FAC covers 153,034 of 153,930 parameters (99.4 %)" in out
+    row = next(line for line in out.splitlines() if line.startswith("blocks.*.attention.query"))
+    assert " ".join(row.split()) == "blocks.*.attention.query x 3 linear 64 64 16 yes reduce 65 64"
+    assert "normalisation (LayerNorm)" in out
+    code, markdown, _ = command(capsys, "plan", "--workload=mnist_vit", "--devices=2", "--format=markdown")
+    assert markdown.startswith("## mnist_vit")
+    assert r"| blocks.\*.attention.query | x 3 | linear | 64 | 64 | 16 | yes | reduce | 65 | 64 |" in markdown
+
+
+def example_model():
+    return Net(), inputs(2)
+
+
+def test_a_model_of_the_users(capsys):
+    flags = ("plan", f"--model={__name__}:example_model", "--devices=1", "--submission=kfac_expand")
+    code, out, _ = command(capsys, *flags)
+    assert code == 0
+    assert "raw " in out
+    code, larger, _ = command(capsys, *flags, "--batch_size=6")
+    assert code == 0
+
+    def flops(text):
+        return float(text.partition("to the model's ")[2].split()[0])
+
+    assert flops(larger) == pytest.approx(3 * flops(out), rel=1e-2)
+
+
+def flat_example():
+    return nn.Linear(6, 4), torch.zeros(12, 6)
+
+
+def test_without_a_batch_size_the_example_inputs_say_it(capsys):
+    out = command(capsys, "plan", f"--model={__name__}:flat_example", "--devices=2")[1]
+    assert out.startswith(f"{__name__}:flat_example: batch 24 on 2 devices\n")
+    assert "NadamW alone needs" in out
+
+
+def flax_example():
+    fnn, jax, jnp = (importlib.import_module(name) for name in ("flax.linen", "jax", "jax.numpy"))
+    model, x = fnn.Sequential([fnn.Dense(6), fnn.relu, fnn.Dense(3)]), jnp.zeros((12, 5))
+    return model.apply, jax.eval_shape(model.init, jax.random.PRNGKey(0), x), (x,)
+
+
+def test_a_flax_model_of_the_users(capsys):
+    pytest.importorskip("flax")
+    flags = ("plan", f"--model={__name__}:flax_example", "--framework=jax", "--devices=1")
+    code, out, _ = command(capsys, *flags)
+    assert code == 0
+    assert out.startswith(f"{__name__}:flax_example: batch 12 on 1 device\n")
+    assert "K-FAC covers 57 of 57 parameters" in out
+
+
+def raises():
+    raise RuntimeError("first line\nsecond line")
+
+
+def model_alone():
+    return nn.Linear(2, 2)
+
+
+def misfit():
+    return nn.Linear(2, 2), torch.zeros(3, 5)
+
+
+def misfit_in_jax():
+    jnp = importlib.import_module("jax.numpy")
+    return (lambda p, x: x @ p), jnp.zeros((3, 3)), (jnp.zeros((2, 4)),)
+
+
+@pytest.mark.parametrize(
+    ("function", "framework", "message"),
+    [
+        ("raises", "pytorch", "the model cannot be made: RuntimeError: first line"),
+        ("raises", "jax", "the model cannot be made: RuntimeError: first line"),
+        ("model_alone", "pytorch", "must be a function that returns (model, example inputs)"),
+        ("model_alone", "jax", "must be a function that returns (apply function, parameters, tuple of arguments)"),
+        ("misfit", "pytorch", "runs neither on the meta device (RuntimeError"),
+        ("misfit_in_jax", "jax", "the model cannot be traced (TypeError"),
+    ],
+)
+def test_mistakes_in_a_model_get_one_line(capsys, function, framework, message):
+    if framework == "jax":
+        pytest.importorskip("jax")
+    code, out, err = command(capsys, "plan", f"--model={__name__}:{function}", f"--framework={framework}")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give one of --workload, --model and --all"),
+        (("--workload=mnist_vit", "--all"), "give one of"),
+        (("--workload=unheard_of",), "no batch size for workload 'unheard_of'"),
+        (("--workload=unheard_of", "--batch_size=8"), "unheard_of"),
+        (("--workload=mnist_vit", "--batch_size=9"), "the batch size 9 does not divide by 8 devices"),
+        (("--workload=mnist_vit", "--framework=theano"), "unknown framework 'theano'"),
+        (("--workload=mnist_vit", "--submission=adam"), "there is no submission 'adam'"),
+        (("--workload=mnist_vit", "--submission=nadamw"), "nadamw is no K-FAC submission"),
+        (("--workload=mnist_vit", "--colour=red"), "colour"),
+        (("--model=no_such_module:f",), "no_such_module"),
+        (("--model=math:pi",), "--model=math:pi is no function"),
+        (("extra", "--workload=mnist_vit"), "Unexpected argument 'extra'"),
+    ],
+)
+def test_mistakes_get_one_line(capsys, arguments, message):
+    code, out, err = command(capsys, "plan", *arguments)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_help(capsys):
+    assert command(capsys, "--help")[1].count("plan") == 1
+    assert "--workload" in command(capsys, "plan", "--help")[1]
+    code, _, err = command(capsys, "score")
+    assert code == 2
+    assert "unknown command 'score'; known: plan, export" in err
+
+
+def coverage_tables(page: str) -> dict[str, dict[str, dict[str, str]]]:
+    """Framework -> workload -> column -> cell, from the summaries."""
+    tables: dict[str, dict[str, dict[str, str]]] = {}
+    for framework in ("PyTorch", "JAX"):
+        lines = page.partition(f"\n{framework}:\n\n")[2].partition("\n\n")[0].splitlines()
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+        tables[framework] = {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
+    return tables
+
+
+def test_committed_coverage_is_consistent():
+    """Its summaries say what its sections say, of all workloads, at the submissions' batch sizes."""
+    page = (CHECKOUT / "docs/coverage.md").read_text()
+    for framework, table in coverage_tables(page).items():
+        assert tuple(table) == OFFICIAL
+        for workload, row in table.items():
+            section = page.partition(f"\n## {workload} in {framework}: ")[2].partition("\n## ")[0]
+            assert section.startswith(f"batch {get_batch_size(workload):,} on 8 devices")
+            assert f"A device needs {row['peak']} at its peak, {row['K-FAC state']} of it K-FAC's state" in section
+            assert f"NadamW alone needs {row['NadamW peak']}." in section
+            assert f"| peak | {row['peak']} |" in section
+            assert f"K-FAC adds {row['sum']} to the model's {row['model']} per step" in section
+            value, unit = row["peak"].split()
+            assert unit == "GB"
+            assert row["fits 16 GB"] == ("yes" if float(value) <= 16 else "no")
+            counts = re.findall(
+                r"^\| [^|]+ \|(?: x (\d+) \||  \|)? (?:linear|conv|embedding)", section, re.MULTILINE
+            )
+            assert sum(int(count or 1) for count in counts) == int(row["layers"])
+
+
+def test_committed_coverage_is_current():
+    """docs/coverage.md is what its command prints; the models are AlgoPerf's."""
+    pytest.importorskip("algoperf.workloads.workloads", reason="AlgoPerf is not installed")
+    page = (CHECKOUT / "docs/coverage.md").read_text()
+    arguments = page.partition("Made by `python -m submissions ")[2].partition("`")[0].split()
+    assert arguments[:2] == ["plan", "--all"]
+    made = subprocess.run(
+        [sys.executable, "-m", "submissions", *arguments], cwd=CHECKOUT, capture_output=True, text=True, check=True
+    )
+    assert made.stdout == page
