@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.serialization import from_state_dict, to_state_dict
 
@@ -27,7 +28,6 @@ from submissions.training_step.jax import (
     losses_of,
     mesh,
     replicate,
-    scalars,
 )
 from submissions.training_step.positions import graph_in
 from submissions.training_step.schedule import learning_rate_factor
@@ -51,6 +51,7 @@ class Training:
         self.config = config
         self.layers: Layers | None = None
         self._workload = workload
+        self._forward = partial(forward, workload, dropout_rate=config.dropout_rate)
         self._optimizer: optax.GradientTransformationExtraArgs | None = None
         self._steps: dict[bool, Callable[..., Any]] = {}
 
@@ -73,8 +74,7 @@ class Training:
         if self._steps:
             return opt_state
         before, state = self.layers, opt_state
-        arguments = (params, batch, model_state, rng, 0.0)
-        layers = discover(partial(forward, self._workload), *arguments, config=self.config)
+        layers = discover(self._forward, params, batch, model_state, rng, config=self.config)
         if before is None or before.coverage() != layers.coverage():
             fresh = self._initialised(layers, params)
             # Of such a model a checkpoint gives back nested dictionaries, or the structure of `initial_state`.
@@ -103,7 +103,7 @@ class Training:
         model_state: Any,
         batch: dict[str, Any],
         rng: jax.Array,
-        scalars: dict[str, jax.Array],
+        learning_rate: jax.Array,
     ) -> tuple[Any, Any, Any, dict[str, jax.Array]]:
         """The traced part of a step: new parameters, optimizer state and model state, and what may be logged."""
         config, workload = self.config, self._workload
@@ -112,26 +112,30 @@ class Training:
         if takes_statistics:
             # Not through the mean loss of the plain step: the sum and its divisor are needed apart.
             run = value_grad_and_statistics(
-                partial(forward, workload),
+                self._forward,
                 lambda logits, batch, *rest: losses_of(workload, logits, batch, config.label_smoothing),
                 self.layers,
                 config,
                 has_aux=True,
                 loss_type=workload.loss_type,
             )
-            arguments = (params, batch, model_state, rng, scalars["dropout_rate"])
-            key = jax.random.fold_in(rng, 1)  # apart from what dropout draws
             (loss, model_state), gradient, statistics = run(
-                *arguments, positions=positions(batch), rng=key, loss_mask=batch.get("weights")
+                params,
+                batch,
+                model_state,
+                rng,
+                positions=positions(batch),
+                rng=jax.random.fold_in(rng, 1),  # apart from what dropout draws
+                loss_mask=batch.get("weights"),
             )
         else:
             gradient, result = compute_gradient(
-                workload, params, batch, model_state, rng, scalars["dropout_rate"], config.label_smoothing
+                workload, params, batch, model_state, rng, config.dropout_rate, config.label_smoothing
             )
             loss, model_state, statistics = result.loss, result.new_model_state, None
         gradient, grad_norm = clip_gradient(gradient, config.grad_clip)
         directions, opt_state = self._optimizer.update(gradient, opt_state, statistics=statistics)
-        params = apply_directions(params, directions, scalars["learning_rate"], config.weight_decay)
+        params = apply_directions(params, directions, learning_rate, config.weight_decay)
         return params, opt_state, model_state, {"loss": loss, "grad_norm": grad_norm}
 
 
@@ -204,10 +208,10 @@ class KFACSubmission:
         config = training.config
         opt_state = training.prepare(current_param_container, opt_state, model_state, batch, rng)
         factor = learning_rate_factor(workload.step_hint, config.horizon_factor, config.warmup_factor, global_step)
-        traced = scalars(learning_rate=config.learning_rate * factor, dropout_rate=config.dropout_rate)
+        learning_rate = np.float32(config.learning_rate * factor)
         params, opt_state, model_state = replicate((current_param_container, opt_state, model_state))
         params, opt_state, model_state, metrics = training.step(
-            global_step, params, opt_state, model_state, batch, rng, traced
+            global_step, params, opt_state, model_state, batch, rng, learning_rate
         )
         log_step(workload, global_step=global_step, **metrics)
         return (opt_state, training), params, model_state

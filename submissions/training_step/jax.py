@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -43,7 +42,7 @@ def forward(
     batch: dict[str, Any],
     model_state: Tree,
     rng: jax.Array,
-    dropout_rate: jax.Array | float | None = None,
+    dropout_rate: float | None = None,
 ) -> tuple[Tree, Tree]:
     """Logits and new model state, in training mode; arguments as in `loss_function`."""
     dropout = {} if dropout_rate is None else {"dropout_rate": dropout_rate}
@@ -78,13 +77,13 @@ def loss_function(
     batch: dict[str, Any],
     model_state: Tree,
     rng: jax.Array,
-    dropout_rate: jax.Array | float | None = None,
+    dropout_rate: float | None = None,
     label_smoothing: float = 0.0,
 ) -> tuple[jax.Array, StepResult]:
     """The mean loss over the valid examples of all devices, and what came with it, in training mode.
 
     Args:
-      dropout_rate: None for the workload's own; otherwise best a traced scalar, so that no value compiles anew.
+      dropout_rate: None for the workload's own. Not traced: AlgoPerf's criteo1tb_resnet asks whether it is 0.
     """
     logits, new_model_state = forward(workload, params, batch, model_state, rng, dropout_rate)
     losses = losses_of(workload, logits, batch, label_smoothing)
@@ -100,7 +99,7 @@ def compute_gradient(
     batch: dict[str, Any],
     model_state: Tree,
     rng: jax.Array,
-    dropout_rate: jax.Array | float | None = None,
+    dropout_rate: float | None = None,
     label_smoothing: float = 0.0,
 ) -> tuple[Tree, StepResult]:
     """The gradient of `loss_function` with respect to the parameters, and the result of the forward pass."""
@@ -174,15 +173,10 @@ def compile_step(step: Callable[..., Any]) -> Callable[..., Any]:
     replicated.
 
     Args:
-      step: called as (params, opt_state, model_state, batch, rng, scalars), all of them traced pytrees; what must
-        not be traced is bound beforehand. `scalars` is for what changes from step to step, as the learning rate.
+      step: called as (params, opt_state, model_state, batch, rng, learning_rate), all of them traced; what must not
+        be is bound beforehand. The learning rate is a `np.float32`: of one type, whatever a search space holds.
     """
     replicated = NamedSharding(mesh(), PartitionSpec())
     sharded = NamedSharding(mesh(), PartitionSpec("batch"))
     arguments = (replicated, replicated, replicated, sharded, replicated, replicated)
     return jax.jit(step, in_shardings=arguments, out_shardings=replicated, donate_argnums=(0, 1))
-
-
-def scalars(**values: float) -> dict[str, np.float32]:
-    """The argument `scalars` of a compiled step: always of the same type, whatever a search space holds."""
-    return {name: np.float32(value) for name, value in values.items()}

@@ -16,6 +16,7 @@ import torch
 from algoperf_kfac.jax.nadamw import scale_by_nadamw
 from algoperf_kfac.pytorch.nadamw import NadamW
 from algoperf_kfac.spec import LossType
+from submissions.kfac_reduce.jax import submission as jax_kfac
 from submissions.nadamw.jax import submission as jax_submission
 from submissions.nadamw.pytorch import submission as torch_submission
 from submissions.training_step.jax import apply_directions, clip_gradient, compute_gradient
@@ -173,6 +174,22 @@ def test_step_is_compiled_once_and_state_is_on_the_mesh():
     for leaf in jax.tree.leaves((opt_state, params)):
         assert leaf.sharding.is_fully_replicated
         assert leaf.size > 0
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+@pytest.mark.parametrize("submission", [jax_submission, jax_kfac], ids=["nadamw", "kfac"])
+def test_a_model_may_ask_whether_it_drops_anything(submission, rate):
+    """As AlgoPerf's criteo1tb_resnet does, which a traced rate cannot answer."""
+    workload, given = _workload("jax"), []
+    model_fn = workload.model_fn
+
+    def asking(*args, dropout_rate, **kwargs):
+        given.append(bool(dropout_rate))
+        return model_fn(*args, **kwargs)
+
+    workload.model_fn, workload.init_model_fn = asking, lambda rng: (_start(), None)
+    _train(submission, workload, _start(), {"dropout_rate": rate}, _batches(False)[:2], np.zeros(2, np.uint32))
+    assert set(given) == {rate > 0}
 
 
 def test_official_checkpoint_functions_take_the_state():

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from algoperf_kfac.jax.nadamw import scale_by_nadamw
@@ -21,7 +22,6 @@ from submissions.training_step.jax import (
     compute_gradient,
     log_step,
     replicate,
-    scalars,
 )
 from submissions.training_step.pass_through import data_selection, prepare_for_eval
 from submissions.training_step.schedule import learning_rate_factor
@@ -65,9 +65,9 @@ def update_params(
     point = resolve(hyperparameters, DEFAULTS)
     opt_state, step = optimizer_state
     factor = learning_rate_factor(workload.step_hint, point.horizon_factor, point.warmup_factor, global_step)
-    traced = scalars(learning_rate=point.learning_rate * factor, dropout_rate=point.dropout_rate)
+    learning_rate = np.float32(point.learning_rate * factor)
     params, opt_state, model_state = replicate((current_param_container, opt_state, model_state))
-    params, opt_state, model_state, metrics = step(params, opt_state, model_state, batch, rng, traced)
+    params, opt_state, model_state, metrics = step(params, opt_state, model_state, batch, rng, learning_rate)
     log_step(workload, global_step=global_step, **metrics)
     return (opt_state, step), params, model_state
 
@@ -81,13 +81,13 @@ def _step(
     model_state: Any,
     batch: dict[str, Any],
     rng: jax.Array,
-    scalars: dict[str, jax.Array],
+    learning_rate: jax.Array,
 ) -> tuple[Any, Any, Any, dict[str, jax.Array]]:
     """The traced part of a step: new parameters, optimizer state and model state, and what may be logged."""
     gradient, result = compute_gradient(
-        workload, params, batch, model_state, rng, scalars["dropout_rate"], point.label_smoothing
+        workload, params, batch, model_state, rng, point.dropout_rate, point.label_smoothing
     )
     gradient, grad_norm = clip_gradient(gradient, point.grad_clip)
     directions, opt_state = optimizer.update(gradient, opt_state)
-    params = apply_directions(params, directions, scalars["learning_rate"], point.weight_decay)
+    params = apply_directions(params, directions, learning_rate, point.weight_decay)
     return params, opt_state, result.new_model_state, {"loss": result.loss, "grad_norm": grad_norm}
