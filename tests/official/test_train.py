@@ -1,6 +1,7 @@
 """Every submission on every workload of AlgoPerf, inside its own training loop: what each case must show.
 
-A case takes from ten seconds to two minutes. Choose with -k: `-k "ogbg and kfac_reduce"`, `-k variants`.
+A case takes from ten seconds to ten minutes, in JAX longest, most of it compilation. Choose with -k:
+`-k "ogbg and kfac_reduce"`, `-k variants`.
 """
 
 from __future__ import annotations
@@ -18,17 +19,15 @@ from tests.official.variants import VARIANTS
 
 pytestmark = pytest.mark.skipif(not environment.INSTALLED, reason=environment.REASON)
 
-CASES = [
-    pytest.param(name, framework, submission, id=f"{name}-{framework}-{submission}")
-    for name in batches.BASES
-    for framework in environment.FRAMEWORKS
-    for submission in SUBMISSIONS
-]
-VARIANT_CASES = [
-    pytest.param(name, framework, "kfac_reduce", id=f"variants-{name}-{framework}-kfac_reduce")
-    for name in VARIANTS
-    for framework in environment.FRAMEWORKS
-]
+CASES, VARIANT_CASES = (
+    [
+        pytest.param(name, framework, submission, id=f"{label}{name}-{framework}-{submission}")
+        for name in names
+        for framework in environment.FRAMEWORKS
+        for submission in SUBMISSIONS
+    ]
+    for label, names in (("", batches.BASES), ("variants-", VARIANTS))
+)
 # Share of the parameters in layers with a rule, in percent: at least this much must be covered, in both frameworks.
 # What is left are scales and biases of norms, and query scalings; in criteo1tb the embedding, a lookup alone.
 LEAST_COVERAGE = {
