@@ -68,6 +68,7 @@ def run_case(
     command += ["--data_parallel"] if data_parallel else []
     command += [f"--max_factor_dim={max_factor_dim}"] if max_factor_dim is not None else []
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environ["JAX_TRACEBACK_FILTERING"] = "off"  # so that the last line is the error's
     if devices > 1:
         environ["JAX_NUM_CPU_DEVICES"] = str(devices)
     # A checkout is enough; the working directory is its root.

@@ -15,7 +15,7 @@ import pytest
 from tests.official import batches, environment
 from tests.official.record import POINT, STEPS, SUBMISSIONS, Record, exists
 from tests.official.table import Failure, run_case
-from tests.official.variants import VARIANTS
+from tests.official.variants import BROKEN, VARIANTS
 
 pytestmark = pytest.mark.skipif(not environment.INSTALLED, reason=environment.REASON)
 
@@ -105,7 +105,16 @@ def test_trains_and_resumes(name, framework, submission):
 
 @pytest.mark.parametrize(("name", "framework", "submission"), VARIANT_CASES)
 def test_variants_train_and_resume(name, framework, submission):
+    if (name, framework) in BROKEN:
+        pytest.skip(f"AlgoPerf cannot build it: {BROKEN[name, framework]}")
     check(result_of(name, framework, submission))
+
+
+@pytest.mark.parametrize(("name", "framework"), BROKEN)
+def test_what_algoperf_cannot_build(name, framework):
+    failure = run_case(name, framework, "nadamw")
+    assert isinstance(failure, Failure), "AlgoPerf builds it now: it belongs to the others"
+    assert failure.reason == BROKEN[name, framework]
 
 
 @pytest.mark.parametrize("name", ["mnist", "ogbg"])

@@ -29,3 +29,9 @@ VARIANTS = (
     "wmt_attention_temp",
     "wmt_glu_tanh",
 )
+
+# Those that AlgoPerf itself cannot build: `init_model_fn` raises before any submission is asked, with this message.
+BROKEN = {
+    # Its Encoder1DBlock calls what its dropout returns.
+    ("imagenet_vit_post_ln", "jax"): "TypeError: 'DynamicJaxprTracer' object is not callable",
+}
