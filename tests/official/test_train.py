@@ -1,6 +1,6 @@
 """Every submission on every workload of AlgoPerf, inside its own training loop: what each case must show.
 
-A case takes from ten seconds to ten minutes, in JAX longest, most of it compilation. Choose with -k:
+A case takes from ten seconds to forty minutes, in JAX longest, most of it compilation. Choose with -k:
 `-k "ogbg and kfac_reduce"`, `-k variants`.
 """
 
