@@ -4,7 +4,7 @@ One command runs everything, in an environment that has AlgoPerf (`docs/official
 
     python -m pytest tests/official
 
-A single case, as JSON, and the table of all of them:
+A single case, as JSON, and the table of many:
 
     python -m tests.official.case --workload=ogbg --framework=pytorch --submission=kfac_reduce
     python -m tests.official.table --out=docs/official.md

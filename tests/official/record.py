@@ -79,3 +79,13 @@ class Record:
     warnings: list[str] = dataclasses.field(default_factory=list)
     peak_rss_mb: float = 0.0
     total_seconds: float = 0.0
+
+
+@dataclasses.dataclass
+class Failure:
+    """A case that gave no record."""
+
+    workload: str
+    framework: str
+    submission: str
+    reason: str

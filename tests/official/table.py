@@ -4,41 +4,28 @@
     python -m tests.official.table --workloads=ogbg,wmt --submissions=kfac_reduce    # prints only
 
 With --records, finished cases are kept in a folder and not run again; --finished runs no others. The table goes
-between the two marker lines of the file, everything else in it stays.
+between the two marker lines of the file; rows of other cases stay, as does everything else. --raw keeps the records
+behind the rows in the same way.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.official import batches, environment
-from tests.official.record import POINT, STEPS, SUBMISSIONS, Record, exists
+from tests.official import batches, environment, rows
+from tests.official.conditions import problems
+from tests.official.record import SUBMISSIONS, Failure, Record, exists
 from tests.official.variants import VARIANTS
+from workloads import atomic
 
-BEGIN = "<!-- begin: python -m tests.official.table -->"
-END = "<!-- end -->"
 TIMEOUT = 6000  # seconds for a case; the longest of the table took 2320, two at a time
-PACKAGES = ("algoperf", "torch", "torchvision", "jax", "flax", "optax", "tensorflow", "numpy")
-
-
-@dataclasses.dataclass
-class Failure:
-    """A case that gave no record."""
-
-    workload: str
-    framework: str
-    submission: str
-    reason: str
 
 
 def case_label(
@@ -87,96 +74,17 @@ def run_case(
         return Failure(workload, framework, submission, tail[-1] if tail else f"exit code {done.returncode}")
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(lines[-1])
+        atomic.write_text(kept, lines[-1])
     return Record(**json.loads(lines[-1]))
 
 
-def row(result: Record | Failure) -> str:
-    """A line of the table."""
-    head = f"| {result.workload} | {result.framework} | {result.submission} "
-    if isinstance(result, Failure):
-        return f"{head}| failed: {result.reason.replace('|', '/')[:160]} " + "| " * 8 + "|"
-    seconds = result.seconds
-
-    def cell(key: str) -> str:
-        return f"{seconds[key]:.2f}" if key in seconds else ""
-
-    errors = result.gradient_errors
-    kfac = result.submission.startswith("kfac")
-    coverage = f"{100 * result.covered / result.parameters:.1f}" if kfac else ""
-    cells = [
-        str(result.steps)
-        + (", compiled" if result.compiled else "")
-        + (", unoptimized" if result.unoptimized else "")
-        + (f", blocks of {result.max_factor_dim}" if kfac and result.max_factor_dim is not None else ""),
-        cell("plain"),
-        cell("statistics"),
-        cell("decompositions"),
-        cell("evaluation"),
-        cell("checkpoint"),
-        f"{result.losses[0]:.4g} → {result.losses[result.steps - 1]:.4g}",
-        coverage,
-        f"{len(errors)}: {max(errors.values()):.0e}" if errors else "",
-        "yes" if result.resumed else "NO",
-        f"{result.peak_rss_mb / 1024:.1f}",
-    ]
-    return head + "".join(f"| {text} " for text in cells) + "|"
-
-
-HEADER = (
-    "| workload | framework | submission | steps | plain s | statistics s | of it eigh s | evaluation s "
-    "| checkpoint s | loss | covered % | GᵀA = dL/dW | resumes | peak GiB |\n" + "|---" * 14 + "|"
-)
-
-
-def describe(results: Sequence[Record | Failure]) -> str:
-    """The table with what one must know to read it."""
-    versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES if _version(name))
-    cuts = "\n".join(f"- {name}: {batches.CUTS.get(name, 'nothing')}" for name in batches.BASES)
-    sizes = ", ".join(f"{name} {size}" for name, size in batches.SIZES.items())
-    return "\n".join(
-        [
-            f"Python {platform.python_version()}, {versions}; one thread of a CPU.",
-            f"{STEPS} steps on one repeated batch at the point {json.dumps(POINT)} and else the submissions' own.",
-            "Where it says so, K-FAC's factors were cut into diagonal blocks of at most that size",
-            "(max_factor_dim): it shortens the decompositions. Unoptimized programs",
-            "(JAX_DISABLE_MOST_OPTIMIZATIONS=1) compile sooner, and their times say nothing.",
-            "",
-            HEADER,
-            *map(row, results),
-            "",
-            f"Cut, beside the batch ({sizes} examples):",
-            "",
-            cuts,
-        ]
-    )
-
-
-def insert(text: str, table: str) -> str:
-    """The text with what stood between the markers replaced.
-
-    Raises:
-      ValueError: a marker is missing.
-    """
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"the file has no lines {BEGIN!r} and {END!r}")
-    before, rest = text.split(BEGIN, 1)
-    return f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.split(END, 1)[1]}"
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the cases; returns the exit code: 1 if one failed."""
+    """Runs the cases; returns the exit code: 1 if one failed or shows not all it should."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.official.table", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--out", help="a Markdown file with the marker lines; default: print only")
+    parser.add_argument("--raw", help="a file of JSON lines for the records themselves")
     parser.add_argument(
         "--workloads", default=",".join(batches.BASES), help="comma-separated; 'variants' for those"
     )
@@ -184,38 +92,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--submissions", default=",".join(SUBMISSIONS), help="comma-separated")
     parser.add_argument("--records", help="folder that keeps finished cases")
     parser.add_argument("--max_factor_dim", type=int, help="of K-FAC's cases; default: the submissions' own")
-    parser.add_argument("--finished", action="store_true", help="the table of what is in --records; runs nothing")
+    parser.add_argument("--finished", action="store_true", help="only what is in --records; runs nothing")
     args = parser.parse_args(argv)
     if not environment.INSTALLED:
         print(f"error: {environment.REASON}.", file=sys.stderr)
         return 2
     names = [name for word in args.workloads.split(",") for name in (VARIANTS if word == "variants" else [word])]
-    try:
-        for name in names:
-            batches.base_of(name)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    results = []
     with tempfile.TemporaryDirectory() as folder:
         records = Path(args.records or folder)
         records.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            for framework in args.frameworks.split(","):
-                for submission in args.submissions.split(","):
-                    finished = (records / f"{case_label(name, framework, submission)}.json").exists()
-                    if exists(submission, framework) and (finished or not args.finished):
-                        results.append(
-                            run_case(name, framework, submission, records, max_factor_dim=args.max_factor_dim)
-                        )
-                        print(row(results[-1]), flush=True)
-    table = describe(results)
+        cases = [
+            (name, framework, submission)
+            for name in names
+            for framework in args.frameworks.split(",")
+            for submission in args.submissions.split(",")
+            if exists(submission, framework)
+            and (not args.finished or (records / f"{case_label(name, framework, submission)}.json").exists())
+        ]
+        here = rows.versions()
+        try:
+            for name in names:
+                batches.base_of(name)
+            lines = rows.kept(Path(args.out).read_text(encoding="utf-8"), here, cases) if args.out else {}
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        results: list[Record | Failure] = []
+        broken: list[str] = []
+        for case in cases:
+            results.append(run_case(*case, records=records, max_factor_dim=args.max_factor_dim))
+            lines[case] = rows.row(results[-1])
+            print(lines[case], flush=True)
+            if isinstance(results[-1], Record):
+                broken += [f"{case_label(*case)}: {problem}" for problem in problems(results[-1])]
+    if args.raw:
+        rows.write_raw_records(Path(args.raw), [result for result in results if isinstance(result, Record)])
     if args.out:
         path = Path(args.out)
-        path.write_text(insert(path.read_text(encoding="utf-8"), table), encoding="utf-8")
+        atomic.write_text(path, rows.insert(path.read_text(encoding="utf-8"), lines, here))
     else:
-        print(table)
-    return int(any(isinstance(result, Failure) for result in results))
+        print(rows.describe(lines, here))
+    print("".join(f"not met: {line}\n" for line in broken), end="", file=sys.stderr)
+    return int(bool(broken) or any(isinstance(result, Failure) for result in results))
 
 
 if __name__ == "__main__":
