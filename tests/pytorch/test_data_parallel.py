@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn
 import torch.nn.functional as F
-from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 from algoperf_kfac.pytorch import KFAC
+from tests.pytorch import processes
 from tests.pytorch.toys import SCALE_SENSITIVE, Functional, Patches, images
 
 WORLD = 2
@@ -132,7 +132,7 @@ def worker(rank: int, folder: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The results of both processes, for all cases."""
     folder = tmp_path_factory.mktemp("ddp")
-    multiprocessing.spawn(worker, (str(folder),), nprocs=WORLD)
+    processes.run(worker, (str(folder),), WORLD)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from algoperf_kfac.pytorch import KFAC
 from algoperf_kfac.pytorch.distributed import assign
+from tests.pytorch import processes
 from tests.pytorch.toys import SCALE_SENSITIVE, images
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
@@ -167,7 +168,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     @functools.cache
     def results(world: int) -> list[dict[str, Any]]:
         folder = tmp_path_factory.mktemp("processes")
-        multiprocessing.spawn(worker, (world, str(folder)), nprocs=world)
+        processes.run(worker, (world, str(folder)), world)
         return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
     return results

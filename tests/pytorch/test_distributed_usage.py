@@ -13,10 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from algoperf_kfac.pytorch import KFAC, MissingStatisticsError
+from tests.pytorch import processes
 from tests.pytorch.toys import SCALE_SENSITIVE, Patches, images
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
@@ -264,7 +265,7 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("usage")
-    multiprocessing.spawn(worker, (str(folder),), nprocs=WORLD)
+    processes.run(worker, (str(folder),), WORLD)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch._dynamo  # noqa: F401  every child would import it anew at its first update
+
 from tests.workloads.helpers import CHECKOUT, arguments, shrink
 from workloads import registry, run
 from workloads.runner.pytorch import PyTorchBackend

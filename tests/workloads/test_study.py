@@ -110,7 +110,7 @@ def test_demo_trains_and_reports(tmp_path, monkeypatch, capsys):
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(demo.subprocess, "run", report)
-    flags = [f"--output_dir={tmp_path}", "--max_global_steps=1"]
+    flags = [f"--output_dir={tmp_path}", "--max_global_steps=1", "--framework=pytorch"]
     assert demo.main(flags) == 0
     for workload in ("mnist_vit", "bible_lm"):
         assert len(metrics(tmp_path / f"nadamw/study_1/{workload}_pytorch/trial_1")) == 1
@@ -118,3 +118,23 @@ def test_demo_trains_and_reports(tmp_path, monkeypatch, capsys):
     assert f"The report lies in {tmp_path / 'report'}" in capsys.readouterr().out
     monkeypatch.setattr(study, "_start", lambda job: pytest.fail("nothing was left to train"))
     assert demo.main(flags) == 0
+
+
+def test_demo_is_a_race_in_both_frameworks(tmp_path, monkeypatch):
+    jobs = []
+
+    def run(todo, parallel):
+        jobs.extend(todo)
+        return []
+
+    monkeypatch.setattr(study, "run", run)
+    monkeypatch.setattr(demo.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0))
+    assert demo.main([f"--output_dir={tmp_path}"]) == 0
+    trials = {"nadamw": ("trial_1", "trial_2"), "kfac_expand": ("trial_1",), "kfac_reduce": ("trial_1",)}
+    assert {job.name for job in jobs} == {
+        f"{submission}/study_1/{workload}_{framework}/{trial}"
+        for submission, names in trials.items()
+        for trial in names
+        for workload in ("mnist_vit", "bible_lm")
+        for framework in ("pytorch", "jax")
+    }
