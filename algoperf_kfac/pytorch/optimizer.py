@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from algoperf_kfac.config import KFACConfig
-from algoperf_kfac.layers import Coverage, FallbackSpec, LayerSpec
+from algoperf_kfac.layers import Coverage
 from algoperf_kfac.pytorch import distributed
 from algoperf_kfac.pytorch import state as serial
 from algoperf_kfac.pytorch.capture import Capture, MissingStatisticsError, PositionsLike
-from algoperf_kfac.pytorch.directions import Direction, factor_dtype, first_order, second_order
-from algoperf_kfac.pytorch.discovery import RAW, CoveredLayer, discover, spec_of_operation, tied_tables, unwrap
-from algoperf_kfac.pytorch.operations import Operation
-from algoperf_kfac.pytorch.preconditioner import LayerState
+from algoperf_kfac.pytorch.covered import CoveredLayers, factor_like
+from algoperf_kfac.pytorch.directions import Direction, first_order, second_order
+from algoperf_kfac.pytorch.discovery import unwrap
 from algoperf_kfac.pytorch.statistics import Scalar, Statistics
 
 
@@ -105,80 +103,18 @@ class KFAC(torch.optim.Optimizer):
             raise ValueError("the model has no trainable parameter")
         self._params = {names[id(p)]: p for p in trainable}
         self._allow_partial_coverage = allow_partial_coverage
-        exclude = list(exclude)
-        self._output_splits = dict(output_splits or {})
-        layers, self._fallbacks = discover(model, config, trainable, exclude, self._output_splits)
-        # Tables that may prove to be tied, and the reason they have as long as this is open.
-        reasons = {f.name: f.reason for f in self._fallbacks}
-        tables = tied_tables(model, config, self._fallbacks, exclude)
-        self._tables = {name: (spec, reasons[name]) for name, spec in tables.items()}
-        self._untied: set[str] = set()
-        self._layers: dict[str, CoveredLayer] = {}
-        self._states: dict[str, LayerState] = {}
-        self._by_weight: dict[int, LayerSpec] = {}
-        for layer in layers:
-            self._add_layer(layer)
+        self._covered = CoveredLayers(model, config, self._params, exclude, output_splits or {})
         self._steps = 0
         self._pending: dict[str, Statistics] = {}
-        self._missed: dict[str, str] = {}
         self._graft: dict[str, Tensor] = {}
         self._cosine: dict[str, Tensor] = {}
         self._stand_ins = torch.zeros((), device=trainable[0].device)
         self._seed = seed
         self._captures = 0  # of the coming step
 
-    # Covered layers ----------------------------------------------------------------------------------------
-
-    def _add_layer(self, layer: CoveredLayer) -> None:
-        name = layer.spec.name
-        self._layers[name] = layer
-        self._states[name] = LayerState.zeros(layer.spec, self._factor_like(layer.weight))
-        self._by_weight[id(layer.weight)] = layer.spec
-
-    def _factor_like(self, weight: Tensor) -> Tensor:
-        """An empty tensor on the weight's device, in the factors' dtype: at least float32."""
-        return torch.empty(0, dtype=factor_dtype(weight), device=weight.device)
-
-    def _promote(self, operation: Operation) -> LayerSpec | None:
-        """Cover a raw parameter that an operation with a rule reads."""
-        candidates = {f.name for f in self._fallbacks if f.reason == RAW}
-        names = {id(p): n for n, p in self._params.items() if n in candidates}
-        spec = spec_of_operation(operation, names, self.config, self._output_splits)
-        if spec is None:
-            return None
-        if spec.name in self._layers:  # two raw weights in one module
-            spec = dataclasses.replace(spec, name=spec.weight)
-        self._adopt(spec)
-        return spec
-
-    def _open_tables(self) -> dict[int, LayerSpec]:
-        """By identity of the weight: the tied tables, and those of which it is not known."""
-        reasons = {f.name: f.reason for f in self._fallbacks}
-        return {
-            id(self._params[name]): spec
-            for name, (spec, reason) in self._tables.items()
-            if reasons.get(name) == reason or spec.name in self._layers
-        }
-
-    def _adopt(self, spec: LayerSpec) -> None:
-        covered = {spec.weight, spec.bias}
-        self._fallbacks = [f for f in self._fallbacks if f.name not in covered]
-        bias = None if spec.bias is None else self._params[spec.bias]
-        self._add_layer(CoveredLayer(spec, self._params[spec.weight], bias))
-
-    def _demote(self, name: str, reason: str) -> None:
-        """Leave a layer to the fallback."""
-        layer = self._layers.pop(name)
-        del self._states[name], self._by_weight[id(layer.weight)]
-        self._pending.pop(name, None)
-        for param_name in (layer.spec.weight, layer.spec.bias):
-            if param_name is not None:
-                shape = tuple(self._params[param_name].shape)
-                self._fallbacks.append(FallbackSpec(param_name, shape, reason))
-
     def coverage(self) -> Coverage:
         """The covered layers, and every other trainable parameter with the reason why it is not covered."""
-        return Coverage(tuple(layer.spec for layer in self._layers.values()), tuple(self._fallbacks))
+        return self._covered.coverage()
 
     # Statistics --------------------------------------------------------------------------------------------
 
@@ -228,11 +164,11 @@ class KFAC(torch.optim.Optimizer):
             self._captures += 1
         return Capture(
             config=self.config,
-            layers=self._by_weight,
-            tables=self._open_tables() if active else {},
-            untied=self._untied,
-            promote=self._promote,
-            adopt=self._adopt,
+            layers=self._covered.by_weight,
+            tables=self._covered.open_tables() if active else {},
+            untied=self._covered.untied,
+            promote=self._covered.promote,
+            adopt=self._covered.adopt,
             finish=self._finish_capture,
             positions=positions,
             loss_normalizer=loss_normalizer,
@@ -246,29 +182,21 @@ class KFAC(torch.optim.Optimizer):
         if missing and not self._allow_partial_coverage:
             parts = [f"{name} (missed {what})" for name, what in missing.items()]
             raise MissingStatisticsError(
-                f"{len(missing)} of {len(self._layers)} layers missed their statistics: {', '.join(parts)}. Run "
-                "the forward and the backward pass inside capture(), leave unused layers out with "
-                "exclude=[...], or pass allow_partial_coverage=True to move them to the fallback"
+                f"{len(missing)} of {len(self._covered.layers)} layers missed their statistics: "
+                f"{', '.join(parts)}. Run the forward and the backward pass inside capture(), leave unused "
+                "layers out with exclude=[...], or pass allow_partial_coverage=True to move them to the fallback"
             )
         for name, what in missing.items():
-            self._leave_out(name, what)
+            self._covered.leave_out(name, what)
         for name, operation in tied.items():
-            self._demote(name, f"tied weight: {operation} reads it too, and K-FAC would miss that use")
-            warnings.warn(
-                f"K-FAC: the weight of {name} is also read by {operation}; it takes the fallback",
-                stacklevel=4,
-            )
+            self._covered.tie(name, operation)
+        for name in (*missing, *tied):
+            self._pending.pop(name, None)
         for name, new in statistics.items():
             if name in self._pending:
                 self._pending[name].add(new)
             else:
                 self._pending[name] = new
-
-    def _leave_out(self, name: str, what: str) -> None:
-        """Move a layer that missed something to the fallback, with a warning at the end of the capture."""
-        self._missed[name] = what
-        self._demote(name, f"missed {what} on a statistics step")
-        warnings.warn(f"K-FAC: layer {name} missed {what}; it takes the fallback from now on", stacklevel=5)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, and the statistics captured with them."""
@@ -279,15 +207,16 @@ class KFAC(torch.optim.Optimizer):
         if not self._pending and not self.is_statistics_step:
             return
         names = self._agree_on_layers()
+        layers, states = self._covered.layers, self._covered.states
         distributed.all_reduce_statistics([self._pending[name] for name in names])
         for name in names:
             s = self._pending[name]
-            a, b = s.averages(self._layers[name].spec)
-            self._states[name].update(a, b, s.examples, self.config.factor_decay)
+            a, b = s.averages(layers[name].spec)
+            states[name].update(a, b, s.examples, self.config.factor_decay)
         self._pending.clear()
         due = self._due()
         if due:
-            distributed.refresh([(self._layers[name].spec, self._states[name]) for name in due], self.config)
+            distributed.refresh([(layers[name].spec, states[name]) for name in due], self.config)
 
     def _agree_on_layers(self) -> list[str]:
         """The layers with statistics on every process, in one order; the others are left out everywhere.
@@ -295,8 +224,9 @@ class KFAC(torch.optim.Optimizer):
         Raises:
             MissingStatisticsError: on every process, if one has layers and captured nothing.
         """
-        mine = [name for name in self._layers if name in self._pending]
-        gathered = distributed.all_gather(None if self._layers and not mine else mine)
+        covered = self._covered
+        mine = [name for name in covered.layers if name in self._pending]
+        gathered = distributed.all_gather(None if covered.layers and not mine else mine)
         silent = [rank for rank, names in enumerate(gathered) if names is None]
         if silent:
             where = f" on process {silent[0]}" if len(gathered) > 1 else ""
@@ -307,10 +237,10 @@ class KFAC(torch.optim.Optimizer):
         everywhere = set.intersection(*(set(names or ()) for names in gathered))
         for name in mine:
             if name not in everywhere:
-                self._leave_out(name, "its statistics on another process")
+                covered.leave_out(name, "its statistics on another process")
         names = [name for name in gathered[0] or () if name in everywhere]
         # Raw parameters joined in the order of their use, which may differ; refreshes take turns in this one.
-        self._layers = {name: self._layers[name] for name in dict.fromkeys([*names, *self._layers])}
+        covered.order(names)
         return names
 
     def _due(self) -> list[str]:
@@ -320,8 +250,8 @@ class KFAC(torch.optim.Optimizer):
         young = self._steps < max(self.config.refresh_interval, self.config.initial_statistics)
         return [
             name
-            for i, name in enumerate(self._layers)
-            if young or not self._states[name].refreshes or (index + i) % cycle == 0
+            for i, name in enumerate(self._covered.layers)
+            if young or not self._covered.states[name].refreshes or (index + i) % cycle == 0
         ]
 
     def factors(self, *, reduction: str = "sum") -> dict[str, FactorPair]:
@@ -337,14 +267,15 @@ class KFAC(torch.optim.Optimizer):
         """
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction={reduction!r}: allowed is 'sum' or 'mean'")
-        if self._states and not any(float(state.weight) for state in self._states.values()):
+        states = self._covered.states
+        if states and not any(float(state.weight) for state in states.values()):
             raise RuntimeError("no layer has statistics yet: make a statistics step first")
         pairs = {}
-        for name, state in self._states.items():
+        for name, state in states.items():
             a, b = state.corrected()
             if reduction == "sum":
                 examples = state.examples / state.weight.clamp(min=torch.finfo(state.weight.dtype).tiny)
-                if self._layers[name].spec.kind == "embedding":  # one factor for both
+                if self._covered.layers[name].spec.kind == "embedding":  # one factor for both
                     a = [m * examples for m in a]
                 b = [m * examples for m in b]
             pairs[name] = FactorPair(_present(a), _present(b))
@@ -378,13 +309,18 @@ class KFAC(torch.optim.Optimizer):
         """Identities of the parameters whose NadamW direction nothing needs: covered ones, without grafting."""
         if self.config.grafting:
             return set()
-        return {id(p) for layer in self._layers.values() for p in (layer.weight, layer.bias)}
+        return {id(p) for layer in self._covered.layers.values() for p in (layer.weight, layer.bias)}
 
     def _second_order(self, directions: dict[int, Direction]) -> None:
         """Replace the directions of covered layers by their K-FAC directions."""
         beta2s = {id(p): group["betas"][1] for group in self.param_groups for p in group["params"]}
         outcome = second_order(
-            directions, self._layers, self._states, beta2s, self.config, monitor=self.is_statistics_step
+            directions,
+            self._covered.layers,
+            self._covered.states,
+            beta2s,
+            self.config,
+            monitor=self.is_statistics_step,
         )
         self._stand_ins += outcome.stand_ins
         if self.is_statistics_step and outcome.cosines:
@@ -402,21 +338,22 @@ class KFAC(torch.optim.Optimizer):
         and the cosine between K-FAC direction and momentum gradient, both at the last statistics step; and
         their totals or means over layers.
         """
+        states = self._covered.states
         out: dict[str, float] = {
             "steps": float(self._steps),
             "coverage": self.coverage().fraction,
-            "missed_layers": float(len(self._missed)),
+            "missed_layers": float(len(self._covered.missed)),
         }
         for key in ("refreshes", "failures", "skipped"):
-            out[key] = float(sum(getattr(state, key) for state in self._states.values()))
+            out[key] = float(sum(getattr(state, key) for state in states.values()))
         out["stand_ins"] = float(self._stand_ins)
-        out["dropped"] = sum(float(state.dropped) for state in self._states.values())
+        out["dropped"] = sum(float(state.dropped) for state in states.values())
         for key, values in (("graft_ratio", self._graft), ("cosine", self._cosine)):
-            numbers = {name: float(value) for name, value in values.items() if name in self._layers}
+            numbers = {name: float(value) for name, value in values.items() if name in states}
             if numbers:
                 out[key] = sum(numbers.values()) / len(numbers)
             out |= {f"{name}/{key}": number for name, number in numbers.items()}
-        for name, state in self._states.items():
+        for name, state in states.items():
             for key in ("refreshes", "failures", "skipped", "drift"):
                 out[f"{name}/{key}"] = float(getattr(state, key))
             out[f"{name}/dropped"] = float(state.dropped)
@@ -441,13 +378,13 @@ class KFAC(torch.optim.Optimizer):
         """Everything needed to continue bit for bit; loadable with torch.load(weights_only=True)."""
         state = super().state_dict()
         state["kfac"] = serial.to_dict(
-            [layer.spec for layer in self._layers.values()],
-            self._states,
-            self._fallbacks,
+            [layer.spec for layer in self._covered.layers.values()],
+            self._covered.states,
+            self._covered.fallbacks,
             self.config,
             steps=self._steps,
             seed=self._seed,
-            missed=dict(self._missed),
+            missed=dict(self._covered.missed),
             stand_ins=self._stand_ins,
         )
         return state
@@ -462,35 +399,23 @@ class KFAC(torch.optim.Optimizer):
         if "kfac" not in state_dict:
             raise ValueError("this state_dict is not KFAC's: it has no entry 'kfac'")
         kfac = state_dict["kfac"]
-        specs = {name: layer.spec for name, layer in self._layers.items()}
+        specs = {name: layer.spec for name, layer in self._covered.layers.items()}
         serial.check(kfac, self.config, specs, {name: tuple(p.shape) for name, p in self._params.items()})
         # A copy, so that the optimizer that gave the state may go on.
         super().load_state_dict(copy.deepcopy({k: v for k, v in state_dict.items() if k != "kfac"}))
-        self._fallbacks = serial.fallbacks_of(kfac)
-        old = self._layers
-        self._layers, self._states, self._by_weight = {}, {}, {}
-        for name, spec in serial.specs_of(kfac).items():
-            if name in old:
-                self._add_layer(old[name])
-            else:
-                self._adopt(spec)
-            like = self._factor_like(self._layers[name].weight)
-            self._states[name] = serial.layer_state(kfac, name, like, self.config)
+        self._covered.restore(serial.specs_of(kfac), serial.fallbacks_of(kfac), kfac["missed"])
+        for name, layer in self._covered.layers.items():
+            like = factor_like(layer.weight)
+            self._covered.states[name] = serial.layer_state(kfac, name, like, self.config)
         self._steps = kfac["steps"]
-        self._missed = dict(kfac["missed"])
         self._stand_ins.copy_(kfac["stand_ins"])
         self._seed = serial.seed_of(kfac)
         self._captures = 0
         self._pending.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For deepcopy and pickle, together with the model: all but what hangs on identities."""
+        """For deepcopy and pickle, together with the model."""
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _COPIED}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "_layers" in state:  # torch's own load_state_dict comes here too, with groups and moments alone
-            self._by_weight = {id(layer.weight): layer.spec for layer in self._layers.values()}
 
 
 _COPIED = (
@@ -498,15 +423,9 @@ _COPIED = (
     "_complete",
     "_params",
     "_allow_partial_coverage",
-    "_fallbacks",
-    "_layers",
-    "_states",
-    "_tables",
-    "_untied",
-    "_output_splits",
+    "_covered",
     "_steps",
     "_pending",
-    "_missed",
     "_graft",
     "_cosine",
     "_stand_ins",

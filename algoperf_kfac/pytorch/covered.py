@@ -1,0 +1,159 @@
+"""Which layers K-FAC covers: they join (raw parameters, tied tables) and leave (missed statistics) in use."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from algoperf_kfac.config import KFACConfig
+from algoperf_kfac.layers import Coverage, FallbackSpec, LayerSpec
+from algoperf_kfac.pytorch.directions import factor_dtype
+from algoperf_kfac.pytorch.discovery import RAW, CoveredLayer, discover, spec_of_operation, tied_tables
+from algoperf_kfac.pytorch.operations import Operation
+from algoperf_kfac.pytorch.preconditioner import LayerState
+
+
+def factor_like(weight: Tensor) -> Tensor:
+    """An empty tensor on the weight's device, in the factors' dtype: at least float32."""
+    return torch.empty(0, dtype=factor_dtype(weight), device=weight.device)
+
+
+class CoveredLayers:
+    """The covered layers of a model with their states, and the parameters that take the fallback.
+
+    Attributes:
+        layers: by name, in the order in which refreshes take turns.
+        states: by the same names.
+        by_weight: the layers' specs, by identity of the weight.
+        fallbacks: every other trainable parameter, with the reason.
+        missed: what the layers that left had missed, by name.
+        untied: names of tables that proved not to be tied.
+
+    Args:
+        model: the bare model.
+        config: the configuration.
+        params: the parameters to train, by name in the model.
+        exclude: patterns of module paths to leave to the fallback.
+        output_splits: patterns of module paths -> into how many parts their outputs are cut.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: KFACConfig,
+        params: Mapping[str, Tensor],
+        exclude: Iterable[str],
+        output_splits: Mapping[str, int],
+    ) -> None:
+        exclude = list(exclude)
+        self._config, self._params, self._output_splits = config, dict(params), dict(output_splits)
+        found, self.fallbacks = discover(model, config, list(params.values()), exclude, self._output_splits)
+        # Tables that may prove to be tied, and the reason they have as long as this is open.
+        reasons = self._reasons()
+        tables = tied_tables(model, config, self.fallbacks, exclude)
+        self._tables = {name: (spec, reasons[name]) for name, spec in tables.items()}
+        self.untied: set[str] = set()
+        self.missed: dict[str, str] = {}
+        self.layers: dict[str, CoveredLayer] = {}
+        self.states: dict[str, LayerState] = {}
+        self.by_weight: dict[int, LayerSpec] = {}
+        for layer in found:
+            self._add(layer)
+
+    def coverage(self) -> Coverage:
+        """The covered layers, and every other trainable parameter with the reason why it is not covered."""
+        return Coverage(tuple(layer.spec for layer in self.layers.values()), tuple(self.fallbacks))
+
+    def order(self, names: Iterable[str]) -> None:
+        """Let these layers come first, in this order."""
+        self.layers = {name: self.layers[name] for name in dict.fromkeys([*names, *self.layers])}
+
+    # Joining.
+
+    def promote(self, operation: Operation) -> LayerSpec | None:
+        """Cover a raw parameter that an operation with a rule reads."""
+        candidates = {f.name for f in self.fallbacks if f.reason == RAW}
+        names = {id(p): n for n, p in self._params.items() if n in candidates}
+        spec = spec_of_operation(operation, names, self._config, self._output_splits)
+        if spec is None:
+            return None
+        if spec.name in self.layers:  # two raw weights in one module
+            spec = dataclasses.replace(spec, name=spec.weight)
+        self.adopt(spec)
+        return spec
+
+    def open_tables(self) -> dict[int, LayerSpec]:
+        """By identity of the weight: the tied tables, and those of which it is not known."""
+        reasons = self._reasons()
+        return {
+            id(self._params[name]): spec
+            for name, (spec, reason) in self._tables.items()
+            if reasons.get(name) == reason or spec.name in self.layers
+        }
+
+    def adopt(self, spec: LayerSpec) -> None:
+        """Cover a layer that took the fallback."""
+        covered = {spec.weight, spec.bias}
+        self.fallbacks = [f for f in self.fallbacks if f.name not in covered]
+        bias = None if spec.bias is None else self._params[spec.bias]
+        self._add(CoveredLayer(spec, self._params[spec.weight], bias))
+
+    def _add(self, layer: CoveredLayer) -> None:
+        name = layer.spec.name
+        self.layers[name] = layer
+        self.states[name] = LayerState.zeros(layer.spec, factor_like(layer.weight))
+        self.by_weight[id(layer.weight)] = layer.spec
+
+    def _reasons(self) -> dict[str, str]:
+        return {f.name: f.reason for f in self.fallbacks}
+
+    # Leaving. Warnings name the line that ended the capture.
+
+    def leave_out(self, name: str, what: str) -> None:
+        """Move a layer that missed something to the fallback."""
+        self.missed[name] = what
+        self._demote(name, f"missed {what} on a statistics step")
+        warnings.warn(f"K-FAC: layer {name} missed {what}; it takes the fallback from now on", stacklevel=5)
+
+    def tie(self, name: str, operation: str) -> None:
+        """Move a layer whose weight an operation without a rule reads, too, to the fallback."""
+        self._demote(name, f"tied weight: {operation} reads it too, and K-FAC would miss that use")
+        warnings.warn(
+            f"K-FAC: the weight of {name} is also read by {operation}; it takes the fallback", stacklevel=5
+        )
+
+    def _demote(self, name: str, reason: str) -> None:
+        layer = self.layers.pop(name)
+        del self.states[name], self.by_weight[id(layer.weight)]
+        for param_name in (layer.spec.weight, layer.spec.bias):
+            if param_name is not None:
+                shape = tuple(self._params[param_name].shape)
+                self.fallbacks.append(FallbackSpec(param_name, shape, reason))
+
+    # State.
+
+    def restore(
+        self, specs: Mapping[str, LayerSpec], fallbacks: Iterable[FallbackSpec], missed: Mapping[str, str]
+    ) -> None:
+        """Cover exactly these layers, in this order, with states as at the beginning."""
+        self.fallbacks, self.missed = list(fallbacks), dict(missed)
+        old = self.layers
+        self.layers, self.states, self.by_weight = {}, {}, {}
+        for name, spec in specs.items():
+            if name in old:
+                self._add(old[name])
+            else:
+                self.adopt(spec)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For deepcopy and pickle, together with the model: all but what hangs on identities."""
+        return {name: value for name, value in vars(self).items() if name != "by_weight"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.by_weight = {id(layer.weight): layer.spec for layer in self.layers.values()}
