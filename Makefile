@@ -55,7 +55,7 @@ test: $(READY)
 	@echo "==> Checking style and types"
 	@$(MAKE) --no-print-directory lint
 	@echo "==> Running the tests on two processes"
-	@$(BIN)/python -m pytest -n 2
+	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The pins are AlgoPerf's; a second environment has the newest releases of what JAX brings, and all else as pinned.
 # kfac-jax, which test_kfac_jax.py compares with, does not run on them itself.
