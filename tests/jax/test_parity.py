@@ -347,16 +347,9 @@ def test_other_configurations(model: str, configuration: str, approximation: str
 
 @pytest.mark.single
 @pytest.mark.parametrize(
-    ("model", "approximation", "preconditioner"),
-    [
-        ("mlp", "expand", "inverse"),
-        ("cnn", "reduce", "eigen"),
-        ("attention", "expand", "inverse"),
-        ("graph", "reduce", "eigen"),
-        ("language-model", "reduce", "inverse"),
-        ("language-model", "expand", "eigen"),
-    ],
+    ("approximation", "preconditioner"), [("expand", "inverse"), ("reduce", "eigen")], ids=lambda value: value
 )
+@pytest.mark.parametrize("model", MODELS)
 def test_single_precision(model: str, approximation: str, preconditioner: str) -> None:
     # Strong damping: rounding of the factors must not be amplified beyond the tolerance.
     options = INTERVALS | {"approximation": approximation, "damping": 1.0, "preconditioner": preconditioner}
