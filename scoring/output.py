@@ -96,12 +96,13 @@ def lead_text(result: Report) -> str:
     """One sentence on what was compared."""
     studies = result.studies.groupby(["workload", "submission"])["study"].nunique()
     span = f"{studies.min()}" if studies.min() == studies.max() else f"{studies.min()} to {studies.max()}"
+    span += " study" if span == "1" else " studies"
     references = sorted(set(result.references.values()) - {""}) or [result.reference]
     against = f", against {' and '.join(references)}" if references[0] else ""
     names = sorted(set(result.studies["submission"]))
     workloads = ", ".join(sorted(set(result.studies["workload"])))
     return (
-        f"{', '.join(names)} on {workloads}, {span} studies each{against}. "
+        f"{', '.join(names)} on {workloads}, {span} each{against}. "
         "A miss counts as infinite in every median. Brackets hold 95 % bootstrap intervals over studies."
     )
 
