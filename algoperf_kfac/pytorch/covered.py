@@ -23,11 +23,11 @@ def factor_like(weight: Tensor) -> Tensor:
     return torch.empty(0, dtype=factor_dtype(weight), device=weight.device)
 
 
-class CoveredLayers:
-    """The covered layers of a model with their states, and the parameters that take the fallback.
+class Layers:
+    """What K-FAC knows of a model; unlike its namesake in JAX it changes, and holds the states of the layers.
 
     Attributes:
-        layers: by name, in the order in which refreshes take turns.
+        covered: the covered layers by name, in the order in which refreshes take turns.
         states: by the same names.
         by_weight: the layers' specs, by identity of the weight.
         fallbacks: every other trainable parameter, with the reason.
@@ -59,7 +59,7 @@ class CoveredLayers:
         self._tables = {name: (spec, reasons[name]) for name, spec in tables.items()}
         self.untied: set[str] = set()
         self.missed: dict[str, str] = {}
-        self.layers: dict[str, CoveredLayer] = {}
+        self.covered: dict[str, CoveredLayer] = {}
         self.states: dict[str, LayerState] = {}
         self.by_weight: dict[int, LayerSpec] = {}
         for layer in found:
@@ -67,11 +67,11 @@ class CoveredLayers:
 
     def coverage(self) -> Coverage:
         """The covered layers, and every other trainable parameter with the reason why it is not covered."""
-        return Coverage(tuple(layer.spec for layer in self.layers.values()), tuple(self.fallbacks))
+        return Coverage(tuple(layer.spec for layer in self.covered.values()), tuple(self.fallbacks))
 
     def order(self, names: Iterable[str]) -> None:
         """Let these layers come first, in this order."""
-        self.layers = {name: self.layers[name] for name in dict.fromkeys([*names, *self.layers])}
+        self.covered = {name: self.covered[name] for name in dict.fromkeys([*names, *self.covered])}
 
     # Joining.
 
@@ -82,7 +82,7 @@ class CoveredLayers:
         spec = spec_of_operation(operation, names, self._config, self._output_splits)
         if spec is None:
             return None
-        if spec.name in self.layers:  # two raw weights in one module
+        if spec.name in self.covered:  # two raw weights in one module
             spec = dataclasses.replace(spec, name=spec.weight)
         self.adopt(spec)
         return spec
@@ -93,19 +93,19 @@ class CoveredLayers:
         return {
             id(self._params[name]): spec
             for name, (spec, reason) in self._tables.items()
-            if reasons.get(name) == reason or spec.name in self.layers
+            if reasons.get(name) == reason or spec.name in self.covered
         }
 
     def adopt(self, spec: LayerSpec) -> None:
         """Cover a layer that took the fallback."""
-        covered = {spec.weight, spec.bias}
-        self.fallbacks = [f for f in self.fallbacks if f.name not in covered]
+        joining = {spec.weight, spec.bias}
+        self.fallbacks = [f for f in self.fallbacks if f.name not in joining]
         bias = None if spec.bias is None else self._params[spec.bias]
         self._add(CoveredLayer(spec, self._params[spec.weight], bias))
 
     def _add(self, layer: CoveredLayer) -> None:
         name = layer.spec.name
-        self.layers[name] = layer
+        self.covered[name] = layer
         self.states[name] = LayerState.zeros(layer.spec, factor_like(layer.weight))
         self.by_weight[id(layer.weight)] = layer.spec
 
@@ -128,7 +128,7 @@ class CoveredLayers:
         )
 
     def _demote(self, name: str, reason: str) -> None:
-        layer = self.layers.pop(name)
+        layer = self.covered.pop(name)
         del self.states[name], self.by_weight[id(layer.weight)]
         for param_name in (layer.spec.weight, layer.spec.bias):
             if param_name is not None:
@@ -142,8 +142,8 @@ class CoveredLayers:
     ) -> None:
         """Cover exactly these layers, in this order, with states as at the beginning."""
         self.fallbacks, self.missed = list(fallbacks), dict(missed)
-        old = self.layers
-        self.layers, self.states, self.by_weight = {}, {}, {}
+        old = self.covered
+        self.covered, self.states, self.by_weight = {}, {}, {}
         for name, spec in specs.items():
             if name in old:
                 self._add(old[name])
@@ -156,4 +156,4 @@ class CoveredLayers:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.by_weight = {id(layer.weight): layer.spec for layer in self.layers.values()}
+        self.by_weight = {id(layer.weight): layer.spec for layer in self.covered.values()}

@@ -15,7 +15,7 @@ from algoperf_kfac.layers import Coverage
 from algoperf_kfac.pytorch import distributed
 from algoperf_kfac.pytorch import state as serial
 from algoperf_kfac.pytorch.capture import Capture, MissingStatisticsError, PositionsLike
-from algoperf_kfac.pytorch.covered import CoveredLayers, factor_like
+from algoperf_kfac.pytorch.covered import Layers, factor_like
 from algoperf_kfac.pytorch.directions import Direction, first_order, second_order
 from algoperf_kfac.pytorch.discovery import unwrap
 from algoperf_kfac.pytorch.statistics import Scalar, Statistics
@@ -103,7 +103,7 @@ class KFAC(torch.optim.Optimizer):
             raise ValueError("the model has no trainable parameter")
         self._params = {names[id(p)]: p for p in trainable}
         self._allow_partial_coverage = allow_partial_coverage
-        self._covered = CoveredLayers(model, config, self._params, exclude, output_splits or {})
+        self._layers = Layers(model, config, self._params, exclude, output_splits or {})
         self._steps = 0
         self._pending: dict[str, Statistics] = {}
         self._graft: dict[str, Tensor] = {}
@@ -114,7 +114,7 @@ class KFAC(torch.optim.Optimizer):
 
     def coverage(self) -> Coverage:
         """The covered layers, and every other trainable parameter with the reason why it is not covered."""
-        return self._covered.coverage()
+        return self._layers.coverage()
 
     # Statistics --------------------------------------------------------------------------------------------
 
@@ -164,11 +164,11 @@ class KFAC(torch.optim.Optimizer):
             self._captures += 1
         return Capture(
             config=self.config,
-            layers=self._covered.by_weight,
-            tables=self._covered.open_tables() if active else {},
-            untied=self._covered.untied,
-            promote=self._covered.promote,
-            adopt=self._covered.adopt,
+            layers=self._layers.by_weight,
+            tables=self._layers.open_tables() if active else {},
+            untied=self._layers.untied,
+            promote=self._layers.promote,
+            adopt=self._layers.adopt,
             finish=self._finish_capture,
             positions=positions,
             loss_normalizer=loss_normalizer,
@@ -182,14 +182,14 @@ class KFAC(torch.optim.Optimizer):
         if missing and not self._allow_partial_coverage:
             parts = [f"{name} (missed {what})" for name, what in missing.items()]
             raise MissingStatisticsError(
-                f"{len(missing)} of {len(self._covered.layers)} layers missed their statistics: "
+                f"{len(missing)} of {len(self._layers.covered)} layers missed their statistics: "
                 f"{', '.join(parts)}. Run the forward and the backward pass inside capture(), leave unused "
                 "layers out with exclude=[...], or pass allow_partial_coverage=True to move them to the fallback"
             )
         for name, what in missing.items():
-            self._covered.leave_out(name, what)
+            self._layers.leave_out(name, what)
         for name, operation in tied.items():
-            self._covered.tie(name, operation)
+            self._layers.tie(name, operation)
         for name in (*missing, *tied):
             self._pending.pop(name, None)
         for name, new in statistics.items():
@@ -207,16 +207,16 @@ class KFAC(torch.optim.Optimizer):
         if not self._pending and not self.is_statistics_step:
             return
         names = self._agree_on_layers()
-        layers, states = self._covered.layers, self._covered.states
+        covered, states = self._layers.covered, self._layers.states
         distributed.all_reduce_statistics([self._pending[name] for name in names])
         for name in names:
             s = self._pending[name]
-            a, b = s.averages(layers[name].spec)
+            a, b = s.averages(covered[name].spec)
             states[name].update(a, b, s.examples, self.config.factor_decay)
         self._pending.clear()
         due = self._due()
         if due:
-            distributed.refresh([(layers[name].spec, states[name]) for name in due], self.config)
+            distributed.refresh([(covered[name].spec, states[name]) for name in due], self.config)
 
     def _agree_on_layers(self) -> list[str]:
         """The layers with statistics on every process, in one order; the others are left out everywhere.
@@ -224,9 +224,9 @@ class KFAC(torch.optim.Optimizer):
         Raises:
             MissingStatisticsError: on every process, if one has layers and captured nothing.
         """
-        covered = self._covered
-        mine = [name for name in covered.layers if name in self._pending]
-        gathered = distributed.all_gather(None if covered.layers and not mine else mine)
+        layers = self._layers
+        mine = [name for name in layers.covered if name in self._pending]
+        gathered = distributed.all_gather(None if layers.covered and not mine else mine)
         silent = [rank for rank, names in enumerate(gathered) if names is None]
         if silent:
             where = f" on process {silent[0]}" if len(gathered) > 1 else ""
@@ -237,10 +237,10 @@ class KFAC(torch.optim.Optimizer):
         everywhere = set.intersection(*(set(names or ()) for names in gathered))
         for name in mine:
             if name not in everywhere:
-                covered.leave_out(name, "its statistics on another process")
+                layers.leave_out(name, "its statistics on another process")
         names = [name for name in gathered[0] or () if name in everywhere]
         # Raw parameters joined in the order of their use, which may differ; refreshes take turns in this one.
-        covered.order(names)
+        layers.order(names)
         return names
 
     def _due(self) -> list[str]:
@@ -250,8 +250,8 @@ class KFAC(torch.optim.Optimizer):
         young = self._steps < max(self.config.refresh_interval, self.config.initial_statistics)
         return [
             name
-            for i, name in enumerate(self._covered.layers)
-            if young or not self._covered.states[name].refreshes or (index + i) % cycle == 0
+            for i, name in enumerate(self._layers.covered)
+            if young or not self._layers.states[name].refreshes or (index + i) % cycle == 0
         ]
 
     def factors(self, *, reduction: str = "sum") -> dict[str, FactorPair]:
@@ -267,7 +267,7 @@ class KFAC(torch.optim.Optimizer):
         """
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction={reduction!r}: allowed is 'sum' or 'mean'")
-        states = self._covered.states
+        states = self._layers.states
         if states and not any(float(state.weight) for state in states.values()):
             raise RuntimeError("no layer has statistics yet: make a statistics step first")
         pairs = {}
@@ -275,7 +275,7 @@ class KFAC(torch.optim.Optimizer):
             a, b = state.corrected()
             if reduction == "sum":
                 examples = state.examples / state.weight.clamp(min=torch.finfo(state.weight.dtype).tiny)
-                if self._covered.layers[name].spec.kind == "embedding":  # one factor for both
+                if self._layers.covered[name].spec.kind == "embedding":  # one factor for both
                     a = [m * examples for m in a]
                 b = [m * examples for m in b]
             pairs[name] = FactorPair(_present(a), _present(b))
@@ -309,15 +309,15 @@ class KFAC(torch.optim.Optimizer):
         """Identities of the parameters whose NadamW direction nothing needs: covered ones, without grafting."""
         if self.config.grafting:
             return set()
-        return {id(p) for layer in self._covered.layers.values() for p in (layer.weight, layer.bias)}
+        return {id(p) for layer in self._layers.covered.values() for p in (layer.weight, layer.bias)}
 
     def _second_order(self, directions: dict[int, Direction]) -> None:
         """Replace the directions of covered layers by their K-FAC directions."""
         beta2s = {id(p): group["betas"][1] for group in self.param_groups for p in group["params"]}
         outcome = second_order(
             directions,
-            self._covered.layers,
-            self._covered.states,
+            self._layers.covered,
+            self._layers.states,
             beta2s,
             self.config,
             monitor=self.is_statistics_step,
@@ -338,11 +338,11 @@ class KFAC(torch.optim.Optimizer):
         and the cosine between K-FAC direction and momentum gradient, both at the last statistics step; and
         their totals or means over layers.
         """
-        states = self._covered.states
+        states = self._layers.states
         out: dict[str, float] = {
             "steps": float(self._steps),
             "coverage": self.coverage().fraction,
-            "missed_layers": float(len(self._covered.missed)),
+            "missed_layers": float(len(self._layers.missed)),
         }
         for key in ("refreshes", "failures", "skipped"):
             out[key] = float(sum(getattr(state, key) for state in states.values()))
@@ -378,13 +378,13 @@ class KFAC(torch.optim.Optimizer):
         """Everything needed to continue bit for bit; loadable with torch.load(weights_only=True)."""
         state = super().state_dict()
         state["kfac"] = serial.to_dict(
-            [layer.spec for layer in self._covered.layers.values()],
-            self._covered.states,
-            self._covered.fallbacks,
+            [layer.spec for layer in self._layers.covered.values()],
+            self._layers.states,
+            self._layers.fallbacks,
             self.config,
             steps=self._steps,
             seed=self._seed,
-            missed=dict(self._covered.missed),
+            missed=dict(self._layers.missed),
             stand_ins=self._stand_ins,
         )
         return state
@@ -399,14 +399,14 @@ class KFAC(torch.optim.Optimizer):
         if "kfac" not in state_dict:
             raise ValueError("this state_dict is not KFAC's: it has no entry 'kfac'")
         kfac = state_dict["kfac"]
-        specs = {name: layer.spec for name, layer in self._covered.layers.items()}
+        specs = {name: layer.spec for name, layer in self._layers.covered.items()}
         serial.check(kfac, self.config, specs, {name: tuple(p.shape) for name, p in self._params.items()})
         # A copy, so that the optimizer that gave the state may go on.
         super().load_state_dict(copy.deepcopy({k: v for k, v in state_dict.items() if k != "kfac"}))
-        self._covered.restore(serial.specs_of(kfac), serial.fallbacks_of(kfac), kfac["missed"])
-        for name, layer in self._covered.layers.items():
+        self._layers.restore(serial.specs_of(kfac), serial.fallbacks_of(kfac), kfac["missed"])
+        for name, layer in self._layers.covered.items():
             like = factor_like(layer.weight)
-            self._covered.states[name] = serial.layer_state(kfac, name, like, self.config)
+            self._layers.states[name] = serial.layer_state(kfac, name, like, self.config)
         self._steps = kfac["steps"]
         self._stand_ins.copy_(kfac["stand_ins"])
         self._seed = serial.seed_of(kfac)
@@ -423,7 +423,7 @@ _COPIED = (
     "_complete",
     "_params",
     "_allow_partial_coverage",
-    "_covered",
+    "_layers",
     "_steps",
     "_pending",
     "_graft",

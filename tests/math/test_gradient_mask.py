@@ -197,7 +197,7 @@ def test_a_step_on_which_nothing_counts_is_left_out() -> None:
         with optimizer.capture("gradient"):
             (model(x) - 1).square().sum(-1).mean().backward()
         optimizer.step()
-        assert float(optimizer._covered.states["0"].weight > 0) == (step > 0)
+        assert float(optimizer._layers.states["0"].weight > 0) == (step > 0)
     assert optimizer.metrics()["dropped"] == optimizer.metrics()["failures"] == 0
     assert all(p.isfinite().all() for p in model.parameters())
 

@@ -113,7 +113,7 @@ def test_initial_statistics(options: dict[str, int]) -> None:
     optimizer = KFAC(model, **options)
     statistics, refreshed = [], []
     for _ in range(steps):
-        states = optimizer._covered.states
+        states = optimizer._layers.states
         before = copy.deepcopy(states)
         train(model, optimizer, [images()])
         new = [name for name in names if states[name].weight > before[name].weight]
@@ -137,9 +137,9 @@ def test_drift_decides_on_a_due_refresh() -> None:
     metrics = optimizer.metrics()
     assert (metrics["refreshes"], metrics["skipped"]) == (2, 4)
     assert metrics["0/drift"] < 1e-4
-    values = optimizer._covered.states["0"].a_values[0].clone()
+    values = optimizer._layers.states["0"].a_values[0].clone()
     train(model, optimizer, [(2 * batch[0], batch[1])])
-    assert optimizer._covered.states["0"].a_values[0].sum() > 1.1 * values.sum()
+    assert optimizer._layers.states["0"].a_values[0].sum() > 1.1 * values.sum()
     mixed = batch[0] @ torch.randn(5, 5)
     train(model, optimizer, [(3 * mixed, batch[1])] * 3)
     metrics = optimizer.metrics()
@@ -152,13 +152,13 @@ def test_forced_statistics_off_schedule() -> None:
     optimizer = KFAC(model, factor_interval=10, initial_statistics=1)
     train(model, optimizer, [(x, y)])
     assert not optimizer.is_statistics_step
-    weight = optimizer._covered.states["0"].weight.clone()
+    weight = optimizer._layers.states["0"].weight.clone()
     optimizer.zero_grad()
     with optimizer.capture(force=True) as capture:
         assert capture.active
         F.cross_entropy(model(x), y).backward()
     optimizer.step()
-    assert optimizer._covered.states["0"].weight > weight
+    assert optimizer._layers.states["0"].weight > weight
 
 
 # Decompositions that fail ------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ FAILURES = [("eigen", fail_eigh), ("inverse", fail_cholesky)]
 
 
 def bases(optimizer: KFAC) -> list[Tensor]:
-    return [m.clone() for state in optimizer._covered.states.values() for m in [*state.a_basis, *state.b_basis]]
+    return [m.clone() for state in optimizer._layers.states.values() for m in [*state.a_basis, *state.b_basis]]
 
 
 @pytest.mark.parametrize(("preconditioner", "fail"), FAILURES)

@@ -184,7 +184,7 @@ def test_one_layer_that_overflows_does_not_stop_the_others() -> None:
     optimizer.step()
     metrics = optimizer.metrics()
     assert (metrics["0/dropped"], metrics["2/dropped"]) == (1, 0)
-    assert optimizer._covered.states["2"].weight > 0
+    assert optimizer._layers.states["2"].weight > 0
 
 
 def test_a_direction_whose_squares_overflow_is_scaled_and_kept() -> None:

@@ -103,7 +103,7 @@ def test_preconditioning_flops_are_those_counted(config):
         model(inputs()).square().mean().backward()
     optimizer.step()
     for layer in make_plan(optimizer.coverage(), {}, optimizer.config).layers:
-        spec, state = layer.spec, optimizer._covered.states[layer.spec.name]
+        spec, state = layer.spec, optimizer._layers.states[layer.spec.name]
         m = torch.randn(spec.groups, spec.out_dim, spec.factor_in_dim)
         flops = counted(lambda m=m, state=state: precondition(state, m, m, optimizer.config, 0.9))
         assert layer.preconditioning == flops, spec.name

@@ -101,7 +101,7 @@ def test_factors_of_a_batch_of_graphs(approximation, wrap):
         got = optimizer.factors()[name]
         torch.testing.assert_close(got.A, a[0])
         torch.testing.assert_close(got.B, b[0])
-    assert float(optimizer._covered.states["head"].examples / optimizer._covered.states["head"].weight) == 3
+    assert float(optimizer._layers.states["head"].examples / optimizer._layers.states["head"].weight) == 3
 
 
 def test_rows_that_are_neither_are_refused():
