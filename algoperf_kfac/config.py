@@ -1,19 +1,35 @@
-"""Every hyperparameter of the optimizers and their submissions, validated in one place, free of any framework."""
+"""Every hyperparameter of the optimizer, validated in one place, free of any framework."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Protocol
 
 APPROXIMATIONS = ("expand", "reduce")
 FISHERS = ("empirical", "mc", "exact")
 PRECONDITIONERS = ("eigen", "inverse")
-SCALINGS = ("power", "root", "inverse", "second_moment")
+POWERS = {"root": 0.5, "inverse": 1.0}  # scalings that are powers by name
 DAMPING_MODES = ("relative", "absolute")
 LARGE_FACTORS = ("block", "one_sided")
 LAYER_KINDS = ("linear", "conv", "conv_transpose")
+TABLE = "embedding"  # the kind of a table that is the output layer, too: approximated like a linear layer
+
+
+class Point(Protocol):
+    """A point of a search space as AlgoPerf's runner hands it over: a namedtuple."""
+
+    def _asdict(self) -> dict[str, object]: ...
+
+
+@functools.cache
+def scaling_names() -> tuple[str, ...]:
+    """The scalings by name: "root" and "inverse" are powers, the others have a file of their own in each framework."""
+    files = Path(__file__).parent.glob("*/scalings/*.py")
+    return tuple(sorted({path.stem for path in files if not path.stem.startswith("_")} | set(POWERS)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +50,9 @@ class KFACConfig:
         fisher_samples: label samples per statistics step, for "mc".
         preconditioner: "eigen" (factors' eigenbases) or "inverse" (damped inverses, as in the paper).
         scaling: for "eigen", how the rotated momentum is scaled: "power" (by the eigenvalues to the power
-            -`power`), "root" and "inverse" (the powers -1/2 and -1 by name), or "second_moment" (Adam's second
-            moment of the rotated gradient).
+            -`power`), "root" and "inverse" (the powers -1/2 and -1 by name), "second_moment" (Adam's second
+            moment of the rotated gradient), or a class of your own with the interface of the framework's
+            `scalings.Scaling`.
         power: exponent for scaling="power", in (0, 1]; 1 is K-FAC's own, 1/2 Adam's in the eigenbasis.
         damping: with "relative", lambda_A = damping tr(A)/P_in and lambda_B = damping tr(B)/P_out; with
             "absolute", lambda_A = pi sqrt(damping) and lambda_B = sqrt(damping)/pi with
@@ -51,11 +68,6 @@ class KFACConfig:
         grafting: give each covered layer's direction the norm of its NadamW update.
         max_factor_dim: factors above this dimension take the form `large_factor`.
         large_factor: "block" (block diagonal, blocks of at most max_factor_dim) or "one_sided" (identity).
-        warmup_factor: length of the warm-up as a share of the horizon (submissions).
-        horizon_factor: horizon of the schedule as a share of the workload's step_hint (submissions).
-        label_smoothing: as AlgoPerf's loss_fn takes it (submissions).
-        dropout_rate: as AlgoPerf's model_fn takes it (submissions).
-        grad_clip: global norm the gradient is clipped to, None for no clipping (submissions).
 
     Raises:
         ValueError: naming the hyperparameter, its value and what is allowed.
@@ -70,7 +82,7 @@ class KFACConfig:
     fisher: str = "empirical"
     fisher_samples: int = 1
     preconditioner: str = "eigen"
-    scaling: str = "power"
+    scaling: str | type = "power"
     power: float = 0.75
     damping: float = 1e-4
     damping_mode: str = "relative"
@@ -82,11 +94,6 @@ class KFACConfig:
     grafting: bool = True
     max_factor_dim: int = 4096
     large_factor: str = "block"
-    warmup_factor: float = 0.05
-    horizon_factor: float = 1.0
-    label_smoothing: float = 0.0
-    dropout_rate: float = 0.0
-    grad_clip: float | None = None
 
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, allowed: str) -> None:
@@ -117,7 +124,8 @@ class KFACConfig:
         check("fisher", self.fisher in FISHERS, f"one of {FISHERS}")
         check("fisher_samples", self.fisher_samples >= 1, "at least 1")
         check("preconditioner", self.preconditioner in PRECONDITIONERS, f"one of {PRECONDITIONERS}")
-        check("scaling", self.scaling in SCALINGS, f"one of {SCALINGS}")
+        known = isinstance(self.scaling, type) or self.scaling in scaling_names()
+        check("scaling", known, f"one of {scaling_names()}, or a class of your own")
         check("power", 0 < self.power <= 1, "a number in (0, 1]")
         check("damping", self.damping > 0, "a number > 0")
         check("damping_mode", self.damping_mode in DAMPING_MODES, f"one of {DAMPING_MODES}")
@@ -133,16 +141,11 @@ class KFACConfig:
         check("grafting", isinstance(self.grafting, bool), "True or False")
         check("max_factor_dim", self.max_factor_dim >= 1, "at least 1")
         check("large_factor", self.large_factor in LARGE_FACTORS, f"one of {LARGE_FACTORS}")
-        check("warmup_factor", 0 <= self.warmup_factor < 1, "a number in [0, 1)")
-        check("horizon_factor", self.horizon_factor > 0, "a number > 0")
-        check("label_smoothing", 0 <= self.label_smoothing < 1, "a number in [0, 1)")
-        check("dropout_rate", 0 <= self.dropout_rate < 1, "a number in [0, 1)")
-        clip = self.grad_clip
-        number = isinstance(clip, int | float) and not isinstance(clip, bool)
-        check("grad_clip", clip is None or (number and 0 < clip < math.inf), "a number > 0, or None")
 
     @classmethod
-    def from_hyperparameters(cls, hyperparameters: Any, **defaults: Any) -> KFACConfig:
+    def from_hyperparameters(
+        cls, hyperparameters: Mapping[str, object] | Point | None, **defaults: object
+    ) -> KFACConfig:
         """Build a configuration from a point of a search space.
 
         Args:
@@ -153,29 +156,44 @@ class KFACConfig:
         Raises:
             ValueError: for an unknown name or a value out of range.
         """
-        if hyperparameters is None:
-            point: dict[str, Any] = {}
-        elif isinstance(hyperparameters, Mapping):
-            point = dict(hyperparameters)
-        elif hasattr(hyperparameters, "_asdict"):
-            point = hyperparameters._asdict()
-        else:
-            raise ValueError(
-                f"hyperparameters must be a namedtuple, a mapping or None, got {type(hyperparameters).__name__}"
-            )
+        point = as_mapping(hyperparameters)
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted((set(point) | set(defaults)) - known)
         if unknown:
             raise ValueError(f"unknown hyperparameter {unknown[0]!r}: known are {sorted(known)}")
-        return cls(**(defaults | point))
+        return cls(**(defaults | point))  # type: ignore[arg-type]  # checked when it is made
+
+    @property
+    def scaling_room(self) -> str | type:
+        """The file of `scalings` that the configuration asks for, or the class that it names itself."""
+        if self.preconditioner == "inverse":
+            return "inverse"
+        return "power" if self.scaling in POWERS else self.scaling
 
     @property
     def exponent(self) -> float:
         """Power of the inverse eigenvalues for the scalings that use them."""
-        return {"root": 0.5, "inverse": 1.0}.get(self.scaling, self.power)
+        return POWERS.get(self.scaling, self.power) if isinstance(self.scaling, str) else self.power
 
     def approximation_for(self, kind: str) -> str:
         """The approximation of a layer kind."""
         if isinstance(self.approximation, Mapping):
-            return self.approximation.get(kind, "expand")
+            return self.approximation.get("linear" if kind == TABLE else kind, "expand")
         return self.approximation
+
+
+def as_mapping(hyperparameters: Mapping[str, object] | Point | None) -> dict[str, object]:
+    """A point of a search space by name; empty for None.
+
+    Raises:
+        ValueError: for something else than a namedtuple, a mapping or None.
+    """
+    if hyperparameters is None:
+        return {}
+    if isinstance(hyperparameters, Mapping):
+        return dict(hyperparameters)
+    if hasattr(hyperparameters, "_asdict"):
+        return hyperparameters._asdict()
+    raise ValueError(
+        f"hyperparameters must be a namedtuple, a mapping or None, got {type(hyperparameters).__name__}"
+    )

@@ -3,7 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from algoperf_kfac.config import TABLE, KFACConfig
+
+# Reasons for not covering a parameter, where both frameworks or several places give them.
+EXCLUDED = "excluded by the user"
+EMBEDDING = "embedding: its inputs are one-hot, A would be a diagonal of counts"
+UNREAD = "no operation with a rule reads it"
+
+
+def too_large(config: KFACConfig) -> str:
+    """The reason of a layer both of whose factors are the identity."""
+    return f"both factors above max_factor_dim={config.max_factor_dim}"
+
+
+def also_read_by(operation: str) -> str:
+    """The reason of a weight that an operation with a rule reads, and another one without."""
+    return f"also read by {operation}, which has no rule: K-FAC would miss that use"
+
+
+def one_parameter(names: Sequence[str]) -> str:
+    """The reason of a parameter that several modules share."""
+    return f"tied weight: {' and '.join(names)} are one parameter"
+
+
+def missed_statistics(what: str) -> str:
+    """The reason of a layer that left because it missed something."""
+    return f"missed {what} on a statistics step"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,7 +41,8 @@ class LayerSpec:
 
     Attributes:
         name: path of the module that owns the weight.
-        kind: "linear", "conv", "conv_transpose", or "embedding" for a table that is the output layer, too.
+        kind: "linear", "conv", "conv_transpose", "embedding" for a table that is the output layer, too, or that of
+            a file in `kinds`.
         weight: name of the weight parameter.
         bias: name of the bias parameter, or None.
         weight_shape: the parameter's shape as the framework stores it.
@@ -44,6 +74,87 @@ class LayerSpec:
     @property
     def num_parameters(self) -> int:
         return self.groups * self.out_dim * self.factor_in_dim
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """Sizes of all diagonal blocks of one group: of A, then of B."""
+        return (*self.in_blocks, *self.out_blocks)
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether A or B is more than the identity."""
+        return bool(self.block_sizes)
+
+
+def make_spec(
+    *,
+    name: str,
+    kind: str,
+    weight: str,
+    bias: str | None,
+    weight_shape: tuple[int, ...],
+    groups: int,
+    in_dim: int,
+    out_dim: int,
+    config: KFACConfig,
+    parts: int = 1,
+) -> LayerSpec:
+    """The spec of a layer; without factors (`has_factors`) where both are too large.
+
+    The vocabulary side of a tied table is taken as the identity.
+
+    Args:
+        name, kind, weight, bias, weight_shape, groups, in_dim, out_dim: see `LayerSpec`.
+        config: decides the approximation and the block sizes.
+        parts: into how many equal parts the outputs are cut before large factors are.
+    """
+    in_blocks, part = (
+        split_blocks(dim, config.max_factor_dim, config.large_factor)
+        for dim in (in_dim + (bias is not None), out_dim // parts)
+    )
+    return LayerSpec(
+        name=name,
+        kind=kind,
+        weight=weight,
+        bias=bias,
+        weight_shape=weight_shape,
+        groups=groups,
+        in_dim=in_dim,
+        out_dim=out_dim,
+        approximation=config.approximation_for(kind),
+        in_blocks=in_blocks,
+        out_blocks=() if kind == TABLE else part * parts,
+    )
+
+
+def parts_of(name: str, kind: str, shape: Sequence[int], splits: Mapping[str, int]) -> int:
+    """Into how many parts a layer's outputs are cut.
+
+    Args:
+        name: the layer's.
+        kind: its kind.
+        shape: of its weight, outputs first.
+        splits: pattern (fnmatch) of names -> number of parts.
+
+    Raises:
+        ValueError: if they cannot be cut into equal parts.
+    """
+    for pattern, parts in splits.items():
+        if not fnmatch.fnmatchcase(name, pattern):
+            continue
+        if kind != "linear" or parts < 1 or shape[0] % parts:
+            raise ValueError(
+                f"output_splits[{pattern!r}]={parts} does not fit {name}, a {kind} layer of shape {tuple(shape)}: "
+                "allowed are linear layers and a divisor of their outputs"
+            )
+        return parts
+    return 1
+
+
+def matches(names: Iterable[str], patterns: Iterable[str]) -> bool:
+    """Whether one of the names fits one of the patterns (fnmatch)."""
+    patterns = list(patterns)
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,16 +17,18 @@ at a fraction of the speed of matrix products.
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.layers import Coverage, LayerSpec
 
 ITEM_BYTES = 4  # float32: parameters, moments and factors alike
-EIGH_FLOPS = 9.0
+EIGH_FLOPS = 9.0  # times n^3
 INVERSE_FLOPS = 1.0
-SCALARS_PER_LAYER = 3  # weight of the averages, examples, dropped statistics
+OPERATOR_FLOPS = 2.0
 DEVICE_BYTES = 16e9  # AlgoPerf's competition hardware: 8 GPUs of 16 GB
 
 
@@ -79,6 +81,88 @@ class Load:
         )
 
 
+class Scaling(Protocol):
+    """What a plan asks a scaling of; the frameworks' `scalings` have it."""
+
+    def num_bytes(self, spec: LayerSpec, itemsize: int) -> StateBytes:
+        """What a layer keeps beside its factors, after its first refresh."""
+
+    def flops(self, spec: LayerSpec) -> ScalingFlops:
+        """What a layer's refresh and its direction at every step take."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StateBytes:
+    """Bytes that a layer keeps between steps beside its factors.
+
+    Attributes:
+        bases: eigenvectors and eigenvalues, or inverses.
+        operators: what the momentum is multiplied by, and what else a scaling keeps.
+        counts: weights of the averages, counters and what is monitored, in tensors.
+    """
+
+    bases: float
+    operators: float
+    counts: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ScalingFlops:
+    """Flops of one layer.
+
+    Attributes:
+        refresh: of one refresh.
+        step: of the direction at every step.
+    """
+
+    refresh: float
+    step: float
+
+
+def cubes(spec: LayerSpec) -> int:
+    """Work of one pass over a layer's factors of matrix products or decompositions: the block sizes cubed."""
+    return spec.groups * sum(size**3 for size in spec.block_sizes)
+
+
+def squares(spec: LayerSpec) -> int:
+    """Entries of a layer's factors."""
+    return spec.groups * sum(size**2 for size in spec.block_sizes)
+
+
+def widths(spec: LayerSpec) -> int:
+    """Eigenvalues of a layer's factors."""
+    return spec.groups * sum(spec.block_sizes)
+
+
+def product_flops(spec: LayerSpec) -> int:
+    """Flops of multiplying a layer's gradient by a matrix on either side."""
+    a, b = (sum(size**2 for size in blocks) for blocks in (spec.in_blocks, spec.out_blocks))
+    return 2 * spec.groups * (spec.out_dim * a + spec.factor_in_dim * b)
+
+
+def assign(costs: Sequence[float], workers: int) -> list[int]:
+    """Which worker takes each job: the longest first, to the worker with the least work so far.
+
+    The largest load is at most 4/3 - 1/(3 workers) times the least possible (Graham 1969). Ties go to the first
+    job and the lowest worker, so that all processes come to the same assignment without asking each other.
+    """
+    loads = [(0.0, worker) for worker in range(workers)]
+    owners = [0] * len(costs)
+    for job in sorted(range(len(costs)), key=lambda job: -costs[job]):
+        load, owner = heapq.heappop(loads)
+        owners[job] = owner
+        heapq.heappush(loads, (load + costs[job], owner))
+    return owners
+
+
+def largest_load(costs: Sequence[float], workers: int) -> float:
+    """The work of the busiest worker under `assign`."""
+    sums = [0.0] * workers
+    for cost, owner in zip(costs, assign(costs, workers), strict=True):
+        sums[owner] += cost
+    return max(sums)
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerPlan:
     """One covered layer and its flops, on one device.
@@ -109,9 +193,9 @@ class Memory:
         gradients: of the parameters, and their copies (the buckets of DistributedDataParallel).
         moments: first and second moment of NadamW.
         factors: moving averages of A and B, and a few scalars.
-        bases: eigenvectors and eigenvalues, or inverses.
-        operators: what the momentum is multiplied by (eigenvectors with scaled eigenvalues), or the second moment
-            of the rotated gradient.
+        bases: eigenvectors and eigenvalues, or inverses, where the framework keeps them.
+        operators: what the momentum is multiplied by (eigenvectors with scaled eigenvalues), or what a scaling keeps
+            in their place.
         accumulators: sums of outer products of the statistics step at hand.
         activations: what the model keeps for its backward pass; an estimate.
         capture: what a statistics step holds beside the activations: inputs and sums over positions until the
@@ -220,11 +304,14 @@ def make_plan(
     coverage: Coverage,
     loads: Mapping[str, Load],
     config: KFACConfig,
+    scaling: Scaling,
     *,
     devices: int = 1,
     activation_bytes: float | None = None,
     capture_bytes: float = 0.0,
     gradient_copies: int = 1,
+    moments_of_covered: int = 2,
+    counts: int = 0,
 ) -> Plan:
     """The plan of a configuration on a model.
 
@@ -233,18 +320,21 @@ def make_plan(
         loads: by weight parameter name, of covered layers and of others; the others' count for the model's flops
             and the activations. A layer that is missing is taken as idle.
         config: the configuration.
+        scaling: the framework's, for this configuration.
         devices: data-parallel processes; loads are those of one of them.
         activation_bytes: what the model keeps for its backward pass; estimated as the layers' inputs and outputs
             if None.
         capture_bytes: what a statistics step keeps of them in addition; sums come on top.
         gradient_copies: how often the gradients are held: 2 with DistributedDataParallel and its buckets.
+        moments_of_covered: NadamW moments that are kept of a covered parameter: 1 where nothing needs the second.
+        counts: scalars that the optimizer keeps beside those of the layers.
 
     Raises:
         ValueError: if `devices` is not positive.
     """
     if devices < 1:
         raise ValueError(f"devices must be at least 1, got {devices}")
-    layers = tuple(_layer_plan(spec, loads.get(spec.weight), config) for spec in coverage.layers)
+    layers = tuple(_layer_plan(spec, loads.get(spec.weight), scaling) for spec in coverage.layers)
     shapes = {f.name: f.shape for f in coverage.fallbacks}
     others = sum(
         6 * load.products * math.prod(shapes[name])
@@ -253,45 +343,38 @@ def make_plan(
     )
     if activation_bytes is None:
         elements = sum(load.input_elements + load.output_elements for load in loads.values())
+    total, covered = coverage.num_parameters, coverage.num_covered
     memory = Memory(
-        **_state_bytes(coverage, config),
+        parameters=float(ITEM_BYTES * total),
+        moments=float(ITEM_BYTES * (2 * (total - covered) + moments_of_covered * covered)),
+        **_state_bytes(coverage, scaling, counts),
         **_temporary_bytes(coverage, devices, gradient_copies),
         activations=ITEM_BYTES * elements if activation_bytes is None else activation_bytes,
         capture=capture_bytes + ITEM_BYTES * sum(_captured_elements(layer) for layer in layers),
     )
     model = sum(layer.model for layer in layers) + others
     share = 1 / model if model else 0.0
-    refreshes = [layer.refresh for layer in layers]
     flops = Flops(
         model=model,
         statistics=share * sum(layer.statistics for layer in layers) / config.factor_interval,
-        refresh=share * max(_deal(refreshes, devices)) / config.refresh_interval,
+        refresh=share * largest_load([layer.refresh for layer in layers], devices) / config.refresh_interval,
         preconditioning=share * sum(layer.preconditioning for layer in layers),
     )
     return Plan(coverage, layers, config, devices, memory, flops, activation_bytes is not None)
 
 
-def _layer_plan(spec: LayerSpec, load: Load | None, config: KFACConfig) -> LayerPlan:
-    squares = spec.groups * (_power_sum(spec.in_blocks, 2) + _power_sum(spec.out_blocks, 2))
-    cubes = spec.groups * (_power_sum(spec.in_blocks, 3) + _power_sum(spec.out_blocks, 3))
-    rotations = 2 * spec.groups
-    rotations *= spec.out_dim * _power_sum(spec.in_blocks, 2) + spec.factor_in_dim * _power_sum(spec.out_blocks, 2)
-    if config.preconditioner == "inverse":
-        decomposition, passes = INVERSE_FLOPS, 1
-    elif config.scaling == "second_moment":
-        decomposition, passes = EIGH_FLOPS, 3  # momentum and gradient into the basis, the direction back
-    else:
-        decomposition, passes = EIGH_FLOPS + 2, 1
+def _layer_plan(spec: LayerSpec, load: Load | None, scaling: Scaling) -> LayerPlan:
+    own = scaling.flops(spec)
     model = statistics = 0.0
     if load is not None:
         model = 6 * load.products * math.prod(spec.weight_shape)
         if spec.approximation == "reduce":
             # Convolutions sum the input by a small matrix product for each spatial dimension; the first dominates.
             each = 2 * load.kernel if spec.kind.startswith("conv") else 1
-            statistics = load.input_elements * each + load.output_elements + 2 * load.examples * squares
+            statistics = load.input_elements * each + load.output_elements + 2 * load.examples * squares(spec)
         else:
-            statistics = 2 * load.examples * load.positions * squares
-    return LayerPlan(spec, load, model, statistics, decomposition * cubes, passes * rotations)
+            statistics = 2 * load.examples * load.positions * squares(spec)
+    return LayerPlan(spec, load, model, statistics, own.refresh, own.step)
 
 
 def _captured_elements(layer: LayerPlan) -> float:
@@ -302,32 +385,19 @@ def _captured_elements(layer: LayerPlan) -> float:
     """
     spec = layer.spec
     if spec.approximation == "expand":
-        return _factor_elements(spec)
+        return squares(spec)
     return 0.0 if layer.load is None else layer.load.examples * spec.groups * (spec.in_dim + spec.out_dim)
 
 
-def _state_bytes(coverage: Coverage, config: KFACConfig) -> dict[str, float]:
-    """Parameters, moments and K-FAC state after the first refresh."""
-    total = coverage.num_parameters
-    second = total if config.grafting else total - coverage.num_covered
-    squares = {spec.name: _factor_elements(spec) for spec in coverage.layers}
-    matrices = sum(squares.values())
-    values = sum(spec.groups * sum((*spec.in_blocks, *spec.out_blocks)) for spec in coverage.layers)
-    if config.preconditioner == "inverse":
-        values = operators = 0  # the inverses are the operators
-    elif config.scaling == "second_moment":
-        operators = coverage.num_covered
-    else:
-        operators = matrices
-    scalars = SCALARS_PER_LAYER * len(coverage.layers) + 1  # and one count of replaced directions
-    elements = {
-        "parameters": total,
-        "moments": total + second,
-        "factors": matrices + scalars,
-        "bases": matrices + values,
-        "operators": operators,
+def _state_bytes(coverage: Coverage, scaling: Scaling, counts: int) -> dict[str, float]:
+    """K-FAC's state after the first refresh."""
+    kept = [scaling.num_bytes(spec, ITEM_BYTES) for spec in coverage.layers]
+    matrices = ITEM_BYTES * sum(squares(spec) for spec in coverage.layers)
+    return {
+        "factors": matrices + sum(k.counts for k in kept) + float(ITEM_BYTES * counts),
+        "bases": sum(k.bases for k in kept) + 0.0,
+        "operators": sum(k.operators for k in kept) + 0.0,
     }
-    return {name: float(ITEM_BYTES * count) for name, count in elements.items()}
 
 
 def _temporary_bytes(coverage: Coverage, devices: int, gradient_copies: int) -> dict[str, float]:
@@ -339,11 +409,11 @@ def _temporary_bytes(coverage: Coverage, devices: int, gradient_copies: int) -> 
     update holds direction and momentum of every parameter, and both as matrices for covered layers.
     """
     total = coverage.num_parameters
-    matrices = sum(_factor_elements(spec) for spec in coverage.layers)
-    mine = max(_deal([float(_factor_elements(spec)) for spec in coverage.layers], devices))
+    sizes = [squares(spec) for spec in coverage.layers]
+    matrices, mine = sum(sizes), largest_load(sizes, devices)
     stacks: dict[int, int] = {}
     for spec in coverage.layers:
-        for size in (*spec.in_blocks, *spec.out_blocks):
+        for size in spec.block_sizes:
             stacks[size] = stacks.get(size, 0) + spec.groups * size * size
     stack = min(max(stacks.values(), default=0), mine)
     elements = {
@@ -354,19 +424,3 @@ def _temporary_bytes(coverage: Coverage, devices: int, gradient_copies: int) -> 
         "update": 2 * total + 2 * coverage.num_covered,
     }
     return {name: float(ITEM_BYTES * count) for name, count in elements.items()}
-
-
-def _factor_elements(spec: LayerSpec) -> int:
-    return spec.groups * (_power_sum(spec.in_blocks, 2) + _power_sum(spec.out_blocks, 2))
-
-
-def _power_sum(sizes: tuple[int, ...], power: int) -> int:
-    return sum(size**power for size in sizes)
-
-
-def _deal(costs: list[float], devices: int) -> list[float]:
-    """The work of each device when the most expensive layers are dealt out first, each to the idlest device."""
-    sums = [0.0] * devices
-    for cost in sorted(costs, reverse=True):
-        sums[sums.index(min(sums))] += cost
-    return sums

@@ -1,0 +1,56 @@
+"""The library's own errors, and the texts that both frameworks give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+
+class MissingStatisticsError(RuntimeError):
+    """A declared layer did not receive its inputs or its output gradients on a statistics step."""
+
+
+def missing_statistics(missing: Mapping[str, str], total: int, remedy: str) -> MissingStatisticsError:
+    """The error for layers that missed something.
+
+    Args:
+        missing: what each of them missed, by name.
+        total: number of covered layers.
+        remedy: what to do about it, a clause that begins with a capital.
+    """
+    parts = ", ".join(f"{name} (missed {what})" for name, what in missing.items())
+    return MissingStatisticsError(f"{len(missing)} of {total} layers missed their statistics: {parts}. {remedy}")
+
+
+def calls_disagree(name: str, numbers: Iterable[int]) -> ValueError:
+    """The error for a layer whose calls in one forward pass differ in their number of examples."""
+    seen = " and then with ".join(map(str, numbers))
+    return ValueError(
+        f"layer {name} was called with {seen} examples in one forward pass: its calls must share their examples, "
+        f"or exclude it (exclude=[{name!r}])"
+    )
+
+
+def no_statistics() -> RuntimeError:
+    """The error for factors that are asked for before there are any."""
+    return RuntimeError("no layer has statistics yet: make a statistics step first")
+
+
+def check_reduction(reduction: str) -> None:
+    """Raises ValueError unless `reduction` is "sum" or "mean"."""
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction={reduction!r}: allowed is 'sum' or 'mean'")
+
+
+def check_patterns(argument: str, patterns: Iterable[str], unmatched: Iterable[str], what: str) -> None:
+    """Raises ValueError for the first pattern that matched nothing.
+
+    Args:
+        argument: the argument that holds the patterns.
+        patterns: all of them.
+        unmatched: those without a match.
+        what: what they could have matched.
+    """
+    without = set(unmatched)
+    for pattern in patterns:
+        if pattern in without:
+            raise ValueError(f"{argument}: no {what} matches {pattern!r}")

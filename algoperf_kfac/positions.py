@@ -1,0 +1,227 @@
+"""Which rows of a layer's input and output belong to which example, and which of them count.
+
+Everything here works on shapes, so that both frameworks choose alike; the arrays themselves are theirs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from typing import Protocol, Self, TypeAlias
+
+BY_GRADIENT = "gradient"
+READOUTS = ("mean", "sum")
+
+
+class Array(Protocol):
+    """An array of any framework, as far as its shape goes."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def ndim(self) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Positions:
+    """How the leading dimensions of a layer's input and output are to be read.
+
+    Attributes:
+        mask: shape of the leading dimensions (or of the first few of them), 1 where a position counts; or
+            "gradient": a position counts where its output gradient is not exactly zero in every channel. These
+            are the positions b[n, r] = 0 that the loss does not depend on (padding, positions without target),
+            found layer by layer from the data. Over several backward passes a position counts if any pass
+            reaches it. None: all positions count.
+        segment_ids: shape (rows,): example index of each row of dimension 0, for graphs and packed batches.
+        num_segments: number of examples in `segment_ids`; needed with it (reading it off would cost a
+            host synchronisation, and shapes are static in JAX).
+        batch_dim: which leading dimension runs over examples, e.g. 1 for (length, batch, features).
+        readout: "mean" if positions are averaged before the loss, "sum" if they are summed; decides which of
+            reduce's factors takes the 1/R where R varies between examples.
+
+    Raises:
+        ValueError: for another readout, a mask that is another string, or segment_ids without num_segments.
+    """
+
+    mask: Array | str | None = None
+    segment_ids: Array | None = None
+    num_segments: int | None = None
+    batch_dim: int = 0
+    readout: str = "mean"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.mask, str) and self.mask != BY_GRADIENT:
+            raise ValueError(f"mask={self.mask!r}: allowed is an array, None or {BY_GRADIENT!r}")
+        if self.readout not in READOUTS:
+            raise ValueError(f"readout={self.readout!r}: allowed is 'mean' or 'sum'")
+        if (self.segment_ids is None) != (self.num_segments is None):
+            raise ValueError("segment_ids and num_segments go together")
+
+    @property
+    def by_gradient(self) -> bool:
+        return isinstance(self.mask, str)
+
+    @property
+    def array_mask(self) -> Array | None:
+        """The mask where it is an array."""
+        return None if isinstance(self.mask, str) else self.mask
+
+
+PositionsLike: TypeAlias = Positions | Array | str | Sequence["Positions | Array | str"]
+"""What a caller may say: a description, a bare mask, "gradient", or a list of these of which a layer takes the first
+that fits."""
+
+Candidates: TypeAlias = list[Positions] | dict[str, list[Positions]]
+"""The same as lists, for the whole model or by pattern of layer names."""
+
+
+def as_candidates(positions: PositionsLike | Mapping[str, PositionsLike] | None) -> Candidates:
+    """What a caller said, as lists."""
+    if isinstance(positions, Mapping):
+        return {pattern: _as_list(value) for pattern, value in positions.items()}
+    return [] if positions is None else _as_list(positions)
+
+
+def _as_list(positions: PositionsLike) -> list[Positions]:
+    items = list(positions) if isinstance(positions, list | tuple) else [positions]
+    return [item if isinstance(item, Positions) else Positions(mask=item) for item in items]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The rows of one call of a layer, as it has them.
+
+    Attributes:
+        leading: sizes of the dimensions over examples and positions, in the layer's own order; of a convolution
+            (N, *output positions).
+        batch_first: whether examples come first whatever `Positions.batch_dim` says, as in convolutions.
+    """
+
+    leading: tuple[int, ...]
+    batch_first: bool = False
+
+    def batch_dim(self, positions: Positions) -> int:
+        """Which dimension runs over examples."""
+        return 0 if self.batch_first or len(self.leading) <= positions.batch_dim else positions.batch_dim
+
+    def sizes(self, positions: Positions) -> tuple[int, ...]:
+        """The leading sizes, examples first; (1,) where there are none."""
+        return to_front(self.leading, self.batch_dim(positions)) or (1,)
+
+    def fits(self, positions: Positions) -> bool:
+        """Whether mask and segment ids have the sizes of these rows."""
+        sizes = self.sizes(positions)
+        if positions.segment_ids is not None and sizes[:1] != tuple(positions.segment_ids.shape):
+            return False
+        mask = positions.array_mask
+        return mask is None or sizes[: mask.ndim] == mask_sizes(mask, positions)
+
+
+def mask_sizes(mask: Array, positions: Positions) -> tuple[int, ...]:
+    """The sizes of a mask, examples first."""
+    return to_front(mask.shape, positions.batch_dim) if positions.batch_dim < mask.ndim else tuple(mask.shape)
+
+
+def to_front(sizes: Sequence[int], dim: int) -> tuple[int, ...]:
+    """Sizes with dimension `dim` first, where there are several."""
+    sizes = tuple(sizes)
+    return (sizes[dim], *sizes[:dim], *sizes[dim + 1 :]) if len(sizes) > 1 else sizes
+
+
+def candidates_for(name: str, candidates: Candidates) -> list[Positions]:
+    """The descriptions that a layer may take, in order."""
+    if isinstance(candidates, Mapping):
+        matches = (value for pattern, value in candidates.items() if fnmatch.fnmatchcase(name, pattern))
+        return next(matches, [])
+    return candidates
+
+
+def choose(name: str, candidates: Candidates, rows: Rows) -> Positions | None:
+    """The description that a call of a layer takes; None where all its rows are examples that count.
+
+    A single description given by the layer's name has to fit, of others the first that fits is taken. One row per
+    segment (a layer behind the read-out) is an example each.
+
+    Args:
+        name: the layer's.
+        candidates: from `as_candidates`.
+        rows: of the call.
+
+    Raises:
+        ValueError: naming the layer, if several segmentations fit, or if there are some and none fits.
+    """
+    own = candidates_for(name, candidates)
+    if isinstance(candidates, Mapping) and len(own) == 1:
+        return own[0]
+    fitting = [p for p in own if rows.fits(p)]
+    by_name = f"describe its positions by its name, positions={{{name!r}: ..., ...}}"
+    if sum(p.segment_ids is not None for p in fitting) > 1:
+        # Nothing but their number tells what the rows are, and a wrong guess would not show.
+        raise ValueError(
+            f"layer {name} has {rows.sizes(fitting[0])[0]} rows in dimension 0, which fits several of the "
+            f"segmentations: {by_name}"
+        )
+    if fitting:
+        return fitting[0]
+    segmented = [p for p in own if p.segment_ids is not None]
+    for p in segmented:
+        if rows.sizes(p)[0] == p.num_segments:
+            return dataclasses.replace(p, segment_ids=None, num_segments=None) if p.by_gradient else None
+    if segmented:
+        # Taken as they are, these rows would silently be examples with a single position each.
+        numbers = ", ".join(str(p.segment_ids.shape[0]) for p in segmented if p.segment_ids is not None)
+        raise ValueError(
+            f"layer {name} has {rows.sizes(segmented[0])[0]} rows in dimension 0, neither those of segment_ids "
+            f"({numbers}) nor one per segment ({segmented[0].num_segments}): {by_name}"
+        )
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """`Positions` fitted to one call of a layer with N x R positions; what is known from shapes.
+
+    Attributes:
+        num_examples: N, or the number of segments.
+        positions: R.
+        batch_dim: which leading dimension of the call runs over examples.
+        readout: see `Positions`.
+        by_gradient: whether the output gradients decide which positions count.
+        ragged: whether examples may differ in the number of positions that count.
+    """
+
+    num_examples: int
+    positions: int
+    batch_dim: int = 0
+    readout: str = "mean"
+    by_gradient: bool = False
+    ragged: bool = False
+
+    @classmethod
+    def of(cls, positions: Positions | None, rows: Rows, name: str) -> Self:
+        """Fit a description to a call.
+
+        Raises:
+            ValueError: naming the layer, if a mask or the segment ids do not fit.
+        """
+        chosen = positions or Positions()
+        sizes = rows.sizes(chosen)
+        mask, ids = chosen.array_mask, chosen.segment_ids
+        if mask is not None and sizes[: mask.ndim] != mask_sizes(mask, chosen):
+            raise ValueError(
+                f"layer {name}: a mask of shape {tuple(mask.shape)} does not fit positions {rows.leading}"
+            )
+        if ids is not None and tuple(ids.shape) != sizes[:1]:
+            raise ValueError(
+                f"layer {name}: segment_ids of shape {tuple(ids.shape)} do not fit {sizes[0]} rows in dimension 0"
+            )
+        return cls(
+            num_examples=sizes[0] if chosen.num_segments is None else chosen.num_segments,
+            positions=math.prod(sizes[1:]),
+            batch_dim=rows.batch_dim(chosen) if len(sizes) > 1 else 0,
+            readout=chosen.readout,
+            by_gradient=chosen.by_gradient,
+            ragged=chosen.by_gradient or mask is not None or ids is not None,
+        )
