@@ -70,8 +70,8 @@ class Positions:
 
 
 PositionsLike: TypeAlias = Positions | Array | str | Sequence["Positions | Array | str"]
-"""What a caller may say: a description, a bare mask, "gradient", or a list of these of which a layer takes the first
-that fits."""
+"""What a caller may say: a description, a bare mask, "gradient", or a list of these of which a layer takes the
+first that fits."""
 
 Candidates: TypeAlias = list[Positions] | dict[str, list[Positions]]
 """The same as lists, for the whole model or by pattern of layer names."""

@@ -9,41 +9,330 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fnmatch
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from algoperf_kfac.config import KFACConfig
+from algoperf_kfac.errors import MissingStatisticsError
 from algoperf_kfac.layers import LayerSpec
-from algoperf_kfac.pytorch import fisher, recurrent, tied
-from algoperf_kfac.pytorch.factors import Positions
-from algoperf_kfac.pytorch.operations import LOOKUPS, RULES, WEIGHT_READS, Operation
-from algoperf_kfac.pytorch.statistics import Call, Recorder, Scalar, Statistics
-from algoperf_kfac.pytorch.tied import TiedRecorder
-from algoperf_kfac.spec import LossType
+from algoperf_kfac.losses import LossType
+from algoperf_kfac.positions import Candidates, Positions, candidates_for, choose
+from algoperf_kfac.pytorch import fisher
+from algoperf_kfac.pytorch.operations import RULES, WEIGHT_READS, Called, Function, Operation
+from algoperf_kfac.pytorch.statistics import AnyRecorder, Call, Recorder, Scalar, Statistics
 
-PositionsLike = Positions | Tensor | str | Sequence[Positions | Tensor]
-AnyRecorder = Recorder | TiedRecorder
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from algoperf_kfac.pytorch.layer_book import Layers
 
 
-class MissingStatisticsError(RuntimeError):
-    """A declared layer did not receive its inputs or its output gradients on a statistics step."""
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a capture is to do.
+
+    Attributes:
+        config: the configuration.
+        active: whether this is a statistics step; if not, nothing is watched and entering costs nothing.
+        positions: which positions count and to which example they belong.
+        generator: of the label draws of fisher="mc".
+    """
+
+    config: KFACConfig
+    active: bool
+    positions: Candidates
+    generator: torch.Generator | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Gathered:
+    """What a capture came to.
+
+    Attributes:
+        statistics: by layer.
+        missing: layers without, and what they missed.
+        also_read: layers whose weight something without a rule reads, too, and what that was.
+    """
+
+    statistics: dict[str, Statistics]
+    missing: dict[str, str]
+    also_read: dict[str, str]
+
+
+class Capture(contextlib.AbstractContextManager["Capture"]):
+    """Context around the forward and backward pass of one (micro-)batch; made by `KFAC.capture`.
+
+    Args:
+        layers: the book of layers.
+        finish: is told what the capture came to.
+        options: what it is to do.
+        loss_normalizer: see below.
+
+    Attributes:
+        active: whether this is a statistics step; if not, nothing is watched and entering costs nothing.
+        loss_normalizer: what the summed loss was divided by before `backward`: the number of examples
+            (default), the number of valid tokens, ... A tensor is fine. Output gradients are scaled by it, so
+            that B belongs to the summed, per-example loss. May be set until the context is left.
+        layers: the book of layers.
+        recorders: what gathers the statistics of the layers seen so far, by name.
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        finish: Callable[[Gathered], None],
+        options: Options,
+        loss_normalizer: Scalar | None = None,
+    ) -> None:
+        self.layers = layers
+        self.active = options.active
+        self.loss_normalizer = loss_normalizer
+        self.recorders: dict[str, AnyRecorder] = {}
+        self._finish = finish
+        self._options = options
+        self._watches = layers.watches(self) if options.active else []
+        self._weights: dict[str, Tensor] = {}
+        self._other_uses: dict[int, str] = {}
+        self._record_gradients = options.config.fisher == "empirical"
+        self._passes = 0
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Capture:
+        if self.active:
+            # A compiled graph hides its operations: statistics steps run the same model eagerly.
+            if "torch._dynamo" in sys.modules:
+                self._stack.enter_context(_eagerly())
+            self._stack.enter_context(_Interceptor(self))
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not self.active:
+            return
+        self._stack.close()
+        self.active = False
+        self._record_gradients = False
+        try:
+            if exc_type is None:
+                self._collect()
+        finally:
+            self.recorders.clear()
+            self._weights.clear()
+
+    def backward_fisher(
+        self,
+        outputs: Tensor | tuple[Tensor, Tensor],
+        loss_type: LossType | str,
+        mask: Tensor | None = None,
+    ) -> None:
+        """The extra backward passes of `fisher="mc"` and "exact", through the forward pass just made.
+
+        Does nothing for the empirical Fisher and outside statistics steps, so it may always be called; call it
+        before `loss.backward()`, which frees the graph. Arguments as in `fisher.sampled_loss`.
+        """
+        config = self._options.config
+        if not self.active or config.fisher == "empirical":
+            return
+        if config.fisher == "mc":
+            losses: Iterator[Tensor] = (
+                fisher.sampled_loss(outputs, loss_type, mask, self._options.generator)
+                for _ in range(config.fisher_samples)
+            )
+        else:
+            losses = fisher.exact_losses(outputs, loss_type, mask)
+        weights = list(self._weights.values())
+        if not weights:
+            return  # no layer is covered, or the forward pass is yet to come
+        self._record_gradients = True
+        for loss in losses:
+            torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+            for recorder in self.recorders.values():
+                recorder.end_pass()
+            self._passes += 1
+        self._record_gradients = False
+
+    # What is called. The kinds of layers use these, too.
+
+    def called(self, called: Called) -> Any:
+        """Run a function of torch, recording it where it takes a parameter as weight; what to hand on for it."""
+        for watch in self._watches:
+            output = watch.called(called)
+            if output is not NotImplemented:
+                return output
+        output = called.run()
+        rule = RULES.get(called.func)
+        if rule is not None:
+            return self._operation(rule(*called.args, **called.kwargs), output)
+        if called.name in WEIGHT_READS and torch.is_grad_enabled():
+            for leaf in called.leaves():
+                self.note_use(leaf, called.name)
+        return output
+
+    def _operation(self, operation: Operation, output: Tensor) -> Tensor:
+        """Record a weighted operation; returns the output to hand on in its place.
+
+        A layer that runs within the backward pass is run again by activation checkpointing. Where checkpointing
+        is reentrant, the first run was without gradients, and this one is recorded once its gradient arrives;
+        otherwise the first run was recorded, and no gradient will reach this one.
+        """
+        spec = self.spec_of(operation.weight)
+        known = None if spec is None else self.recorders.get(spec.name)
+        if isinstance(known, Recorder) and not _in_backward():
+            known.next_forward()
+        if not output.requires_grad:
+            return output
+        self.note_use(operation.input, f"{operation.kind} as its input")
+        spec = spec or self.layers.promote(operation)
+        if spec is None:
+            return output
+        return self.record(spec, operation, output, self.choose(spec, operation, output))
+
+    def record(self, spec: LayerSpec, operation: Operation, output: Tensor, positions: Positions | None) -> Tensor:
+        """Record a call of a covered layer; returns the output to hand on in its place."""
+        if spec.bias is not None and operation.bias is None:
+            self.note_use(operation.weight, "a call without its bias")
+        recorder = self.recorder(spec, operation.weight)
+        if not isinstance(recorder, Recorder):  # a kind's, and not for operations of this sort
+            self.note_use(operation.weight, operation.kind)
+            return output
+        return self.attach(recorder, operation, output, positions)
+
+    def attach(
+        self, recorder: Recorder, operation: Operation, output: Tensor, positions: Positions | None
+    ) -> Tensor:
+        """Record a call's input now (or when its layer is run again), and its output gradient when it comes."""
+        again = _in_backward()
+        if not again:
+            recorder.next_forward()
+        geometry, rows = operation.geometry(output), operation.rows(output)
+        device = output.device.type
+
+        def record() -> Call:
+            with torch.no_grad(), torch.autocast(device, enabled=False):
+                return recorder.input(operation, geometry, rows, positions)
+
+        hook = self._gradient_hook(recorder, record if again else record(), output)
+        producer = output._base.grad_fn if output._is_view() and output._base is not None else None
+        if producer is not None and output._base is not None and output._base.numel() == output.numel():
+            # An in-place operation on a view rewrites its history, and a hook on it would never fire; the operation
+            # that made what it is a view of stays in the graph.
+            producer.register_prehook(lambda grads: hook(grads[0]))
+        else:
+            output = output.clone() if output._is_view() else output
+            output.register_hook(hook)
+        return output
+
+    def _gradient_hook(
+        self, recorder: Recorder, call: Call | Callable[[], Call], output: Tensor
+    ) -> Callable[[Tensor | None], None]:
+        """Records the output gradient of a call, and first the call itself where that was left open."""
+        shape, device = output.shape, output.device
+
+        def hook(grad: Tensor | None) -> None:
+            nonlocal call
+            if not self._record_gradients:
+                return
+            with torch._C.DisableTorchFunction(), torch.no_grad(), torch.autocast(device.type, enabled=False):
+                # None is what an autograd.Function may return for zero.
+                grad = torch.zeros(shape, device=device) if grad is None else grad.reshape(shape)
+                if not isinstance(call, Call):
+                    call = call()
+                recorder.output_gradient(call, grad)
+
+        return hook
+
+    def spec_of(self, weight: Tensor) -> LayerSpec | None:
+        """The covered layer of a weight, None if there is none."""
+        return self.layers.by_weight.get(id(weight))
+
+    def recorder(self, spec: LayerSpec, weight: Tensor) -> AnyRecorder:
+        """What gathers the statistics of a layer; made at its first call."""
+        if spec.name not in self.recorders:
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            one_pass = self._options.config.fisher == "empirical"
+            self.recorders[spec.name] = self.layers.recorder(spec, dtype, one_pass)
+            self._weights[spec.name] = weight
+        return self.recorders[spec.name]
+
+    def forget(self, name: str) -> None:
+        """Drop what was gathered for a layer."""
+        self.recorders.pop(name, None)
+
+    def candidates(self, name: str) -> list[Positions]:
+        """The descriptions of positions that a layer may take, in order."""
+        return candidates_for(name, self._options.positions)
+
+    def choose(self, spec: LayerSpec, operation: Operation, output: Tensor) -> Positions | None:
+        """The description of positions that a call takes."""
+        return choose(spec.name, self._options.positions, operation.rows(output))
+
+    def note_use(self, value: object, what: str) -> None:
+        """Remember that something without a rule used a parameter; other values are passed over."""
+        if isinstance(value, torch.nn.Parameter):
+            self._other_uses.setdefault(id(value), what)
+
+    def is_used_otherwise(self, weight_id: int) -> bool:
+        """Whether something without a rule used the parameter of this identity."""
+        return weight_id in self._other_uses
+
+    def kept_inputs(self) -> Iterator[Tensor]:
+        """Inputs that are kept until their gradients come, most of them kept by autograd as well."""
+        for recorder in self.recorders.values():
+            yield from recorder.kept_inputs()
+
+    # What came of it.
+
+    def _collect(self) -> None:
+        for watch in self._watches:
+            watch.settle()
+        fisher_kind = self._options.config.fisher
+        missing: dict[str, str] = {}
+        also_read: dict[str, str] = {}
+        for weight_id, spec in self.layers.by_weight.items():
+            if weight_id in self._other_uses:
+                also_read[spec.name] = self._other_uses[weight_id]
+                continue
+            recorder = self.recorders.get(spec.name)
+            if recorder is None:
+                missing[spec.name] = "its inputs"
+            elif not recorder.backward_done:
+                if fisher_kind != "empirical" and not self._passes:
+                    raise MissingStatisticsError(
+                        f"fisher={fisher_kind!r} needs capture.backward_fisher(outputs, loss_type) "
+                        "between the forward pass and loss.backward()"
+                    )
+                missing[spec.name] = "its output gradients"
+        statistics = {}
+        for name, recorder in self.recorders.items():
+            if name not in missing and name not in also_read:
+                recorder.end_group()
+                statistics[name] = recorder.statistics(self._scale(recorder.examples))
+        self._finish(Gathered(statistics, missing, also_read))
+
+    def _scale(self, examples: Scalar) -> Scalar:
+        """What squares of output gradients are multiplied by to belong to the per-example loss."""
+        config = self._options.config
+        if config.fisher == "empirical":
+            scale = examples if self.loss_normalizer is None else self.loss_normalizer
+            return scale * scale
+        return 1.0 / config.fisher_samples if config.fisher == "mc" else 1.0
 
 
 class _Interceptor(TorchFunctionMode):
-    """Hands every operation with a rule to the capture."""
+    """Hands every function of torch to the capture."""
 
     def __init__(self, capture: Capture) -> None:
         super().__init__()
         self._capture = capture
 
     def __torch_function__(
-        self, func: Any, types: Any, args: Iterable[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self, func: Function, types: Any, args: Iterable[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is Tensor.backward:
@@ -54,19 +343,7 @@ class _Interceptor(TorchFunctionMode):
             # checkpointing). Unlike for tensors, backward from gradient edges does not ask the mode again.
             with self:
                 return func(edges, *list(args)[1:], **kwargs)
-        name = _operation_name(func)
-        if name == "lstm" and (call := recurrent.parse(list(args), kwargs)) and self._capture.covers(call):
-            return self._capture.lstm(call)
-        output = func(*args, **kwargs)
-        rule = RULES.get(func)
-        table = self._capture.table_use(func, name, list(args), kwargs, output)
-        if table is not None:
-            return table
-        if rule is None:
-            if name in WEIGHT_READS:
-                self._capture.other_use(name, [*args, *kwargs.values()])
-            return output
-        return self._capture.operation(rule(*args, **kwargs), output)
+        return self._capture.called(Called(func, list(args), kwargs))
 
 
 def _tensor_backward(
@@ -82,335 +359,6 @@ def _edges(tensors: Any, *args: Any, inputs: Any = None, **kwargs: Any) -> list[
     if inputs is not None or not all(isinstance(t, Tensor) and t.requires_grad for t in tensors):
         return []
     return [torch.autograd.graph.get_gradient_edge(t) for t in tensors]
-
-
-def _operation_name(func: Any) -> str:
-    """The name of an operation; for properties such as `Tensor.T` that of the property."""
-    name = getattr(func, "__name__", str(func))
-    return str(getattr(func.__self__, "__name__", name)) if name == "__get__" else name
-
-
-class Capture(contextlib.AbstractContextManager["Capture"]):
-    """Context around the forward and backward pass of one (micro-)batch; made by `KFAC.capture`.
-
-    Attributes:
-        active: whether this is a statistics step; if not, nothing is watched and entering costs nothing.
-        loss_normalizer: what the summed loss was divided by before `backward`: the number of examples
-            (default), the number of valid tokens, ... A tensor is fine. Output gradients are scaled by it, so
-            that B belongs to the summed, per-example loss. May be set until the context is left.
-    """
-
-    def __init__(
-        self,
-        *,
-        config: KFACConfig,
-        layers: Mapping[int, LayerSpec],
-        tables: Mapping[int, LayerSpec],
-        untied: set[str],
-        promote: Callable[[Operation], LayerSpec | None],
-        adopt: Callable[[LayerSpec], None],
-        finish: Callable[[dict[str, Statistics], dict[str, str], dict[str, str]], None],
-        positions: PositionsLike | Mapping[str, PositionsLike] | None,
-        loss_normalizer: Scalar | None,
-        generator: torch.Generator | None,
-        active: bool,
-    ) -> None:
-        self.active = active
-        self.loss_normalizer = loss_normalizer
-        self._config = config
-        self._layers = layers
-        self._tables = tables
-        self._untied = untied
-        self._promote = promote
-        self._adopt = adopt
-        self._finish = finish
-        self._positions = _as_positions(positions)
-        self._generator = generator
-        self._recorders: dict[str, AnyRecorder] = {}
-        self._weights: dict[str, Tensor] = {}
-        self._other_uses: dict[int, str] = {}
-        self._record_gradients = config.fisher == "empirical"
-        self._passes = 0
-        self._stack = contextlib.ExitStack()
-
-    def __enter__(self) -> Capture:
-        if self.active:
-            # A compiled graph hides its operations: statistics steps run the same model eagerly.
-            if "torch._dynamo" in sys.modules:
-                self._stack.enter_context(_eagerly())
-            self._stack.enter_context(_Interceptor(self))
-        return self
-
-    def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
-        if not self.active:
-            return
-        self._stack.close()
-        self.active = False
-        self._record_gradients = False
-        try:
-            if exc_type is None:
-                self._collect()
-        finally:
-            self._recorders.clear()
-            self._weights.clear()
-
-    def backward_fisher(
-        self,
-        outputs: Tensor | tuple[Tensor, Tensor],
-        loss_type: LossType | str,
-        mask: Tensor | None = None,
-    ) -> None:
-        """The extra backward passes of `fisher="mc"` and "exact", through the forward pass just made.
-
-        Does nothing for the empirical Fisher and outside statistics steps, so it may always be called; call it
-        before `loss.backward()`, which frees the graph. Arguments as in `fisher.sampled_loss`.
-        """
-        if not self.active or self._config.fisher == "empirical":
-            return
-        if self._config.fisher == "mc":
-            samples = self._config.fisher_samples
-            losses: Iterator[Tensor] = (
-                fisher.sampled_loss(outputs, loss_type, mask, self._generator) for _ in range(samples)
-            )
-        else:
-            assert isinstance(outputs, Tensor)
-            losses = fisher.exact_losses(outputs, loss_type, mask)
-        weights = list(self._weights.values())
-        if not weights:
-            return  # no layer is covered, or the forward pass is yet to come
-        self._record_gradients = True
-        for loss in losses:
-            torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
-            for recorder in self._recorders.values():
-                recorder.end_pass()
-            self._passes += 1
-        self._record_gradients = False
-
-    def other_use(self, what: str, args: Iterable[Any]) -> None:
-        """Remember that something without a rule used a parameter as a weight."""
-        if not torch.is_grad_enabled():
-            return
-        for arg in args:
-            for item in arg if isinstance(arg, list | tuple) else (arg,):
-                if isinstance(item, torch.nn.Parameter):
-                    self._other_uses.setdefault(id(item), what)
-
-    def operation(self, operation: Operation, output: Tensor) -> Tensor:
-        """Record a weighted operation; returns the output to hand on in its place.
-
-        A layer that runs within the backward pass is run again by activation checkpointing. Where checkpointing
-        is reentrant, the first run was without gradients, and this one is recorded once its gradient arrives;
-        otherwise the first run was recorded, and no gradient will reach this one.
-        """
-        spec = self._layers.get(id(operation.weight))
-        known = self._recorders.get(spec.name) if spec is not None else None
-        if isinstance(known, Recorder) and not _in_backward():
-            known.next_forward()
-        if not output.requires_grad:
-            return output
-        self.other_use(f"{operation.kind} as its input", (operation.input,))
-        spec = spec or self._promote(operation)
-        if spec is None:
-            return output
-        if spec.bias is not None and operation.bias is None:
-            self.other_use("a call without its bias", (operation.weight,))
-        recorder = self._recorder(spec, operation.weight, Recorder)
-        return self._attach(recorder, operation, output, self._positions_for(spec.name, operation, output))
-
-    def covers(self, call: recurrent.LSTMCall) -> bool:
-        return torch.is_grad_enabled() and any(id(weight) in self._layers for weight in call.weights)
-
-    def lstm(self, call: recurrent.LSTMCall) -> tuple[Tensor, Tensor, Tensor]:
-        """Run an LSTM so that its linear layers can be recorded; returns what the fused operation returns."""
-
-        def record(operation: Operation, output: Tensor, rows: recurrent.Rows) -> Tensor:
-            spec = self._layers.get(id(operation.weight))
-            if spec is None:
-                return output
-            if spec.bias is not None and operation.bias is None:
-                self.other_use("a call without its bias", (operation.weight,))
-            recorder = self._recorder(spec, operation.weight, Recorder)
-            if not _in_backward():
-                recorder.next_forward()
-            return self._attach(recorder, operation, output, rows.positions(self._candidates(spec.name)))
-
-        return recurrent.run(call, record)
-
-    def table_use(
-        self, func: Any, name: str, args: list[Any], kwargs: Mapping[str, Any], output: Any
-    ) -> Tensor | None:
-        """Record what an operation does with an embedding table that is, or may prove to be, the output layer too.
-
-        Returns:
-            The output to hand on if this was such an operation, None if it is to be treated like any other.
-        """
-        if not self._tables or not torch.is_grad_enabled():
-            return None
-        flat = [x for arg in (*args, *kwargs.values()) for x in (arg if isinstance(arg, list | tuple) else (arg,))]
-        behind = [(x, *tied.table_behind(x, self._tables)) for x in flat]
-        reads = [(x, table, transposed) for x, table, transposed in behind if table is not None]
-        if not reads or not isinstance(output, Tensor) or not output.requires_grad:
-            return None
-        item, table, transposed = reads[0]
-        operation = None
-        if func in LOOKUPS or func is torch.nn.functional.linear:
-            operation = (LOOKUPS.get(func) or RULES[func])(*args, **kwargs)
-        elif name in tied.PRODUCTS and transposed and flat[1:] == [item]:
-            operation = Operation("linear", flat[0], table, None)
-        if operation is not None and operation.weight is table and len(reads) == 1:
-            return self._table_operation(operation, output)
-        if name in tied.TRANSPOSES and tied.table_behind(output, self._tables)[0] is not None:
-            return output  # whoever reads it will be seen
-        for item, table, _ in reads:
-            if item is not table:
-                self._other_uses.setdefault(id(table), name)
-        return None
-
-    def _table_operation(self, operation: Operation, output: Tensor) -> Tensor:
-        spec = self._tables[id(operation.weight)]
-        is_output = operation.kind == "linear"
-        if spec.name in self._untied and not is_output:
-            return output
-        recorder = self._recorder(spec, operation.weight, TiedRecorder)
-        recorder.is_output |= is_output
-        part = recorder.output if is_output else recorder.lookups
-        if not _in_backward():
-            part.next_forward()
-        return self._attach(part, operation, output, self._positions_for(spec.name, operation, output))
-
-    def _recorder(self, spec: LayerSpec, weight: Tensor, kind: type[AnyRecorder]) -> Any:
-        if spec.name not in self._recorders:
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            self._recorders[spec.name] = kind(spec, dtype, self._config.fisher == "empirical")
-            self._weights[spec.name] = weight
-        return self._recorders[spec.name]
-
-    def _attach(
-        self, recorder: Recorder, operation: Operation, output: Tensor, positions: Positions | None
-    ) -> Tensor:
-        """Record a call's input now (or when its layer is run again), and its output gradient when it comes."""
-        again = _in_backward()
-        geometry = operation.geometry(output)
-        device = output.device.type
-
-        def record() -> Call:
-            with torch.no_grad(), torch.autocast(device, enabled=False):
-                return recorder.input(operation, geometry, positions)
-
-        hook = self._gradient_hook(recorder, record if again else record(), positions, output)
-        producer = output._base.grad_fn if output._is_view() and output._base is not None else None
-        if producer is not None and output._base is not None and output._base.numel() == output.numel():
-            # An in-place operation on a view rewrites its history, and a hook on it would never fire; the operation
-            # that made what it is a view of stays in the graph.
-            producer.register_prehook(lambda grads: hook(grads[0]))
-        else:
-            output = output.clone() if output._is_view() else output
-            output.register_hook(hook)
-        return output
-
-    def _gradient_hook(
-        self, recorder: Recorder, call: Call | Callable[[], Call], positions: Positions | None, output: Tensor
-    ) -> Callable[[Tensor | None], None]:
-        """Records the output gradient of a call, and first the call itself where that was left open."""
-        shape, device = output.shape, output.device
-
-        def hook(grad: Tensor | None) -> None:
-            nonlocal call
-            if not self._record_gradients:
-                return
-            with torch._C.DisableTorchFunction(), torch.no_grad(), torch.autocast(device.type, enabled=False):
-                # None is what an autograd.Function may return for zero.
-                grad = torch.zeros(shape, device=device) if grad is None else grad.reshape(shape)
-                if not isinstance(call, Call):
-                    call = call()
-                recorder.output_gradient(call, grad, positions)
-
-        return hook
-
-    def _positions_for(self, name: str, operation: Operation, output: Tensor) -> Positions | None:
-        candidates = self._candidates(name)
-        if not candidates:
-            return None
-        if isinstance(self._positions, Mapping) and len(candidates) == 1:
-            return candidates[0]  # by name, it has to fit
-        shape = tuple(output.shape)
-        leading = (shape[0], *shape[2:]) if operation.kind.startswith("conv") else shape[:-1]
-        fitting = [p for p in candidates if p.fits(leading)]
-        if len([p for p in fitting if p.segment_ids is not None]) > 1:
-            # Nothing but their number tells what the rows are, and a wrong guess would not show.
-            raise ValueError(
-                f"layer {name} has {leading[0]} rows in dimension 0, which fits several of the segmentations: "
-                f"describe its positions by its name, capture(positions={{{name!r}: ..., ...}})"
-            )
-        if fitting:
-            return fitting[0]
-        for p in candidates:
-            if p.segment_ids is None:
-                continue
-            if leading[:1] == (p.num_segments,):  # one row per segment
-                return dataclasses.replace(p, segment_ids=None, num_segments=None) if p.by_gradient else None
-            # Taken as they are, these rows would silently be examples with a single position each.
-            raise ValueError(
-                f"layer {name} has {leading[0] if leading else 1} rows in dimension 0, neither those of "
-                f"segment_ids ({len(p.segment_ids)}) nor one per segment ({p.num_segments}): describe its "
-                f"positions by its name, capture(positions={{{name!r}: ..., ...}})"
-            )
-        return None
-
-    def _candidates(self, name: str) -> list[Positions]:
-        """The descriptions of positions that a layer may take, in order."""
-        if isinstance(self._positions, Mapping):
-            matches = (value for pattern, value in self._positions.items() if fnmatch.fnmatchcase(name, pattern))
-            return next(matches, [])
-        return self._positions
-
-    def _collect(self) -> None:
-        self._settle_tables()
-        missing: dict[str, str] = {}
-        shared: dict[str, str] = {}
-        for weight_id, spec in self._layers.items():
-            if weight_id in self._other_uses:
-                shared[spec.name] = self._other_uses[weight_id]
-                continue
-            recorder = self._recorders.get(spec.name)
-            if recorder is None:
-                missing[spec.name] = "its inputs"
-            elif not recorder.backward_done:
-                if self._config.fisher != "empirical" and not self._passes:
-                    raise MissingStatisticsError(
-                        f"fisher={self._config.fisher!r} needs capture.backward_fisher(outputs, loss_type) "
-                        "between the forward pass and loss.backward()"
-                    )
-                missing[spec.name] = "its output gradients"
-        statistics = {}
-        for name, recorder in self._recorders.items():
-            if name in missing or name in shared:
-                continue
-            recorder.end_group()
-            if self._config.fisher == "empirical":
-                scale = recorder.examples if self.loss_normalizer is None else self.loss_normalizer
-                factor = scale * scale
-            else:
-                factor = 1.0 / self._config.fisher_samples if self._config.fisher == "mc" else 1.0
-            statistics[name] = recorder.statistics(factor)
-        self._finish(statistics, missing, shared)
-
-    def _settle_tables(self) -> None:
-        """Cover the tables that proved to be the output layer, too; forget the others."""
-        for weight_id, spec in self._tables.items():
-            recorder = self._recorders.get(spec.name)
-            if weight_id in self._layers or not isinstance(recorder, TiedRecorder):
-                continue
-            ready = recorder.backward_done and spec.name not in self._untied and weight_id not in self._other_uses
-            if ready:
-                self._adopt(spec)
-                continue
-            del self._recorders[spec.name]
-            # An output layer whose lookups went by: the next statistics step will see both.
-            if recorder.is_output:
-                self._untied.discard(spec.name)
-            else:
-                self._untied.add(spec.name)
 
 
 def _in_backward() -> bool:
@@ -433,17 +381,3 @@ def _eagerly() -> Iterator[None]:
         yield
     finally:
         eval_frame._maybe_set_eval_frame = switch
-
-
-def _as_positions(
-    positions: PositionsLike | Mapping[str, PositionsLike] | None,
-) -> list[Positions] | dict[str, list[Positions]]:
-    """Lists of candidates; a bare tensor is a mask, and "gradient" is `Positions(mask="gradient")`."""
-    if isinstance(positions, Mapping):
-        return {pattern: _as_list(value) for pattern, value in positions.items()}
-    return [] if positions is None else _as_list(positions)
-
-
-def _as_list(positions: PositionsLike) -> list[Positions]:
-    items: list[Any] = list(positions) if isinstance(positions, list | tuple) else [positions]
-    return [p if isinstance(p, Positions) else Positions(mask=p) for p in items]

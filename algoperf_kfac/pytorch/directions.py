@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from algoperf_kfac.config import KFACConfig
-from algoperf_kfac.pytorch.discovery import CoveredLayer
+from algoperf_kfac.pytorch.covered_layer import CoveredLayer
 from algoperf_kfac.pytorch.factors import from_matrix, to_matrix
 from algoperf_kfac.pytorch.nadamw import nadamw_directions, nesterov
-from algoperf_kfac.pytorch.preconditioner import LayerState, precondition
+from algoperf_kfac.pytorch.preconditioner import LayerState
+from algoperf_kfac.pytorch.scalings import Scaling
 
 
 @dataclasses.dataclass
@@ -45,11 +45,6 @@ class Outcome:
     stand_ins: Tensor | int = 0
     ratios: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     cosines: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-
-
-def factor_dtype(weight: Tensor) -> torch.dtype:
-    """What a layer's factors and its preconditioned direction are computed in: at least float32."""
-    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def first_order(
@@ -93,7 +88,7 @@ def second_order(
     layers: Mapping[str, CoveredLayer],
     states: Mapping[str, LayerState],
     beta2s: Mapping[int, float],
-    config: KFACConfig,
+    scaling: Scaling,
     *,
     monitor: bool,
 ) -> Outcome:
@@ -102,30 +97,32 @@ def second_order(
     Args:
         directions: of `first_order`; the steps of covered layers are replaced.
         layers: by name.
-        states: by name; second moments in them are updated.
+        states: by name; what the scaling keeps in them is updated.
         beta2s: by identity of the weight.
-        config: the configuration.
+        scaling: the optimizer's.
         monitor: whether to compute cosines.
     """
     names: list[str] = []
     momenta: list[Tensor] = []
     kfac: list[Tensor] = []
     for name, layer in layers.items():
-        params = [p for p in (layer.weight, layer.bias) if p is not None]
-        if any(p.grad is None for p in params):
+        gradients = [p.grad for p in layer.params if p.grad is not None]
+        if len(gradients) < len(layer.params):
             continue
-        momentum = _matrix(layer, [directions[id(p)].momentum for p in params])
-        gradient = momentum
-        if config.scaling == "second_moment":
-            gradient = _matrix(layer, [p.grad for p in params if p.grad is not None])
+        momentum = _matrix(layer, [directions[id(p)].momentum for p in layer.params])
+        state = states[name]
         names.append(name)
         momenta.append(momentum)
-        kfac.append(precondition(states[name], momentum, gradient, config, beta2s[id(layer.weight)]))
+        if state.refreshes:
+            gradient = _matrix(layer, gradients) if scaling.uses_gradient else momentum
+            kfac.append(scaling.precondition(state, momentum, gradient, beta2s[id(layer.weight)]))
+        else:
+            kfac.append(momentum.clone())
     if not names:
         return Outcome()
     norms = _long_norms(kfac)
     ratios = torch.ones_like(norms)
-    if config.grafting:
+    if scaling.config.grafting:
         lengths = _first_order_norms([layers[name] for name in names], directions)
         # A layer without gradient (all zero) has no direction of either kind, and is not in need of a stand-in.
         ratios = torch.where(lengths == 0, lengths, lengths / norms)
@@ -149,7 +146,7 @@ def second_order(
 
 def _matrix(layer: CoveredLayer, parts: list[Tensor]) -> Tensor:
     """A layer's weight and bias parts as one matrix, in the factors' dtype."""
-    parts = [part.to(factor_dtype(layer.weight)) for part in parts]
+    parts = [part.to(layer.factor_dtype) for part in parts]
     return to_matrix(parts[0], parts[1] if len(parts) > 1 else None, layer.spec)
 
 

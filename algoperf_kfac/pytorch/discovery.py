@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from algoperf_kfac.config import KFACConfig
-from algoperf_kfac.layers import FallbackSpec, LayerSpec, split_blocks
-from algoperf_kfac.pytorch import recurrent
+from algoperf_kfac.errors import check_patterns
+from algoperf_kfac.layers import (
+    EMBEDDING,
+    EXCLUDED,
+    FallbackSpec,
+    LayerSpec,
+    make_spec,
+    matches,
+    one_parameter,
+    parts_of,
+    too_large,
+)
+from algoperf_kfac.pytorch.covered_layer import CoveredLayer
+from algoperf_kfac.pytorch.kinds import Found, Kind, Site
 from algoperf_kfac.pytorch.operations import Operation
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -23,17 +33,8 @@ NORMALISATIONS = (
     nn.modules.batchnorm._NormBase,
     *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []),
 )
-EMBEDDING = "embedding: its inputs are one-hot, A would be a diagonal of counts"
 RAW = "raw parameter: covered from the first statistics step on if an operation with a rule reads it"
-
-
-@dataclasses.dataclass(frozen=True)
-class CoveredLayer:
-    """A layer with its parameters."""
-
-    spec: LayerSpec
-    weight: Tensor
-    bias: Tensor | None
+FUSED_ATTENTION = "read inside nn.MultiheadAttention's fused function"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -53,6 +54,7 @@ def discover(
     trainable: Iterable[Tensor],
     exclude: Iterable[str] = (),
     output_splits: Mapping[str, int] | None = None,
+    kinds: Sequence[Kind] = (),
 ) -> tuple[list[CoveredLayer], list[FallbackSpec]]:
     """Go through the model's modules once.
 
@@ -62,6 +64,7 @@ def discover(
         trainable: the parameters the optimizer updates; others are neither covered nor listed.
         exclude: patterns (fnmatch) of module paths to leave to the fallback.
         output_splits: pattern of module paths -> into how many equal parts the layer's outputs are cut.
+        kinds: asked for modules that are neither linear layers nor convolutions.
 
     Raises:
         ValueError: if a lazy module has not been materialised, a pattern matches no module, or outputs cannot be
@@ -76,222 +79,109 @@ def discover(
             if isinstance(p, nn.parameter.UninitializedParameter):
                 raise ValueError(f"{path} is a lazy module: run one forward pass before making the optimizer")
             owners.setdefault(id(p), []).append(f"{path}.{key}" if path else key)
-    patterns = list(exclude)
+    patterns, splits = list(exclude), dict(output_splits or {})
     paths = [path for path, _ in model.named_modules()]
-    for pattern in patterns:
-        if not fnmatch.filter(paths, pattern):
-            raise ValueError(f"exclude: no module matches {pattern!r}")
-    splits = dict(output_splits or {})
-    for pattern in splits:
-        if not fnmatch.filter(paths, pattern):
-            raise ValueError(f"output_splits: no module matches {pattern!r}")
+    for argument, given in (("exclude", patterns), ("output_splits", list(splits))):
+        check_patterns(argument, given, [p for p in given if not fnmatch.filter(paths, p)], "module")
     layers: list[CoveredLayer] = []
     fallbacks: list[FallbackSpec] = []
     seen: set[int] = set()
     for path, module in model.named_modules():
         params = {k: p for k, p in module._parameters.items() if p is not None and id(p) in wanted}
-        found, reason = _cover(path, module, params, owners, config, patterns, splits)
-        layers += found
-        covered = {id(p) for layer in found for p in (layer.weight, layer.bias)}
+        site = Site(path, module, params, owners, config)
+        found = Found([], EXCLUDED) if matches([path], patterns) else _cover(site, splits, kinds)
+        layers += found.layers
+        covered = {id(p) for layer in found.layers for p in layer.params}
         for p in params.values():
             if id(p) not in covered and id(p) not in seen:
-                name = owners[id(p)][0]
-                why = _tied(owners[id(p)]) or reason
-                fallbacks.append(FallbackSpec(name, tuple(p.shape), why))
+                names = owners[id(p)]
+                why = one_parameter(names) if len(names) > 1 else found.reason
+                fallbacks.append(FallbackSpec(names[0], tuple(p.shape), why))
             seen.add(id(p))
     return layers, fallbacks
 
 
-def _tied(names: list[str]) -> str:
-    return f"tied weight: {' and '.join(names)} are one parameter" if len(names) > 1 else ""
-
-
-def _cover(
-    path: str,
-    module: nn.Module,
-    params: dict[str, Tensor],
-    owners: dict[int, list[str]],
-    config: KFACConfig,
-    exclude: list[str],
-    splits: Mapping[str, int],
-) -> tuple[list[CoveredLayer], str]:
-    """The covered layers of a module, or the reason why its parameters are not covered."""
-    name = type(module).__name__
-    if any(fnmatch.fnmatchcase(path, pattern) for pattern in exclude):
-        return [], "excluded by the user"
+def _cover(site: Site, splits: Mapping[str, int], kinds: Sequence[Kind]) -> Found:
+    """The covered layers of a module."""
+    module, name = site.module, type(site.module).__name__
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return [], "read inside nn.MultiheadAttention's fused function"
+        return Found([], FUSED_ATTENTION)
     if isinstance(module, nn.Linear):
-        kind, groups = "linear", 1
-    elif isinstance(module, CONVOLUTIONS):
-        kind, groups = "conv", module.groups
-    elif isinstance(module, TRANSPOSED):
-        kind, groups = "conv_transpose", module.groups
-    else:
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            return [], EMBEDDING
-        if isinstance(module, NORMALISATIONS):
-            return [], f"normalisation ({name})"
-        if isinstance(module, nn.LSTM):
-            return _cover_lstm(path, module, params, owners, config)
-        if isinstance(module, nn.RNNBase):
-            return [], f"recurrent ({name}): its time steps run in one fused operation"
-        if isinstance(module, nn.MultiheadAttention):
-            return [], "read inside nn.MultiheadAttention's fused function"
-        return [], RAW
-    weight = params.get("weight")
+        return _cover_weight(site, "linear", 1, splits)
+    if isinstance(module, CONVOLUTIONS):
+        return _cover_weight(site, "conv", module.groups, splits)
+    if isinstance(module, TRANSPOSED):
+        return _cover_weight(site, "conv_transpose", module.groups, splits)
+    for kind in kinds:
+        found = kind.cover(site)
+        if found is not None:
+            return found
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return Found([], EMBEDDING)
+    if isinstance(module, NORMALISATIONS):
+        return Found([], f"normalisation ({name})")
+    if isinstance(module, nn.RNNBase):
+        return Found([], f"recurrent ({name}): its time steps run in one fused operation")
+    if isinstance(module, nn.MultiheadAttention):
+        return Found([], FUSED_ATTENTION)
+    return Found([], RAW)
+
+
+def _cover_weight(site: Site, kind: str, groups: int, splits: Mapping[str, int]) -> Found:
+    """The layer of a module with a weight and perhaps a bias."""
+    weight = site.params.get("weight")
     if weight is None:
-        return [], f"its {name} has a frozen or parametrised weight"
-    if len(owners[id(weight)]) > 1:
-        return [], _tied(owners[id(weight)])
-    bias = params.get("bias")
-    if bias is not None and len(owners[id(bias)]) > 1:
+        return Found([], f"its {type(site.module).__name__} has a frozen or parametrised weight")
+    if site.is_shared(weight):
+        return Found([])  # the parameter's own reason
+    bias = site.params.get("bias")
+    if bias is not None and site.is_shared(bias):
         bias = None
-    spec = make_spec(
-        name=path,
+    spec = spec_from_shape(
+        name=site.path,
         kind=kind,
-        weight_name=owners[id(weight)][0],
-        bias_name=None if bias is None else owners[id(bias)][0],
+        weight=site.name_of(weight),
+        bias=None if bias is None else site.name_of(bias),
         shape=tuple(weight.shape),
         groups=groups,
-        config=config,
-        parts=parts_of(path, kind, tuple(weight.shape), splits),
+        config=site.config,
+        splits=splits,
     )
-    if not spec.in_blocks and not spec.out_blocks:
-        return [], f"both factors above max_factor_dim={config.max_factor_dim}"
-    return [CoveredLayer(spec, weight, bias)], ""
+    return Found([CoveredLayer(spec, weight, bias)]) if spec.has_factors else Found([], too_large(site.config))
 
 
-def _cover_lstm(
-    path: str, module: nn.LSTM, params: dict[str, Tensor], owners: dict[int, list[str]], config: KFACConfig
-) -> tuple[list[CoveredLayer], str]:
-    """Two layers per direction: on the inputs, and on the previous hidden state (see `recurrent`)."""
-    why = recurrent.uncovered(module)
-    if why:
-        return [], why
-    layers = []
-    for key, weight in params.items():
-        if not key.startswith("weight") or len(owners[id(weight)]) > 1:
-            continue
-        bias = params.get(key.replace("weight", "bias"))
-        if bias is not None and len(owners[id(bias)]) > 1:
-            bias = None
-        spec = make_spec(
-            name=f"{path}.{key}" if path else key,
-            kind="linear",
-            weight_name=owners[id(weight)][0],
-            bias_name=None if bias is None else owners[id(bias)][0],
-            shape=tuple(weight.shape),
-            groups=1,
-            config=config,
-            parts=1 if len(weight) <= config.max_factor_dim else 4,  # a block per gate where one is too large
-        )
-        if spec.in_blocks or spec.out_blocks:
-            layers.append(CoveredLayer(spec, weight, bias))
-    return layers, "recurrent (LSTM): its weight is frozen, or above max_factor_dim"
-
-
-def parts_of(name: str, kind: str, shape: tuple[int, ...], splits: Mapping[str, int]) -> int:
-    """Into how many parts a layer's outputs are cut.
-
-    Raises:
-        ValueError: if they cannot be cut into equal parts.
-    """
-    for pattern, parts in splits.items():
-        if not fnmatch.fnmatchcase(name, pattern):
-            continue
-        if kind != "linear" or parts < 1 or shape[0] % parts:
-            raise ValueError(
-                f"output_splits[{pattern!r}]={parts} does not fit {name}, a {kind} layer of shape {shape}: allowed "
-                "are linear layers and a divisor of their outputs"
-            )
-        return parts
-    return 1
-
-
-def tied_tables(
-    model: nn.Module, config: KFACConfig, fallbacks: Iterable[FallbackSpec], exclude: Iterable[str] = ()
-) -> dict[str, LayerSpec]:
-    """The embedding tables that are covered if they prove to be the output layer, too (see `tied`).
-
-    Args:
-        model: the model, unwrapped.
-        config: decides the approximation and the block sizes.
-        fallbacks: the parameters that `discover` left to the fallback.
-        exclude: as for `discover`.
-
-    Returns:
-        Parameter name -> the layer the table would be.
-    """
-    names = {id(p): name for name, p in model.named_parameters()}
-    open_to = {f.name for f in fallbacks}
-    barred: set[int] = set()
-    found: dict[str, LayerSpec] = {}
-    for path, module in model.named_modules():
-        plain = isinstance(module, nn.Embedding) and not (
-            module.sparse or module.scale_grad_by_freq or module.max_norm is not None
-        )
-        excluded = any(fnmatch.fnmatchcase(path, pattern) for pattern in exclude)
-        for p in module._parameters.values():
-            if p is None:
-                continue
-            if excluded or not (plain or isinstance(module, nn.Linear)):
-                barred.add(id(p))
-            elif plain and names[id(p)] in open_to:
-                spec = make_spec(
-                    name=names[id(p)].rpartition(".")[0] or names[id(p)],
-                    kind="embedding",
-                    weight_name=names[id(p)],
-                    bias_name=None,
-                    shape=tuple(p.shape),
-                    groups=1,
-                    config=config,
-                )
-                if spec.in_blocks:
-                    found[spec.weight] = spec
-    barred_names = {names[i] for i in barred if i in names}
-    return {name: spec for name, spec in found.items() if name not in barred_names}
-
-
-def make_spec(
+def spec_from_shape(
     *,
     name: str,
     kind: str,
-    weight_name: str,
-    bias_name: str | None,
+    weight: str,
+    bias: str | None,
     shape: tuple[int, ...],
     groups: int,
     config: KFACConfig,
-    parts: int = 1,
+    splits: Mapping[str, int],
 ) -> LayerSpec:
-    """The spec of a layer from its weight's shape; `parts` cuts its outputs before large factors are cut."""
+    """The spec of a linear layer or convolution from its weight's shape, as torch stores it."""
     if kind == "conv_transpose":
         out_dim, in_dim = shape[1], shape[0] // groups * math.prod(shape[2:])
     else:
         out_dim, in_dim = shape[0] // groups, math.prod(shape[1:])
-    in_blocks, part = (
-        split_blocks(dim, config.max_factor_dim, config.large_factor)
-        for dim in (in_dim + (bias_name is not None), out_dim // parts)
-    )
-    # The vocabulary side of a tied table is taken as the identity, a lookup is as linear as the output layer.
-    table = kind == "embedding"
-    return LayerSpec(
+    return make_spec(
         name=name,
         kind=kind,
-        weight=weight_name,
-        bias=bias_name,
+        weight=weight,
+        bias=bias,
         weight_shape=shape,
         groups=groups,
         in_dim=in_dim,
         out_dim=out_dim,
-        approximation=config.approximation_for("linear" if table else kind),
-        in_blocks=in_blocks,
-        out_blocks=() if table else part * parts,
+        config=config,
+        parts=parts_of(name, kind, shape, splits),
     )
 
 
 def spec_of_operation(
-    operation: Operation, names: dict[int, str], config: KFACConfig, output_splits: Mapping[str, int]
+    operation: Operation, names: Mapping[int, str], config: KFACConfig, output_splits: Mapping[str, int]
 ) -> LayerSpec | None:
     """The spec of a raw parameter from the operation that reads it; None if it cannot be covered.
 
@@ -301,19 +191,17 @@ def spec_of_operation(
         config: decides the approximation and the block sizes.
         output_splits: as for `discover`; patterns match the layer's name.
     """
-    weight_name = names.get(id(operation.weight))
-    if weight_name is None or (operation.kind == "linear" and operation.weight.dim() != 2):
+    weight = names.get(id(operation.weight))
+    if weight is None or (operation.kind == "linear" and operation.weight.dim() != 2):
         return None
-    name = weight_name.rpartition(".")[0] or weight_name
-    shape = tuple(operation.weight.shape)
-    spec = make_spec(
-        name=name,
+    spec = spec_from_shape(
+        name=weight.rpartition(".")[0] or weight,
         kind=operation.kind,
-        weight_name=weight_name,
-        bias_name=names.get(id(operation.bias)) if isinstance(operation.bias, torch.nn.Parameter) else None,
-        shape=shape,
+        weight=weight,
+        bias=names.get(id(operation.bias)) if isinstance(operation.bias, nn.Parameter) else None,
+        shape=tuple(operation.weight.shape),
         groups=operation.groups,
         config=config,
-        parts=parts_of(name, operation.kind, shape, output_splits),
+        splits=output_splits,
     )
-    return spec if spec.in_blocks or spec.out_blocks else None
+    return spec if spec.has_factors else None

@@ -6,20 +6,19 @@ Every function here is a collective operation: all processes call it with the sa
 from __future__ import annotations
 
 import hashlib
-import heapq
 import math
-from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from algoperf_kfac.config import KFACConfig
+from algoperf_kfac.cost import assign, cubes
 from algoperf_kfac.layers import LayerSpec
 from algoperf_kfac.pytorch import refresh as here
 from algoperf_kfac.pytorch.preconditioner import LayerState
 from algoperf_kfac.pytorch.refresh import Refresh
+from algoperf_kfac.pytorch.scalings import Scaling
 from algoperf_kfac.pytorch.statistics import Statistics
 
 T = TypeVar("T")
@@ -82,27 +81,7 @@ def all_reduce_statistics(statistics: list[Statistics]) -> None:
         s.a_count, s.examples = next(summed), next(summed)
 
 
-def cost(spec: LayerSpec) -> int:
-    """Work of decomposing a layer's factors, in units of one multiplication: the cubes of the block sizes."""
-    return spec.groups * sum(size**3 for size in (*spec.in_blocks, *spec.out_blocks))
-
-
-def assign(costs: Sequence[int], world_size: int) -> list[int]:
-    """Which rank takes each job: the longest first, to the rank with the least work so far.
-
-    The largest load is at most 4/3 - 1/(3 world_size) times the least possible (Graham 1969). Ties go to the
-    first job and the lowest rank, so that all processes come to the same assignment without asking each other.
-    """
-    loads = [(0, rank) for rank in range(world_size)]
-    owners = [0] * len(costs)
-    for job in sorted(range(len(costs)), key=lambda job: -costs[job]):
-        load, owner = heapq.heappop(loads)
-        owners[job] = owner
-        heapq.heappush(loads, (load + costs[job], owner))
-    return owners
-
-
-def refresh(layers: list[tuple[LayerSpec, LayerState]], config: KFACConfig) -> None:
+def refresh(layers: list[tuple[LayerSpec, LayerState]], scaling: Scaling) -> None:
     """Recompute the preconditioners of `layers`, each in one of the processes; afterwards all have them all.
 
     The outcomes travel first (one small all-reduce), so that every process knows the sizes of what follows: one
@@ -110,17 +89,17 @@ def refresh(layers: list[tuple[LayerSpec, LayerState]], config: KFACConfig) -> N
     leave most processes without work: an all-gather would pad all of them to the largest.
     """
     if not is_distributed():
-        here.refresh(layers, config)
+        here.refresh(layers, scaling)
         return
-    owners = assign([cost(spec) for spec, _ in layers], dist.get_world_size())
+    owners = assign([cubes(spec) for spec, _ in layers], dist.get_world_size())
     mine = [i for i, owner in enumerate(owners) if owner == rank()]
     results = [Refresh() for _ in layers]
-    for i, result in zip(mine, here.decompose([layers[i][1] for i in mine], config), strict=True):
+    for i, result in zip(mine, here.decompose([layers[i][1] for i in mine], scaling), strict=True):
         results[i] = result
     _share_outcomes(results, layers[0][1].weight.device)
-    _share_matrices(layers, results, owners, config)
+    _share_matrices(layers, results, owners, scaling)
     for (_, state), result in zip(layers, results, strict=True):
-        here.install(state, result, config)
+        here.install(state, result, scaling)
 
 
 def _share_outcomes(results: list[Refresh], device: torch.device) -> None:
@@ -134,14 +113,14 @@ def _share_outcomes(results: list[Refresh], device: torch.device) -> None:
 
 
 def _share_matrices(
-    layers: list[tuple[LayerSpec, LayerState]], results: list[Refresh], owners: list[int], config: KFACConfig
+    layers: list[tuple[LayerSpec, LayerState]], results: list[Refresh], owners: list[int], scaling: Scaling
 ) -> None:
     """Bases and values of every layer, from its owner to all, as bytes whatever their dtypes.
 
     The owner, too, takes them from the buffer: equal numbers in another memory layout may round differently.
     """
     device = layers[0][1].weight.device
-    shapes = [_shapes(spec, result, config) for (spec, _), result in zip(layers, results, strict=True)]
+    shapes = [_shapes(spec, result, scaling) for (spec, _), result in zip(layers, results, strict=True)]
     sent = []
     for owner in sorted(set(owners)):
         theirs = [i for i, o in enumerate(owners) if o == owner]
@@ -173,13 +152,13 @@ def _share_matrices(
                 setattr(results[i], field, matrices)
 
 
-def _shapes(spec: LayerSpec, result: Refresh, config: KFACConfig) -> dict[str, list[tuple[int, ...]]]:
+def _shapes(spec: LayerSpec, result: Refresh, scaling: Scaling) -> dict[str, list[tuple[int, ...]]]:
     """What a refresh changed, by field of `Refresh`."""
     shapes: dict[str, list[tuple[int, ...]]] = {}
     for side, sizes in (("a", spec.in_blocks), ("b", spec.out_blocks)):
         if result.renewed:
             shapes[f"{side}_basis"] = [(spec.groups, size, size) for size in sizes]
-        if config.preconditioner == "eigen" and (result.renewed or result.skipped):
+        if scaling.uses_bases and (result.renewed or result.skipped):
             shapes[f"{side}_values"] = [(spec.groups, size) for size in sizes]
     return shapes
 

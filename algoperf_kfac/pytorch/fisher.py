@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from algoperf_kfac.spec import LossType, loss_type_of
+from algoperf_kfac.losses import LossType, loss_type_of
 
 # One backward pass per output of an example: beyond this, "exact" is a mistake rather than a choice.
 MAX_EXACT_OUTPUTS = 512
@@ -68,7 +68,9 @@ def sampled_loss(
     return _masked(per_label, mask).sum()
 
 
-def exact_losses(outputs: Tensor, loss_type: LossType | str, mask: Tensor | None = None) -> Iterator[Tensor]:
+def exact_losses(
+    outputs: Tensor | tuple[Tensor, Tensor], loss_type: LossType | str, mask: Tensor | None = None
+) -> Iterator[Tensor]:
     """One scalar per output of an example; the gradients' outer products sum to the Fisher exactly.
 
     Dimension 0 of `outputs` runs over examples: outputs packed over the nodes of several graphs would mix those of

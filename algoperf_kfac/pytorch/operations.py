@@ -3,14 +3,50 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from algoperf_kfac.pytorch.factors import ConvGeometry
+from algoperf_kfac.positions import Rows
+from algoperf_kfac.pytorch.geometry import ConvGeometry
+
+Function = Callable[..., Any]
+Sizes = int | Sequence[int]
+
+
+@dataclasses.dataclass
+class Called:
+    """A function of torch as it was called, to be run at most once.
+
+    Attributes:
+        func: the function.
+        args, kwargs: its arguments.
+    """
+
+    func: Function
+    args: list[Any]
+    kwargs: Mapping[str, Any]
+    _outputs: list[Any] = dataclasses.field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The function's name; for properties such as `Tensor.T` that of the property."""
+        name = getattr(self.func, "__name__", str(self.func))
+        return str(getattr(self.func.__self__, "__name__", name)) if name == "__get__" else name
+
+    def run(self) -> Any:
+        """What the function returns."""
+        if not self._outputs:
+            self._outputs.append(self.func(*self.args, **self.kwargs))
+        return self._outputs[0]
+
+    def leaves(self) -> Iterator[Any]:
+        """The arguments, lists and tuples among them taken apart."""
+        for arg in (*self.args, *self.kwargs.values()):
+            yield from arg if isinstance(arg, list | tuple) else (arg,)
 
 
 @dataclasses.dataclass
@@ -33,9 +69,21 @@ class Operation:
     groups: int = 1
     hyper: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def is_conv(self) -> bool:
+        return self.kind in ("conv", "conv_transpose")
+
+    def rows(self, output: Tensor) -> Rows:
+        """The rows of the operation: its output without features."""
+        if not self.is_conv:
+            return Rows(tuple(output.shape[:-1]))
+        dims = self.weight.dim() - 2
+        examples = output.shape[0] if output.dim() == dims + 2 else 1
+        return Rows((examples, *output.shape[-dims:]), batch_first=True)
+
     def geometry(self, output: Tensor) -> ConvGeometry | None:
         """The geometry of a convolution, None for other operations."""
-        if self.kind in ("linear", "embedding"):
+        if not self.is_conv:
             return None
         kernel = tuple(self.weight.shape[2:])
         dims = len(kernel)
@@ -57,7 +105,7 @@ class Operation:
         )
 
 
-def _tuple(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
+def _tuple(value: Sizes, dims: int) -> tuple[int, ...]:
     values = (value,) * dims if isinstance(value, int) else tuple(value)
     return values * dims if len(values) == 1 else values
 
@@ -70,9 +118,9 @@ def _conv(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
     groups: int = 1,
 ) -> Operation:
     hyper = {"stride": stride, "padding": padding, "dilation": dilation}
@@ -83,25 +131,27 @@ def _conv_transpose(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    output_padding: Any = 0,  # seen in the output's size
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    output_padding: Sizes = 0,  # seen in the output's size
     groups: int = 1,
-    dilation: Any = 1,
+    dilation: Sizes = 1,
 ) -> Operation:
     hyper = {"stride": stride, "padding": padding, "dilation": dilation}
     return Operation("conv_transpose", input, weight, bias, groups, hyper)
 
 
-def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *_: Any, **__: Any) -> Operation:
+def _embedding(
+    input: Tensor, weight: Tensor, padding_idx: int | None = None, *_: object, **__: object
+) -> Operation:
     return Operation("embedding", input.unsqueeze(-1), weight, None, hyper={"padding_idx": padding_idx})
 
 
-def _torch_embedding(weight: Tensor, indices: Tensor, padding_idx: int = -1, *_: Any, **__: Any) -> Operation:
+def _torch_embedding(weight: Tensor, indices: Tensor, padding_idx: int = -1, *_: object, **__: object) -> Operation:
     return _embedding(indices, weight, None if padding_idx < 0 else padding_idx)
 
 
-RULES: dict[Callable[..., Any], Callable[..., Operation]] = {
+RULES: dict[Function, Callable[..., Operation]] = {
     F.linear: _linear,
     torch.conv1d: _conv,
     torch.conv2d: _conv,
@@ -112,7 +162,7 @@ RULES: dict[Callable[..., Any], Callable[..., Operation]] = {
 }
 
 # Lookups in a table; a rule only where the table is the output layer, too.
-LOOKUPS: dict[Callable[..., Any], Callable[..., Operation]] = {
+LOOKUPS: dict[Function, Callable[..., Operation]] = {
     F.embedding: _embedding,
     torch.embedding: _torch_embedding,
 }

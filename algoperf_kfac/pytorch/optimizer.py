@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from algoperf_kfac.config import KFACConfig
+from algoperf_kfac import cadence
+from algoperf_kfac.config import TABLE, KFACConfig
+from algoperf_kfac.errors import MissingStatisticsError, check_reduction, missing_statistics, no_statistics
 from algoperf_kfac.layers import Coverage
-from algoperf_kfac.pytorch import distributed
-from algoperf_kfac.pytorch import state as serial
-from algoperf_kfac.pytorch.capture import Capture, MissingStatisticsError, PositionsLike
-from algoperf_kfac.pytorch.covered import Layers, factor_like
+from algoperf_kfac.positions import PositionsLike, as_candidates
+from algoperf_kfac.pytorch import checkpoint, distributed
+from algoperf_kfac.pytorch.capture import Capture, Gathered, Options
 from algoperf_kfac.pytorch.directions import Direction, first_order, second_order
 from algoperf_kfac.pytorch.discovery import unwrap
+from algoperf_kfac.pytorch.layer_book import Layers
+from algoperf_kfac.pytorch.scalings import Scaling, scaling_of
 from algoperf_kfac.pytorch.statistics import Scalar, Statistics
 
 
@@ -58,12 +60,29 @@ class KFAC(torch.optim.Optimizer):
         allow_partial_coverage: move a layer that misses its statistics to the fallback, with a warning, instead
             of stopping.
         seed: of the label draws of fisher="mc".
-        **hyperparameters: fields of `KFACConfig`.
+        lr: the learning rate by torch's name, for `learning_rate`.
+        betas: decays of the first and second moment by torch's name, for `one_minus_beta1` and `beta2`.
+        **hyperparameters: fields of `KFACConfig`; `eps` and `weight_decay` have torch's names anyway.
 
     Raises:
-        ValueError: for a hyperparameter out of range, a parameter that is not the model's, or a model without
-            trainable parameters.
+        TypeError: if it is given parameters in place of the model.
+        ValueError: for a hyperparameter out of range or given twice, a parameter that is not the model's, or a
+            model without trainable parameters.
     """
+
+    config: KFACConfig
+    scaling: Scaling
+    _complete: bool
+    _params: dict[str, Tensor]
+    _allow_partial_coverage: bool
+    _layers: Layers
+    _steps: int
+    _pending: dict[str, Statistics]
+    _graft: dict[str, Tensor]
+    _cosine: dict[str, Tensor]
+    _stand_ins: Tensor
+    _seed: int
+    _captures: int
 
     def __init__(
         self,
@@ -75,11 +94,18 @@ class KFAC(torch.optim.Optimizer):
         output_splits: Mapping[str, int] | None = None,
         allow_partial_coverage: bool = False,
         seed: int = 0,
-        **hyperparameters: Any,
+        lr: float | None = None,
+        betas: tuple[float, float] | None = None,
+        **hyperparameters: object,
     ) -> None:
-        defaults = {} if config is None else {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-        config = KFACConfig.from_hyperparameters(hyperparameters, **defaults)
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"KFAC takes the model itself, not {type(model).__name__}: KFAC(model, ...), parameters or groups "
+                "of them as params=[...]"
+            )
+        config = KFACConfig.updated(config, hyperparameters | _by_torch_names(lr, betas, hyperparameters))
         self.config = config
+        self.scaling = scaling_of(config)
         self._complete = False
         model = unwrap(model)
         names = {id(p): name for name, p in model.named_parameters()}  # the first of several
@@ -103,7 +129,7 @@ class KFAC(torch.optim.Optimizer):
             raise ValueError("the model has no trainable parameter")
         self._params = {names[id(p)]: p for p in trainable}
         self._allow_partial_coverage = allow_partial_coverage
-        self._layers = Layers(model, config, self._params, exclude, output_splits or {})
+        self._layers = Layers(model, config, self.scaling, self._params, exclude, output_splits or {})
         self._steps = 0
         self._pending: dict[str, Statistics] = {}
         self._graft: dict[str, Tensor] = {}
@@ -121,7 +147,7 @@ class KFAC(torch.optim.Optimizer):
     @property
     def is_statistics_step(self) -> bool:
         """Whether the coming `step()` takes statistics."""
-        return self._steps < self.config.initial_statistics or self._steps % self.config.factor_interval == 0
+        return cadence.is_statistics_step(self.config, self._steps)
 
     def capture(
         self,
@@ -162,37 +188,24 @@ class KFAC(torch.optim.Optimizer):
             device = self._stand_ins.device
             generator = distributed.generator_for(self._seed, self._steps, self._captures, device)
             self._captures += 1
-        return Capture(
-            config=self.config,
-            layers=self._layers.by_weight,
-            tables=self._layers.open_tables() if active else {},
-            untied=self._layers.untied,
-            promote=self._layers.promote,
-            adopt=self._layers.adopt,
-            finish=self._finish_capture,
-            positions=positions,
-            loss_normalizer=loss_normalizer,
-            generator=generator,
-            active=active,
-        )
+        options = Options(self.config, active, as_candidates(positions), generator)
+        return Capture(self._layers, self._finish_capture, options, loss_normalizer)
 
-    def _finish_capture(
-        self, statistics: dict[str, Statistics], missing: dict[str, str], tied: dict[str, str]
-    ) -> None:
+    def _finish_capture(self, gathered: Gathered) -> None:
+        layers, missing = self._layers, gathered.missing
         if missing and not self._allow_partial_coverage:
-            parts = [f"{name} (missed {what})" for name, what in missing.items()]
-            raise MissingStatisticsError(
-                f"{len(missing)} of {len(self._layers.covered)} layers missed their statistics: "
-                f"{', '.join(parts)}. Run the forward and the backward pass inside capture(), leave unused "
-                "layers out with exclude=[...], or pass allow_partial_coverage=True to move them to the fallback"
+            remedy = (
+                "Run the forward and the backward pass inside capture(), leave unused layers out with "
+                "exclude=[...], or pass allow_partial_coverage=True to move them to the fallback"
             )
+            raise missing_statistics(missing, len(layers.covered), remedy)
         for name, what in missing.items():
-            self._layers.leave_out(name, what)
-        for name, operation in tied.items():
-            self._layers.tie(name, operation)
-        for name in (*missing, *tied):
+            layers.leave_out(name, what)
+        for name, operation in gathered.also_read.items():
+            layers.give_up(name, operation)
+        for name in (*missing, *gathered.also_read):
             self._pending.pop(name, None)
-        for name, new in statistics.items():
+        for name, new in gathered.statistics.items():
             if name in self._pending:
                 self._pending[name].add(new)
             else:
@@ -211,12 +224,12 @@ class KFAC(torch.optim.Optimizer):
         distributed.all_reduce_statistics([self._pending[name] for name in names])
         for name in names:
             s = self._pending[name]
-            a, b = s.averages(covered[name].spec)
+            a, b = s.averages()
             states[name].update(a, b, s.examples, self.config.factor_decay)
         self._pending.clear()
         due = self._due()
         if due:
-            distributed.refresh([(covered[name].spec, states[name]) for name in due], self.config)
+            distributed.refresh([(covered[name].spec, states[name]) for name in due], self.scaling)
 
     def _agree_on_layers(self) -> list[str]:
         """The layers with statistics on every process, in one order; the others are left out everywhere.
@@ -245,13 +258,11 @@ class KFAC(torch.optim.Optimizer):
 
     def _due(self) -> list[str]:
         """Layers to refresh at this statistics step: staggered, but all of them while the statistics are young."""
-        cycle = self.config.refresh_interval // self.config.factor_interval
-        index = self._steps // self.config.factor_interval
-        young = self._steps < max(self.config.refresh_interval, self.config.initial_statistics)
+        states = self._layers.states
         return [
             name
-            for i, name in enumerate(self._layers.covered)
-            if young or not self._layers.states[name].refreshes or (index + i) % cycle == 0
+            for number, name in enumerate(self._layers.covered)
+            if cadence.is_due(self.config, self._steps, number, states[name].refreshes)
         ]
 
     def factors(self, *, reduction: str = "sum") -> dict[str, FactorPair]:
@@ -265,17 +276,16 @@ class KFAC(torch.optim.Optimizer):
             RuntimeError: before the first statistics step.
             ValueError: for an unknown reduction.
         """
-        if reduction not in ("sum", "mean"):
-            raise ValueError(f"reduction={reduction!r}: allowed is 'sum' or 'mean'")
+        check_reduction(reduction)
         states = self._layers.states
         if states and not any(float(state.weight) for state in states.values()):
-            raise RuntimeError("no layer has statistics yet: make a statistics step first")
+            raise no_statistics()
         pairs = {}
         for name, state in states.items():
             a, b = state.corrected()
             if reduction == "sum":
                 examples = state.examples / state.weight.clamp(min=torch.finfo(state.weight.dtype).tiny)
-                if self._layers.covered[name].spec.kind == "embedding":  # one factor for both
+                if self._layers.covered[name].spec.kind == TABLE:  # one factor for both
                     a = [m * examples for m in a]
                 b = [m * examples for m in b]
             pairs[name] = FactorPair(_present(a), _present(b))
@@ -309,7 +319,7 @@ class KFAC(torch.optim.Optimizer):
         """Identities of the parameters whose NadamW direction nothing needs: covered ones, without grafting."""
         if self.config.grafting:
             return set()
-        return {id(p) for layer in self._layers.covered.values() for p in (layer.weight, layer.bias)}
+        return {id(p) for layer in self._layers.covered.values() for p in layer.params}
 
     def _second_order(self, directions: dict[int, Direction]) -> None:
         """Replace the directions of covered layers by their K-FAC directions."""
@@ -319,7 +329,7 @@ class KFAC(torch.optim.Optimizer):
             self._layers.covered,
             self._layers.states,
             beta2s,
-            self.config,
+            self.scaling,
             monitor=self.is_statistics_step,
         )
         self._stand_ins += outcome.stand_ins
@@ -377,7 +387,7 @@ class KFAC(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue bit for bit; loadable with torch.load(weights_only=True)."""
         state = super().state_dict()
-        state["kfac"] = serial.to_dict(
+        state["kfac"] = checkpoint.to_dict(
             [layer.spec for layer in self._layers.covered.values()],
             self._layers.states,
             self._layers.fallbacks,
@@ -400,38 +410,43 @@ class KFAC(torch.optim.Optimizer):
             raise ValueError("this state_dict is not KFAC's: it has no entry 'kfac'")
         kfac = state_dict["kfac"]
         specs = {name: layer.spec for name, layer in self._layers.covered.items()}
-        serial.check(kfac, self.config, specs, {name: tuple(p.shape) for name, p in self._params.items()})
+        checkpoint.check(kfac, self.config, specs, {name: tuple(p.shape) for name, p in self._params.items()})
         # A copy, so that the optimizer that gave the state may go on.
         super().load_state_dict(copy.deepcopy({k: v for k, v in state_dict.items() if k != "kfac"}))
-        self._layers.restore(serial.specs_of(kfac), serial.fallbacks_of(kfac), kfac["missed"])
-        for name, layer in self._layers.covered.items():
-            like = factor_like(layer.weight)
-            self._layers.states[name] = serial.layer_state(kfac, name, like, self.config)
+        self._layers.restore(checkpoint.specs_of(kfac), checkpoint.fallbacks_of(kfac), kfac["missed"])
+        states = self._layers.states
+        for name, zeros in list(states.items()):
+            states[name] = checkpoint.layer_state(kfac, name, zeros, self.scaling)
         self._steps = kfac["steps"]
         self._stand_ins.copy_(kfac["stand_ins"])
-        self._seed = serial.seed_of(kfac)
+        self._seed = checkpoint.seed_of(kfac)
         self._captures = 0
         self._pending.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For deepcopy and pickle, together with the model."""
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in _COPIED}}
+        """For deepcopy and pickle, together with the model: torch's own, and the attributes declared above."""
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in KFAC.__annotations__}}
 
 
-_COPIED = (
-    "config",
-    "_complete",
-    "_params",
-    "_allow_partial_coverage",
-    "_layers",
-    "_steps",
-    "_pending",
-    "_graft",
-    "_cosine",
-    "_stand_ins",
-    "_seed",
-    "_captures",
-)
+def _by_torch_names(
+    lr: float | None, betas: tuple[float, float] | None, hyperparameters: Mapping[str, object]
+) -> dict[str, object]:
+    """`lr` and `betas` as fields of `KFACConfig`.
+
+    Raises:
+        ValueError: if one of them is given by both names.
+    """
+    fields: dict[str, object] = {}
+    if lr is not None:
+        fields["learning_rate"] = lr
+    if betas is not None:
+        if len(betas) != 2:
+            raise ValueError(f"betas={betas!r}: allowed are two numbers in [0, 1)")
+        fields |= {"one_minus_beta1": 1 - betas[0], "beta2": betas[1]}
+    for name in fields.keys() & hyperparameters.keys():
+        torch_name = "lr" if name == "learning_rate" else "betas"
+        raise ValueError(f"hyperparameter {name} is given twice, as {torch_name}, too: leave one of them out")
+    return fields
 
 
 def _present(blocks: list[Tensor]) -> Tensor | tuple[Tensor, ...]:

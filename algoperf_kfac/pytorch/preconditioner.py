@@ -1,13 +1,7 @@
-"""From the factors A and B to a preconditioned gradient: averages, damping, application; `refresh` decomposes.
+"""What a layer keeps: moving averages of A and B, and what a refresh made of them; damping, and products.
 
-For a layer's gradient G as a matrix (P_out x P_in), per channel group,
-
-    inverse:              (B + l_B I)^-1 G (A + l_A I)^-1
-    eigen, power p:       U_B [ (U_B^T G U_A) / ((b + l_B)(a + l_A)^T)^p ] U_A^T
-    eigen, second_moment: U_B [ (U_B^T M U_A) / sqrt(v) ] U_A^T,  v the second moment of U_B^T G U_A
-
-with B = U_B diag(b) U_B^T and A = U_A diag(a) U_A^T. Factors are lists of diagonal blocks, usually one; an empty
-list stands for the identity.
+`refresh` decomposes the averages, a scaling (`scalings`) makes of that what a gradient is multiplied by. Factors
+are lists of diagonal blocks, usually one; an empty list stands for the identity.
 """
 
 from __future__ import annotations
@@ -35,10 +29,9 @@ class LayerState:
         dropped: how many statistics were left out because they were not finite, a scalar tensor.
         a_basis, b_basis: eigenbases ("eigen") or inverses ("inverse"); empty before the first refresh.
         a_values, b_values: damped eigenvalues, (groups, size) per block; "eigen" only.
-        a_operator, b_operator: what the momentum is multiplied by, unless a second moment is needed; they follow
-            from the fields above (`set_operators`).
-        second_moment: (groups, P_out, P_in) for scaling="second_moment".
-        second_moment_steps: updates of `second_moment`.
+        a_operator, b_operator: what the momentum is multiplied by, for scalings that use them; they follow from the
+            fields above (`Scaling.operators`).
+        kept: what the scaling keeps beside them, by name.
         refreshes: successful refreshes so far.
         failures: failed decompositions so far, retries included.
         skipped: refreshes that kept the basis because it had not drifted.
@@ -56,16 +49,21 @@ class LayerState:
     b_values: list[Tensor] = dataclasses.field(default_factory=list)
     a_operator: list[Tensor] = dataclasses.field(default_factory=list)
     b_operator: list[Tensor] = dataclasses.field(default_factory=list)
-    second_moment: Tensor | None = None
-    second_moment_steps: int = 0
+    kept: dict[str, Tensor | int] = dataclasses.field(default_factory=dict)
     refreshes: int = 0
     failures: int = 0
     skipped: int = 0
     drift: float = 0.0
 
     @classmethod
-    def zeros(cls, spec: LayerSpec, like: Tensor) -> LayerState:
-        """Averages at zero: starting at the identity would bias the early steps."""
+    def zeros(cls, spec: LayerSpec, like: Tensor, kept: dict[str, Tensor | int]) -> LayerState:
+        """Averages at zero: starting at the identity would bias the early steps.
+
+        Args:
+            spec: the layer.
+            like: dtype and device of the factors.
+            kept: what the scaling keeps.
+        """
 
         def blocks(sizes: tuple[int, ...]) -> list[Tensor]:
             return [like.new_zeros(spec.groups, size, size) for size in sizes]
@@ -76,6 +74,7 @@ class LayerState:
             like.new_zeros(()),
             like.new_zeros(()),
             like.new_zeros(()),
+            kept=kept,
         )
 
     def update(self, a: list[Tensor], b: list[Tensor], examples: Tensor | float, decay: float) -> None:
@@ -118,21 +117,6 @@ def damping_terms(
     return pi * damping**0.5, damping**0.5 / pi
 
 
-def set_operators(state: LayerState, config: KFACConfig) -> None:
-    """Derive the operators: scaling by eigenvalues is separable, so that U f(b) U^T is formed once per refresh
-    and a step costs two products per layer instead of four."""
-    if config.preconditioner == "inverse":
-        state.a_operator, state.b_operator = state.a_basis, state.b_basis
-    elif config.scaling != "second_moment":
-        state.a_operator, state.b_operator = (
-            [
-                (u * v.pow(-config.exponent).unsqueeze(1)) @ u.transpose(1, 2)
-                for u, v in zip(bases, values, strict=True)
-            ]
-            for bases, values in ((state.a_basis, state.a_values), (state.b_basis, state.b_values))
-        )
-
-
 def multiply(
     left: list[Tensor],
     m: Tensor,
@@ -165,35 +149,3 @@ def multiply(
         parts = m.split([block.shape[-1] for block in right], 2)
         m = torch.cat([part @ block for block, part in zip(right, parts, strict=True)], 2)
     return m
-
-
-def precondition(state: LayerState, momentum: Tensor, grad: Tensor, config: KFACConfig, beta2: float) -> Tensor:
-    """The preconditioned direction of one layer.
-
-    Args:
-        state: the layer's state; its second moment is updated where the scaling uses one.
-        momentum: (groups, P_out, P_in), what is preconditioned.
-        grad: (groups, P_out, P_in), the step's gradient, for the second moment.
-        config: the configuration.
-        beta2: decay of the second moment.
-
-    Returns:
-        (groups, P_out, P_in); `momentum` itself before the first successful refresh.
-    """
-    if not state.refreshes:
-        return momentum
-    if config.preconditioner == "inverse" or config.scaling != "second_moment":
-        return multiply(state.b_operator, momentum, state.a_operator)
-
-    def rotate(m: Tensor) -> Tensor:
-        return multiply(state.b_basis, m, state.a_basis, transpose_left=True)
-
-    if state.second_moment is None:
-        state.second_moment = torch.zeros_like(grad)
-    state.second_moment.lerp_(rotate(grad).square(), 1 - beta2)
-    state.second_moment_steps += 1
-    v = state.second_moment / (1 - beta2**state.second_moment_steps)
-    # The floor keeps the noise of null-space directions from being scaled up to full steps.
-    floor = config.damping * v.mean((1, 2), keepdim=True)
-    scaled = rotate(momentum) / (v + floor).sqrt().clamp(min=torch.finfo(v.dtype).tiny)
-    return multiply(state.b_basis, scaled, state.a_basis, transpose_right=True)

@@ -14,13 +14,8 @@ from torch import Tensor
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.layers import LayerSpec
-from algoperf_kfac.pytorch.preconditioner import (
-    LayerState,
-    damping_terms,
-    mean_eigenvalue,
-    multiply,
-    set_operators,
-)
+from algoperf_kfac.pytorch.preconditioner import LayerState, damping_terms, mean_eigenvalue
+from algoperf_kfac.pytorch.scalings import Scaling
 
 # Damping of the retries after a failed decomposition, as multiples of the configured one.
 RETRIES = (1.0, 10.0, 100.0)
@@ -48,44 +43,45 @@ class Refresh:
     drift: float = 0.0
 
 
-def refresh(layers: list[tuple[LayerSpec, LayerState]], config: KFACConfig) -> None:
+def refresh(layers: list[tuple[LayerSpec, LayerState]], scaling: Scaling) -> None:
     """Recompute the preconditioners of `layers` from their current statistics, all in this process."""
     states = [state for _, state in layers]
-    for state, result in zip(states, decompose(states, config), strict=True):
-        install(state, result, config)
+    for state, result in zip(states, decompose(states, scaling), strict=True):
+        install(state, result, scaling)
 
 
-def decompose(states: list[LayerState], config: KFACConfig) -> list[Refresh]:
+def decompose(states: list[LayerState], scaling: Scaling) -> list[Refresh]:
     """The new preconditioners of layers; their states are only read.
 
     Matrices of equal shape are decomposed in one batched call. What fails is retried in float64 with more
     damping; what still fails is to keep the last good decomposition. Both are counted. A layer that saw no input
     or no gradient yet has nothing to decompose, and is asked again at the next refresh.
     """
+    config = scaling.config
     jobs = []
     for state in states:
         a, b = state.corrected()
         jobs.append(_Job(state, a, b, damping_terms(a, b, config), Refresh(drift=state.drift)))
-    if config.preconditioner == "inverse":
-        _decompose_inverses(jobs, config)
-    else:
+    if scaling.uses_bases:
         _decompose_bases(jobs, config)
+    else:
+        _decompose_inverses(jobs, config)
     return [job.result for job in jobs]
 
 
-def install(state: LayerState, result: Refresh, config: KFACConfig) -> None:
+def install(state: LayerState, result: Refresh, scaling: Scaling) -> None:
     """Put a refresh into its layer's state, which then depends on the old state and on `result` alone."""
+    if result.renewed:
+        if state.refreshes:
+            scaling.transport(state, result.a_basis, result.b_basis)
+        state.a_basis, state.b_basis = result.a_basis, result.b_basis
+    if result.renewed or result.skipped:
+        state.a_values, state.b_values = result.a_values, result.b_values
+        state.a_operator, state.b_operator = scaling.operators(state)
     state.refreshes += result.renewed
     state.skipped += result.skipped
     state.failures += result.failures
     state.drift = result.drift
-    if result.renewed:
-        if state.second_moment is not None and (state.a_basis or state.b_basis):
-            state.second_moment = _transport(state.second_moment, state, result.a_basis, result.b_basis)
-        state.a_basis, state.b_basis = result.a_basis, result.b_basis
-    if result.renewed or result.skipped:
-        state.a_values, state.b_values = result.a_values, result.b_values
-        set_operators(state, config)
 
 
 @dataclasses.dataclass
@@ -168,16 +164,6 @@ def _rotated_diagonals(blocks: list[Tensor], bases: list[Tensor], damping: Tenso
     return [
         (basis * (m @ basis)).sum(1).clamp(min=0) + damping[:, None] for m, basis in zip(blocks, bases, strict=True)
     ]
-
-
-def _transport(v: Tensor, state: LayerState, a_basis: list[Tensor], b_basis: list[Tensor]) -> Tensor:
-    """The second moment in new bases, its entries taken as uncorrelated in the old ones.
-
-    (Q^T X P)_ij has variance sum_kl Q_ki^2 P_lj^2 var(X_kl) for the rotations Q, P between old and new bases.
-    """
-    b_rotation = [(old.transpose(1, 2) @ new).square() for old, new in zip(state.b_basis, b_basis, strict=True)]
-    a_rotation = [(old.transpose(1, 2) @ new).square() for old, new in zip(state.a_basis, a_basis, strict=True)]
-    return multiply(b_rotation, v, a_rotation, transpose_left=True)
 
 
 Decomposition = Callable[[Tensor], tuple[tuple[Tensor, ...], Tensor]]

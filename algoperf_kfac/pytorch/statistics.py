@@ -7,13 +7,18 @@ is kept until they come back: as long as autograd keeps it, with several backwar
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from algoperf_kfac.errors import calls_disagree
 from algoperf_kfac.layers import LayerSpec
+from algoperf_kfac.positions import Positions, Rows
 from algoperf_kfac.pytorch import factors
-from algoperf_kfac.pytorch.factors import ConvGeometry, Layout, Positions
+from algoperf_kfac.pytorch.factors import MaskedLayout
+from algoperf_kfac.pytorch.geometry import ConvGeometry
 from algoperf_kfac.pytorch.operations import Operation
 
 Scalar = Tensor | float
@@ -35,10 +40,9 @@ class Statistics:
     a_count: Scalar
     examples: Scalar
 
-    def averages(self, spec: LayerSpec) -> tuple[list[Tensor], list[Tensor]]:
+    def averages(self) -> tuple[list[Tensor], list[Tensor]]:
         """A and B per example; not numbers where nothing counted."""
-        a, b = [m / self.a_count for m in self.a], [m / self.examples for m in self.b]
-        return (factors.tied_factor(a, b, spec.out_dim), []) if spec.kind == "embedding" else (a, b)
+        return [m / self.a_count for m in self.a], [m / self.examples for m in self.b]
 
     def add(self, other: Statistics) -> None:
         self.a = [x + y for x, y in zip(self.a, other.a, strict=True)]
@@ -51,7 +55,7 @@ class Statistics:
 class Call:
     """One call of a layer, until its output gradient has come back."""
 
-    layout: Layout
+    layout: MaskedLayout
     conv: ConvGeometry | None
     input: Tensor | None = None  # batch first; kept where output gradients decide which positions count
     nonzero: Tensor | None = None  # (N, R): positions that some backward pass reached
@@ -60,6 +64,30 @@ class Call:
     grad_sums: Tensor | None = None  # reduce: (examples, groups, P_out), of the current backward pass
     fired: bool = False  # its gradient came back in the current backward pass
     seen: bool = False  # or in any
+
+
+class AnyRecorder(Protocol):
+    """Gathers one layer's statistics over its calls in a capture, whatever the layer's kind."""
+
+    @property
+    def backward_done(self) -> bool:
+        """Whether every call's output gradient has come back."""
+
+    @property
+    def examples(self) -> Scalar:
+        """Examples of the closed groups."""
+
+    def end_pass(self) -> None:
+        """Close one backward pass."""
+
+    def end_group(self) -> None:
+        """Close the calls of one forward pass and its backward passes."""
+
+    def statistics(self, factor: Scalar) -> Statistics:
+        """The sums, output gradients squared multiplied by `factor`."""
+
+    def kept_inputs(self) -> Iterator[Tensor]:
+        """Inputs that are kept until their gradients come."""
 
 
 class Recorder:
@@ -89,17 +117,16 @@ class Recorder:
         if self.backward_done:
             self.end_group()
 
-    def input(self, operation: Operation, conv: ConvGeometry | None, positions: Positions | None) -> Call:
-        x, leading = self._batch_first(operation.input.detach(), conv, positions)
-        layout = factors.resolve_positions(positions, leading, self.spec.name, self.dtype)
+    def input(
+        self, operation: Operation, conv: ConvGeometry | None, rows: Rows, positions: Positions | None
+    ) -> Call:
+        """Begin a call with its input."""
+        layout = MaskedLayout.fitted(positions, rows, self.spec.name, self.dtype)
         call = Call(layout, conv)
+        x = self._batch_first(operation.input.detach(), call)
         self._prepare(call, operation, x)
         if self.calls and layout.num_examples != self.calls[0].layout.num_examples:
-            raise ValueError(
-                f"layer {self.spec.name} was called with {self.calls[0].layout.num_examples} and then with "
-                f"{layout.num_examples} examples in one forward pass: its calls must share their examples, or "
-                f"exclude it (exclude=[{self.spec.name!r}])"
-            )
+            raise calls_disagree(self.spec.name, (self.calls[0].layout.num_examples, layout.num_examples))
         self.calls.append(call)
         if layout.by_gradient:
             call.input = x
@@ -143,14 +170,15 @@ class Recorder:
     def _output_products(self, rows: Tensor) -> list[Tensor]:
         return factors.outer_sums(rows, None, self.spec.out_blocks)
 
-    def output_gradient(self, call: Call, grad: Tensor, positions: Positions | None) -> None:
+    def output_gradient(self, call: Call, grad: Tensor) -> None:
+        """End a call with the gradient of its output."""
         if call.fired:
             raise RuntimeError(
                 f"layer {self.spec.name} received two gradients for one call: capture() takes one backward "
                 "pass per forward pass"
             )
         call.fired = call.seen = True
-        grad, _ = self._batch_first(grad.to(self.dtype), call.conv, positions)
+        grad = self._batch_first(grad.to(self.dtype), call)
         rows = factors.output_rows(grad, self.spec.groups, call.conv)
         if call.drop is not None:
             rows = rows.masked_fill(call.drop[:, :, None, None], 0)
@@ -247,18 +275,15 @@ class Recorder:
         counts = [call.layout.counts(like) for call in self.calls]
         return torch.stack(counts).sum(0)
 
-    def _batch_first(
-        self, t: Tensor, conv: ConvGeometry | None, positions: Positions | None
-    ) -> tuple[Tensor, tuple[int, ...]]:
-        """The tensor with its batch dimension first, and the sizes of its leading dimensions."""
-        if conv is not None:
-            t = t if t.dim() == len(conv.kernel) + 2 else t.unsqueeze(0)
-            return t, (len(t), *conv.out_size)
-        if t.dim() == 1:
-            t = t.unsqueeze(0)
-        if positions is not None and positions.batch_dim and t.dim() > 2:
-            t = t.movedim(positions.batch_dim, 0)
-        return t, tuple(t.shape[:-1])
+    def kept_inputs(self) -> Iterator[Tensor]:
+        """Inputs that are kept until their gradients come."""
+        yield from (call.input for call in self.calls if call.input is not None)
+
+    def _batch_first(self, t: Tensor, call: Call) -> Tensor:
+        """The input or output of a call with its batch dimension first."""
+        if call.conv is not None:
+            return t if t.dim() == len(call.conv.kernel) + 2 else t.unsqueeze(0)
+        return t.unsqueeze(0) if t.dim() == 1 else call.layout.batch_first(t)
 
 
 def _accumulate(total: list[Tensor] | None, new: list[Tensor]) -> list[Tensor]:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from algoperf_kfac.pytorch import KFAC
 from algoperf_kfac.pytorch import factors as library
-from algoperf_kfac.pytorch.factors import ConvGeometry, resolve_positions
+from algoperf_kfac.positions import Positions, Rows
+from algoperf_kfac.pytorch.factors import MaskedLayout
+from algoperf_kfac.pytorch.geometry import ConvGeometry
 from tests.math import naive, oracle
 from tests.math.strategies import convolutions
 from tests.math.support import Operations, assert_covariance, assert_equal, batched, empirical_factors, examples
@@ -110,8 +112,8 @@ def test_window_sums_equal_sums_of_patches(transposed: bool) -> None:
         [(operation, output)] = operations.seen
         conv = operation.geometry(output)
         leading = (len(x), *output.shape[2:])
-        positions = library.Positions(mask=torch.rand(leading) > 0.4) if masked else None
-        layout = resolve_positions(positions, leading, "layer", x.dtype)
+        positions = Positions(mask=torch.rand(leading) > 0.4) if masked else None
+        layout = MaskedLayout.fitted(positions, Rows(leading, batch_first=True), "layer", x.dtype)
         rows = torch.cat([rows for _, rows in library.input_chunks(operation.input, layer.groups, conv)])
         sums = library.input_sums(operation.input, layer.groups, conv, layout)
         expected = rows.sum(1) if layout.mask is None else torch.einsum("nrgp,nr->ngp", rows, layout.mask)

@@ -203,5 +203,5 @@ def test_a_step_on_which_nothing_counts_is_left_out() -> None:
 
 
 def test_unknown_masks_are_refused() -> None:
-    with pytest.raises(ValueError, match="mask='gradients': allowed is a tensor or 'gradient'"):
+    with pytest.raises(ValueError, match="mask='gradients': allowed is an array, None or 'gradient'"):
         KFAC(nn.Linear(2, 2)).capture("gradients")

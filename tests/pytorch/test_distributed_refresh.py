@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from algoperf_kfac.pytorch import KFAC
-from algoperf_kfac.pytorch.distributed import assign
+from algoperf_kfac.cost import assign
 from tests.pytorch import processes
 from tests.pytorch.toys import SCALE_SENSITIVE, images
 

@@ -22,7 +22,7 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "fisher": (["true", None], "'empirical', 'mc', 'exact'"),
     "fisher_samples": ([0, 1.5, "1", math.nan, math.inf], "(at least 1|whole number)"),
     "preconditioner": (["shampoo"], "'eigen', 'inverse'"),
-    "scaling": (["sqrt", 0.75], "'power', 'root', 'inverse', 'second_moment'"),
+    "scaling": (["sqrt", 0.75], "'inverse', 'power', 'root', 'second_moment'"),
     "power": ([0.0, -0.5, 1.01, math.nan, math.inf, "1", None, True], "number"),
     "damping": ([0.0, -1.0], "number > 0"),
     "damping_mode": (["adaptive"], "'relative', 'absolute'"),
@@ -37,11 +37,6 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "grafting": (["yes", 1, None], "True or False"),
     "max_factor_dim": ([0, 10.5, math.nan, -math.inf], "(at least 1|whole number)"),
     "large_factor": (["drop"], "'block', 'one_sided'"),
-    "warmup_factor": ([-0.1, 1.0], r"\[0, 1\)"),
-    "horizon_factor": ([0.0, -1.0], "number > 0"),
-    "label_smoothing": ([1.0, -0.1], r"\[0, 1\)"),
-    "dropout_rate": ([1.0, -0.1], r"\[0, 1\)"),
-    "grad_clip": ([0.0, -1.0, math.nan, math.inf, "1", "x", True], "number > 0, or None"),
 }
 CASES = [
     pytest.param(name, value, allowed, id=f"{name}={value}")
@@ -66,7 +61,7 @@ def test_out_of_range(name: str, value: Any, allowed: str) -> None:
     [
         {"learning_rate": 0}, {"one_minus_beta1": 1.0}, {"beta2": 0.0}, {"factor_decay": 0.0},
         {"approximation": {"linear": "reduce", "conv": "expand"}}, {"approximation": {}},
-        {"grad_clip": None}, {"grad_clip": 1}, {"factor_interval": 1, "refresh_interval": 1},
+        {"factor_interval": 1, "refresh_interval": 1},
         {"power": 1}, {"power": 1e-3}, {"initial_statistics": 0}, {"initial_statistics": 1000},
     ],
 )  # fmt: skip

@@ -219,14 +219,27 @@ def test_repr_and_defaults() -> None:
 
 def test_constructor_refuses_what_it_cannot_use() -> None:
     model = mlp(5, 4, 3)
-    with pytest.raises(ValueError, match=r"unknown hyperparameter 'lr': known are .*'learning_rate'"):
-        KFAC(model, lr=0.1)
-    with pytest.raises(ValueError, match="unknown hyperparameter 'lr'"):
-        KFAC(model, config=KFACConfig(), lr=0.1)
+    with pytest.raises(ValueError, match=r"unknown hyperparameter 'grad_clip': known are .*'learning_rate'"):
+        KFAC(model, grad_clip=0.1)
+    with pytest.raises(ValueError, match="unknown hyperparameter 'rate'"):
+        KFAC(model, config=KFACConfig(), rate=0.1)
+    with pytest.raises(ValueError, match="learning_rate is given twice, as lr, too"):
+        KFAC(model, lr=0.1, learning_rate=0.1)
+    with pytest.raises(ValueError, match="given twice, as betas, too"):
+        KFAC(model, betas=(0.9, 0.99), beta2=0.9)
+    with pytest.raises(TypeError, match="takes the model itself, not generator"):
+        KFAC(model.parameters())
     with pytest.raises(ValueError, match=r"shape \(3,\) in params does not belong to the model"):
         KFAC(model, [*model.parameters(), nn.Parameter(torch.zeros(3))])
     with pytest.raises(ValueError, match="no trainable parameter"):
         KFAC(model.requires_grad_(False))
+
+
+def test_torchs_names_for_hyperparameters() -> None:
+    by_torch = KFAC(mlp(5, 3), lr=0.5, betas=(0.75, 0.96875), eps=1e-6, weight_decay=0.1)
+    ours = KFAC(mlp(5, 3), learning_rate=0.5, one_minus_beta1=0.25, beta2=0.96875, eps=1e-6, weight_decay=0.1)
+    assert by_torch.config == ours.config
+    assert by_torch.defaults == ours.defaults
 
 
 def test_config_and_keywords_combine() -> None:

@@ -132,7 +132,7 @@ def test_a_table_read_in_any_other_way_takes_the_fallback(
                 token_loss(model).backward()
             optimizer.step()
         assert covered(optimizer) == {"mix"}
-        assert reasons(optimizer)["table.weight"].startswith(f"tied weight: {name} reads it too")
+        assert reasons(optimizer)["table.weight"].startswith(f"also read by {name}: K-FAC would miss")
 
 
 @READS
@@ -201,7 +201,7 @@ def test_autoencoder_with_the_encoder_transposed(decode: Callable[[Tensor, Tenso
     with pytest.warns(UserWarning, match="the weight of encoder is also read by"):
         optimizer = capture_once(Autoencoder(), lambda m: (m(x) - x).square().mean())
     assert covered(optimizer) == {"head"}
-    assert reasons(optimizer)["encoder.weight"].startswith(f"tied weight: {name} ")
+    assert reasons(optimizer)["encoder.weight"].startswith(f"also read by {name}: ")
     assert reasons(optimizer).keys() == {"encoder.weight", "encoder.bias"}
 
 

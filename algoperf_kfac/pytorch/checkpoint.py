@@ -7,13 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.layers import FallbackSpec, LayerSpec
-from algoperf_kfac.pytorch.preconditioner import LayerState, set_operators
+from algoperf_kfac.pytorch.preconditioner import LayerState
+from algoperf_kfac.pytorch.scalings import Scaling
+
+Entry: TypeAlias = Mapping[str, Any]  # of plain containers, numbers and tensors, as deep as they come
+Value = TypeVar("Value")
+
+# What version 0.1.0 kept for its one scaling that kept anything, beside the fields of `LayerState`.
+_OLD_KEPT = ("second_moment", "second_moment_steps")
 
 
 def to_dict(
@@ -21,7 +28,7 @@ def to_dict(
     states: Mapping[str, LayerState],
     fallbacks: Iterable[FallbackSpec],
     config: KFACConfig,
-    **rest: Any,
+    **rest: object,
 ) -> dict[str, Any]:
     """The entry "kfac"; tensors are not copied.
 
@@ -48,7 +55,7 @@ def to_dict(
 
 
 def check(
-    kfac: Mapping[str, Any],
+    kfac: Entry,
     config: KFACConfig,
     known: Mapping[str, LayerSpec],
     shapes: Mapping[str, tuple[int, ...]],
@@ -83,36 +90,50 @@ def check(
             raise ValueError(f"state_dict: parameter {name} had shape {shape}, and has {shapes[name]} here")
 
 
-def specs_of(kfac: Mapping[str, Any]) -> dict[str, LayerSpec]:
+def specs_of(kfac: Entry) -> dict[str, LayerSpec]:
     """The covered layers, by name."""
 
-    def spec(fields: Mapping[str, Any]) -> LayerSpec:
+    def spec(fields: Entry) -> LayerSpec:
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in fields.items()}
         return LayerSpec(**values)
 
     return {name: spec(entry["spec"]) for name, entry in kfac["layers"].items()}
 
 
-def fallbacks_of(kfac: Mapping[str, Any]) -> list[FallbackSpec]:
+def fallbacks_of(kfac: Entry) -> list[FallbackSpec]:
     return [FallbackSpec(f["name"], tuple(f["shape"]), f["reason"]) for f in kfac["fallbacks"]]
 
 
-def layer_state(kfac: Mapping[str, Any], name: str, like: Tensor, config: KFACConfig) -> LayerState:
-    """A layer's state, copied to the device and dtype of `like`."""
-    state = LayerState(**{k: _to(v, like) for k, v in kfac["layers"][name]["state"].items()})
-    set_operators(state, config)
+def layer_state(kfac: Entry, name: str, zeros: LayerState, scaling: Scaling) -> LayerState:
+    """A layer's state, copied to the device and dtype of a new one.
+
+    Args:
+        kfac: the entry.
+        name: the layer's.
+        zeros: its state as at the beginning.
+        scaling: the optimizer's.
+    """
+    fields = dict(kfac["layers"][name]["state"])
+    old = {key: fields.pop(key) for key in _OLD_KEPT if key in fields}
+    kept = fields.pop("kept", {}) | {key: value for key, value in old.items() if value is not None}
+    like = zeros.weight
+    state = LayerState(**{key: _to(value, like) for key, value in fields.items()})
+    # What the scaling does not keep is left behind; what it keeps anew begins at the beginning.
+    state.kept = {key: _to(kept.get(key, value), like) for key, value in zeros.kept.items()}
+    if state.refreshes:
+        state.a_operator, state.b_operator = scaling.operators(state)
     return state
 
 
-def seed_of(kfac: Mapping[str, Any]) -> int:
+def seed_of(kfac: Entry) -> int:
     """The seed of the label draws. Version 0.1.0 saved a generator instead, which begins with its seed."""
     if "seed" in kfac:
         return int(kfac["seed"])
     return int.from_bytes(bytes(kfac["generator"][:8].tolist()), "little")
 
 
-def _to(value: Any, like: Tensor) -> Any:
+def _to(value: Value, like: Tensor) -> Value:
     """Tensors (and lists of them) copied to the device and dtype of the factors."""
     if isinstance(value, Tensor):
-        return value.detach().to(device=like.device, dtype=like.dtype, copy=True)
-    return [_to(v, like) for v in value] if isinstance(value, list) else value
+        return value.detach().to(device=like.device, dtype=like.dtype, copy=True)  # type: ignore[return-value]
+    return [_to(v, like) for v in value] if isinstance(value, list) else value  # type: ignore[return-value]

@@ -5,38 +5,40 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from algoperf_kfac.config import KFACConfig
-from algoperf_kfac.layers import Coverage, FallbackSpec, LayerSpec
-from algoperf_kfac.pytorch.directions import factor_dtype
-from algoperf_kfac.pytorch.discovery import RAW, CoveredLayer, discover, spec_of_operation, tied_tables
+from algoperf_kfac.layers import Coverage, FallbackSpec, LayerSpec, also_read_by, missed_statistics
+from algoperf_kfac.pytorch.covered_layer import CoveredLayer
+from algoperf_kfac.pytorch.discovery import RAW, discover, spec_of_operation
+from algoperf_kfac.pytorch.kinds import KINDS, Watch
 from algoperf_kfac.pytorch.operations import Operation
 from algoperf_kfac.pytorch.preconditioner import LayerState
+from algoperf_kfac.pytorch.scalings import Scaling
+from algoperf_kfac.pytorch.statistics import AnyRecorder, Recorder
 
-
-def factor_like(weight: Tensor) -> Tensor:
-    """An empty tensor on the weight's device, in the factors' dtype: at least float32."""
-    return torch.empty(0, dtype=factor_dtype(weight), device=weight.device)
+if TYPE_CHECKING:
+    from algoperf_kfac.pytorch.capture import Capture
 
 
 class Layers:
     """What K-FAC knows of a model; unlike its namesake in JAX it changes, and holds the states of the layers.
 
     Attributes:
+        params: the parameters to train, by name in the model.
         covered: the covered layers by name, in the order in which refreshes take turns.
         states: by the same names.
         by_weight: the layers' specs, by identity of the weight.
         fallbacks: every other trainable parameter, with the reason.
         missed: what the layers that left had missed, by name.
-        untied: names of tables that proved not to be tied.
 
     Args:
         model: the bare model.
         config: the configuration.
+        scaling: what decides which tensors a layer keeps.
         params: the parameters to train, by name in the model.
         exclude: patterns of module paths to leave to the fallback.
         output_splits: patterns of module paths -> into how many parts their outputs are cut.
@@ -46,18 +48,20 @@ class Layers:
         self,
         model: nn.Module,
         config: KFACConfig,
+        scaling: Scaling,
         params: Mapping[str, Tensor],
         exclude: Iterable[str],
         output_splits: Mapping[str, int],
     ) -> None:
         exclude = list(exclude)
-        self._config, self._params, self._output_splits = config, dict(params), dict(output_splits)
-        found, self.fallbacks = discover(model, config, list(params.values()), exclude, self._output_splits)
-        # Tables that may prove to be tied, and the reason they have as long as this is open.
-        reasons = self._reasons()
-        tables = tied_tables(model, config, self.fallbacks, exclude)
-        self._tables = {name: (spec, reasons[name]) for name, spec in tables.items()}
-        self.untied: set[str] = set()
+        self.params = dict(params)
+        self._config, self._scaling, self._output_splits = config, scaling, dict(output_splits)
+        self._kinds = [kind() for kind in KINDS]
+        found, self.fallbacks = discover(
+            model, config, list(params.values()), exclude, self._output_splits, self._kinds
+        )
+        for kind in self._kinds:
+            kind.begin(model, config, self.fallbacks, exclude)
         self.missed: dict[str, str] = {}
         self.covered: dict[str, CoveredLayer] = {}
         self.states: dict[str, LayerState] = {}
@@ -73,12 +77,25 @@ class Layers:
         """Let these layers come first, in this order."""
         self.covered = {name: self.covered[name] for name in dict.fromkeys([*names, *self.covered])}
 
+    # Capture.
+
+    def watches(self, capture: Capture) -> list[Watch]:
+        """What the kinds of layers have to do within a capture."""
+        return [watch for kind in self._kinds if (watch := kind.watch(capture)) is not None]
+
+    def recorder(self, spec: LayerSpec, dtype: torch.dtype, one_pass: bool) -> AnyRecorder:
+        """What gathers the statistics of a layer; arguments as for `Recorder`."""
+        for kind in self._kinds:
+            if spec.kind in kind.names:
+                return kind.recorder(spec, dtype, one_pass)
+        return Recorder(spec, dtype, one_pass)
+
     # Joining.
 
     def promote(self, operation: Operation) -> LayerSpec | None:
         """Cover a raw parameter that an operation with a rule reads."""
         candidates = {f.name for f in self.fallbacks if f.reason == RAW}
-        names = {id(p): n for n, p in self._params.items() if n in candidates}
+        names = {id(p): n for n, p in self.params.items() if n in candidates}
         spec = spec_of_operation(operation, names, self._config, self._output_splits)
         if spec is None:
             return None
@@ -87,42 +104,34 @@ class Layers:
         self.adopt(spec)
         return spec
 
-    def open_tables(self) -> dict[int, LayerSpec]:
-        """By identity of the weight: the tied tables, and those of which it is not known."""
-        reasons = self._reasons()
-        return {
-            id(self._params[name]): spec
-            for name, (spec, reason) in self._tables.items()
-            if reasons.get(name) == reason or spec.name in self.covered
-        }
-
     def adopt(self, spec: LayerSpec) -> None:
         """Cover a layer that took the fallback."""
         joining = {spec.weight, spec.bias}
         self.fallbacks = [f for f in self.fallbacks if f.name not in joining]
-        bias = None if spec.bias is None else self._params[spec.bias]
-        self._add(CoveredLayer(spec, self._params[spec.weight], bias))
+        bias = None if spec.bias is None else self.params[spec.bias]
+        self._add(CoveredLayer(spec, self.params[spec.weight], bias))
 
     def _add(self, layer: CoveredLayer) -> None:
         name = layer.spec.name
         self.covered[name] = layer
-        self.states[name] = LayerState.zeros(layer.spec, factor_like(layer.weight))
+        self.states[name] = self.zero_state(layer)
         self.by_weight[id(layer.weight)] = layer.spec
 
-    def _reasons(self) -> dict[str, str]:
-        return {f.name: f.reason for f in self.fallbacks}
+    def zero_state(self, layer: CoveredLayer) -> LayerState:
+        """A layer's state before its first statistics."""
+        return LayerState.zeros(layer.spec, layer.factor_like, self._scaling.keeps(layer.spec, layer.factor_like))
 
     # Leaving. Warnings name the line that ended the capture.
 
     def leave_out(self, name: str, what: str) -> None:
         """Move a layer that missed something to the fallback."""
         self.missed[name] = what
-        self._demote(name, f"missed {what} on a statistics step")
+        self._demote(name, missed_statistics(what))
         warnings.warn(f"K-FAC: layer {name} missed {what}; it takes the fallback from now on", stacklevel=5)
 
-    def tie(self, name: str, operation: str) -> None:
+    def give_up(self, name: str, operation: str) -> None:
         """Move a layer whose weight an operation without a rule reads, too, to the fallback."""
-        self._demote(name, f"tied weight: {operation} reads it too, and K-FAC would miss that use")
+        self._demote(name, also_read_by(operation))
         warnings.warn(
             f"K-FAC: the weight of {name} is also read by {operation}; it takes the fallback", stacklevel=5
         )
@@ -132,7 +141,7 @@ class Layers:
         del self.states[name], self.by_weight[id(layer.weight)]
         for param_name in (layer.spec.weight, layer.spec.bias):
             if param_name is not None:
-                shape = tuple(self._params[param_name].shape)
+                shape = tuple(self.params[param_name].shape)
                 self.fallbacks.append(FallbackSpec(param_name, shape, reason))
 
     # State.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +36,7 @@ class _OnMeta(TorchFunctionMode):
 class _Generator(torch.Generator):
     """There are no random generators on the meta device; nothing is drawn from this one."""
 
-    def __new__(cls, device: Any = None) -> _Generator:
+    def __new__(cls, device: object = None) -> _Generator:
         return super().__new__(cls, "cpu")  # type: ignore[call-arg]
 
 
@@ -62,9 +61,20 @@ _PARAMETER = nn.Parameter.__new__
 def on_meta() -> Iterator[None]:
     """Tensors, modules and parameters made inside take no memory. For this process's main thread alone."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
-        stack.enter_context(mock.patch.object(torch, "autocast", _Autocast))
-        stack.enter_context(mock.patch.object(nn.Parameter, "__new__", staticmethod(_make_parameter)))
+        stack.enter_context(_replaced(torch, "Generator", _Generator))
+        stack.enter_context(_replaced(torch, "autocast", _Autocast))
+        stack.enter_context(_replaced(nn.Parameter, "__new__", staticmethod(_make_parameter)))
         stack.enter_context(META)
         stack.enter_context(_OnMeta())
         yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    """Inside, an attribute has another value."""
+    before = vars(owner)[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

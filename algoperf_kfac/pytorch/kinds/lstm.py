@@ -15,14 +15,77 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from algoperf_kfac.pytorch.factors import Positions
-from algoperf_kfac.pytorch.operations import Operation
+from algoperf_kfac.layers import make_spec
+from algoperf_kfac.positions import BY_GRADIENT, Positions
+from algoperf_kfac.pytorch.covered_layer import CoveredLayer
+from algoperf_kfac.pytorch.kinds._base import Found, Kind, Site, Watch
+from algoperf_kfac.pytorch.operations import Called, Operation
+
+if TYPE_CHECKING:
+    from algoperf_kfac.pytorch.capture import Capture
+
+
+class LSTM(Kind):
+    """Two layers for each direction of a `torch.nn.LSTM`: on the inputs, and on the previous hidden state."""
+
+    def cover(self, site: Site) -> Found | None:
+        if not isinstance(site.module, nn.LSTM):
+            return None
+        why = uncovered(site.module)
+        if why:
+            return Found([], why)
+        layers = []
+        for key, weight in site.params.items():
+            if not key.startswith("weight") or site.is_shared(weight):
+                continue
+            bias = site.params.get(key.replace("weight", "bias"))
+            if bias is not None and site.is_shared(bias):
+                bias = None
+            spec = make_spec(
+                name=f"{site.path}.{key}" if site.path else key,
+                kind="linear",
+                weight=site.name_of(weight),
+                bias=None if bias is None else site.name_of(bias),
+                weight_shape=tuple(weight.shape),
+                groups=1,
+                in_dim=weight.shape[1],
+                out_dim=weight.shape[0],
+                config=site.config,
+                # A block for each gate where all are too large.
+                parts=1 if len(weight) <= site.config.max_factor_dim else 4,
+            )
+            if spec.has_factors:
+                layers.append(CoveredLayer(spec, weight, bias))
+        return Found(layers, "recurrent (LSTM): its weight is frozen, or above max_factor_dim")
+
+    def watch(self, capture: Capture) -> Watch:
+        return _LSTMWatch(capture)
+
+
+class _LSTMWatch(Watch):
+    def __init__(self, capture: Capture) -> None:
+        self._capture = capture
+
+    def called(self, called: Called) -> Any:
+        if called.name != "lstm" or not torch.is_grad_enabled():
+            return NotImplemented
+        call = parse(called.args, called.kwargs)
+        if call is None or not any(self._capture.spec_of(weight) for weight in call.weights):
+            return NotImplemented
+        return run(call, self._record)
+
+    def _record(self, operation: Operation, output: Tensor, rows: Steps) -> Tensor:
+        capture = self._capture
+        spec = capture.spec_of(operation.weight)
+        if spec is None:
+            return output
+        return capture.record(spec, operation, output, rows.positions(capture.candidates(spec.name)))
 
 
 @dataclasses.dataclass
@@ -36,7 +99,7 @@ class Direction:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class Steps:
     """How the rows of a flattened sequence belong together.
 
     Attributes:
@@ -57,7 +120,7 @@ class Rows:
         mask: Tensor | str | None = None
         for p in given:
             if p.by_gradient:
-                mask = p.mask
+                mask = BY_GRADIENT
             elif isinstance(p.mask, Tensor) and self.index is None:
                 if tuple(p.mask.shape) == self.leading:
                     mask = p.mask.reshape(-1)
@@ -93,16 +156,16 @@ class LSTMCall:
             for d in directions:
                 yield from (d.weight_ih, d.weight_hh)
 
-    def rows(self) -> Rows:
+    def rows(self) -> Steps:
         leading, device = tuple(self.input.shape[:-1]), self.input.device
         if self.batch_sizes is not None:
             return _packed_rows(self.batch_sizes, device)
         n, steps = leading if self.batch_first else leading[::-1]
         examples = torch.arange(n, device=device)
         ids = examples.repeat_interleave(steps) if self.batch_first else examples.repeat(steps)
-        return Rows(leading, ids, n)
+        return Steps(leading, ids, n)
 
-    def previous(self, output: Tensor, state: Tensor, rows: Rows, reverse: bool) -> Tensor:
+    def previous(self, output: Tensor, state: Tensor, rows: Steps, reverse: bool) -> Tensor:
         """(rows, H): the hidden state that each step of one direction started from.
 
         Args:
@@ -121,7 +184,7 @@ class LSTMCall:
         return torch.cat(parts, time).reshape(-1, output.shape[-1])
 
 
-def _packed_rows(batch_sizes: Tensor, device: torch.device) -> Rows:
+def _packed_rows(batch_sizes: Tensor, device: torch.device) -> Steps:
     """Step t of a packed sequence holds the examples 0 to batch_sizes[t] - 1; all on the host, where they are."""
     steps, total = len(batch_sizes), int(batch_sizes.sum())
     starts = batch_sizes.cumsum(0) - batch_sizes
@@ -133,7 +196,7 @@ def _packed_rows(batch_sizes: Tensor, device: torch.device) -> Rows:
     goes_on = (t + 1 < steps) & (example < batch_sizes[nxt])
     after = torch.where(goes_on, starts[nxt] + example, initial)
     index = torch.stack([before, after]).to(device, non_blocking=True)
-    return Rows((total,), example.to(device, non_blocking=True), int(batch_sizes[0]), index)
+    return Steps((total,), example.to(device, non_blocking=True), int(batch_sizes[0]), index)
 
 
 def uncovered(module: nn.LSTM) -> str:
@@ -161,7 +224,7 @@ def parse(args: Sequence[Any], kwargs: Mapping[str, Any]) -> LSTMCall | None:
     return LSTMCall(data, batch_sizes, tuple(states), layers, False if packed else args[8])
 
 
-def run(call: LSTMCall, record: Callable[[Operation, Tensor, Rows], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def run(call: LSTMCall, record: Callable[[Operation, Tensor, Steps], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """What the fused operation returns: outputs and final states.
 
     Args:

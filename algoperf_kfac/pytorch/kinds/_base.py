@@ -1,0 +1,104 @@
+"""What a kind of layer is that the operations' rules do not cover: the interface, and its empty answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from algoperf_kfac.config import KFACConfig
+from algoperf_kfac.layers import FallbackSpec, LayerSpec
+from algoperf_kfac.pytorch.covered_layer import CoveredLayer
+from algoperf_kfac.pytorch.operations import Called
+from algoperf_kfac.pytorch.statistics import AnyRecorder, Recorder
+
+if TYPE_CHECKING:
+    import torch
+
+    from algoperf_kfac.pytorch.capture import Capture
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A module of the model, for a kind to look at.
+
+    Attributes:
+        path: the module's.
+        module: itself.
+        params: its own parameters that are to be trained, by attribute name.
+        owners: by identity of a parameter: all its names in the model.
+        config: the configuration.
+    """
+
+    path: str
+    module: nn.Module
+    params: Mapping[str, Tensor]
+    owners: Mapping[int, list[str]]
+    config: KFACConfig
+
+    def name_of(self, param: Tensor) -> str:
+        return self.owners[id(param)][0]
+
+    def is_shared(self, param: Tensor) -> bool:
+        """Whether several modules have the parameter."""
+        return len(self.owners[id(param)]) > 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What is covered of a module.
+
+    Attributes:
+        layers: its covered layers.
+        reason: why its other parameters are not.
+    """
+
+    layers: list[CoveredLayer]
+    reason: str = ""
+
+
+class Watch:
+    """What a kind does within one capture."""
+
+    def called(self, called: Called) -> Any:
+        """A function of torch is called: what it returns, or NotImplemented if this is not the kind's business."""
+        return NotImplemented
+
+    def settle(self) -> None:
+        """The capture is over, its statistics are about to be collected."""
+
+
+class Kind:
+    """A kind of layer; one object for each model, kept with the optimizer.
+
+    Attributes:
+        names: what `LayerSpec.kind` says of layers that need a recorder of this kind.
+    """
+
+    names: tuple[str, ...] = ()
+
+    def cover(self, site: Site) -> Found | None:
+        """The layers of a module; None if it is not of this kind."""
+        return None
+
+    def begin(
+        self, model: nn.Module, config: KFACConfig, fallbacks: Iterable[FallbackSpec], exclude: Iterable[str]
+    ) -> None:
+        """The model's modules have been gone through.
+
+        Args:
+            model: the model, unwrapped.
+            config: the configuration.
+            fallbacks: the parameters that are not covered.
+            exclude: patterns of module paths to leave to the fallback.
+        """
+
+    def watch(self, capture: Capture) -> Watch | None:
+        """What the kind does within a capture that is about to begin; None for nothing."""
+        return None
+
+    def recorder(self, spec: LayerSpec, dtype: torch.dtype, one_pass: bool) -> AnyRecorder:
+        """What gathers the statistics of a layer whose kind is one of `names`; arguments as for `Recorder`."""
+        return Recorder(spec, dtype, one_pass)

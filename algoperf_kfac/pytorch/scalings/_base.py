@@ -1,0 +1,94 @@
+"""What a scaling is: the step from decomposed factors to a layer's direction."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from algoperf_kfac.config import KFACConfig
+from algoperf_kfac.cost import (
+    EIGH_FLOPS,
+    INVERSE_FLOPS,
+    ScalingFlops,
+    StateBytes,
+    cubes,
+    product_flops,
+    squares,
+    widths,
+)
+from algoperf_kfac.layers import LayerSpec
+from algoperf_kfac.pytorch.preconditioner import LayerState, multiply
+
+COUNTS_PER_LAYER = 3  # tensors of one number: weight of the averages, examples, dropped statistics
+
+Operators = tuple[list[Tensor], list[Tensor]]
+
+
+class Scaling:
+    """A way to scale a layer's momentum by its curvature; one object for all layers of an optimizer.
+
+    This base multiplies by two operators, which subclasses make from the bases. A scaling that does something else
+    overrides `precondition`, and says in `keeps` what it remembers for it.
+
+    Args:
+        config: the configuration.
+
+    Attributes:
+        uses_bases: whether a refresh gives eigenbases and damped eigenvalues; damped inverses if not.
+        uses_gradient: whether `precondition` reads the step's gradient, which costs a copy.
+    """
+
+    uses_bases: bool = True
+    uses_gradient: bool = False
+
+    def __init__(self, config: KFACConfig) -> None:
+        self.config = config
+
+    # What it keeps, and what it costs.
+
+    def keeps(self, spec: LayerSpec, like: Tensor) -> dict[str, Tensor | int]:
+        """What a layer keeps for the scaling in `LayerState.kept`, as it is at the beginning.
+
+        Args:
+            spec: the layer.
+            like: dtype and device of the layer's factors.
+        """
+        return {}
+
+    def num_bytes(self, spec: LayerSpec, itemsize: int) -> StateBytes:
+        """Bytes that a layer keeps beside its factors after its first refresh."""
+        bases = squares(spec) + (widths(spec) if self.uses_bases else 0)
+        return StateBytes(itemsize * bases, itemsize * self.operator_elements(spec), itemsize * COUNTS_PER_LAYER)
+
+    def operator_elements(self, spec: LayerSpec) -> int:
+        """Entries of a layer's operators, and of what is kept in their place."""
+        return squares(spec)
+
+    def flops(self, spec: LayerSpec) -> ScalingFlops:
+        """Of a refresh, and of the direction at every step."""
+        each = EIGH_FLOPS if self.uses_bases else INVERSE_FLOPS
+        return ScalingFlops(each * cubes(spec), product_flops(spec))
+
+    # At a refresh.
+
+    def operators(self, state: LayerState) -> Operators:
+        """What a step multiplies the momentum by on the side of A, and of B."""
+        raise NotImplementedError
+
+    def transport(self, state: LayerState, a_basis: list[Tensor], b_basis: list[Tensor]) -> None:
+        """Carry what is kept over to new bases; `state` still has the old ones."""
+
+    # At every step.
+
+    def precondition(self, state: LayerState, momentum: Tensor, grad: Tensor, beta2: float) -> Tensor:
+        """The direction of one layer after its first refresh.
+
+        Args:
+            state: the layer's; what is kept may be updated.
+            momentum: (groups, P_out, P_in), what is preconditioned.
+            grad: (groups, P_out, P_in), the step's gradient; the momentum again unless `uses_gradient`.
+            beta2: decay of second moments.
+
+        Returns:
+            (groups, P_out, P_in).
+        """
+        return multiply(state.b_operator, momentum, state.a_operator)
