@@ -85,8 +85,17 @@ def as_candidates(positions: PositionsLike | Mapping[str, PositionsLike] | None)
 
 
 def _as_list(positions: PositionsLike) -> list[Positions]:
-    items = list(positions) if isinstance(positions, list | tuple) else [positions]
-    return [item if isinstance(item, Positions) else Positions(mask=item) for item in items]
+    if isinstance(positions, list | tuple):
+        return [_as_one(item) for item in positions]
+    return [_as_one(positions)]
+
+
+def _as_one(item: Positions | Array | str | Sequence[Positions | Array | str]) -> Positions:
+    if isinstance(item, Positions):
+        return item
+    if isinstance(item, str) or hasattr(item, "shape"):
+        return Positions(mask=item)
+    raise ValueError(f"positions: a {type(item).__name__} is neither a Positions, nor a mask, nor {BY_GRADIENT!r}")
 
 
 @dataclasses.dataclass(frozen=True)

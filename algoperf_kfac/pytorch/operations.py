@@ -35,7 +35,9 @@ class Called:
     def name(self) -> str:
         """The function's name; for properties such as `Tensor.T` that of the property."""
         name = getattr(self.func, "__name__", str(self.func))
-        return str(getattr(self.func.__self__, "__name__", name)) if name == "__get__" else name
+        if name != "__get__":
+            return str(name)
+        return str(getattr(getattr(self.func, "__self__", None), "__name__", name))
 
     def run(self) -> Any:
         """What the function returns."""
