@@ -51,11 +51,6 @@ class KFACConfig:
         grafting: give each covered layer's direction the norm of its NadamW update.
         max_factor_dim: factors above this dimension take the form `large_factor`.
         large_factor: "block" (block diagonal, blocks of at most max_factor_dim) or "one_sided" (identity).
-        warmup_factor: length of the warm-up as a share of the horizon (submissions).
-        horizon_factor: horizon of the schedule as a share of the workload's step_hint (submissions).
-        label_smoothing: as AlgoPerf's loss_fn takes it (submissions).
-        dropout_rate: as AlgoPerf's model_fn takes it (submissions).
-        grad_clip: global norm the gradient is clipped to, None for no clipping (submissions).
 
     Raises:
         ValueError: naming the hyperparameter, its value and what is allowed.
@@ -82,11 +77,6 @@ class KFACConfig:
     grafting: bool = True
     max_factor_dim: int = 4096
     large_factor: str = "block"
-    warmup_factor: float = 0.05
-    horizon_factor: float = 1.0
-    label_smoothing: float = 0.0
-    dropout_rate: float = 0.0
-    grad_clip: float | None = None
 
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, allowed: str) -> None:
@@ -133,13 +123,6 @@ class KFACConfig:
         check("grafting", isinstance(self.grafting, bool), "True or False")
         check("max_factor_dim", self.max_factor_dim >= 1, "at least 1")
         check("large_factor", self.large_factor in LARGE_FACTORS, f"one of {LARGE_FACTORS}")
-        check("warmup_factor", 0 <= self.warmup_factor < 1, "a number in [0, 1)")
-        check("horizon_factor", self.horizon_factor > 0, "a number > 0")
-        check("label_smoothing", 0 <= self.label_smoothing < 1, "a number in [0, 1)")
-        check("dropout_rate", 0 <= self.dropout_rate < 1, "a number in [0, 1)")
-        clip = self.grad_clip
-        number = isinstance(clip, int | float) and not isinstance(clip, bool)
-        check("grad_clip", clip is None or (number and 0 < clip < math.inf), "a number > 0, or None")
 
     @classmethod
     def from_hyperparameters(cls, hyperparameters: Any, **defaults: Any) -> KFACConfig:

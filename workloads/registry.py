@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 
-from workloads.errors import UserError
+from commands import frameworks
+from commands.errors import UserError
+from submissions.common import batch_sizes
 from workloads.workload import Workload
 
 
@@ -46,8 +48,18 @@ def load(name: str, framework: str) -> Workload:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("workloads"):
             raise
-        extra = "torch" if framework == "pytorch" else framework
-        raise UserError(
-            f"The module '{error.name}' is not installed. Run: pip install -e '.[{extra},bench]' in the checkout."
-        ) from None
+        raise frameworks.missing(error, framework) from None
     return getattr(module, entry.class_name)()
+
+
+def batch_size(name: str) -> int | None:
+    """The global batch size to train an embedded workload with; None for the name of another."""
+    if name not in WORKLOADS:
+        return None
+    entry = WORKLOADS[name]
+    task = importlib.import_module(f"{entry.package}.workload")
+    size: int = getattr(task, f"Base{entry.class_name}").batch_size
+    return size
+
+
+batch_sizes.ask_also(batch_size)  # the submissions know AlgoPerf's alone

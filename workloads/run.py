@@ -17,8 +17,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from commands import errors, frameworks
+from commands.errors import UserError
+from commands.flags import parse
 from workloads import registry, seeds
-from workloads.errors import UserError
 from workloads.runner import experiment, loop, tuning
 from workloads.runner import flags as runner_flags
 from workloads.runner import submission as submissions
@@ -30,17 +32,13 @@ REQUIRED = ("workload", "framework", "submission_path", "experiment_dir", "exper
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs with the given arguments (default: the command line's); returns the exit code."""
-    flags = runner_flags.define()
-    try:
-        runner_flags.parse(sys.argv[1:] if argv is None else argv, flags, "python -m workloads.run", REQUIRED)
+
+    def command() -> None:
+        flags = runner_flags.define()
+        parse(sys.argv[1:] if argv is None else argv, flags, "python -m workloads.run", REQUIRED)
         run(flags)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; go on with --resume_last_run", file=sys.stderr)
-        return 130
-    return 0
+
+    return errors.run(command, interrupted="interrupted; go on with --resume_last_run")
 
 
 def run(flags: Any) -> list[dict[str, Any]]:
@@ -146,8 +144,7 @@ def _points(flags: Any) -> list[tuple[int, Any]]:
 
 
 def _backend(framework: str) -> Any:
-    if framework not in runner_flags.FRAMEWORKS:
-        raise UserError(f"Unknown framework '{framework}'. Known: {', '.join(runner_flags.FRAMEWORKS)}.")
+    frameworks.check(framework)
     try:
         if framework == "jax":
             from workloads.runner.jax import JaxBackend
@@ -157,10 +154,7 @@ def _backend(framework: str) -> Any:
 
         return PyTorchBackend()
     except ModuleNotFoundError as error:
-        extra = "torch" if framework == "pytorch" else framework
-        raise UserError(
-            f"The module '{error.name}' is not installed. Run: pip install -e '.[{extra},bench]' in the checkout."
-        ) from None
+        raise frameworks.missing(error, framework) from None
 
 
 def _check_points(

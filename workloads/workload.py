@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from algoperf_kfac.spec import ForwardPassMode, LossType
+from submissions.common.spec import ForwardPassMode, LossType
 from workloads.data.queue import BatchQueue
 
 
@@ -91,6 +91,11 @@ class Workload(abc.ABC):
     @abc.abstractmethod
     def num_test_examples(self) -> int:
         """The size of the test set."""
+
+    @property
+    @abc.abstractmethod
+    def batch_size(self) -> int:
+        """The global batch size submissions train with. Not part of AlgoPerf's interface: there they choose it."""
 
     @property
     @abc.abstractmethod

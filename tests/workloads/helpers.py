@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from submissions.training_step import batch_sizes
 from workloads.bible_lm.workload import BaseBibleLmWorkload
 from workloads.data import bible
 
@@ -71,7 +70,7 @@ def metrics(trial: Path) -> list[dict[str, str]]:
 
 def shrink(set_attribute: Callable[[Any, str, Any], None]) -> None:
     """Makes bible_lm cheap to train and evaluate, and evaluates it every two steps."""
-    set_attribute(batch_sizes, "_BATCH_SIZES", {**batch_sizes._BATCH_SIZES, "bible_lm": 8})
+    set_attribute(BaseBibleLmWorkload, "batch_size", 8)
     set_attribute(BaseBibleLmWorkload, "eval_period_steps", 2)
     set_attribute(BaseBibleLmWorkload, "eval_batch_size", 16)
     for split in ("eval_train", "validation", "test"):

@@ -8,8 +8,9 @@ import json
 
 import pytest
 
+from commands import atomic
 from tests.workloads.helpers import arguments, metrics, start
-from workloads import atomic, demo, run, study
+from workloads import demo, run, study
 
 TRIAL = "e/bible_lm_pytorch/trial_1"
 FUNCTIONS = "init_optimizer_state = update_params = data_selection = lambda *a, **k: None\n"

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from algoperf_kfac.spec import ForwardPassMode, LossType, ParameterType
+from commands.errors import UserError
+from submissions.common.spec import ForwardPassMode, LossType, ParameterType
 from workloads import registry, seeds
-from workloads.errors import UserError
 
 NAMES = list(registry.WORKLOADS)
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from algoperf_kfac.spec import ForwardPassMode, ParameterType
-from submissions.training_step.jax import compute_gradient
+from submissions.common.jax import compute_gradient
+from submissions.common.spec import ForwardPassMode, ParameterType
 from tests.workloads.parity import from_named, jax_params
 from workloads import registry, seeds
 

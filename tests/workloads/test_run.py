@@ -114,7 +114,7 @@ def test_submission_can_end_training(small, tmp_path):
         tmp_path,
         "stops",
         """
-        from algoperf_kfac.spec import TrainingCompleteError
+        from submissions.common.spec import TrainingCompleteError
         def update_params(**arguments):
             if arguments["global_step"] == 2:
                 raise TrainingCompleteError

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from algoperf_kfac.spec import LossType
+from submissions.common.spec import LossType
 from workloads.data import bible
 from workloads.workload import Workload
 
@@ -31,6 +31,7 @@ class BaseBibleLmWorkload(Workload):
     num_eval_train_examples = bible.NUM_WINDOWS["eval_train"]
     num_validation_examples = bible.NUM_WINDOWS["validation"]
     num_test_examples = bible.NUM_WINDOWS["test"]
+    batch_size = 64
     eval_batch_size = 128
     train_mean = None
     train_stddev = None

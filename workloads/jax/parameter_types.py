@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from algoperf_kfac.spec import ParameterType, ShapeTuple
+from submissions.common.spec import ParameterType, ShapeTuple
 
 _ATTENTION = {
     "query": ParameterType.ATTENTION_Q,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from algoperf_kfac.spec import ForwardPassMode
+from submissions.common.spec import ForwardPassMode
 from workloads.data.queue import BatchQueue
 from workloads.jax import devices
 from workloads.jax.parameter_types import parameter_shapes, parameter_types

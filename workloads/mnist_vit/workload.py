@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from algoperf_kfac.spec import LossType
+from submissions.common.spec import LossType
 from workloads.data import mnist
 from workloads.workload import Workload
 
@@ -33,6 +33,7 @@ class BaseMnistVitWorkload(Workload):
     num_eval_train_examples = 500
     num_validation_examples = mnist.NUM_EXAMPLES["validation"]
     num_test_examples = mnist.NUM_EXAMPLES["test"]
+    batch_size = 128
     eval_batch_size = 250
     train_mean = mnist.MEAN
     train_stddev = mnist.STDDEV

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from algoperf_kfac.spec import ForwardPassMode
+from submissions.common.spec import ForwardPassMode
 from workloads.data.queue import BatchQueue
 from workloads.pytorch import devices
 from workloads.pytorch.parameter_types import parameter_shapes, parameter_types

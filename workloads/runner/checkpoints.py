@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from workloads import atomic
+from commands import atomic
 
 KEEP = 2
 

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any, TextIO
 
-from workloads.errors import UserError
+from commands.errors import UserError
 
 
 def open_folder(

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from flax import serialization
 
-from workloads.errors import UserError
+from commands.errors import UserError
 from workloads.jax import devices
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from workloads import atomic
+from commands import atomic
 from workloads.workload import Workload
 
 Row = dict[str, Any]

@@ -14,8 +14,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from algoperf_kfac.spec import TrainingCompleteError
-from workloads import atomic, seeds
+from commands import atomic
+from submissions.common.spec import TrainingCompleteError
+from workloads import seeds
 from workloads.runner import checkpoints
 from workloads.runner.logs import MetricsLogger, meta_data, write_hyperparameters
 from workloads.runner.progress import Progress

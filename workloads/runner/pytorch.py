@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from workloads.errors import UserError
+from commands.errors import UserError
 from workloads.pytorch import devices
 
 

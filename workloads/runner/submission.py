@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from workloads.errors import UserError
+from commands.errors import UserError
 
 REQUIRED = ("init_optimizer_state", "update_params", "data_selection", "get_batch_size")
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from workloads.errors import UserError
+from commands.errors import UserError
 
 _FORMS = 'a range {"min": a, "max": b, "scaling": "linear" or "log"} or {"feasible_points": [...]}'
 _GOLDEN = (math.sqrt(5) - 1) / 2

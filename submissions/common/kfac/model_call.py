@@ -9,12 +9,12 @@ checkpoint to be restored into it requires.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 
-Tree = Any  # a pytree of arrays
+from submissions.common.api import Rng, Tree
 
 
 class ModelCall(NamedTuple):
@@ -25,11 +25,11 @@ class ModelCall(NamedTuple):
         arguments: shapes of its other collections (batch statistics) and of the inputs.
     """
 
-    apply: Callable[..., Any]
-    arguments: tuple[Any, ...]
+    apply: Callable[..., Tree]
+    arguments: tuple[Tree, ...]
 
 
-def initial_call(init_model_fn: Callable[[Any], Any], rng: Any) -> ModelCall | None:
+def initial_call(init_model_fn: Callable[[Rng], Tree], rng: Rng) -> ModelCall | None:
     """The first call of a flax.linen model in `init_model_fn`, which is traced and not run.
 
     Args:
@@ -55,7 +55,13 @@ class _Recorder:
     def __init__(self) -> None:
         self.call: ModelCall | None = None
 
-    def __call__(self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    def __call__(
+        self,
+        next_fun: Callable[..., Tree],
+        args: tuple[Tree, ...],
+        kwargs: dict[str, Tree],
+        context: nn.module.InterceptorContext,
+    ) -> Tree:
         outermost = context.method_name == "__call__" and not context.module.path
         if self.call is not None or not outermost:
             return next_fun(*args, **kwargs)
@@ -68,11 +74,13 @@ class _Recorder:
         return result
 
 
-def _model_call(model: nn.Module, collections: dict[str, Any], leaves: list[Any], tree: Any) -> ModelCall:
+def _model_call(
+    model: nn.Module, collections: dict[str, Tree], leaves: list[Tree], tree: jax.tree_util.PyTreeDef
+) -> ModelCall:
     arrays = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
     static = [None if i in arrays else leaf for i, leaf in enumerate(leaves)]
 
-    def apply(params: Tree, collections: dict[str, Any], *inputs: Any) -> Any:
+    def apply(params: Tree, collections: dict[str, Tree], *inputs: Tree) -> Tree:
         values = list(static)
         for i, value in zip(arrays, inputs, strict=True):
             values[i] = value

@@ -7,17 +7,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from algoperf_kfac.spec import ForwardPassMode
-from submissions.training_step.logs import is_log_step
+from submissions.common.api import Batch, Tree, Workload
+from submissions.common.logs import is_log_step
+from submissions.common.spec import ForwardPassMode
 
-Tree = Any  # a pytree of arrays
+Step: TypeAlias = tuple[Tree, Tree, Tree, dict[str, jax.Array]]
+"""New parameters, optimizer state and model state, and what may be logged."""
+
+Results = TypeVar("Results")
 
 
 class StepResult(NamedTuple):
@@ -37,9 +41,9 @@ class StepResult(NamedTuple):
 
 
 def forward(
-    workload: Any,
+    workload: Workload,
     params: Tree,
-    batch: dict[str, Any],
+    batch: Batch,
     model_state: Tree,
     rng: jax.Array,
     dropout_rate: float | None = None,
@@ -61,7 +65,7 @@ def forward(
     return logits, new_model_state
 
 
-def losses_of(workload: Any, logits: Tree, batch: dict[str, Any], label_smoothing: float) -> dict[str, jax.Array]:
+def losses_of(workload: Workload, logits: Tree, batch: Batch, label_smoothing: float) -> dict[str, jax.Array]:
     """The workload's loss of a batch: "summed" over valid examples, "n_valid_examples", "per_example"."""
     return workload.loss_fn(
         label_batch=batch["targets"],
@@ -72,9 +76,9 @@ def losses_of(workload: Any, logits: Tree, batch: dict[str, Any], label_smoothin
 
 
 def loss_function(
-    workload: Any,
+    workload: Workload,
     params: Tree,
-    batch: dict[str, Any],
+    batch: Batch,
     model_state: Tree,
     rng: jax.Array,
     dropout_rate: float | None = None,
@@ -94,9 +98,9 @@ def loss_function(
 
 
 def compute_gradient(
-    workload: Any,
+    workload: Workload,
     params: Tree,
-    batch: dict[str, Any],
+    batch: Batch,
     model_state: Tree,
     rng: jax.Array,
     dropout_rate: float | None = None,
@@ -130,13 +134,13 @@ def apply_directions(
 
 
 def log_step(
-    workload: Any, loss: jax.Array, grad_norm: jax.Array, global_step: int, **metrics: jax.Array | float
+    workload: Workload, loss: jax.Array, grad_norm: jax.Array, global_step: int, **metrics: jax.Array | float
 ) -> None:
     """Logs loss, gradient norm and other metrics every 100 steps, if the workload has a logger.
 
     Waits for the device only then.
     """
-    if not is_log_step(workload, global_step):
+    if workload.metrics_logger is None or not is_log_step(workload, global_step):
         return
     row = {"loss": loss, "grad_norm": grad_norm, **metrics}
     workload.metrics_logger.append_scalar_metrics({name: float(value) for name, value in row.items()}, global_step)
@@ -158,7 +162,7 @@ def replicate(tree: Tree) -> Tree:
     """
     sharding = NamedSharding(mesh(), PartitionSpec())
 
-    def move(leaf: Any) -> jax.Array:
+    def move(leaf: Tree) -> jax.Array:
         if isinstance(leaf, jax.Array) and leaf.committed and leaf.sharding == sharding:
             return leaf
         return jax.device_put(leaf, sharding)
@@ -166,7 +170,7 @@ def replicate(tree: Tree) -> Tree:
     return jax.tree.map(move, tree)
 
 
-def compile_step(step: Callable[..., Any]) -> Callable[..., Any]:
+def compile_step(step: Callable[..., Results]) -> Callable[..., Results]:
     """`step` compiled over all devices; give it parameters, optimizer and model state through `replicate`.
 
     The parameters and the optimizer state are donated: the arrays given are gone afterwards. All results are

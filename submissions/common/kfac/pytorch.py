@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import nn
@@ -11,85 +11,104 @@ from torch import nn
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.pytorch import KFAC, Positions
 from algoperf_kfac.pytorch.discovery import unwrap
-from submissions.kfac.defaults import DEFAULTS
-from submissions.training_step.positions import graph_in, parts_of_types
-from submissions.training_step.pytorch import clip_gradient, compute_gradient, log_step
-from submissions.training_step.schedule import learning_rate_factor
+from submissions.common.api import Batch, EvalResults, Hyperparameters, Rng, Tree, Workload
+from submissions.common.description import Description
+from submissions.common.positions import graph_in, parts_of_types
+from submissions.common.pytorch import clip_gradient, compute_gradient, log_step
+from submissions.common.schedule import learning_rate_factor
+from submissions.common.spec import LossType
+
+
+class OptimizerState(TypedDict):
+    """What AlgoPerf's runner keeps in its checkpoints, by `state_dict`."""
+
+    optimizer: KFAC
 
 
 class KFACSubmission:
     """The submission API for one approximation; `submission.py` of each algorithm exports its methods.
 
     Args:
-        approximation: "expand" or "reduce".
+        description: the submission's.
     """
 
-    def __init__(self, approximation: str) -> None:
-        self._approximation = approximation
-
-    def _config(self, hyperparameters: Any) -> KFACConfig:
-        defaults = DEFAULTS[self._approximation]
-        return KFACConfig.from_hyperparameters(hyperparameters, **defaults, approximation=self._approximation)
+    def __init__(self, description: Description[KFACConfig]) -> None:
+        self._description = description
 
     def init_optimizer_state(
-        self, workload: Any, model_params: nn.Module, model_state: Any, hyperparameters: Any, rng: Any
-    ) -> dict[str, Any]:
+        self,
+        workload: Workload,
+        model_params: nn.Module,
+        model_state: Tree,
+        hyperparameters: Hyperparameters,
+        rng: Rng,
+    ) -> OptimizerState:
         """The optimizer.
 
         Raises:
             ValueError: a hyperparameter is unknown or out of range.
         """
         del model_state
-        config = self._config(hyperparameters)
-        try:
-            types = workload.model_params_types
-        except AttributeError:  # without types nothing is cut
-            types = {}
-        splits = output_splits(model_params, types)
+        _, config = self._description.configure(hyperparameters)
         # abs: AlgoPerf's seeds are int32 and may be negative.
-        optimizer = KFAC(model_params, config=config, output_splits=splits, seed=abs(int(rng[0])))
-        return {"optimizer": optimizer}
+        return {"optimizer": make_optimizer(model_params, config, workload, seed=abs(int(rng[0])))}
 
     def update_params(
         self,
-        workload: Any,
+        workload: Workload,
         current_param_container: nn.Module,
-        current_params_types: Any,
-        model_state: Any,
-        hyperparameters: Any,
-        batch: dict[str, Any],
-        loss_type: Any,
-        optimizer_state: dict[str, Any],
-        eval_results: list[tuple[int, dict[str, float]]],
+        current_params_types: Tree,
+        model_state: Tree,
+        hyperparameters: Hyperparameters,
+        batch: Batch,
+        loss_type: LossType,
+        optimizer_state: OptimizerState,
+        eval_results: EvalResults,
         global_step: int,
-        rng: Any,
-        train_state: Any = None,
-    ) -> tuple[dict[str, Any], nn.Module, Any]:
+        rng: Rng,
+        train_state: Tree = None,
+    ) -> tuple[OptimizerState, nn.Module, Tree]:
         """One step; forward and backward pass run inside the capture of curvature statistics."""
-        del hyperparameters, current_params_types, eval_results, train_state
+        del current_params_types, eval_results, train_state
         model, optimizer = current_param_container, optimizer_state["optimizer"]
-        config = optimizer.config
+        training = self._description.training(hyperparameters)
         result = compute_gradient(
             workload,
             model,
             batch,
             model_state,
             rng,
-            config.dropout_rate,
-            config.label_smoothing,
+            training.dropout_rate,
+            training.label_smoothing,
             context=optimizer.capture(positions=positions(batch) if optimizer.is_statistics_step else None),
             loss_type=loss_type,
         )
         log_step(workload, model, result.loss, global_step)
-        clip_gradient(model.parameters(), config.grad_clip)
-        factor = learning_rate_factor(workload.step_hint, config.horizon_factor, config.warmup_factor, global_step)
+        clip_gradient(model.parameters(), training.grad_clip)
+        factor = learning_rate_factor(
+            workload.step_hint, training.horizon_factor, training.warmup_factor, global_step
+        )
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * factor
+            group["lr"] = optimizer.config.learning_rate * factor
         optimizer.step()
         return optimizer_state, model, result.new_model_state
 
 
-def output_splits(model: nn.Module, types: dict[str, Any]) -> dict[str, int]:
+def make_optimizer(model: nn.Module, config: KFACConfig, workload: Workload | None, *, seed: int) -> KFAC:
+    """The submissions' optimizer for a model: fused attention projections are cut where the workload types them so.
+
+    Args:
+        workload: the model's; None for a model without one.
+        seed: of a sampled Fisher.
+    """
+    try:
+        types = {} if workload is None else workload.model_params_types
+    except AttributeError:  # without types nothing is cut
+        types = {}
+    return KFAC(model, config=config, output_splits=output_splits(model, types), seed=seed)
+
+
+def output_splits(model: nn.Module, types: dict[str, object]) -> dict[str, int]:
     """Module path -> number of parts of the fused attention projections among the model's linear layers."""
     model = unwrap(model)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -97,7 +116,7 @@ def output_splits(model: nn.Module, types: dict[str, Any]) -> dict[str, int]:
     return {path: n for path, n in parts.items() if isinstance(model.get_submodule(path), nn.Linear)}
 
 
-def positions(batch: dict[str, Any]) -> list[Positions]:
+def positions(batch: Batch) -> list[Positions]:
     """Which rows are positions of one example, and which of them count, from the batch's own structure.
 
     Everywhere a position counts if the loss depends on it: padding drops out layer by layer. In a batch of graphs,

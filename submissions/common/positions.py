@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+
+from submissions.common.api import Tree
 
 # The fields of a batched graph as `jraph.GraphsTuple` names them.
 GRAPH_FIELDS = ("nodes", "edges", "senders", "receivers", "n_node", "n_edge", "globals")
 
 
-def graph_in(inputs: Any) -> Any:
+def graph_in(inputs: Tree) -> Tree:
     """The batch of graphs that a model's inputs are or hold, or None.
 
     Args:
@@ -17,7 +18,7 @@ def graph_in(inputs: Any) -> Any:
     """
     if all(hasattr(inputs, field) for field in GRAPH_FIELDS):
         return inputs
-    parts: Iterable[Any] = ()
+    parts: Iterable[Tree] = ()
     if isinstance(inputs, Mapping):
         parts = inputs.values()
     elif isinstance(inputs, (tuple, list)):
@@ -25,7 +26,7 @@ def graph_in(inputs: Any) -> Any:
     return next((graph for part in parts if (graph := graph_in(part)) is not None), None)
 
 
-def parts_of_types(types: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+def parts_of_types(types: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """Into how many layers a fused attention projection is to be cut, from the types of the parameters.
 
     A type is a hint made from names: it counts only where the shape agrees, a matrix of as many outputs as two

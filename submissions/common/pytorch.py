@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from algoperf_kfac.spec import ForwardPassMode
-from submissions.training_step.logs import is_log_step
+from submissions.common.api import Batch, Rng, Tree, Workload
+from submissions.common.logs import is_log_step
+from submissions.common.spec import ForwardPassMode, LossType
+
+
+class Capture(Protocol):
+    """What gathers curvature while a forward and a backward pass run inside of it; KFAC.capture() gives one."""
+
+    loss_normalizer: torch.Tensor | float | None
+
+    def backward_fisher(self, logits: Tree, loss_type: LossType | None, weights: Tree, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -28,20 +37,20 @@ class StepResult:
 
     loss: torch.Tensor
     n_valid: torch.Tensor
-    logits: Any
-    new_model_state: Any
+    logits: Tree
+    new_model_state: Tree
 
 
 def compute_gradient(
-    workload: Any,
+    workload: Workload,
     model: nn.Module,
-    batch: dict[str, Any],
-    model_state: Any,
-    rng: Any,
+    batch: Batch,
+    model_state: Tree,
+    rng: Rng,
     dropout_rate: float | None = None,
     label_smoothing: float = 0.0,
-    context: AbstractContextManager[Any] | None = None,
-    loss_type: Any = None,
+    context: AbstractContextManager[Capture] | None = None,
+    loss_type: LossType | None = None,
 ) -> StepResult:
     """One forward and backward pass in training mode: the gradient of the mean loss over all devices, in `.grad`.
 
@@ -92,9 +101,9 @@ def clip_gradient(parameters: Iterable[nn.Parameter], max_norm: float | None) ->
         torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
-def log_step(workload: Any, model: nn.Module, loss: torch.Tensor, global_step: int, **metrics: float) -> None:
+def log_step(workload: Workload, model: nn.Module, loss: torch.Tensor, global_step: int, **metrics: float) -> None:
     """Logs loss, gradient norm and other metrics every 100 steps, if the workload has a logger."""
-    if not is_log_step(workload, global_step):
+    if workload.metrics_logger is None or not is_log_step(workload, global_step):
         return
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     # torch.nn.utils.get_total_norm needs torch 2.6.
