@@ -19,7 +19,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
@@ -29,8 +28,8 @@ from commands.flags import new, parse
 from commands.frameworks import FRAMEWORKS
 from submissions import registry as registered
 from workloads import registry
-from workloads.run import describe
 from workloads.runner import experiment, tuning
+from workloads.runner.outcome import Outcome, describe
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 # One thread each: with several BLAS threads on as many cores, timings have outliers of ten times. XLA reads NPROC.
@@ -52,9 +51,9 @@ class Job:
     folder: Path
     command: tuple[str, ...]
     log: Path
-    settings: dict[str, Any]
+    settings: dict[str, object]
 
-    def finished(self) -> dict[str, Any] | None:
+    def finished(self) -> Outcome | None:
         """The outcome of the trial, None if it is yet to be run, or was run with other settings."""
         outcome = experiment.outcome(self.folder)
         return outcome if outcome is not None and outcome["settings"] == self.settings else None
@@ -74,6 +73,7 @@ def jobs(
     search_spaces: dict[str, str],
     trials: Sequence[int],
     max_steps: int | None = None,
+    *,
     stop_at_target: bool = True,
     save_checkpoints: bool = True,
 ) -> list[Job]:
@@ -84,7 +84,7 @@ def jobs(
       trials: indices of the points to train, counted from 0.
       max_steps, stop_at_target, save_checkpoints: as the runner's flags.
     """
-    settings = {"max_global_steps": max_steps, "stop_at_target": stop_at_target}
+    settings: dict[str, object] = {"max_global_steps": max_steps, "stop_at_target": stop_at_target}
     common = [] if max_steps is None else [f"--max_global_steps={max_steps}"]
     common += [f"--stop_at_target={stop_at_target}", f"--save_checkpoints={save_checkpoints}"]
     result = []
@@ -213,8 +213,8 @@ def define() -> flags.FlagValues:
     flags.DEFINE_integer("hparam_start_index", None, "From this point on.", lower_bound=0, flag_values=values)
     flags.DEFINE_integer("hparam_end_index", None, "Up to before it.", lower_bound=0, flag_values=values)
     flags.DEFINE_integer("max_global_steps", None, "Default: step_hint.", lower_bound=1, flag_values=values)
-    flags.DEFINE_bool("stop_at_target", True, "End a trial at its target.", flag_values=values)
-    flags.DEFINE_bool("save_checkpoints", True, "Lets trials resume.", flag_values=values)
+    flags.DEFINE_bool("stop_at_target", default=True, help="End a trial at its target.", flag_values=values)
+    flags.DEFINE_bool("save_checkpoints", default=True, help="Lets trials resume.", flag_values=values)
     flags.DEFINE_integer("jobs", 2, "Trials at a time, a core each.", lower_bound=1, flag_values=values)
     flags.DEFINE_string("experiment_dir", None, "Where to. Required.", flag_values=values)
     return values
@@ -235,13 +235,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return errors.run(command, interrupted="interrupted; the same command goes on")
 
 
-def _jobs_of(values: Any) -> list[Job]:
+def _jobs_of(values: flags.FlagValues) -> list[Job]:
     """The jobs the flags ask for, checked as far as it costs nothing."""
     for framework in values.framework:
         frameworks.check(framework)
     for workload in values.workloads:
-        if workload not in registry.WORKLOADS:
-            raise UserError(f"Unknown workload '{workload}'. Known: {', '.join(registry.WORKLOADS)}.")
+        registry.check(workload)
     for framework, submission in itertools.product(values.framework, values.submissions):
         registered.check(submission, framework)
     spaces = _search_spaces(values.tuning_search_space, values.submissions)
@@ -265,8 +264,8 @@ def _jobs_of(values: Any) -> list[Job]:
             spaces,
             trials,
             values.max_global_steps,
-            values.stop_at_target,
-            values.save_checkpoints,
+            stop_at_target=values.stop_at_target,
+            save_checkpoints=values.save_checkpoints,
         )
     ]
 

@@ -51,7 +51,7 @@ def _flags() -> flags.FlagValues:
     )
     flags.DEFINE_integer("devices", 8, "Data-parallel devices; 8 in AlgoPerf.", lower_bound=1, flag_values=values)
     flags.DEFINE_enum("format", "text", ["text", "markdown"], "How to print.", flag_values=values)
-    flags.DEFINE_bool("all", False, "All eight of AlgoPerf's workloads.", flag_values=values)
+    flags.DEFINE_bool("all", default=False, help="All eight of AlgoPerf's workloads.", flag_values=values)
     return values
 
 

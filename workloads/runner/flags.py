@@ -40,18 +40,20 @@ def define() -> flags.FlagValues:
     )
     flags.DEFINE_string("experiment_dir", None, "The folder of all experiments. Required.", flag_values=values)
     flags.DEFINE_string("experiment_name", None, "The experiment's folder in it. Required.", flag_values=values)
-    flags.DEFINE_bool("overwrite", False, "Remove what an earlier run left there.", flag_values=values)
+    flags.DEFINE_bool("overwrite", default=False, help="Remove what an earlier run left there.", flag_values=values)
     flags.DEFINE_bool(
         "resume_last_run",
-        False,
-        "Go on where an earlier run was interrupted; finished trials are kept.",
+        default=False,
+        help="Go on where an earlier run was interrupted; finished trials are kept.",
         flag_values=values,
     )
-    flags.DEFINE_bool("save_checkpoints", True, "Save a checkpoint at each evaluation.", flag_values=values)
+    flags.DEFINE_bool(
+        "save_checkpoints", default=True, help="Save a checkpoint at each evaluation.", flag_values=values
+    )
     flags.DEFINE_bool(
         "save_intermediate_checkpoints",
-        False,
-        "Keep all checkpoints, not only the last two.",
+        default=False,
+        help="Keep all checkpoints, not only the last two.",
         flag_values=values,
     )
     flags.DEFINE_integer(
@@ -66,12 +68,15 @@ def define() -> flags.FlagValues:
     )
     flags.DEFINE_string("data_dir", None, "Not needed: the data come from packages.", flag_values=values)
     flags.DEFINE_bool(
-        "torch_compile", False, "Compile the model with torch.compile (PyTorch only).", flag_values=values
+        "torch_compile",
+        default=False,
+        help="Compile the model with torch.compile (PyTorch only).",
+        flag_values=values,
     )
     flags.DEFINE_bool(
         "stop_at_target",
-        True,
-        "End a trial once the validation target is reached. False: train up to the step limit.",
+        default=True,
+        help="End a trial once the validation target is reached. False: train up to the step limit.",
         flag_values=values,
     )
     return values

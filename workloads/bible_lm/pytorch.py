@@ -1,4 +1,4 @@
-"""The language model of bible_lm."""
+"""bible_lm in PyTorch: its language model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from workloads.bible_lm import task
+from workloads.bible_lm.task import BibleLmTask
+from workloads.data import bible
 from workloads.pytorch.transformer import Block, initialise_linear
+from workloads.pytorch.workload import PyTorchWorkload
 
 
 class LanguageModel(nn.Module):
@@ -35,3 +39,17 @@ class LanguageModel(nn.Module):
         for block in self.blocks:
             x = block(x, dropout_rate)
         return self.output(self.norm(x))
+
+
+class BibleLmWorkload(PyTorchWorkload, BibleLmTask):
+    """See `BibleLmTask`; inputs, targets and weights are (N, 64), logits (N, 64, 71)."""
+
+    def build_model(self) -> nn.Module:
+        return LanguageModel(
+            num_symbols=bible.NUM_SYMBOLS,
+            length=bible.LENGTH,
+            width=task.WIDTH,
+            depth=task.DEPTH,
+            heads=task.HEADS,
+            hidden=task.MLP_WIDTH,
+        )

@@ -1,8 +1,6 @@
-"""mnist_vit without a framework: task, sizes, budget and batches."""
+"""mnist_vit without a framework: data, sizes, loss, targets, batch size and budget."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 
@@ -21,7 +19,7 @@ HEADS = 4
 MLP_WIDTH = 256
 
 
-class BaseMnistVitWorkload(Workload):
+class MnistVitTask(Workload):
     """Classifies 28 x 28 images of digits with a small vision transformer."""
 
     target_metric_name = "accuracy"
@@ -49,7 +47,7 @@ class BaseMnistVitWorkload(Workload):
     def is_output_params(self, param_key: str) -> bool:
         return param_key.split(".")[0] == "head"
 
-    def numpy_batch(self, data_rng: Any, split: str, index: int, batch_size: int) -> dict[str, np.ndarray]:
+    def numpy_batch(self, data_rng: np.ndarray, split: str, index: int, batch_size: int) -> dict[str, np.ndarray]:
         """Batch `index` of a split; see `workloads.data.mnist` for keys and shapes."""
         if split == "train":
             return mnist.train_batch(self._parts["train"], data_rng, index, batch_size)

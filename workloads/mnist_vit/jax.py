@@ -1,14 +1,17 @@
-"""The vision transformer of mnist_vit."""
+"""mnist_vit in JAX: its vision transformer."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
+from workloads.data import mnist
 from workloads.jax.transformer import Block, Dropout, Rate, norm
+from workloads.jax.workload import JaxWorkload
+from workloads.mnist_vit import task
+from workloads.mnist_vit.task import MnistVitTask
 
 
 class ViT(nn.Module):
@@ -27,7 +30,7 @@ class ViT(nn.Module):
     hidden: int
 
     @nn.compact
-    def __call__(self, images: jax.Array, dropout_rate: Rate = 0.0, train: bool = False) -> jax.Array:
+    def __call__(self, images: jax.Array, dropout_rate: Rate = 0.0, *, train: bool = False) -> jax.Array:
         """Logits (N, num_classes) of images (N, H, W, 1)."""
         patch = (self.patch_size, self.patch_size)
         # PyTorch's default initialisation of a convolution: weights and biases uniform within 1/sqrt(fan_in).
@@ -42,9 +45,9 @@ class ViT(nn.Module):
         )(images)
         side = x.shape[1]
         x = x.reshape(x.shape[0], side * side, self.width) + sincos_2d(side, self.width)  # (N, R, width)
-        x = Dropout()(x, dropout_rate, train)
+        x = Dropout()(x, dropout_rate, train=train)
         for index in range(self.depth):
-            x = Block(self.hidden, self.heads, causal=False, name=f"blocks_{index}")(x, dropout_rate, train)
+            x = Block(self.hidden, self.heads, causal=False, name=f"blocks_{index}")(x, dropout_rate, train=train)
         x = norm("norm")(x).mean(axis=1)
         # As AlgoPerf's ViT: all classes start equally likely.
         return nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros, name="head")(x)
@@ -59,10 +62,24 @@ def sincos_2d(side: int, width: int, temperature: float = 10_000.0) -> jax.Array
     return jnp.concatenate([jnp.sin(columns), jnp.cos(columns), jnp.sin(rows), jnp.cos(rows)], axis=1)
 
 
-def _uniform(bound: float) -> Any:
+def _uniform(bound: float) -> nn.initializers.Initializer:
     """An initialiser: uniform in [-bound, bound)."""
 
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init
+
+
+class MnistVitWorkload(JaxWorkload, MnistVitTask):
+    """See `MnistVitTask`; inputs are (N, 28, 28, 1)."""
+
+    def build_model(self) -> nn.Module:
+        return ViT(
+            patch_size=task.PATCH,
+            num_classes=mnist.NUM_CLASSES,
+            width=task.WIDTH,
+            depth=task.DEPTH,
+            heads=task.HEADS,
+            hidden=task.MLP_WIDTH,
+        )

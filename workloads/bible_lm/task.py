@@ -1,8 +1,6 @@
-"""bible_lm without a framework: task, sizes, budget and batches."""
+"""bible_lm without a framework: data, sizes, loss, targets, batch size and budget."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 
@@ -20,7 +18,7 @@ HEADS = 4
 MLP_WIDTH = 256
 
 
-class BaseBibleLmWorkload(Workload):
+class BibleLmTask(Workload):
     """Predicts the next character of the World English Bible from up to 64 before it."""
 
     target_metric_name = "loss"
@@ -51,7 +49,7 @@ class BaseBibleLmWorkload(Workload):
     def is_output_params(self, param_key: str) -> bool:
         return param_key.split(".")[0] == "output"
 
-    def numpy_batch(self, data_rng: Any, split: str, index: int, batch_size: int) -> dict[str, np.ndarray]:
+    def numpy_batch(self, data_rng: np.ndarray, split: str, index: int, batch_size: int) -> dict[str, np.ndarray]:
         """Batch `index` of a split; see `workloads.data.bible` for keys and shapes."""
         if split == "train":
             return bible.train_batch(self._text.parts["train"], data_rng, index, batch_size)

@@ -1,12 +1,17 @@
-"""The vision transformer of mnist_vit."""
+"""mnist_vit in PyTorch: its vision transformer."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from workloads.data import mnist
+from workloads.mnist_vit import task
+from workloads.mnist_vit.task import MnistVitTask
 from workloads.pytorch.transformer import Block, initialise_linear
+from workloads.pytorch.workload import PyTorchWorkload
 
 
 class ViT(nn.Module):
@@ -54,3 +59,21 @@ def sincos_2d(side: int, width: int, temperature: float = 10_000.0) -> torch.Ten
     rows = angles[:, None].expand(side, side, -1).flatten(0, 1)
     columns = angles[None, :].expand(side, side, -1).flatten(0, 1)
     return torch.cat([columns.sin(), columns.cos(), rows.sin(), rows.cos()], dim=1)
+
+
+class MnistVitWorkload(PyTorchWorkload, MnistVitTask):
+    """See `MnistVitTask`; inputs are (N, 1, 28, 28)."""
+
+    def build_model(self) -> nn.Module:
+        return ViT(
+            image_size=mnist.SIZE,
+            patch_size=task.PATCH,
+            num_classes=mnist.NUM_CLASSES,
+            width=task.WIDTH,
+            depth=task.DEPTH,
+            heads=task.HEADS,
+            hidden=task.MLP_WIDTH,
+        )
+
+    def prepare_inputs(self, inputs: np.ndarray) -> np.ndarray:
+        return inputs.transpose(0, 3, 1, 2)
