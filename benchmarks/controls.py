@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,15 @@ import torch
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.pytorch import KFAC, NadamW, preconditioner, refresh
 from algoperf_kfac.pytorch.preconditioner import LayerState
-from submissions.kfac.defaults import DEFAULTS
-from submissions.training_step.batch_sizes import get_batch_size
-from submissions.training_step.pytorch import clip_gradient, compute_gradient
-from submissions.training_step.schedule import learning_rate_factor
+from submissions import registry as submissions
+from submissions.common.batch_sizes import get_batch_size
+from submissions.common.pytorch import clip_gradient, compute_gradient
+from submissions.common.schedule import learning_rate_factor
 from workloads import registry, seeds
 
 Operators = Callable[[LayerState, KFACConfig], None]
+DEFAULTS = {name: submissions.describe(f"kfac_{name}", "pytorch").defaults for name in ("expand", "reduce")}
+KNOWN = {field.name for field in dataclasses.fields(KFACConfig)}
 DERIVE = preconditioner.set_operators
 BEST = json.loads((Path(__file__).parents[1] / "tuning_search_spaces/nadamw_tuned.json").read_text())
 BEST_POINT = {"bible_lm": BEST[0], "mnist_vit": BEST[1]}  # docs/results.md, tuning
@@ -65,7 +67,7 @@ def _orthogonal(like: torch.Tensor) -> torch.Tensor:
 CONTROLS: dict[str, Operators] = {"K-FAC": full, "A only": only_a, "B only": only_b, "random basis": random_basis}
 
 
-def train(workload_name: str, point: dict[str, Any], steps: int, seed: int, control: Operators | None) -> float:
+def train(workload_name: str, point: Mapping[str, Any], steps: int, seed: int, control: Operators | None) -> float:
     """The validation metric after `steps` steps; NadamW if there is no control."""
     workload = registry.load(workload_name, "pytorch")
     rng = seeds.root(seed)
@@ -76,7 +78,7 @@ def train(workload_name: str, point: dict[str, Any], steps: int, seed: int, cont
         opt = NadamW(model.parameters(), point["learning_rate"], betas, weight_decay=point["weight_decay"])
     else:
         refresh.set_operators = control  # where a refresh looks it up
-        opt = KFAC(model, config=KFACConfig(**point))
+        opt = KFAC(model, config=KFACConfig(**{k: v for k, v in point.items() if k in KNOWN}))
     queue = workload._build_input_queue(rng, "train", "", get_batch_size(workload_name))
     for step in range(steps):
         batch = next(queue)
@@ -98,15 +100,13 @@ def main() -> None:
     parser.add_argument("--workloads", default=",".join(registry.WORKLOADS), help="comma-separated names")
     parser.add_argument("--approximations", default=",".join(DEFAULTS), help="comma-separated")
     args = parser.parse_args()
-    known = {field.name for field in dataclasses.fields(KFACConfig)}
     print("| workload | statistics | steps | variant | metric: median (all seeds) |")
     print("|---|---|---|---|---|")
     for name in args.workloads.split(","):
         hint = registry.load(name, "pytorch").step_hint
         for approximation in args.approximations.split(","):
-            defaults = DEFAULTS[approximation]
-            steps = round(defaults["horizon_factor"] * hint)
-            point = {k: v for k, v in defaults.items() if k in known} | {"approximation": approximation}
+            point = DEFAULTS[approximation]
+            steps = round(point["horizon_factor"] * hint)
             variants = [*CONTROLS.items(), ("NadamW", None)]
             for variant, control in variants:
                 chosen = BEST_POINT[name] if control is None else point

@@ -1,1 +1,1 @@
-"""AlgoPerf submissions: a folder per algorithm, with `pytorch/submission.py` (and later `jax/submission.py`)."""
+"""AlgoPerf submissions: a folder for each, with `pytorch/submission.py` and `jax/submission.py`."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
+from commands import errors
+from commands.errors import UserError
 from submissions.cli import export, plan
-from workloads.errors import UserError
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "plan": (plan.main, "which parameters K-FAC covers, what it costs in memory and flops, whether it fits"),
@@ -25,13 +26,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nEach command has --help.")
         return 0
     try:
-        if name not in COMMANDS:
-            raise UserError(f"unknown command '{name}'; known: {', '.join(COMMANDS)}")
-        COMMANDS[name][0](arguments[1:])
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+        return errors.run(lambda: _run(name, arguments[1:]))
+    except SystemExit:  # help was asked for
+        return 0
+
+
+def _run(name: str, arguments: Sequence[str]) -> None:
+    if name not in COMMANDS:
+        raise UserError(f"unknown command '{name}'; known: {', '.join(COMMANDS)}")
+    COMMANDS[name][0](arguments)
 
 
 if __name__ == "__main__":

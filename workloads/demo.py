@@ -14,39 +14,39 @@ from pathlib import Path
 
 from absl import flags
 
+from commands import errors
+from commands.flags import new, parse
+from commands.frameworks import FRAMEWORKS
+from submissions import registry as submissions
 from workloads import registry, study
-from workloads.errors import UserError
 from workloads.runner import experiment
-from workloads.runner.flags import FRAMEWORKS, parse
 
 SUBMISSIONS = ("nadamw", "kfac_expand", "kfac_reduce")
 # No single point of NadamW is good on both workloads: it gets its best one on each, and the better trial counts.
-TUNED = study.SUBMISSIONS_FOLDER.parent / "tuning_search_spaces" / "nadamw_tuned.json"
+TUNED = study.CHECKOUT / "tuning_search_spaces" / "nadamw_tuned.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs with the given arguments (default: the command line's); returns the exit code."""
-    values = flags.FlagValues()
-    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=values)
+    values = new()
     flags.DEFINE_string("output_dir", None, "Where to. Required.", flag_values=values)
     flags.DEFINE_list("framework", list(FRAMEWORKS), "Frameworks.", flag_values=values)
     flags.DEFINE_integer("jobs", 2, "Runs at a time, a core each.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer(
         "max_global_steps", None, "Default: each workload's step_hint.", lower_bound=1, flag_values=values
     )
-    try:
+
+    def command() -> int:
         parse(sys.argv[1:] if argv is None else argv, values, "python -m workloads.demo", ("output_dir",))
         output = Path(values.output_dir).expanduser().resolve()
         return demo(output, values.jobs, values.max_global_steps, values.framework)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on", file=sys.stderr)
-        return 130
+
+    return errors.run(command, interrupted="interrupted; the same command goes on")
 
 
-def demo(output: Path, parallel: int, max_steps: int | None = None, frameworks: Sequence[str] = FRAMEWORKS) -> int:
+def demo(
+    output: Path, parallel: int, max_steps: int | None = None, frameworks: Sequence[str] = tuple(FRAMEWORKS)
+) -> int:
     """One study of each submission on each workload in each framework, then the report; returns the exit code.
 
     Raises:
@@ -58,7 +58,7 @@ def demo(output: Path, parallel: int, max_steps: int | None = None, frameworks: 
     for framework in frameworks:
         for name in workloads:
             registry.load(name, framework)  # missing packages show here, once, and not in every job
-        there = study.submissions_in(framework)
+        there = submissions.names_in(framework)
         chosen = [name for name in SUBMISSIONS if name in there]
         jobs += study.jobs(output, chosen, workloads, framework, [1], {"nadamw": str(TUNED)}, [0, 1], max_steps)
         print(f"==> Training {', '.join(chosen)} on {', '.join(workloads)} in {framework}", flush=True)
@@ -67,7 +67,7 @@ def demo(output: Path, parallel: int, max_steps: int | None = None, frameworks: 
     print("==> Writing the report", flush=True)
     report = output / "report"
     command = [sys.executable, "-m", "scoring", "report", str(output), f"--output_dir={report}"]
-    finished = subprocess.run(command, cwd=study.SUBMISSIONS_FOLDER.parent, check=False)
+    finished = subprocess.run(command, cwd=study.CHECKOUT, check=False)
     if finished.returncode != 0:
         print(f"error: the report could not be written ({' '.join(command[1:])})", file=sys.stderr)
         return 1

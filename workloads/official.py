@@ -25,8 +25,9 @@ import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from commands import errors
+from commands.errors import UserError
 from workloads import registry
-from workloads.errors import UserError
 
 PROGRAM = "python -m workloads.official"
 NEVER = 1e18  # seconds
@@ -44,14 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(argument.lstrip("-") in ("help", "h", "helpfull") for argument in arguments if argument[:1] == "-"):
         print(HELP if installed() else f"{HELP}\n{NOT_INSTALLED}")
         return 0
+    return errors.run(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str]) -> None:
     if not installed():
-        print(f"error: {NOT_INSTALLED}", file=sys.stderr)
-        return 2
-    try:
-        runner = load_runner()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise UserError(NOT_INSTALLED)
+    runner = load_runner()
     from absl import app, flags
 
     for name in ("workload", "framework", "submission_path", "experiment_dir", "experiment_name"):
@@ -60,16 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run(rest: list[str]) -> None:
         name, framework = flags.FLAGS.workload, flags.FLAGS.framework
         if name in registry.WORKLOADS:
-            try:
-                workload = official_class(name, framework)
-            except UserError as error:
-                sys.exit(f"error: {error}")
+            workload = official_class(name, framework)
             if flags.FLAGS.max_global_steps is None:
                 flags.FLAGS.max_global_steps = workload.step_hint
         runner.main(rest)
 
     app.run(run, argv=[PROGRAM, *arguments])
-    return 0
 
 
 def installed() -> bool:

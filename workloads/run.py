@@ -15,14 +15,21 @@ import struct
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+from absl.flags import FlagValues
+
+from commands import errors, frameworks
+from commands.errors import UserError
+from commands.flags import parse
+from submissions.common.api import Hyperparameters
+from submissions.common.hyperparameters import as_mapping
 from workloads import registry, seeds
-from workloads.errors import UserError
 from workloads.runner import experiment, loop, tuning
 from workloads.runner import flags as runner_flags
 from workloads.runner import submission as submissions
+from workloads.runner.backend import Backend
 from workloads.runner.logs import read_hyperparameters
+from workloads.runner.outcome import Outcome, describe
 from workloads.workload import Workload
 
 REQUIRED = ("workload", "framework", "submission_path", "experiment_dir", "experiment_name")
@@ -30,20 +37,16 @@ REQUIRED = ("workload", "framework", "submission_path", "experiment_dir", "exper
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs with the given arguments (default: the command line's); returns the exit code."""
-    flags = runner_flags.define()
-    try:
-        runner_flags.parse(sys.argv[1:] if argv is None else argv, flags, "python -m workloads.run", REQUIRED)
+
+    def command() -> None:
+        flags = runner_flags.define()
+        parse(sys.argv[1:] if argv is None else argv, flags, "python -m workloads.run", REQUIRED)
         run(flags)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; go on with --resume_last_run", file=sys.stderr)
-        return 130
-    return 0
+
+    return errors.run(command, interrupted="interrupted; go on with --resume_last_run")
 
 
-def run(flags: Any) -> list[dict[str, Any]]:
+def run(flags: FlagValues) -> list[Outcome]:
     """Trains all trials; returns their outcomes.
 
     Raises:
@@ -51,8 +54,7 @@ def run(flags: Any) -> list[dict[str, Any]]:
     """
     workload_name, framework = flags.workload, flags.framework
     points = _points(flags)
-    if workload_name not in registry.WORKLOADS:
-        raise UserError(f"Unknown workload '{workload_name}'. Known: {', '.join(registry.WORKLOADS)}.")
+    registry.check(workload_name)
     backend = _backend(framework)
     workload = registry.load(workload_name, framework)
     submission = submissions.load(flags.submission_path)
@@ -66,7 +68,7 @@ def run(flags: Any) -> list[dict[str, Any]]:
     if flags.torch_compile and framework != "pytorch":
         raise UserError("--torch_compile is for --framework=pytorch; leave it out.")
     backend.start()
-    _check_points(workload, submission, backend, points, flags.save_checkpoints)
+    _check_points(workload, submission, backend, points, save_checkpoints=flags.save_checkpoints)
     if not backend.is_main():
         backend.same_on_all(0.0)  # the main process decides whether the folder may be taken
     folder = experiment.open_folder(
@@ -74,8 +76,8 @@ def run(flags: Any) -> list[dict[str, Any]]:
         flags.experiment_name,
         workload_name,
         framework,
-        flags.overwrite and backend.is_main(),
-        flags.resume_last_run or not backend.is_main(),
+        overwrite=flags.overwrite and backend.is_main(),
+        resume=flags.resume_last_run or not backend.is_main(),
     )
     if backend.is_main():
         backend.same_on_all(0.0)
@@ -117,19 +119,7 @@ def run(flags: Any) -> list[dict[str, Any]]:
     return outcomes
 
 
-def describe(outcome: dict[str, Any]) -> str:
-    """An outcome in words."""
-    metric, target = outcome["metric"], outcome["target"]
-    if outcome["steps_to_target"] is not None:
-        head = f"target {metric} {target} reached at step {outcome['steps_to_target']}"
-        head += f" after {outcome['time_to_target']:.1f} s of training"
-    else:
-        head = f"target {metric} {target} not reached in {outcome['global_step']} steps"
-    best = "none" if outcome["best_metric"] is None else f"{outcome['best_metric']:.4f}"
-    return f"{head}; best {best}, {outcome['ms_per_step']:.1f} ms per step (ended by: {outcome['reason']})"
-
-
-def _points(flags: Any) -> list[tuple[int, Any]]:
+def _points(flags: FlagValues) -> list[tuple[int, Hyperparameters]]:
     if flags.tuning_ruleset not in ("external", "self"):
         raise UserError(f"Unknown --tuning_ruleset '{flags.tuning_ruleset}'. Known: external, self.")
     if flags.tuning_ruleset == "self":
@@ -145,9 +135,8 @@ def _points(flags: Any) -> list[tuple[int, Any]]:
     return tuning.select(points, flags.hparam_start_index, flags.hparam_end_index)
 
 
-def _backend(framework: str) -> Any:
-    if framework not in runner_flags.FRAMEWORKS:
-        raise UserError(f"Unknown framework '{framework}'. Known: {', '.join(runner_flags.FRAMEWORKS)}.")
+def _backend(framework: str) -> Backend:
+    frameworks.check(framework)
     try:
         if framework == "jax":
             from workloads.runner.jax import JaxBackend
@@ -157,17 +146,15 @@ def _backend(framework: str) -> Any:
 
         return PyTorchBackend()
     except ModuleNotFoundError as error:
-        extra = "torch" if framework == "pytorch" else framework
-        raise UserError(
-            f"The module '{error.name}' is not installed. Run: pip install -e '.[{extra},bench]' in the checkout."
-        ) from None
+        raise frameworks.missing(error, framework) from None
 
 
 def _check_points(
     workload: Workload,
     submission: submissions.Submission,
-    backend: Any,
-    points: list[tuple[int, Any]],
+    backend: Backend,
+    points: list[tuple[int, Hyperparameters]],
+    *,
     save_checkpoints: bool,
 ) -> None:
     """Lets the submission refuse a point now, not after hours of training the points before it."""
@@ -183,11 +170,11 @@ def _check_points(
             backend.check_optimizer_state(state)
 
 
-def _check_earlier_run(trial_folder: Path, point: Any, flags: Any) -> None:
+def _check_earlier_run(trial_folder: Path, point: Hyperparameters, flags: FlagValues) -> None:
     """Refuses to take an earlier run of other settings for this one."""
     remedy = "choose another --experiment_name, or replace it by --overwrite"
     saved = read_hyperparameters(trial_folder)
-    if saved is not None and saved != (None if point is None else point._asdict()):
+    if saved is not None and saved != (None if point is None else as_mapping(point)):
         raise UserError(f"The trial {trial_folder} has other hyperparameters (hparams.json); {remedy}.")
     outcome = experiment.outcome(trial_folder)
     if outcome is not None:

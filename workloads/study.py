@@ -19,17 +19,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
+from commands import errors, frameworks
+from commands.errors import UserError
+from commands.flags import new, parse
+from commands.frameworks import FRAMEWORKS
+from submissions import registry as registered
 from workloads import registry
-from workloads.errors import UserError
-from workloads.run import describe
 from workloads.runner import experiment, tuning
-from workloads.runner.flags import FRAMEWORKS, parse
+from workloads.runner.outcome import Outcome, describe
 
-SUBMISSIONS_FOLDER = Path(__file__).resolve().parent.parent / "submissions"
+CHECKOUT = Path(__file__).resolve().parent.parent
 # One thread each: with several BLAS threads on as many cores, timings have outliers of ten times. XLA reads NPROC.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC"), "1")
 
@@ -49,9 +51,9 @@ class Job:
     folder: Path
     command: tuple[str, ...]
     log: Path
-    settings: dict[str, Any]
+    settings: dict[str, object]
 
-    def finished(self) -> dict[str, Any] | None:
+    def finished(self) -> Outcome | None:
         """The outcome of the trial, None if it is yet to be run, or was run with other settings."""
         outcome = experiment.outcome(self.folder)
         return outcome if outcome is not None and outcome["settings"] == self.settings else None
@@ -71,6 +73,7 @@ def jobs(
     search_spaces: dict[str, str],
     trials: Sequence[int],
     max_steps: int | None = None,
+    *,
     stop_at_target: bool = True,
     save_checkpoints: bool = True,
 ) -> list[Job]:
@@ -81,7 +84,7 @@ def jobs(
       trials: indices of the points to train, counted from 0.
       max_steps, stop_at_target, save_checkpoints: as the runner's flags.
     """
-    settings = {"max_global_steps": max_steps, "stop_at_target": stop_at_target}
+    settings: dict[str, object] = {"max_global_steps": max_steps, "stop_at_target": stop_at_target}
     common = [] if max_steps is None else [f"--max_global_steps={max_steps}"]
     common += [f"--stop_at_target={stop_at_target}", f"--save_checkpoints={save_checkpoints}"]
     result = []
@@ -97,7 +100,7 @@ def jobs(
                         "workloads.run",
                         f"--workload={workload}",
                         f"--framework={framework}",
-                        f"--submission_path={submission_path(submission, framework)}",
+                        f"--submission_path={registered.path_of(submission, framework)}",
                         f"--experiment_dir={experiment_dir / submission}",
                         f"--experiment_name=study_{study}",
                         f"--rng_seed={study_seed(study)}",
@@ -113,16 +116,6 @@ def jobs(
                     log = experiment_dir / ".logs" / f"{name.replace('/', '.')}.log"
                     result.append(Job(name, experiment_dir / name, tuple(command), log, settings))
     return result
-
-
-def submission_path(submission: str, framework: str) -> Path:
-    """The file of a submission of this repository."""
-    return SUBMISSIONS_FOLDER / submission / framework / "submission.py"
-
-
-def submissions_in(framework: str) -> list[str]:
-    """The submissions of this repository that exist in a framework, by name."""
-    return sorted(path.parts[-3] for path in SUBMISSIONS_FOLDER.glob(f"*/{framework}/submission.py"))
 
 
 def run(todo: Sequence[Job], parallel: int) -> list[str]:
@@ -188,7 +181,7 @@ def _start(job: Job) -> subprocess.Popen[bytes]:
             job.command,
             stdout=log,
             stderr=subprocess.STDOUT,
-            cwd=SUBMISSIONS_FOLDER.parent,
+            cwd=CHECKOUT,
             env={**os.environ, **ONE_THREAD},
         )
 
@@ -203,8 +196,7 @@ def _last_line(log: Path) -> str:
 
 def define() -> flags.FlagValues:
     """The flags of `python -m workloads.study`."""
-    values = flags.FlagValues()
-    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=values)
+    values = new()
     flags.DEFINE_list("submissions", None, "Names of folders in submissions/. Required.", flag_values=values)
     flags.DEFINE_list("workloads", list(registry.WORKLOADS), "Workloads.", flag_values=values)
     flags.DEFINE_list("framework", ["pytorch"], f"Frameworks: {', '.join(FRAMEWORKS)}.", flag_values=values)
@@ -221,8 +213,8 @@ def define() -> flags.FlagValues:
     flags.DEFINE_integer("hparam_start_index", None, "From this point on.", lower_bound=0, flag_values=values)
     flags.DEFINE_integer("hparam_end_index", None, "Up to before it.", lower_bound=0, flag_values=values)
     flags.DEFINE_integer("max_global_steps", None, "Default: step_hint.", lower_bound=1, flag_values=values)
-    flags.DEFINE_bool("stop_at_target", True, "End a trial at its target.", flag_values=values)
-    flags.DEFINE_bool("save_checkpoints", True, "Lets trials resume.", flag_values=values)
+    flags.DEFINE_bool("stop_at_target", default=True, help="End a trial at its target.", flag_values=values)
+    flags.DEFINE_bool("save_checkpoints", default=True, help="Lets trials resume.", flag_values=values)
     flags.DEFINE_integer("jobs", 2, "Trials at a time, a core each.", lower_bound=1, flag_values=values)
     flags.DEFINE_string("experiment_dir", None, "Where to. Required.", flag_values=values)
     return values
@@ -230,34 +222,27 @@ def define() -> flags.FlagValues:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs with the given arguments (default: the command line's); returns the exit code."""
-    values = define()
-    try:
+
+    def command() -> int:
+        values = define()
         arguments = sys.argv[1:] if argv is None else argv
         parse(arguments, values, "python -m workloads.study", ("submissions", "experiment_dir"))
         failed = run(_jobs_of(values), values.jobs)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on", file=sys.stderr)
-        return 130
-    if failed:
-        print(f"error: {len(failed)} of the trials failed: {', '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
+        if failed:
+            print(f"error: {len(failed)} of the trials failed: {', '.join(failed)}", file=sys.stderr)
+        return 1 if failed else 0
+
+    return errors.run(command, interrupted="interrupted; the same command goes on")
 
 
-def _jobs_of(values: Any) -> list[Job]:
+def _jobs_of(values: flags.FlagValues) -> list[Job]:
     """The jobs the flags ask for, checked as far as it costs nothing."""
     for framework in values.framework:
-        if framework not in FRAMEWORKS:
-            raise UserError(f"Unknown framework '{framework}'. Known: {', '.join(FRAMEWORKS)}.")
+        frameworks.check(framework)
     for workload in values.workloads:
-        if workload not in registry.WORKLOADS:
-            raise UserError(f"Unknown workload '{workload}'. Known: {', '.join(registry.WORKLOADS)}.")
+        registry.check(workload)
     for framework, submission in itertools.product(values.framework, values.submissions):
-        if not submission_path(submission, framework).is_file():
-            known = ", ".join(submissions_in(framework))
-            raise UserError(f"Unknown submission '{submission}' in {framework}. Known: {known}.")
+        registered.check(submission, framework)
     spaces = _search_spaces(values.tuning_search_space, values.submissions)
     trials = [0]
     for path in spaces.values():
@@ -279,8 +264,8 @@ def _jobs_of(values: Any) -> list[Job]:
             spaces,
             trials,
             values.max_global_steps,
-            values.stop_at_target,
-            values.save_checkpoints,
+            stop_at_target=values.stop_at_target,
+            save_checkpoints=values.save_checkpoints,
         )
     ]
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
-from algoperf_kfac.spec import ForwardPassMode, LossType
+from submissions.common.api import Batch, MetricsLogger, Rng, Tree
+from submissions.common.spec import ForwardPassMode, LossType
 from workloads.data.queue import BatchQueue
 
 
@@ -23,11 +23,11 @@ class Workload(abc.ABC):
     """
 
     def __init__(self) -> None:
-        self._param_shapes: Any = None
-        self._param_types: Any = None
-        self.metrics_logger: Any = None
+        self._param_shapes: Tree = None
+        self._param_types: Tree = None
+        self.metrics_logger: MetricsLogger | None = None
 
-    def attach_metrics_logger(self, metrics_logger: Any) -> None:
+    def attach_metrics_logger(self, metrics_logger: MetricsLogger | None) -> None:
         """Sets where a submission may log."""
         self.metrics_logger = metrics_logger
 
@@ -94,17 +94,22 @@ class Workload(abc.ABC):
 
     @property
     @abc.abstractmethod
+    def batch_size(self) -> int:
+        """The global batch size submissions train with. Not part of AlgoPerf's interface: there they choose it."""
+
+    @property
+    @abc.abstractmethod
     def eval_batch_size(self) -> int:
         """The batch size of evaluations."""
 
     @property
     @abc.abstractmethod
-    def train_mean(self) -> Any:
+    def train_mean(self) -> float | None:
         """The mean the inputs were normalised with."""
 
     @property
     @abc.abstractmethod
-    def train_stddev(self) -> Any:
+    def train_stddev(self) -> float | None:
         """The standard deviation the inputs were normalised with."""
 
     # The budget.
@@ -136,14 +141,14 @@ class Workload(abc.ABC):
     # The model.
 
     @property
-    def param_shapes(self) -> Any:
+    def param_shapes(self) -> Tree:
         """The parameters' shapes, once `init_model_fn` was called."""
         if self._param_shapes is None:
             raise ValueError("param_shapes is known once init_model_fn was called")
         return self._param_shapes
 
     @property
-    def model_params_types(self) -> Any:
+    def model_params_types(self) -> Tree:
         """The parameters' types, once `init_model_fn` was called."""
         if self._param_types is None:
             raise ValueError("model_params_types is known once init_model_fn was called")
@@ -154,30 +159,30 @@ class Workload(abc.ABC):
         """Whether a parameter belongs to the output layer: in PyTorch by its name, in JAX by its module's."""
 
     @abc.abstractmethod
-    def init_model_fn(self, rng: Any) -> tuple[Any, Any]:
+    def init_model_fn(self, rng: Rng) -> tuple[Tree, Tree]:
         """The model's initial parameters and its model state, a function of `rng`."""
 
     @abc.abstractmethod
     def model_fn(
         self,
-        params: Any,
-        augmented_and_preprocessed_input_batch: dict[str, Any],
-        model_state: Any,
+        params: Tree,
+        augmented_and_preprocessed_input_batch: Batch,
+        model_state: Tree,
         mode: ForwardPassMode,
-        rng: Any,
+        rng: Rng,
         update_batch_norm: bool,
         dropout_rate: float = 0.0,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Tree, Tree]:
         """The logits of a batch and the new model state."""
 
     @abc.abstractmethod
     def loss_fn(
         self,
-        label_batch: Any,
-        logits_batch: Any,
-        mask_batch: Any | None = None,
+        label_batch: Tree,
+        logits_batch: Tree,
+        mask_batch: Tree = None,
         label_smoothing: float = 0.0,
-    ) -> dict[str, Any]:
+    ) -> dict[str, Tree]:
         """The masked loss, differentiable and not synchronised across devices.
 
         Returns:
@@ -189,7 +194,7 @@ class Workload(abc.ABC):
     # Data and evaluation.
 
     @abc.abstractmethod
-    def numpy_batch(self, data_rng: Any, split: str, index: int, batch_size: int) -> dict[str, np.ndarray]:
+    def numpy_batch(self, data_rng: np.ndarray, split: str, index: int, batch_size: int) -> dict[str, np.ndarray]:
         """Batch `index` of a split, a function of its arguments alone and the same for every framework.
 
         Args:
@@ -198,7 +203,7 @@ class Workload(abc.ABC):
 
     def _build_input_queue(
         self,
-        data_rng: Any,
+        data_rng: np.ndarray,
         split: str,
         data_dir: str,
         global_batch_size: int,
@@ -216,9 +221,9 @@ class Workload(abc.ABC):
         split: str,
         num_examples: int,
         global_batch_size: int,
-        params: Any,
-        model_state: Any,
-        rng: Any,
+        params: Tree,
+        model_state: Tree,
+        rng: Rng,
         data_dir: str,
         global_step: int = 0,
     ) -> dict[str, float]:
@@ -227,9 +232,9 @@ class Workload(abc.ABC):
     def eval_model(
         self,
         global_batch_size: int,
-        params: Any,
-        model_state: Any,
-        rng: Any,
+        params: Tree,
+        model_state: Tree,
+        rng: Rng,
         data_dir: str,
         imagenet_v2_data_dir: str | None,
         global_step: int,

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
 from algoperf_kfac import __version__
+from commands import atomic
+from commands.errors import UserError
+from commands.flags import new, parse
+from commands.frameworks import FRAMEWORKS
+from submissions import registry
 from submissions.cli.vendoring import CHECKOUT, vendor
-from workloads.errors import UserError
-from workloads.runner.flags import parse
+from submissions.common.description import Description
 
 PROGRAM = "python -m submissions export"
 EPILOG = """Example:
@@ -27,25 +28,12 @@ else is not.
 """
 FOLDERS = {"external": "external_tuning", "self": "self_tuning"}
 RULESETS = {"external": "external", "self": "self-tuning"}  # as submission_info.yml spells them
-FRAMEWORKS = {"pytorch": "PyTorch", "jax": "JAX"}
 NUM_POINTS = 5  # trials of the external ruleset
 MARK = "# Made by `python -m submissions export`; a further export replaces this folder.\n"
-TITLES = {"kfac_expand": "K-FAC-expand", "kfac_reduce": "K-FAC-reduce", "nadamw": "NadamW"}
-SETTINGS = {
-    "kfac_expand": "K-FAC-expand: every position that shares a layer's weight counts as an example of its own.",
-    "kfac_reduce": "K-FAC-reduce: inputs are averaged, output gradients summed over positions that share a weight.",
-}
-KFAC = (
-    "Covered layers (linear and convolutional) move along their K-FAC direction (Eschenhagen et al., 2023, "
-    "https://arxiv.org/abs/2311.00636), with the length of their NadamW update; all other parameters take the "
-    "NadamW update. Linear warm-up, then cosine decay."
-)
-NADAMW = "NadamW for all parameters. Linear warm-up, then cosine decay."
 
 
 def _flags() -> flags.FlagValues:
-    values = flags.FlagValues()
-    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=values)
+    values = new()
     flags.DEFINE_enum("framework", "pytorch", list(FRAMEWORKS), "The framework.", flag_values=values)
     flags.DEFINE_enum("ruleset", "external", list(FOLDERS), "The tuning ruleset.", flag_values=values)
     flags.DEFINE_string(
@@ -63,11 +51,15 @@ def main(argv: Sequence[str]) -> None:
         UserError: there is no such submission, or the folder holds something else.
     """
     values = _flags()
-    if "--help" in argv or "-h" in argv:
-        print(f"usage: {PROGRAM} SUBMISSION --flag=value ...\n\n{EPILOG}\nFlags:\n{values.get_help()}")
-        return
     names = [argument for argument in argv if not argument.startswith("-")]
-    parse([argument for argument in argv if argument.startswith("-")], values, PROGRAM, ("out",))
+    parse(
+        [argument for argument in argv if argument.startswith("-")],
+        values,
+        PROGRAM,
+        ("out",),
+        synopsis="SUBMISSION --flag=value ...",
+        epilog=EPILOG,
+    )
     if len(names) != 1:
         raise UserError(
             f"name one submission, e.g. {PROGRAM} kfac_reduce --out=DIR; flags are written --name=value"
@@ -89,36 +81,26 @@ def contents(
     Raises:
         UserError: there is no such submission, or its search space is not one of the rules.
     """
-    module = f"submissions.{submission}.{framework}.submission"
-    if not CHECKOUT.joinpath(*module.split(".")).with_suffix(".py").is_file():
-        raise UserError(
-            f"there is no submission '{submission}' in {framework}; known: {', '.join(_known(framework))}"
-        )
-    files = vendor(module, "submission")
-    title = TITLES.get(submission, submission)
-    description = NADAMW if submission == "nadamw" else f"{SETTINGS.get(submission, title)} {KFAC}"
+    described = registry.describe(submission, framework)
+    files = vendor(registry.module_name(submission, framework), "submission")
     info = {
-        "submission_name": title,
+        "submission_name": described.title,
         "submission_folder": f"submissions/{FOLDERS[ruleset]}/{submission}",
         "authors": authors,
         "affiliations": affiliations,
         "version": __version__,
         "ruleset": RULESETS[ruleset],
         "framework": FRAMEWORKS[framework],
-        "description": description,
+        "description": described.text,
     }
     # JSON's strings are YAML's double-quoted ones.
     files["submission_info.yml"] = MARK + "".join(f"{key}: {json.dumps(value)}\n" for key, value in info.items())
-    files["README.md"] = _readme(submission, framework, ruleset, title, description)
+    files["README.md"] = _readme(submission, framework, ruleset, described, files)
     files["requirements.txt"] = _requirements(framework)
     files["LICENSE"] = (CHECKOUT / "LICENSE").read_text(encoding="utf-8")
     if ruleset == "external":
         files["tuning_search_space.json"] = _search_space(submission)
     return dict(sorted(files.items()))
-
-
-def _known(framework: str) -> list[str]:
-    return sorted(path.parents[1].name for path in (CHECKOUT / "submissions").glob(f"*/{framework}/submission.py"))
 
 
 def _search_space(submission: str) -> str:
@@ -127,7 +109,7 @@ def _search_space(submission: str) -> str:
         text = path.read_text(encoding="utf-8")
     except OSError:
         raise UserError(f"{submission} has no search space: {path} is missing; use --ruleset=self") from None
-    space: Any = json.loads(text)
+    space = json.loads(text)
     if isinstance(space, list) and len(space) != NUM_POINTS:
         raise UserError(f"{path} lists {len(space)} points; the external ruleset tries {NUM_POINTS}")
     return text
@@ -155,19 +137,26 @@ def _run(submission: str, framework: str, ruleset: str) -> str:
     return " \\\n".join(lines)
 
 
-def _readme(submission: str, framework: str, ruleset: str, title: str, description: str) -> str:
-    rows = [
-        "| `submission.py` | AlgoPerf's functions |",
-        "| `training_step/` | loss, gradient, clipping, schedule, batch sizes |",
+def _readme(
+    submission: str, framework: str, ruleset: str, described: Description[object], files: Mapping[str, str]
+) -> str:
+    folders = {
+        submission: "what the algorithm says of itself, its own point with it",
+        "common/kfac": "the algorithm: AlgoPerf's API around the library",
+        "common": "loss, gradient, clipping, schedule, batch sizes",
+        "algoperf_kfac": f"the library algoperf-kfac {__version__}, as far as it is needed",
+    }
+    rows = ["| `submission.py` | AlgoPerf's functions |"]
+    rows += [
+        f"| `{folder}/` | {what} |"
+        for folder, what in folders.items()
+        if any(name.startswith(f"{folder}/") for name in files)
     ]
-    if submission != "nadamw":
-        rows.insert(1, "| `kfac/` | the algorithm's point, and its API around the library |")
-    rows.insert(-1, f"| `algoperf_kfac/` | the library algoperf-kfac {__version__}, as far as it is needed |")
     if ruleset == "external":
         rows.append("| `tuning_search_space.json` | the points of the external ruleset |")
     tuning = "five points" if ruleset == "external" else "no hyperparameters: the point is in the submission"
     return (
-        f"# {title}\n\n{description}\n\n"
+        f"# {described.title}\n\n{described.text}\n\n"
         f"AlgoPerf submission in {FRAMEWORKS[framework]}, {RULESETS[ruleset]} ruleset ({tuning}). No other package "
         "is needed than AlgoPerf's own (`requirements.txt`), and nothing depends on the workload but the batch "
         "size.\n\n"
@@ -179,30 +168,16 @@ def _readme(submission: str, framework: str, ruleset: str, title: str, descripti
 
 
 def write(folder: Path, files: Mapping[str, str]) -> None:
-    """Writes the folder as a whole, beside its place first, so that no export is ever half there.
+    """Writes the folder as a whole, so that no export is ever half there.
 
     Raises:
         UserError: the folder holds something else than an earlier export, or cannot be written.
     """
     _check_ours(folder, files)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     try:
-        for name, text in files.items():
-            path = temporary / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8", newline="\n")
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(temporary, folder)
+        atomic.write_folder(folder, files)
     except OSError as error:
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
         raise UserError(f"cannot write {folder}: {error.strerror}; give another --out") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_ours(folder: Path, files: Mapping[str, str]) -> None:

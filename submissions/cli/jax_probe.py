@@ -16,11 +16,10 @@ from algoperf_kfac.jax import capture, discovery
 from algoperf_kfac.jax.interpreter import Interpreter, Key
 from algoperf_kfac.jax.operations import Call
 from algoperf_kfac.plan import Load
+from commands.errors import UserError
 from submissions.cli.jax_activations import activation_bytes
 from submissions.cli.probe import Probe
 from submissions.cli.references import line
-from submissions.kfac.defaults import DEFAULTS
-from workloads.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,20 +44,16 @@ class Subject:
         return next((leaf.shape[0] for leaf in jax.tree.leaves(self.args) if leaf.shape), 1)
 
 
-def probe(subject: Subject, submission: str) -> Probe:
+def probe(subject: Subject, config: KFACConfig) -> Probe:
     """Trace the model once.
 
     Args:
         subject: the model.
-        submission: "kfac_expand" or "kfac_reduce".
+        config: the submission's.
 
     Raises:
-        UserError: it is no K-FAC submission, or the model cannot be traced.
+        UserError: the model cannot be traced.
     """
-    approximation = submission.removeprefix("kfac_")
-    if approximation not in DEFAULTS:
-        raise UserError(f"{submission} is no K-FAC submission; plan kfac_expand or kfac_reduce")
-    config = KFACConfig.from_hyperparameters(None, **DEFAULTS[approximation], approximation=approximation)
     try:
         return _probe(subject, config)
     except Exception as error:

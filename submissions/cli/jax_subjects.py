@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from algoperf_kfac.spec import ForwardPassMode
+from commands.errors import UserError
 from submissions.cli import references, sizes
 from submissions.cli.jax_probe import Subject
-from workloads.errors import UserError
+from submissions.common.spec import ForwardPassMode
 
 
 def official(name: str, batch_size: int) -> Subject:

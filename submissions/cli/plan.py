@@ -5,19 +5,19 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from absl import flags
 
 from algoperf_kfac.plan import Plan, make_plan
+from commands.errors import UserError
+from commands.flags import new, parse
+from commands.frameworks import FRAMEWORKS
+from submissions import registry
 from submissions.cli import plan_tables
 from submissions.cli.probe import Probe
-from submissions.training_step.batch_sizes import get_batch_size
-from workloads.errors import UserError
+from submissions.common.batch_sizes import SCORED, get_batch_size
 from workloads.registry import WORKLOADS as EMBEDDED
-from workloads.runner.flags import parse
 
-FRAMEWORKS = {"pytorch": "PyTorch", "jax": "JAX"}
 PROGRAM = "python -m submissions plan"
 EPILOG = """Examples:
   python -m submissions plan --workload=imagenet_vit --framework=pytorch
@@ -30,26 +30,15 @@ traced), with the shapes of the real batch and without data; where its code need
 positional or a dict of keyword arguments. JAX: it returns the function to apply, the parameters, and a tuple of
 further arguments.
 """
-OFFICIAL = (
-    "criteo1tb",
-    "fastmri",
-    "imagenet_resnet",
-    "imagenet_vit",
-    "librispeech_conformer",
-    "librispeech_deepspeech",
-    "ogbg",
-    "wmt",
-)
 
 
 def _flags() -> flags.FlagValues:
-    values = flags.FlagValues()
+    values = new()
 
     def string(name: str, default: str | None, text: str) -> None:
         flags.DEFINE_string(name, default, text, flag_values=values)
 
-    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=values)
-    string("workload", None, f"One of AlgoPerf's workloads ({', '.join(OFFICIAL)}, ...) or {', '.join(EMBEDDED)}.")
+    string("workload", None, f"One of AlgoPerf's workloads ({', '.join(SCORED)}, ...) or {', '.join(EMBEDDED)}.")
     string("model", None, "Instead of a workload: package.module:function, see above.")
     string("framework", "pytorch", "pytorch or jax; with --all also both, separated by a comma.")
     string("submission", "kfac_reduce", "The submission whose layers and settings to plan for.")
@@ -62,7 +51,7 @@ def _flags() -> flags.FlagValues:
     )
     flags.DEFINE_integer("devices", 8, "Data-parallel devices; 8 in AlgoPerf.", lower_bound=1, flag_values=values)
     flags.DEFINE_enum("format", "text", ["text", "markdown"], "How to print.", flag_values=values)
-    flags.DEFINE_bool("all", False, "All eight of AlgoPerf's workloads.", flag_values=values)
+    flags.DEFINE_bool("all", default=False, help="All eight of AlgoPerf's workloads.", flag_values=values)
     return values
 
 
@@ -73,10 +62,7 @@ def main(argv: Sequence[str]) -> None:
         UserError: a flag does not fit, or something needed is not installed.
     """
     values = _flags()
-    if "--help" in argv or "-h" in argv:
-        print(f"usage: {PROGRAM} --flag=value ...\n\n{EPILOG}\nFlags:\n{values.get_help()}")
-        return
-    parse(argv, values, PROGRAM, ())
+    parse(argv, values, PROGRAM, epilog=EPILOG)
     if sum((bool(values.workload), bool(values.model), values.all)) != 1:
         raise UserError(f"give one of --workload, --model and --all. See {PROGRAM} --help.")
     frameworks = values.framework.split(",")
@@ -92,13 +78,13 @@ def main(argv: Sequence[str]) -> None:
         return
     plans: dict[str, list[plan_tables.Named]] = {}
     for framework in frameworks:
-        for name in OFFICIAL:
+        for name in SCORED:
             print(f"{framework}: {name} ...", file=sys.stderr, flush=True)
             plans.setdefault(FRAMEWORKS[framework], []).append((name, *plan_for(values, name, framework)))
     print(plan_tables.render_all(plans, _command(values), values.format), end="")
 
 
-def plan_for(values: Any, name: str, framework: str) -> tuple[Plan, str, int]:
+def plan_for(values: flags.FlagValues, name: str, framework: str) -> tuple[Plan, str, int]:
     """The plan for a workload or model, how it was seen, and the global batch size."""
     devices = values.devices
     batch_size = _batch_size(name, values)
@@ -115,13 +101,13 @@ def plan_for(values: Any, name: str, framework: str) -> tuple[Plan, str, int]:
     return plan, seen.note, batch_size or examples * devices
 
 
-def _batch_size(name: str, values: Any) -> int | None:
+def _batch_size(name: str, values: flags.FlagValues) -> int | None:
     """The global batch size; None for that of a model's example inputs."""
     size = values.batch_size
     if size is None and values.model:
         return None
     if size is None:
-        known = next((base for base in OFFICIAL if name.startswith(base)), name)
+        known = next((base for base in SCORED if name.startswith(base)), name)
         try:
             size = get_batch_size(known)
         except ValueError as error:
@@ -131,7 +117,7 @@ def _batch_size(name: str, values: Any) -> int | None:
     return size
 
 
-def _probe(values: Any, name: str, framework: str, batch_size: int | None) -> tuple[Probe, int]:
+def _probe(values: flags.FlagValues, name: str, framework: str, batch_size: int | None) -> tuple[Probe, int]:
     """See the model, with the framework's adapter; also the examples on a device."""
     try:
         subjects = importlib.import_module(f"submissions.cli.{framework}_subjects")
@@ -146,10 +132,10 @@ def _probe(values: Any, name: str, framework: str, batch_size: int | None) -> tu
     else:
         subject = (subjects.embedded if name in EMBEDDED else subjects.official)(name, batch_size)
     assert batch_size is not None
-    return adapter.probe(subject, values.submission), batch_size
+    return adapter.probe(subject, registry.kfac_config(values.submission, framework)), batch_size
 
 
-def _command(values: Any) -> str:
+def _command(values: flags.FlagValues) -> str:
     """The command line that gives the same output."""
     changed = [
         f"--{name}={values[name].value}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,16 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.layers import Coverage
 from algoperf_kfac.plan import Load
 from algoperf_kfac.pytorch.capture import Capture
 from algoperf_kfac.pytorch.discovery import RAW
 from algoperf_kfac.pytorch.operations import LOOKUPS, RULES
 from algoperf_kfac.pytorch.tied import TiedRecorder
+from commands.errors import UserError
 from submissions.cli.meta import on_meta
 from submissions.cli.probe import Probe
 from submissions.cli.references import line
-from workloads.errors import UserError
+from submissions.common.kfac.pytorch import make_optimizer
 
 UNREAD = "no operation with a rule reads it"
 PRODUCTS = frozenset({torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__})
@@ -51,37 +52,17 @@ class Subject:
     workload: Any = None
 
 
-def probe(subject: Subject, submission: str) -> Probe:
+def probe(subject: Subject, config: KFACConfig) -> Probe:
     """One statistics step of a submission on the model.
 
     Args:
         subject: the model.
-        submission: its name, as that of its folder.
+        config: the submission's.
 
     Raises:
-        UserError: there is no such K-FAC submission, or the model runs neither on the meta device nor on a real
-            batch.
+        UserError: the model runs neither on the meta device nor on a real batch.
     """
-    return probe_optimizer(subject, _optimizer_of(submission, subject.workload))
-
-
-def _optimizer_of(submission: str, workload: Any) -> Callable[[nn.Module], Any]:
-    """Makes a submission's K-FAC optimizer for a model."""
-    name = f"submissions.{submission}.pytorch.submission"
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if not name.startswith(error.name or "?"):
-            raise
-        raise UserError(f"there is no submission '{submission}' in pytorch; try kfac_reduce") from None
-
-    def make(model: nn.Module) -> Any:
-        optimizer = module.init_optimizer_state(workload, model, None, None, (0, 0))["optimizer"]
-        if not hasattr(optimizer, "coverage"):
-            raise UserError(f"{submission} is no K-FAC submission; plan kfac_expand or kfac_reduce")
-        return optimizer
-
-    return make
+    return probe_optimizer(subject, lambda model: make_optimizer(model, config, subject.workload, seed=0))
 
 
 def probe_optimizer(subject: Subject, make_optimizer: Callable[[nn.Module], Any]) -> Probe:

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from algoperf_kfac.spec import ForwardPassMode
+from commands.errors import UserError
 from submissions.cli import references, sizes
 from submissions.cli.meta import on_meta
 from submissions.cli.pytorch_probe import Subject, tensors
-from workloads.errors import UserError
+from submissions.common.spec import ForwardPassMode
 
 
 def official(name: str, batch_size: int) -> Subject:

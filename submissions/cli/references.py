@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from workloads.errors import UserError
+from commands.errors import UserError
 
 
 def official_workload(name: str, framework: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from workloads.errors import UserError
+from commands.errors import UserError
 
 AUDIO_SAMPLES = 320_000  # 20 seconds at 16 kHz, what utterances are padded to
 SENTENCE = 256  # tokens of a packed row

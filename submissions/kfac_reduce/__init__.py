@@ -1,0 +1,17 @@
+"""K-FAC-reduce (arXiv 2311.00636): what it is, and the point it trains with where a search space leaves it open."""
+
+from submissions.common.kfac.method import kfac
+
+# Statistics at every step: they cost reduce little, and a batch gives it one row per example, not per position.
+DESCRIPTION = kfac(
+    "K-FAC-reduce",
+    "inputs are averaged, output gradients summed over positions that share a weight.",
+    approximation="reduce",
+    learning_rate=3e-2,
+    warmup_factor=0.05,
+    horizon_factor=0.5,
+    damping=1e-3,
+    factor_decay=0.9,
+    factor_interval=1,
+    refresh_interval=5,
+)

@@ -59,8 +59,8 @@ def errors(
     that the rounding bound counts twice.
 
     Args:
-      submission: the module `submissions.kfac.jax`.
-      training: its `Training`, with its layers.
+      submission: the module `submissions.common.kfac.jax`.
+      training: its `Run`, with its layers.
       opt_state: any; the gradient does not depend on it.
     """
     if training.config.fisher != "empirical":
@@ -82,7 +82,7 @@ def errors(
     def step(*arguments: Any) -> Any:
         # What the optimizer makes of it is traced, too, and then dropped as nothing depends on it.
         with mock.patch.object(submission, "value_grad_and_statistics", listening_in):
-            training._step(True, *arguments, np.float32(0))
+            training._step(*arguments, np.float32(0), takes_statistics=True)
         (result,) = found
         return result
 

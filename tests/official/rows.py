@@ -9,11 +9,11 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from commands import atomic
 from tests.official import batches
 from tests.official.environment import FRAMEWORKS
 from tests.official.record import POINT, STEPS, SUBMISSIONS, Failure, Record
 from tests.official.variants import VARIANTS
-from workloads import atomic
 
 BEGIN = "<!-- begin: python -m tests.official.table -->"
 END = "<!-- end -->"

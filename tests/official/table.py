@@ -19,11 +19,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from commands import atomic
 from tests.official import batches, environment, rows
 from tests.official.conditions import problems
 from tests.official.record import SUBMISSIONS, Failure, Record, exists
 from tests.official.variants import VARIANTS
-from workloads import atomic
 
 TIMEOUT = 6000  # seconds for a case; the longest of the table took 2320, two at a time
 

@@ -102,7 +102,7 @@ class JaxWatcher:
             self.model_state = jax.tree.map(lambda leaf: leaf.copy(), kwargs["model_state"])
 
     def __enter__(self) -> JaxWatcher:
-        from submissions.training_step import logs
+        from submissions.common import logs
 
         self.stack = contextlib.ExitStack()
         # The loss is what the submission logs, at each step: a callback in the loss function would be seen sooner,
@@ -143,12 +143,18 @@ class JaxWatcher:
             self._check_gradients(state, training)
 
     def _check_gradients(self, state: Any, training: Any) -> None:
-        import submissions.kfac.jax
+        from submissions.common.kfac import jax as submission
         from tests.official import gradient_check_jax
 
         kwargs = self.kwargs
         self.record.gradient_errors, self.record.rounding_bounds = gradient_check_jax.errors(
-            submissions.kfac.jax, training, self.params, state, self.model_state, kwargs["batch"], kwargs["rng"]
+            submission,
+            training,
+            self.params,
+            state,
+            self.model_state,
+            kwargs["batch"],
+            kwargs["rng"],
         )
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from commands.errors import UserError
 from submissions.__main__ import main
 from submissions.cli import export
-from workloads.errors import UserError
+from workloads import registry
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 NAMES = ("kfac_expand", "kfac_reduce", "nadamw")
@@ -163,6 +164,13 @@ def test_every_import_is_relative_and_leads_somewhere(submission, framework):
         for alias in node.names
     }
     assert other not in imported
+
+
+@pytest.mark.parametrize("framework", ["pytorch", "jax"])
+@pytest.mark.parametrize("submission", NAMES)
+def test_no_embedded_workload_is_named(submission, framework):
+    text = "".join(export.contents(submission, framework, "external").values())
+    assert not [name for name in registry.WORKLOADS if name in text]
 
 
 @pytest.mark.parametrize("ruleset", ["external", "self"])

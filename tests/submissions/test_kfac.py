@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from algoperf_kfac.spec import LossType
-from submissions.kfac.defaults import DEFAULTS
+from submissions import registry as submissions
+from submissions.common.spec import LossType
 from tests.submissions.steps import start, train
 from workloads import registry, seeds
 from workloads.runner import submission as loader
@@ -92,7 +92,7 @@ def test_search_space(approximation):
     points = tuning.read_points(str(path), 5)
     assert len(points) == len(json.loads(path.read_text())) == 5
     assert len(set(points)) == 5
-    own = DEFAULTS[approximation]
+    own = submissions.describe(f"kfac_{approximation}", "pytorch").defaults
     assert points[0]._asdict() == {name: own[name] for name in points[0]._fields}, "the first is the default point"
 
 

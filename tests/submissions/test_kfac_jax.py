@@ -14,8 +14,8 @@ import pytest
 from flax.training import checkpoints
 
 from algoperf_kfac.jax import KFACState, layer_states
-from algoperf_kfac.spec import LossType
-from submissions.kfac.model_call import initial_call
+from submissions.common.kfac.model_call import initial_call
+from submissions.common.spec import LossType
 from submissions.kfac_reduce.jax import submission
 
 POINT = {"learning_rate": 0.01, "factor_interval": 2, "refresh_interval": 4, "initial_statistics": 1}

@@ -41,7 +41,7 @@ def test_it_learns(workload):
 
 def test_every_point_of_the_search_space_trains_a_step(workload):
     for point in tuning.read_points(str(SPACE), 6):
-        assert set(point._fields) <= set(submission.DEFAULTS)
+        assert set(point._fields) <= set(submission.DESCRIPTION.defaults)
         model, state = start(submission, workload, point)
         before = copy.deepcopy(model.state_dict())
         train(submission, workload, model, state, 1, point=point)

@@ -15,12 +15,12 @@ import torch
 
 from algoperf_kfac.jax.nadamw import scale_by_nadamw
 from algoperf_kfac.pytorch.nadamw import NadamW
-from algoperf_kfac.spec import LossType
+from submissions.common.jax import apply_directions, clip_gradient, compute_gradient
+from submissions.common.logs import LOG_PERIOD
+from submissions.common.spec import LossType
 from submissions.kfac_reduce.jax import submission as jax_kfac
 from submissions.nadamw.jax import submission as jax_submission
 from submissions.nadamw.pytorch import submission as torch_submission
-from submissions.training_step.jax import apply_directions, clip_gradient, compute_gradient
-from submissions.training_step.logs import LOG_PERIOD
 from workloads.jax.workload import JaxWorkload
 from workloads.pytorch.workload import PyTorchWorkload
 

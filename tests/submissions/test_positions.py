@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from algoperf_kfac.pytorch import KFAC, Positions
-from submissions.kfac.pytorch import output_splits, positions
-from submissions.training_step.positions import graph_in, parts_of_types
+from submissions.common.kfac.pytorch import output_splits, positions
+from submissions.common.positions import graph_in, parts_of_types
 from tests.math import naive
 
 

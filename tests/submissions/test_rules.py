@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from submissions.cli import vendoring
-from submissions.training_step import batch_sizes
+from submissions.common import batch_sizes
+from workloads import registry
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SUBMISSIONS = ("kfac_expand", "kfac_reduce", "nadamw")
@@ -20,8 +21,14 @@ FRAMEWORKS = ("pytorch", "jax")
 
 # What may be asked of a workload: what the technical documentation hands to every submission.
 ALLOWED = {"init_model_fn", "model_fn", "loss_fn", "loss_type", "step_hint", "metrics_logger", "model_params_types"}
-OFFICIAL = "criteo1tb fastmri imagenet_resnet imagenet_vit librispeech_conformer librispeech_deepspeech ogbg wmt"
-NAMES = {*OFFICIAL.split(), "mnist", "cifar", "finewebedu_lm", "mnist_vit", "bible_lm", "librispeech", "imagenet"}
+NAMES = {
+    *batch_sizes.SCORED,
+    *batch_sizes.UNSCORED,
+    *registry.WORKLOADS,
+    "finewebedu_lm",
+    "librispeech",
+    "imagenet",
+}
 IDENTITY = {"__class__", "__qualname__", "__module__", "workload_name", "_workload_name"}
 INSPECTORS = {"type", "isinstance", "getattr", "hasattr", "vars", "dir", "repr", "str", "id", "hash"}
 
@@ -150,7 +157,7 @@ class Toy:
 
     def __init__(self, framework: str, step_hint: int = 30) -> None:
         self.framework, self.step_hint = framework, step_hint
-        kind = importlib.import_module("algoperf_kfac.spec").LossType
+        kind = importlib.import_module("submissions.common.spec").LossType
         self.loss_type = kind.SOFTMAX_CROSS_ENTROPY
 
     def init_model_fn(self, rng):
@@ -258,7 +265,7 @@ def test_names_and_attributes_change_nothing(submission, framework):
 def test_the_contract(submission, framework):
     pytest.importorskip({"pytorch": "torch", "jax": "jax"}[framework])
     module = importlib.import_module(f"submissions.{submission}.{framework}.submission")
-    for name in OFFICIAL.split():
+    for name in batch_sizes.SCORED:
         size = module.get_batch_size(name)
         assert size > 0
         assert size % 8 == 0, "divides over the 8 GPUs of the benchmark"

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
+import re
 from collections import namedtuple
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from submissions.training_step import batch_sizes, hyperparameters, schedule
-from submissions.training_step.logs import LOG_PERIOD
-from submissions.training_step.pytorch import clip_gradient, compute_gradient, log_step
+from submissions.common import batch_sizes, schedule
+from submissions.common.logs import LOG_PERIOD
+from submissions.common.pytorch import clip_gradient, compute_gradient, log_step
+from submissions.kfac_reduce import DESCRIPTION as KFAC
+from submissions.nadamw import DESCRIPTION as NADAMW
 from workloads import registry, seeds
 
 
@@ -126,15 +130,18 @@ def test_logging_is_sparse_and_optional(workload, model, batch):
     log_step(SimpleNamespace(metrics_logger=None), model, result.loss, 0)
 
 
-DEFAULTS = {"learning_rate": 1e-3, "beta2": 0.9, "grad_clip": None}
+DESCRIPTION = dataclasses.replace(
+    NADAMW, defaults={**NADAMW.defaults, "learning_rate": 1e-3, "beta2": 0.9, "grad_clip": None}
+)
 Point = namedtuple("Hyperparameters", ["beta2"])
 
 
 @pytest.mark.parametrize("given", [None, {}, Point(0.99)])
 def test_points_are_completed(given):
-    point = hyperparameters.resolve(given, DEFAULTS)
-    assert (point.learning_rate, point.grad_clip) == (1e-3, None)
-    assert point.beta2 == (0.99 if given else 0.9)
+    training, config = DESCRIPTION.configure(given)
+    assert training == DESCRIPTION.training(given)
+    assert (config.learning_rate, training.grad_clip) == (1e-3, None)
+    assert config.beta2 == (0.99 if given else 0.9)
 
 
 @pytest.mark.parametrize(
@@ -148,12 +155,34 @@ def test_points_are_completed(given):
         ("beta2", 1.0),
         ("beta2", -0.1),
         ("grad_clip", 0),
+        ("grad_clip", math.inf),
+        ("warmup_factor", 1.0),
+        ("horizon_factor", 0),
+        ("label_smoothing", -0.1),
+        ("dropout_rate", "0.1"),
         ("momentum", 0.9),
     ],
 )
-def test_bad_hyperparameters_are_named(name, value):
-    with pytest.raises(ValueError, match=f"hyperparameter '{name}'"):
-        hyperparameters.resolve({name: value}, DEFAULTS)
+@pytest.mark.parametrize("description", [DESCRIPTION, KFAC], ids=["nadamw", "kfac"])
+def test_bad_hyperparameters_are_named(description, name, value):
+    if description is KFAC and name == "learning_rate" and value == 0:
+        assert description.configure({name: value})[1].learning_rate == 0
+        return
+    words = (
+        f"hyperparameter {name}={value!r}: allowed is"
+        if name != "momentum"
+        else "unknown hyperparameter 'momentum'"
+    )
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        description.configure({name: value})
+    if name == "momentum":
+        assert all(f"'{known}'" in str(caught.value) for known in ("grad_clip", "horizon_factor", "beta2"))
+
+
+@pytest.mark.parametrize("given", [3, "beta2", [("beta2", 0.9)]])
+def test_what_is_no_point_is_refused(given):
+    with pytest.raises(ValueError, match="must be a namedtuple, a mapping or None"):
+        DESCRIPTION.configure(given)
 
 
 def test_batch_sizes():

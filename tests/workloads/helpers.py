@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from submissions.training_step import batch_sizes
-from workloads.bible_lm.workload import BaseBibleLmWorkload
+from workloads.bible_lm.task import BibleLmTask
 from workloads.data import bible
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -71,9 +70,9 @@ def metrics(trial: Path) -> list[dict[str, str]]:
 
 def shrink(set_attribute: Callable[[Any, str, Any], None]) -> None:
     """Makes bible_lm cheap to train and evaluate, and evaluates it every two steps."""
-    set_attribute(batch_sizes, "_BATCH_SIZES", {**batch_sizes._BATCH_SIZES, "bible_lm": 8})
-    set_attribute(BaseBibleLmWorkload, "eval_period_steps", 2)
-    set_attribute(BaseBibleLmWorkload, "eval_batch_size", 16)
+    set_attribute(BibleLmTask, "batch_size", 8)
+    set_attribute(BibleLmTask, "eval_period_steps", 2)
+    set_attribute(BibleLmTask, "eval_batch_size", 16)
     for split in ("eval_train", "validation", "test"):
-        set_attribute(BaseBibleLmWorkload, f"num_{split}_examples", 16)
+        set_attribute(BibleLmTask, f"num_{split}_examples", 16)
     set_attribute(bible, "NUM_WINDOWS", dict.fromkeys(bible.NUM_WINDOWS, 16))

@@ -8,8 +8,9 @@ import json
 
 import pytest
 
+from commands import atomic
 from tests.workloads.helpers import arguments, metrics, start
-from workloads import atomic, demo, run, study
+from workloads import demo, run, study
 
 TRIAL = "e/bible_lm_pytorch/trial_1"
 FUNCTIONS = "init_optimizer_state = update_params = data_selection = lambda *a, **k: None\n"
@@ -26,7 +27,7 @@ def _refused(capsys, flags, *words, main=run.main):
 
 
 def test_unknown_names_list_the_known(tmp_path, capsys):
-    _refused(capsys, arguments(tmp_path, workload="imagenet"), "imagenet", "mnist_vit, bible_lm")
+    _refused(capsys, arguments(tmp_path, workload="imagenet"), "imagenet", "bible_lm, mnist_vit")
     _refused(capsys, arguments(tmp_path, framework="tensorflow"), "tensorflow", "pytorch")
     _refused(capsys, arguments(tmp_path, tuning_ruleset="both"), "both", "external, self")
     assert not list(tmp_path.iterdir())
@@ -177,4 +178,4 @@ def test_command_ends_without_a_traceback(tmp_path):
     output, errors = process.communicate()
     assert process.returncode == 2
     assert output == ""
-    assert errors == "error: Unknown workload 'imagenet'. Known: mnist_vit, bible_lm.\n"
+    assert errors == "error: Unknown workload 'imagenet'. Known: bible_lm, mnist_vit.\n"

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from algoperf_kfac.spec import ForwardPassMode, ParameterType
-from submissions.training_step.jax import compute_gradient
+from submissions.common.jax import compute_gradient
+from submissions.common.spec import ForwardPassMode, ParameterType
 from tests.workloads.parity import from_named, jax_params
 from workloads import registry, seeds
 
@@ -225,7 +225,7 @@ def test_dropout_keeps_the_mean():
     from workloads.jax.transformer import Dropout
 
     x = jnp.ones((100, 100))
-    y = np.asarray(Dropout().apply({}, x, jnp.float32(0.25), True, rngs={"dropout": jax.random.PRNGKey(0)}))
+    y = np.asarray(Dropout().apply({}, x, jnp.float32(0.25), train=True, rngs={"dropout": jax.random.PRNGKey(0)}))
     assert set(np.unique(y)) == {np.float32(0.0), np.float32(1 / 0.75)}
     assert (y == 0).mean() == pytest.approx(0.25, abs=0.02)
 

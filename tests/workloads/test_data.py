@@ -8,9 +8,9 @@ import importlib.util
 import numpy as np
 import pytest
 
+from commands.errors import UserError
 from workloads import seeds
 from workloads.data import bible, mnist, source
-from workloads.errors import UserError
 
 
 def test_mnist_parts_are_disjoint_balanced_and_complete():

@@ -10,7 +10,7 @@ import pytest
 
 from tests.workloads.helpers import NADAMW, arguments, metrics, table
 from workloads import run
-from workloads.bible_lm.workload import BaseBibleLmWorkload
+from workloads.bible_lm.task import BibleLmTask
 from workloads.runner.progress import Progress
 
 TRIAL = "e/bible_lm_pytorch/trial_1"
@@ -70,7 +70,7 @@ def test_meta_data(small, tmp_path):
     assert run.main(arguments(tmp_path, max_global_steps=1)) == 0
     content = json.loads((tmp_path / TRIAL / "meta_data_0.json").read_text())
     for name in ("step_hint", "max_allowed_runtime_sec", "validation_target_value", "eval_period_steps"):
-        assert content[f"workload.{name}"] == getattr(BaseBibleLmWorkload, name)
+        assert content[f"workload.{name}"] == getattr(BibleLmTask, name)
     assert content["workload.target_metric_name"] == "loss"
     assert content["rng_seed"] == 3
     assert {"python_version", "torch_version", "numpy_version", "global_batch_size"} <= set(content)
@@ -114,7 +114,7 @@ def test_submission_can_end_training(small, tmp_path):
         tmp_path,
         "stops",
         """
-        from algoperf_kfac.spec import TrainingCompleteError
+        from submissions.common.spec import TrainingCompleteError
         def update_params(**arguments):
             if arguments["global_step"] == 2:
                 raise TrainingCompleteError
@@ -129,7 +129,7 @@ def test_submission_can_end_training(small, tmp_path):
 
 
 def test_stop_at_target(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(BaseBibleLmWorkload, "validation_target_value", 100.0)
+    monkeypatch.setattr(BibleLmTask, "validation_target_value", 100.0)
     assert run.main(arguments(tmp_path / "stop")) == 0
     assert run.main([*arguments(tmp_path / "go"), "--nostop_at_target"]) == 0
     stop, go = (json.loads((tmp_path / name / TRIAL / "outcome.json").read_text()) for name in ("stop", "go"))
@@ -145,7 +145,7 @@ def test_time_budget(small, tmp_path, monkeypatch, ruleset, reached):
     clock = [0.0]
     monkeypatch.setattr(PyTorchBackend, "now", lambda self, *results: clock[0])
     monkeypatch.setattr(PyTorchBackend, "seed_step", lambda self, rng: clock.__setitem__(0, clock[0] + 1.0))
-    monkeypatch.setattr(BaseBibleLmWorkload, "max_allowed_runtime_sec", 7)
+    monkeypatch.setattr(BibleLmTask, "max_allowed_runtime_sec", 7)
     space = tmp_path / "space.json"
     space.write_text('[{"learning_rate": 0.01}]')
     extra = {"tuning_search_space": space} if ruleset == "external" else {}

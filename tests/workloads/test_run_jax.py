@@ -184,4 +184,4 @@ def test_command(tmp_path):
     process = start(flags)
     _, errors = process.communicate()
     assert process.returncode == 2
-    assert errors == "error: Unknown workload 'imagenet'. Known: mnist_vit, bible_lm.\n"
+    assert errors == "error: Unknown workload 'imagenet'. Known: bible_lm, mnist_vit.\n"

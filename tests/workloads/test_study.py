@@ -72,7 +72,7 @@ def test_failure_is_told_with_its_reason(tmp_path, capsys, monkeypatch):
     assert _main(tmp_path / "x", f"--tuning_search_space={space}") == 1
     errors = capsys.readouterr().err
     assert "nadamw/study_1/bible_lm_pytorch/trial_1: FAILED" in errors
-    assert "'learning_rate' must be a number > 0" in errors
+    assert "allowed is a number > 0" in errors
     assert "1 of the trials failed" in errors
 
 

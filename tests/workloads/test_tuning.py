@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from workloads.errors import UserError
+from commands.errors import UserError
 from workloads.runner import tuning
 
 SPACE = {

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+
+from submissions.common.api import Batch
 
 
-class BatchQueue(Iterator[dict[str, Any]]):
+class BatchQueue(Iterator[Batch]):
     """Yields `batch_at(0)`, `batch_at(1)`, ...; `position` is the index of the next one and may be set."""
 
-    def __init__(self, batch_at: Callable[[int], dict[str, Any]]) -> None:
+    def __init__(self, batch_at: Callable[[int], Batch]) -> None:
         self._batch_at = batch_at
         self.position = 0
 
-    def __next__(self) -> dict[str, Any]:
+    def __next__(self) -> Batch:
         batch = self._batch_at(self.position)
         self.position += 1
         return batch

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from workloads import atomic
-from workloads.errors import UserError
+from commands import atomic
+from commands.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 
-from algoperf_kfac.spec import ParameterType, ShapeTuple
+from submissions.common.api import Tree
+from submissions.common.spec import ParameterType, ShapeTuple
 
 _ATTENTION = {
     "query": ParameterType.ATTENTION_Q,
@@ -16,17 +15,17 @@ _ATTENTION = {
 }
 
 
-def parameter_types(params: Any) -> Any:
+def parameter_types(params: Tree) -> Tree:
     """The tree of `params` with types for arrays."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: _type([entry.key for entry in path], leaf), params)
 
 
-def parameter_shapes(params: Any) -> Any:
+def parameter_shapes(params: Tree) -> Tree:
     """The tree of `params` with shapes for arrays, wrapped, because a tuple would be a subtree."""
     return jax.tree.map(lambda leaf: ShapeTuple(leaf.shape), params)
 
 
-def _type(path: list[str], leaf: Any) -> ParameterType:
+def _type(path: list[str], leaf: jax.Array) -> ParameterType:
     *modules, name = path
     is_bias = name == "bias"
     if modules[-1].startswith("norm"):

@@ -18,7 +18,7 @@ class Dropout(nn.Module):
     """
 
     @nn.compact
-    def __call__(self, x: jax.Array, rate: Rate, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, rate: Rate, *, train: bool) -> jax.Array:
         if not train or (isinstance(rate, (int, float)) and rate == 0):
             return x
         key = self.make_rng("dropout")
@@ -37,7 +37,7 @@ class Attention(nn.Module):
     causal: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, dropout_rate: Rate, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, dropout_rate: Rate, *, train: bool) -> jax.Array:
         width = x.shape[-1]
         size = width // self.heads
         query, key, value = (
@@ -48,7 +48,7 @@ class Attention(nn.Module):
         if self.causal:
             future = jnp.triu(jnp.ones(scores.shape[-2:], bool), 1)
             scores = jnp.where(future, -jnp.inf, scores)
-        attention = Dropout()(nn.softmax(scores), dropout_rate, train)
+        attention = Dropout()(nn.softmax(scores), dropout_rate, train=train)
         mixed = jnp.einsum("nhqk,nkhd->nqhd", attention, value)
         out = nn.DenseGeneral(width, axis=(-2, -1), kernel_init=nn.initializers.xavier_uniform(), name="out")
         return out(mixed)
@@ -60,9 +60,9 @@ class Mlp(nn.Module):
     hidden: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, dropout_rate: Rate, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, dropout_rate: Rate, *, train: bool) -> jax.Array:
         hidden = nn.gelu(dense(self.hidden, "linear1")(x), approximate=True)
-        return dense(x.shape[-1], "linear2")(Dropout()(hidden, dropout_rate, train))
+        return dense(x.shape[-1], "linear2")(Dropout()(hidden, dropout_rate, train=train))
 
 
 class Block(nn.Module):
@@ -73,11 +73,13 @@ class Block(nn.Module):
     causal: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, dropout_rate: Rate, train: bool) -> jax.Array:
-        update = Attention(self.heads, self.causal, name="attention")(norm("norm1")(x), dropout_rate, train)
-        x = x + Dropout()(update, dropout_rate, train)
-        update = Mlp(self.hidden, name="mlp")(norm("norm2")(x), dropout_rate, train)
-        return x + Dropout()(update, dropout_rate, train)
+    def __call__(self, x: jax.Array, dropout_rate: Rate, *, train: bool) -> jax.Array:
+        update = Attention(self.heads, causal=self.causal, name="attention")(
+            norm("norm1")(x), dropout_rate, train=train
+        )
+        x = x + Dropout()(update, dropout_rate, train=train)
+        update = Mlp(self.hidden, name="mlp")(norm("norm2")(x), dropout_rate, train=train)
+        return x + Dropout()(update, dropout_rate, train=train)
 
 
 def dense(features: int, name: str) -> nn.Dense:

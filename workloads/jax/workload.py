@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from algoperf_kfac.spec import ForwardPassMode
+from submissions.common.api import Batch, Rng, Tree
+from submissions.common.spec import ForwardPassMode
 from workloads.data.queue import BatchQueue
 from workloads.jax import devices
 from workloads.jax.parameter_types import parameter_shapes, parameter_types
@@ -34,7 +34,7 @@ class JaxWorkload(Workload):
     def build_model(self) -> nn.Module:
         """The model, called as model(inputs, dropout_rate, train)."""
 
-    def init_model_fn(self, rng: Any) -> tuple[Any, None]:
+    def init_model_fn(self, rng: Rng) -> tuple[Tree, None]:
         inputs = self.numpy_batch(np.zeros(2, np.int32), "validation", 0, 1)["inputs"]
         params = self._init(_key(rng), _narrow(inputs), 0.0, train=False)["params"]
         self._param_shapes = parameter_shapes(params)
@@ -43,11 +43,11 @@ class JaxWorkload(Workload):
 
     def model_fn(
         self,
-        params: Any,
-        augmented_and_preprocessed_input_batch: dict[str, Any],
+        params: Tree,
+        augmented_and_preprocessed_input_batch: Batch,
         model_state: None,
         mode: ForwardPassMode,
-        rng: Any,
+        rng: Rng,
         update_batch_norm: bool,
         dropout_rate: float | jax.Array = 0.0,
     ) -> tuple[jax.Array, None]:
@@ -56,7 +56,7 @@ class JaxWorkload(Workload):
         train = mode == ForwardPassMode.TRAIN
         inputs = augmented_and_preprocessed_input_batch["inputs"]
         rngs = {"dropout": _key(rng)} if train else None
-        logits: Any = self._model.apply({"params": params}, inputs, dropout_rate, train, rngs=rngs)
+        logits: Tree = self._model.apply({"params": params}, inputs, dropout_rate, train=train, rngs=rngs)
         return logits, None
 
     def loss_fn(
@@ -81,7 +81,7 @@ class JaxWorkload(Workload):
 
     def _build_input_queue(
         self,
-        data_rng: Any,
+        data_rng: np.ndarray,
         split: str,
         data_dir: str,
         global_batch_size: int,
@@ -103,9 +103,9 @@ class JaxWorkload(Workload):
         split: str,
         num_examples: int,
         global_batch_size: int,
-        params: Any,
+        params: Tree,
         model_state: None,
-        rng: Any,
+        rng: np.ndarray,
         data_dir: str,
         global_step: int = 0,
     ) -> dict[str, float]:
@@ -119,15 +119,15 @@ class JaxWorkload(Workload):
         summed, correct, n_valid = (float(value) for value in total)
         return {"loss": summed / n_valid, "accuracy": correct / n_valid}
 
-    def _evaluation_sums(self, params: Any, model_state: None, batch: dict[str, jax.Array]) -> jax.Array:
+    def _evaluation_sums(self, params: Tree, model_state: None, batch: Batch) -> jax.Array:
         """Sums over a batch of the loss, of correct predictions and of valid examples: (3,)."""
-        logits, _ = self.model_fn(params, batch, model_state, ForwardPassMode.EVAL, None, False)
+        logits, _ = self.model_fn(params, batch, model_state, ForwardPassMode.EVAL, None, update_batch_norm=False)
         loss = self.loss_fn(batch["targets"], logits, batch["weights"])
         correct = ((logits.argmax(axis=-1) == batch["targets"]) * batch["weights"]).sum()
         return jnp.stack([loss["summed"], correct, loss["n_valid_examples"]])
 
 
-def _key(rng: Any) -> Any:
+def _key(rng: Rng) -> Rng:
     """The raw key JAX takes, of the runner's rng, an integer array of shape (2,); a typed key is handed on."""
     return rng if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) else rng.astype(np.uint32)
 

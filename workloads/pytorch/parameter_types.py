@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from algoperf_kfac.spec import ParameterType
+from submissions.common.spec import ParameterType
 
 _ATTENTION = {
     "query": ParameterType.ATTENTION_Q,

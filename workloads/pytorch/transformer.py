@@ -12,7 +12,7 @@ from torch import nn
 class Attention(nn.Module):
     """Multi-head self-attention over (N, R, width), written out so that its four linear layers stay visible."""
 
-    def __init__(self, width: int, heads: int, causal: bool) -> None:
+    def __init__(self, width: int, heads: int, *, causal: bool) -> None:
         super().__init__()
         self.heads = heads
         self.causal = causal
@@ -49,10 +49,10 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), over (N, R, width)."""
 
-    def __init__(self, width: int, hidden: int, heads: int, causal: bool) -> None:
+    def __init__(self, width: int, hidden: int, heads: int, *, causal: bool) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attention = Attention(width, heads, causal)
+        self.attention = Attention(width, heads, causal=causal)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, hidden)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import abc
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from algoperf_kfac.spec import ForwardPassMode
+from submissions.common.api import Batch, Rng
+from submissions.common.spec import ForwardPassMode
 from workloads.data.queue import BatchQueue
 from workloads.pytorch import devices
 from workloads.pytorch.parameter_types import parameter_shapes, parameter_types
@@ -27,11 +27,11 @@ class PyTorchWorkload(Workload):
     def build_model(self) -> nn.Module:
         """A new model, initialised from PyTorch's global generator; called as model(inputs, dropout_rate)."""
 
-    @abc.abstractmethod
     def prepare_inputs(self, inputs: np.ndarray) -> np.ndarray:
-        """The inputs of a batch in the layout the model expects."""
+        """The inputs of a batch in the layout the model expects; as they are, unless a workload says otherwise."""
+        return inputs
 
-    def init_model_fn(self, rng: Any) -> tuple[nn.Module, None]:
+    def init_model_fn(self, rng: Rng) -> tuple[nn.Module, None]:
         torch.manual_seed(int(rng[0]))
         model = self.build_model()
         self._param_shapes = parameter_shapes(model)
@@ -45,10 +45,10 @@ class PyTorchWorkload(Workload):
     def model_fn(
         self,
         params: nn.Module,
-        augmented_and_preprocessed_input_batch: dict[str, Any],
+        augmented_and_preprocessed_input_batch: Batch,
         model_state: None,
         mode: ForwardPassMode,
-        rng: Any,
+        rng: Rng,
         update_batch_norm: bool,
         dropout_rate: float = 0.0,
     ) -> tuple[torch.Tensor, None]:
@@ -82,7 +82,7 @@ class PyTorchWorkload(Workload):
 
     def _build_input_queue(
         self,
-        data_rng: Any,
+        data_rng: np.ndarray,
         split: str,
         data_dir: str,
         global_batch_size: int,
@@ -112,7 +112,7 @@ class PyTorchWorkload(Workload):
         global_batch_size: int,
         params: nn.Module,
         model_state: None,
-        rng: Any,
+        rng: np.ndarray,
         data_dir: str,
         global_step: int = 0,
     ) -> dict[str, float]:
@@ -123,10 +123,13 @@ class PyTorchWorkload(Workload):
         queue = self._build_input_queue(rng, split, data_dir, global_batch_size)
         sums = torch.zeros(3, dtype=torch.float64, device=devices.device())
         for _ in range(-(-num_examples // global_batch_size)):
-            batch = next(queue)
-            logits, _ = self.model_fn(model, batch, model_state, ForwardPassMode.EVAL, rng, False)
-            loss = self.loss_fn(batch["targets"], logits, batch["weights"])
-            correct = ((logits.argmax(dim=-1) == batch["targets"]) * batch["weights"]).sum()
-            sums += torch.stack([loss["summed"], correct, loss["n_valid_examples"]])
-        summed, correct_count, n_valid = sums.tolist()  # the only wait for the device
-        return {"loss": summed / n_valid, "accuracy": correct_count / n_valid}
+            sums += self._evaluation_sums(model, next(queue), rng)
+        summed, correct, n_valid = sums.tolist()  # the only wait for the device
+        return {"loss": summed / n_valid, "accuracy": correct / n_valid}
+
+    def _evaluation_sums(self, model: nn.Module, batch: Batch, rng: Rng) -> torch.Tensor:
+        """Sums over a batch of the loss, of correct predictions and of valid examples: (3,)."""
+        logits, _ = self.model_fn(model, batch, None, ForwardPassMode.EVAL, rng, update_batch_norm=False)
+        loss = self.loss_fn(batch["targets"], logits, batch["weights"])
+        correct = ((logits.argmax(dim=-1) == batch["targets"]) * batch["weights"]).sum()
+        return torch.stack([loss["summed"], correct, loss["n_valid_examples"]])

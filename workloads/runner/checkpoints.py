@@ -7,15 +7,15 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from workloads import atomic
+from commands import atomic
+from submissions.common.api import Tree
 
 KEEP = 2
 
 
-def save(folder: Path, step: int, content: bytes, keep_all: bool) -> None:
-    """Writes `checkpoint_<step>`, then removes all but the last two."""
+def save(folder: Path, step: int, content: bytes, *, keep_all: bool) -> None:
+    """Writes `checkpoint_<step>`, then removes all but the last two, unless all are to be kept."""
     atomic.write_bytes(folder / f"checkpoint_{step}", content)
     if not keep_all:
         for path in _newest_first(folder)[KEEP:]:
@@ -23,7 +23,7 @@ def save(folder: Path, step: int, content: bytes, keep_all: bool) -> None:
                 path.unlink()
 
 
-def restore(folder: Path, unpack: Callable[[bytes], dict[str, Any]]) -> dict[str, Any] | None:
+def restore(folder: Path, unpack: Callable[[bytes], dict[str, Tree]]) -> dict[str, Tree] | None:
     """What `unpack` makes of the newest checkpoint it can read; None if there is none."""
     for path in _newest_first(folder):
         try:

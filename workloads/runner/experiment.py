@@ -9,11 +9,12 @@ import shutil
 from pathlib import Path
 from typing import Any, TextIO
 
-from workloads.errors import UserError
+from commands.errors import UserError
+from workloads.runner.outcome import Outcome
 
 
 def open_folder(
-    experiment_dir: str, experiment_name: str, workload: str, framework: str, overwrite: bool, resume: bool
+    experiment_dir: str, experiment_name: str, workload: str, framework: str, *, overwrite: bool, resume: bool
 ) -> Path:
     """`<experiment_dir>/<experiment_name>/<workload>_<framework>`, made and known to be writable.
 
@@ -53,9 +54,10 @@ def check_writable(folder: Path) -> None:
         ) from None
 
 
-def outcome(trial_folder: Path) -> dict[str, Any] | None:
+def outcome(trial_folder: Path) -> Outcome | None:
     """The outcome of a finished trial, None if it is not finished."""
-    return _read_json(trial_folder / "outcome.json")
+    found: Outcome | None = _read_json(trial_folder / "outcome.json")
+    return found
 
 
 def recorded_seed(trial_folder: Path) -> int | None:
@@ -79,7 +81,7 @@ def lock(trial_folder: Path) -> TextIO:
     return file
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

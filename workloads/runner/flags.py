@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-
 from absl import flags
 
-from workloads.errors import UserError
+from commands.flags import new
+from commands.frameworks import FRAMEWORKS
 from workloads.registry import WORKLOADS
-
-FRAMEWORKS = ("pytorch", "jax")
 
 
 def define() -> flags.FlagValues:
-    """The flags with their defaults, in a set of their own, so that several runs fit into one process."""
-    values = flags.FlagValues()
-    # absl's --help and --flagfile belong to its global set only.
-    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=values)
+    """The flags with their defaults."""
+    values = new()
     flags.DEFINE_string("workload", None, f"The workload: {', '.join(WORKLOADS)}. Required.", flag_values=values)
     flags.DEFINE_string("framework", None, f"The framework: {', '.join(FRAMEWORKS)}. Required.", flag_values=values)
     flags.DEFINE_string("submission_path", None, "The submission's Python file. Required.", flag_values=values)
@@ -46,18 +40,20 @@ def define() -> flags.FlagValues:
     )
     flags.DEFINE_string("experiment_dir", None, "The folder of all experiments. Required.", flag_values=values)
     flags.DEFINE_string("experiment_name", None, "The experiment's folder in it. Required.", flag_values=values)
-    flags.DEFINE_bool("overwrite", False, "Remove what an earlier run left there.", flag_values=values)
+    flags.DEFINE_bool("overwrite", default=False, help="Remove what an earlier run left there.", flag_values=values)
     flags.DEFINE_bool(
         "resume_last_run",
-        False,
-        "Go on where an earlier run was interrupted; finished trials are kept.",
+        default=False,
+        help="Go on where an earlier run was interrupted; finished trials are kept.",
         flag_values=values,
     )
-    flags.DEFINE_bool("save_checkpoints", True, "Save a checkpoint at each evaluation.", flag_values=values)
+    flags.DEFINE_bool(
+        "save_checkpoints", default=True, help="Save a checkpoint at each evaluation.", flag_values=values
+    )
     flags.DEFINE_bool(
         "save_intermediate_checkpoints",
-        False,
-        "Keep all checkpoints, not only the last two.",
+        default=False,
+        help="Keep all checkpoints, not only the last two.",
         flag_values=values,
     )
     flags.DEFINE_integer(
@@ -72,36 +68,15 @@ def define() -> flags.FlagValues:
     )
     flags.DEFINE_string("data_dir", None, "Not needed: the data come from packages.", flag_values=values)
     flags.DEFINE_bool(
-        "torch_compile", False, "Compile the model with torch.compile (PyTorch only).", flag_values=values
+        "torch_compile",
+        default=False,
+        help="Compile the model with torch.compile (PyTorch only).",
+        flag_values=values,
     )
     flags.DEFINE_bool(
         "stop_at_target",
-        True,
-        "End a trial once the validation target is reached. False: train up to the step limit.",
+        default=True,
+        help="End a trial once the validation target is reached. False: train up to the step limit.",
         flag_values=values,
     )
     return values
-
-
-def parse(argv: Sequence[str], values: flags.FlagValues, program: str, required: Sequence[str]) -> None:
-    """Parses the arguments after the program's name into `values`; with --help prints it and exits.
-
-    Raises:
-      UserError: an unknown flag, a malformed value, a missing required flag, or an argument that is no flag.
-    """
-    try:
-        rest = values([program, *argv])[1:]
-    except flags.Error as error:
-        raise UserError(f"{_one_line(error)} See {program} --help.") from None
-    if values.help:
-        print(f"usage: {program} --flag=value ...\n{values.get_help()}")
-        sys.exit(0)
-    if rest:
-        raise UserError(f"Unexpected argument '{rest[0]}'; flags are written --name=value. See {program} --help.")
-    for name in required:
-        if not values[name].value:
-            raise UserError(f"The flag --{name} is missing. See {program} --help.")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".") + "."

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from typing import Any
 
 import flax
 import jax
@@ -14,8 +13,11 @@ import numpy as np
 import optax
 from flax import serialization
 
-from workloads.errors import UserError
+from commands.errors import UserError
+from submissions.common.api import Tree
 from workloads.jax import devices
+from workloads.runner.logs import MetricsLogger
+from workloads.workload import Workload
 
 
 class JaxBackend:
@@ -50,12 +52,12 @@ class JaxBackend:
         """The rng as submissions get it: a raw key, as in the official harness, of dtype uint32 and shape (2,)."""
         return rng.astype(np.uint32)
 
-    def now(self, *results: Any) -> float:
+    def now(self, *results: Tree) -> float:
         """Seconds on a steady clock, once these results have been computed."""
         jax.block_until_ready(results)
         return time.perf_counter()
 
-    def compiled(self, model: Any) -> Any:
+    def compiled(self, model: Tree) -> Tree:
         """The parameters: submissions compile their steps themselves, and the runner refuses --torch_compile."""
         return model
 
@@ -63,22 +65,23 @@ class JaxBackend:
         """The value: there is one process."""
         return value
 
-    def watch_loss(self, workload: Any) -> Callable[[], float]:
+    def watch_loss(self, workload: Workload) -> Callable[[], float]:
         """Returns a function that reads the last training loss the submission logged; NaN before the first.
 
         A compiled step gives no look at its loss, so the progress shows what the log holds.
         """
 
         def read() -> float:
-            rows = workload.metrics_logger.rows if workload.metrics_logger is not None else []
+            logger = workload.metrics_logger
+            rows = logger.rows if isinstance(logger, MetricsLogger) else []
             return next((float(row["loss"]) for row in reversed(rows) if "loss" in row), float("nan"))
 
         return read
 
-    def unwatch_loss(self, workload: Any) -> None:
+    def unwatch_loss(self, workload: Workload) -> None:
         """Nothing: the workload is as it was."""
 
-    def check_optimizer_state(self, optimizer_state: Any) -> None:
+    def check_optimizer_state(self, optimizer_state: Tree) -> None:
         """Raises UserError unless the state can be saved the way the official harness saves it."""
         if not (isinstance(optimizer_state, tuple) and len(optimizer_state) == 2):
             raise UserError(
@@ -92,19 +95,19 @@ class JaxBackend:
             if np.size(leaf) == 0:
                 raise UserError(f"{name} is an array without entries, {remedy}.")
 
-    def pack(self, params: Any, optimizer_state: Any, rest: dict[str, Any]) -> bytes:
+    def pack(self, params: Tree, optimizer_state: tuple[Tree, Tree], rest: dict[str, object]) -> bytes:
         """The content of a checkpoint file."""
         trees = {
             "model_params": params,
             "optimizer_state": optimizer_state[0],
             "model_state": rest["model_state"],
         }
-        content: dict[str, Any] = {name: serialization.to_state_dict(tree) for name, tree in trees.items()}
+        content: dict[str, Tree] = {name: serialization.to_state_dict(tree) for name, tree in trees.items()}
         # As text, because msgpack knows no tuples; floats survive it unchanged.
         content["rest"] = json.dumps({name: value for name, value in rest.items() if name not in trees})
         return serialization.msgpack_serialize(jax.device_get(content))
 
-    def unpack(self, content: bytes, params: Any, optimizer_state: Any) -> dict[str, Any]:
+    def unpack(self, content: bytes, params: Tree, optimizer_state: tuple[Tree, Tree]) -> dict[str, Tree]:
         """What `pack` was given, arrays in the structures of `params` and `optimizer_state`.
 
         A submission whose state is empty before its first step gets nested dictionaries, as it would from flax.
@@ -123,7 +126,7 @@ class JaxBackend:
         }
 
 
-def _filled(tree: Any, saved: Any) -> Any:
+def _filled(tree: Tree, saved: Tree) -> Tree:
     """`tree` with what `flax.serialization.to_state_dict` made of another of its structure, on all devices."""
     expected, given = (_shapes(state) for state in (serialization.to_state_dict(tree), saved))
     if expected != given:
@@ -137,6 +140,6 @@ def _filled(tree: Any, saved: Any) -> Any:
     )
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
     """The shapes of the leaves by their paths."""
     return {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

@@ -13,14 +13,17 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 
-from workloads import atomic
+from commands import atomic
+from submissions.common.api import Hyperparameters, Tree
+from submissions.common.hyperparameters import as_mapping
 from workloads.workload import Workload
 
-Row = dict[str, Any]
+Scalar: TypeAlias = bool | int | float | str
+Row: TypeAlias = dict[str, Scalar]
 
 
 class MetricsLogger:
@@ -36,9 +39,10 @@ class MetricsLogger:
 
     def append_scalar_metrics(
         self,
-        metrics: Mapping[str, Any],
+        metrics: Mapping[str, Tree],
         global_step: int,
         preemption_count: int | None = None,
+        *,
         is_eval: bool = False,
     ) -> None:
         """Adds a row, to the evaluations too if `is_eval`."""
@@ -70,19 +74,20 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
     atomic.write_text(path, buffer.getvalue())
 
 
-def write_hyperparameters(folder: Path, point: Any) -> None:
+def write_hyperparameters(folder: Path, point: Hyperparameters) -> None:
     """Writes a point to hparams.json; None, of the self-tuning ruleset, leaves no file."""
     if point is not None:
-        atomic.write_json(folder / "hparams.json", point._asdict())
+        atomic.write_json(folder / "hparams.json", as_mapping(point))
 
 
-def read_hyperparameters(folder: Path) -> dict[str, Any] | None:
+def read_hyperparameters(folder: Path) -> dict[str, object] | None:
     """The point an earlier run of the trial wrote, None if there is none."""
     path = folder / "hparams.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    point: dict[str, object] | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return point
 
 
-def meta_data(workload: Workload, versions: Mapping[str, str], seed: int) -> dict[str, Any]:
+def meta_data(workload: Workload, versions: Mapping[str, str], seed: int) -> dict[str, object]:
     """What a reader of the logs needs to know: the workload's constants, versions, the seed."""
     skipped = {"param_shapes", "model_params_types", "metrics_logger"}
     names = [name for name in dir(workload) if not name.startswith("_") and name not in skipped]
@@ -98,6 +103,7 @@ def meta_data(workload: Workload, versions: Mapping[str, str], seed: int) -> dic
     }
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Tree) -> Scalar:
     """A Python scalar of a NumPy or framework scalar: rows must survive CSV and checkpoint."""
-    return value.item() if hasattr(value, "item") else value
+    scalar: Scalar = value.item() if hasattr(value, "item") else value
+    return scalar

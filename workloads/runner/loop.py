@@ -12,12 +12,18 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
-from algoperf_kfac.spec import TrainingCompleteError
-from workloads import atomic, seeds
+import numpy as np
+
+from commands import atomic
+from submissions.common.api import EvalResults, Hyperparameters
+from submissions.common.spec import TrainingCompleteError
+from workloads import seeds
+from workloads.data.queue import BatchQueue
 from workloads.runner import checkpoints
+from workloads.runner.backend import Backend
 from workloads.runner.logs import MetricsLogger, meta_data, write_hyperparameters
+from workloads.runner.outcome import Outcome
 from workloads.runner.progress import Progress
 from workloads.runner.submission import Submission
 from workloads.workload import Workload
@@ -38,8 +44,8 @@ class Trial:
     workload: Workload
     workload_name: str
     submission: Submission
-    backend: Any
-    hyperparameters: Any
+    backend: Backend
+    hyperparameters: Hyperparameters
     folder: Path
     seed: int
     batch_size: int
@@ -51,10 +57,10 @@ class Trial:
     save_checkpoints: bool
     keep_all_checkpoints: bool
     torch_compile: bool
-    flags: dict[str, Any]
+    flags: dict[str, object]
 
 
-def run(trial: Trial) -> dict[str, Any]:
+def run(trial: Trial) -> Outcome:
     """Trains a trial to its end, from its last checkpoint if there is one, and returns its outcome."""
     run_ = _Run(trial)
     run_.restore()
@@ -70,7 +76,7 @@ class _Run:
         self.trial = trial
         data_rng, optimizer_rng, model_rng, self.rng = seeds.split(seeds.root(trial.seed), 4)
         workload, backend = trial.workload, trial.backend
-        self.queue: Any = workload._build_input_queue(data_rng, "train", trial.data_dir, trial.batch_size)
+        self.queue: BatchQueue = workload._build_input_queue(data_rng, "train", trial.data_dir, trial.batch_size)
         self.params, self.model_state = workload.init_model_fn(model_rng)
         if trial.torch_compile:
             self.params = backend.compiled(self.params)
@@ -82,8 +88,8 @@ class _Run:
         self.preemption_count = 0
         self.duration_before = 0.0
         self.first_step_time: float | None = None
-        self.eval_results: list[tuple[int, dict[str, float]]] = []
-        self.state: dict[str, Any] = {
+        self.eval_results: EvalResults = []
+        self.state: dict[str, float] = {
             "validation_goal_reached": False,
             "test_goal_reached": False,
             "is_time_remaining": True,
@@ -127,7 +133,7 @@ class _Run:
     def save(self) -> None:
         if not self.trial.save_checkpoints:
             return
-        rest = {
+        rest: dict[str, object] = {
             "model_state": self.model_state,
             "train_state": dict(self.state),
             "eval_results": list(self.eval_results),
@@ -140,7 +146,7 @@ class _Run:
             "eval_rows": self.logger.eval_rows,
         }
         content = self.trial.backend.pack(self.params, self.optimizer_state, rest)
-        checkpoints.save(self.trial.folder, self.step, content, self.trial.keep_all_checkpoints)
+        checkpoints.save(self.trial.folder, self.step, content, keep_all=self.trial.keep_all_checkpoints)
 
     def write_meta_data(self) -> None:
         trial = self.trial
@@ -158,7 +164,7 @@ class _Run:
 
     def is_over(self) -> bool:
         goal = self.trial.stop_at_target and self.state["validation_goal_reached"]
-        return goal or self.state["training_complete"] or not self.state["is_time_remaining"]
+        return bool(goal or self.state["training_complete"] or not self.state["is_time_remaining"])
 
     def train(self) -> None:
         trial, backend = self.trial, self.trial.backend
@@ -187,9 +193,9 @@ class _Run:
 
     def is_eval_due(self) -> bool:
         period = self.trial.workload.eval_period_steps
-        return self.step == 1 or self.step % period == 0 or self.state["training_complete"]
+        return self.step == 1 or self.step % period == 0 or bool(self.state["training_complete"])
 
-    def update(self, data_rng: Any, update_rng: Any) -> None:
+    def update(self, data_rng: np.ndarray, update_rng: np.ndarray) -> None:
         """One timed step."""
         trial, submission = self.trial, self.trial.submission
         batch = submission.data_selection(
@@ -230,7 +236,7 @@ class _Run:
         if self.first_step_time is None:
             self.first_step_time = seconds
 
-    def prepare_for_eval(self, rng: Any) -> None:
+    def prepare_for_eval(self, rng: np.ndarray) -> None:
         """The submission's own preparation, timed."""
         trial = self.trial
         if trial.submission.prepare_for_eval is None:
@@ -256,7 +262,7 @@ class _Run:
         time = self.trial.backend.same_on_all(self.state["accumulated_submission_time"])
         self.state["is_time_remaining"] = time < self.trial.max_runtime_sec
 
-    def evaluate(self, rng: Any) -> None:
+    def evaluate(self, rng: np.ndarray) -> None:
         """The untimed evaluation."""
         trial, state = self.trial, self.state
         start = trial.backend.now()
@@ -264,8 +270,10 @@ class _Run:
         result = trial.workload.eval_model(
             trial.eval_batch_size, self.params, self.model_state, rng, trial.data_dir, None, self.step
         )
-        state["validation_goal_reached"] |= trial.workload.has_reached_validation_target(result)
-        state["test_goal_reached"] |= trial.workload.has_reached_test_target(result)
+        if trial.workload.has_reached_validation_target(result):
+            state["validation_goal_reached"] = True
+        if trial.workload.has_reached_test_target(result):
+            state["test_goal_reached"] = True
         end = trial.backend.now()
         state["last_eval_time"] = end
         state["accumulated_eval_time"] += end - start
@@ -292,7 +300,7 @@ class _Run:
         name = f"validation/{self.trial.workload.target_metric_name}"
         return f"{name} {self.eval_results[-1][1][name]:.4f}" if self.eval_results else ""
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> Outcome:
         """Writes the outcome, which also marks the trial as finished."""
         outcome = self.outcome()
         if self.trial.backend.is_main():
@@ -300,7 +308,7 @@ class _Run:
             atomic.write_json(self.trial.folder / "outcome.json", outcome)
         return outcome
 
-    def outcome(self) -> dict[str, Any]:
+    def outcome(self) -> Outcome:
         workload = self.trial.workload
         name = f"validation/{workload.target_metric_name}"
         hit = next(
@@ -324,7 +332,6 @@ class _Run:
             "final_metric": self.eval_results[-1][1][name] if self.eval_results else None,
             "global_step": self.step,
             "accumulated_submission_time": self.state["accumulated_submission_time"],
-            # It compiles, in JAX and under --torch_compile, and counts as any other.
             "first_step_time": self.first_step_time,
             "ms_per_step": 1e3 * self.state["accumulated_submission_time"] / max(self.step, 1),
             "accumulated_eval_time": self.state["accumulated_eval_time"],

@@ -5,15 +5,25 @@ from __future__ import annotations
 import io
 import os
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
-from workloads.errors import UserError
+from commands.errors import UserError
+from submissions.common.api import Tree
 from workloads.pytorch import devices
+from workloads.workload import Workload
+
+
+class Stateful(Protocol):
+    """What a checkpoint can hold."""
+
+    def state_dict(self) -> dict[str, Tree]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Tree], /) -> object: ...
 
 
 class PyTorchBackend:
@@ -22,7 +32,7 @@ class PyTorchBackend:
     def start(self) -> None:
         """Makes results repeatable and joins the other processes, if any."""
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS's deterministic mode
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(mode=True, warn_only=True)
         # The mode would also fill every torch.empty, a cost for nothing: no code here reads it unwritten.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         devices.start_processes()
@@ -48,13 +58,13 @@ class PyTorchBackend:
         """The rng as submissions get it: as in the official harness, of dtype int32 and shape (2,)."""
         return rng
 
-    def now(self, *results: Any) -> float:
+    def now(self, *results: Tree) -> float:
         """Seconds on a steady clock, once the device has done its work, whether or not `results` come of it."""
         del results
         devices.synchronize()
         return time.perf_counter()
 
-    def compiled(self, model: nn.Module) -> Any:
+    def compiled(self, model: nn.Module) -> Tree:
         return torch.compile(model)
 
     def same_on_all(self, value: float) -> float:
@@ -65,25 +75,25 @@ class PyTorchBackend:
         torch.distributed.broadcast(tensor, src=0)
         return tensor.item()
 
-    def watch_loss(self, workload: Any) -> Callable[[], float]:
+    def watch_loss(self, workload: Workload) -> Callable[[], float]:
         """Returns a function that reads the last training loss; only reading it waits for the device."""
         original = workload.loss_fn
         last: dict[str, torch.Tensor] = {}
 
-        def loss_fn(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        def loss_fn(*args: Tree, **kwargs: Tree) -> dict[str, torch.Tensor]:
             losses = original(*args, **kwargs)
             if losses["summed"].requires_grad:  # not in evaluations
                 last.update(summed=losses["summed"].detach(), n=losses["n_valid_examples"])
             return losses
 
-        workload.loss_fn = loss_fn
+        workload.loss_fn = loss_fn  # type: ignore[method-assign]
         return lambda: float(last["summed"] / last["n"]) if last else float("nan")
 
-    def unwatch_loss(self, workload: Any) -> None:
+    def unwatch_loss(self, workload: Workload) -> None:
         """Removes what `watch_loss` added: the next trial uses the same workload."""
         del workload.loss_fn
 
-    def check_optimizer_state(self, optimizer_state: Any) -> None:
+    def check_optimizer_state(self, optimizer_state: Tree) -> None:
         """Raises UserError unless the state can be saved the way the official harness saves it."""
         if not isinstance(optimizer_state, dict):
             raise UserError("The submission's init_optimizer_state must return a dict in PyTorch.")
@@ -94,7 +104,7 @@ class PyTorchBackend:
                     "so it cannot be resumed; use --nosave_checkpoints or wrap it."
                 )
 
-    def pack(self, model: nn.Module, optimizer_state: dict[str, Any], rest: dict[str, Any]) -> bytes:
+    def pack(self, model: nn.Module, optimizer_state: Mapping[str, Stateful], rest: dict[str, object]) -> bytes:
         """The content of a checkpoint file."""
         buffer = io.BytesIO()
         content = {
@@ -105,7 +115,7 @@ class PyTorchBackend:
         torch.save(content, buffer)
         return buffer.getvalue()
 
-    def unpack(self, content: bytes, model: nn.Module, optimizer_state: dict[str, Any]) -> dict[str, Any]:
+    def unpack(self, content: bytes, model: nn.Module, optimizer_state: Mapping[str, Stateful]) -> dict[str, Tree]:
         """Loads a checkpoint into model and optimizer state; returns them and the rest."""
         checkpoint = torch.load(io.BytesIO(content), map_location=devices.device(), weights_only=True)
         unwrapped(model).load_state_dict(checkpoint["model_params"])

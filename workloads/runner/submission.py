@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
-from workloads.errors import UserError
+from commands.errors import UserError
+from submissions.common.api import DataSelection, InitOptimizerState, PrepareForEval, UpdateParams
 
 REQUIRED = ("init_optimizer_state", "update_params", "data_selection", "get_batch_size")
 
@@ -22,11 +22,11 @@ REQUIRED = ("init_optimizer_state", "update_params", "data_selection", "get_batc
 class Submission:
     """AlgoPerf's functions of a submission, and whether `update_params` wants the training state."""
 
-    init_optimizer_state: Callable[..., Any]
-    update_params: Callable[..., Any]
-    data_selection: Callable[..., Any]
+    init_optimizer_state: InitOptimizerState
+    update_params: UpdateParams
+    data_selection: DataSelection
     get_batch_size: Callable[[str], int]
-    prepare_for_eval: Callable[..., Any] | None
+    prepare_for_eval: PrepareForEval | None
     get_eval_batch_size: Callable[[str], int] | None
     needs_train_state: bool
 
@@ -68,7 +68,7 @@ def batch_size(submission: Submission, workload_name: str, devices: int) -> int:
     return size
 
 
-def check_divides(name: str, size: Any, devices: int) -> None:
+def check_divides(name: str, size: object, devices: int) -> None:
     """Raises UserError unless `size` is a positive integer divisible by the number of devices."""
     if not isinstance(size, int) or size < 1:
         raise UserError(f"The {name} must be a positive integer, the submission gave {size!r}.")

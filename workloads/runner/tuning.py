@@ -13,15 +13,18 @@ import math
 from collections import namedtuple
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from workloads.errors import UserError
+from commands.errors import UserError
+from submissions.common.api import Hyperparameters, Point
 
 _FORMS = 'a range {"min": a, "max": b, "scaling": "linear" or "log"} or {"feasible_points": [...]}'
+Entry: TypeAlias = Mapping[str, Any]  # of a space, for one hyperparameter, as JSON has it
+
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
-def read_points(path: str, count: int) -> list[Any]:
+def read_points(path: str, count: int) -> list[Point]:
     """The first `count` points of the search space in a JSON file, as namedtuples `Hyperparameters`.
 
     A list of points gives as many as it has, at most `count`.
@@ -45,10 +48,11 @@ def read_points(path: str, count: int) -> list[Any]:
         points = draw(_check_ranges(space, path), count)
     else:
         raise UserError(f"The search space {path} must be a JSON object of ranges or a list of points.")
-    return [namedtuple("Hyperparameters", point)(**point) for point in points]
+    made: list[Any] = [namedtuple("Hyperparameters", point)(**point) for point in points]
+    return made
 
 
-def draw(space: Mapping[str, Mapping[str, Any]], count: int) -> list[dict[str, Any]]:
+def draw(space: Mapping[str, Entry], count: int) -> list[dict[str, object]]:
     """The first `count` points of a checked space.
 
     Each hyperparameter with more than one value is a dimension of a Halton sequence, in the order of the space;
@@ -67,7 +71,7 @@ def draw(space: Mapping[str, Mapping[str, Any]], count: int) -> list[dict[str, A
     ]
 
 
-def _value(entry: Mapping[str, Any], position: float) -> Any:
+def _value(entry: Entry, position: float) -> object:
     if "feasible_points" in entry:
         return entry["feasible_points"][int(position * len(entry["feasible_points"]))]
     low, high = entry["min"], entry["max"]
@@ -76,7 +80,7 @@ def _value(entry: Mapping[str, Any], position: float) -> Any:
     return low + position * (high - low)
 
 
-def _is_constant(entry: Mapping[str, Any]) -> bool:
+def _is_constant(entry: Entry) -> bool:
     return len(entry.get("feasible_points", (0, 0))) == 1 or ("min" in entry and entry["min"] == entry["max"])
 
 
@@ -100,7 +104,7 @@ def _primes() -> Iterator[int]:
             yield number
 
 
-def _check_ranges(space: dict[str, Any], path: str) -> dict[str, Mapping[str, Any]]:
+def _check_ranges(space: dict[str, Entry], path: str) -> dict[str, Entry]:
     if not space:
         raise UserError(f"The search space {path} is empty; give each hyperparameter {_FORMS}.")
     for name, entry in space.items():
@@ -111,7 +115,7 @@ def _check_ranges(space: dict[str, Any], path: str) -> dict[str, Mapping[str, An
     return space
 
 
-def _problem(entry: Any) -> str | None:
+def _problem(entry: object) -> str | None:
     """What is wrong with one entry of a space, or None."""
     if not isinstance(entry, dict):
         return "is not an object"
@@ -135,7 +139,7 @@ def _problem(entry: Any) -> str | None:
     return None
 
 
-def _check_list(points: list[Any], path: str) -> list[dict[str, Any]]:
+def _check_list(points: list[dict[str, object]], path: str) -> list[dict[str, object]]:
     if not points or not all(isinstance(point, dict) and point for point in points):
         raise UserError(
             f"The search space {path}: a list must hold at least one point {{name: value, ...}}, no others."
@@ -162,17 +166,18 @@ def _check_name(name: str, path: str) -> None:
         raise UserError(f"The search space {path}: '{name}' cannot be the name of a hyperparameter.")
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def select(points: Sequence[Any], start: int | None, end: int | None) -> list[tuple[int, Any]]:
+def select(points: Sequence[Point], start: int | None, end: int | None) -> list[tuple[int, Hyperparameters]]:
     """The points [start, end) with their indices.
 
     Raises:
       UserError: none is left.
     """
-    chosen = list(enumerate(points))[start:end]
+    chosen: list[tuple[int, Hyperparameters]] = list(enumerate(points))
+    chosen = chosen[start:end]
     if not chosen:
         raise UserError(
             f"No point lies between --hparam_start_index={start} and --hparam_end_index={end}: "

@@ -1,13 +1,19 @@
 """K-FAC-expand (arXiv 2311.00636) in JAX."""
 
-from __future__ import annotations
+from submissions.common.batch_sizes import get_batch_size
+from submissions.common.kfac.jax import KFACSubmission
+from submissions.common.pass_through import data_selection, prepare_for_eval
+from submissions.kfac_expand import DESCRIPTION
 
-from submissions.kfac.jax import KFACSubmission
-from submissions.training_step.batch_sizes import get_batch_size
-from submissions.training_step.pass_through import data_selection, prepare_for_eval
-
-_submission = KFACSubmission("expand")
+_submission = KFACSubmission(DESCRIPTION)
 init_optimizer_state = _submission.init_optimizer_state
 update_params = _submission.update_params
 
-__all__ = ["data_selection", "get_batch_size", "init_optimizer_state", "prepare_for_eval", "update_params"]
+__all__ = [
+    "DESCRIPTION",
+    "data_selection",
+    "get_batch_size",
+    "init_optimizer_state",
+    "prepare_for_eval",
+    "update_params",
+]

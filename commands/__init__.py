@@ -1,0 +1,1 @@
+"""What every command line of this repository shares: flags, one-line errors, files written whole."""

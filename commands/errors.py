@@ -1,0 +1,38 @@
+"""A user's mistake: the one exception for it, the one line it is shown as, the one exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+MISTAKE = 2  # the exit code of a command that was given something it cannot do
+INTERRUPTED = 130  # as a shell reports Ctrl-C
+
+
+class UserError(Exception):
+    """Something the user can put right: the message names the thing and the remedy, in one line."""
+
+
+def run(command: Callable[[], int | None], *, interrupted: str = "interrupted") -> int:
+    """Runs a command; a user's mistake becomes one line on standard error instead of a traceback.
+
+    Args:
+        command: does the work; None stands for the exit code 0.
+        interrupted: what to say after Ctrl-C.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        return command() or 0
+    except UserError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return MISTAKE
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr)
+        return INTERRUPTED
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error, its line breaks as blanks."""
+    return " ".join(str(error).split())

@@ -1,0 +1,1 @@
+"""What every submission shares: AlgoPerf's API, a step's gradient, schedule, hyperparameters, batch sizes."""

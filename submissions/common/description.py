@@ -1,0 +1,60 @@
+"""What a submission says of itself: its name, what it does, its hyperparameters; plan and export read it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Generic, TypeVar
+
+from submissions.common.api import Hyperparameters
+from submissions.common.hyperparameters import TrainingConfig, as_mapping, names_of
+
+Config = TypeVar("Config")  # an optimizer's own hyperparameters: a dataclass that checks them
+
+
+@dataclasses.dataclass(frozen=True)
+class Description(Generic[Config]):
+    """A submission in words and numbers, the same in every framework: `DESCRIPTION` in its submission.py.
+
+    Attributes:
+        title: its name to people.
+        text: what it does, in one paragraph, for the leaderboard.
+        config: the class of its optimizer's hyperparameters; KFACConfig for K-FAC.
+        defaults: its own point: what self-tuning trains with, and what a search space leaves open.
+    """
+
+    title: str
+    text: str
+    config: type[Config]
+    defaults: Mapping[str, object]
+
+    def training(self, hyperparameters: Hyperparameters) -> TrainingConfig:
+        """As `configure`, without the optimizer's part: for every step."""
+        point = self._point(hyperparameters)
+        return TrainingConfig(**_chosen(point, names_of(TrainingConfig)))
+
+    def configure(self, hyperparameters: Hyperparameters) -> tuple[TrainingConfig, Config]:
+        """A point of the search space, with the defaults for what it leaves open.
+
+        Args:
+            hyperparameters: a namedtuple of the external ruleset; None in self-tuning; a mapping is accepted too.
+
+        Returns:
+            What the training reads of it, and what the optimizer reads.
+
+        Raises:
+            ValueError: an unknown hyperparameter, or a value out of range; the message names it.
+        """
+        point = self._point(hyperparameters)
+        training, own = names_of(TrainingConfig), names_of(self.config)
+        unknown = sorted(set(point) - training - own)
+        if unknown:
+            raise ValueError(f"unknown hyperparameter {unknown[0]!r}: known are {sorted(training | own)}")
+        return TrainingConfig(**_chosen(point, training)), self.config(**_chosen(point, own))
+
+    def _point(self, hyperparameters: Hyperparameters) -> dict[str, object]:
+        return {**self.defaults, **as_mapping(hyperparameters)}
+
+
+def _chosen(point: Mapping[str, object], names: set[str]) -> dict[str, Any]:
+    return {name: value for name, value in point.items() if name in names}

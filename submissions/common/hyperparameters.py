@@ -1,0 +1,78 @@
+"""Hyperparameters as dataclasses that check themselves, read from a point of the search space before training."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+from submissions.common.api import Hyperparameters
+
+Check: TypeAlias = tuple[Callable[[float], bool], str]
+
+POSITIVE: Check = (lambda value: value > 0, "a number > 0")
+NON_NEGATIVE: Check = (lambda value: value >= 0, "a number >= 0")
+FRACTION: Check = (lambda value: 0 <= value < 1, "a number in [0, 1)")
+UNIT: Check = (lambda value: 0 < value <= 1, "a number in (0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """What the training around an optimizer reads, named as in AlgoPerf.
+
+    Attributes:
+        warmup_factor: length of the warm-up as a share of the horizon.
+        horizon_factor: horizon of the schedule as a share of the workload's step_hint.
+        label_smoothing: as AlgoPerf's loss_fn takes it.
+        dropout_rate: as AlgoPerf's model_fn takes it.
+        grad_clip: global norm the gradient is clipped to, None for no clipping.
+
+    Raises:
+        ValueError: naming the hyperparameter, its value and what is allowed.
+    """
+
+    warmup_factor: float = 0.05
+    horizon_factor: float = 1.0
+    label_smoothing: float = 0.0
+    dropout_rate: float = 0.0
+    grad_clip: float | None = None
+
+    def __post_init__(self) -> None:
+        check("warmup_factor", self.warmup_factor, FRACTION)
+        check("horizon_factor", self.horizon_factor, POSITIVE)
+        check("label_smoothing", self.label_smoothing, FRACTION)
+        check("dropout_rate", self.dropout_rate, FRACTION)
+        check("grad_clip", self.grad_clip, POSITIVE, optional=True)
+
+
+def check(name: str, value: object, allowed: Check, *, optional: bool = False) -> None:
+    """Raises ValueError unless a value is a finite number in the allowed range, or None if it is optional."""
+    if optional and value is None:
+        return
+    in_range, text = allowed
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not (number and in_range(value)):  # type: ignore[arg-type]  # a number
+        raise ValueError(f"hyperparameter {name}={value!r}: allowed is {text}{', or None' * optional}")
+
+
+def names_of(config: type) -> set[str]:
+    """The hyperparameters of a dataclass."""
+    return {field.name for field in dataclasses.fields(config)}
+
+
+def as_mapping(hyperparameters: Hyperparameters) -> dict[str, object]:
+    """A point by name; empty for None.
+
+    Raises:
+        ValueError: for something else than a namedtuple, a mapping or None.
+    """
+    if hyperparameters is None:
+        return {}
+    if isinstance(hyperparameters, Mapping):
+        return dict(hyperparameters)
+    if hasattr(hyperparameters, "_asdict"):
+        return hyperparameters._asdict()
+    raise ValueError(
+        f"hyperparameters must be a namedtuple, a mapping or None, got {type(hyperparameters).__name__}"
+    )

@@ -1,0 +1,1 @@
+"""What the K-FAC submissions share: everything but the approximation and the point."""

@@ -1,0 +1,30 @@
+"""What the descriptions of the K-FAC submissions have in common."""
+
+from __future__ import annotations
+
+from algoperf_kfac.config import KFACConfig
+from submissions.common.description import Description
+
+TEXT = (
+    "Covered layers (linear and convolutional) move along their K-FAC direction (Eschenhagen et al., 2023, "
+    "https://arxiv.org/abs/2311.00636), with the length of their NadamW update; all other parameters take the "
+    "NadamW update. Linear warm-up, then cosine decay."
+)
+# One point per approximation, the same for every workload; this much of it is the same for both.
+POINT = {
+    "one_minus_beta1": 0.2,
+    "beta2": 0.99,
+    "weight_decay": 0.05,
+    "grad_clip": 0.25,
+}
+
+
+def kfac(title: str, setting: str, **point: object) -> Description[KFACConfig]:
+    """The description of a K-FAC submission.
+
+    Args:
+        title: its name to people.
+        setting: what it makes of positions that share a weight, in one sentence.
+        **point: its own point, where it differs from `POINT`.
+    """
+    return Description(title, f"{title}: {setting} {TEXT}", KFACConfig, POINT | point)

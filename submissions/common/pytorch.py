@@ -1,0 +1,123 @@
+"""The part of a training step that does not depend on the optimizer, in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from submissions.common.api import Batch, Rng, Tree, Workload
+from submissions.common.logs import is_log_step
+from submissions.common.spec import ForwardPassMode, LossType
+
+
+class Capture(Protocol):
+    """What gathers curvature while a forward and a backward pass run inside of it; KFAC.capture() gives one."""
+
+    loss_normalizer: torch.Tensor | float | None
+
+    def backward_fisher(self, logits: Tree, loss_type: LossType | None, weights: Tree, /) -> None: ...
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a forward and backward pass gave; the gradients lie in `.grad`. Nothing here was waited for.
+
+    Attributes:
+      loss: mean over the valid examples of all devices, a detached scalar.
+      n_valid: valid examples (in a language model: tokens) of all devices, a scalar.
+      logits: of this device's batch, detached where they are a tensor.
+      new_model_state: from model_fn.
+    """
+
+    loss: torch.Tensor
+    n_valid: torch.Tensor
+    logits: Tree
+    new_model_state: Tree
+
+
+def compute_gradient(
+    workload: Workload,
+    model: nn.Module,
+    batch: Batch,
+    model_state: Tree,
+    rng: Rng,
+    dropout_rate: float | None = None,
+    label_smoothing: float = 0.0,
+    context: AbstractContextManager[Capture] | None = None,
+    loss_type: LossType | None = None,
+) -> StepResult:
+    """One forward and backward pass in training mode: the gradient of the mean loss over all devices, in `.grad`.
+
+    Args:
+      dropout_rate: None for the workload's own.
+      context: a K-FAC capture, entered around the forward and the backward pass; it is told the divisor of the
+        summed loss, and makes its own backward passes where its Fisher needs them.
+      loss_type: of the workload; needed with a context.
+    """
+    model.train()
+    model.zero_grad(set_to_none=True)
+    dropout = {} if dropout_rate is None else {"dropout_rate": dropout_rate}
+    with context if context is not None else nullcontext() as capture:
+        logits, new_model_state = workload.model_fn(
+            params=model,
+            augmented_and_preprocessed_input_batch=batch,
+            model_state=model_state,
+            mode=ForwardPassMode.TRAIN,
+            rng=rng,
+            update_batch_norm=True,
+            **dropout,
+        )
+        losses = workload.loss_fn(
+            label_batch=batch["targets"],
+            logits_batch=logits,
+            mask_batch=batch.get("weights"),
+            label_smoothing=label_smoothing,
+        )
+        n_valid = _summed_over_devices(torch.as_tensor(losses["n_valid_examples"]))
+        if capture is not None:
+            # What this process's gradients are scaled by, see below.
+            capture.loss_normalizer = n_valid / _world_size()
+            capture.backward_fisher(logits, loss_type, batch.get("weights"))
+        # DistributedDataParallel averages gradients over devices, hence the factor; the sum over all devices is
+        # divided by the count over all devices, so shards of unequal size weigh what they hold.
+        (losses["summed"] * (_world_size() / n_valid)).backward()
+    return StepResult(
+        loss=_summed_over_devices(losses["summed"].detach()) / n_valid,
+        n_valid=n_valid,
+        logits=logits.detach() if isinstance(logits, torch.Tensor) else logits,
+        new_model_state=new_model_state,
+    )
+
+
+def clip_gradient(parameters: Iterable[nn.Parameter], max_norm: float | None) -> None:
+    """Scales all gradients so that their global norm is at most `max_norm`; None leaves them."""
+    if max_norm is not None:
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+
+def log_step(workload: Workload, model: nn.Module, loss: torch.Tensor, global_step: int, **metrics: float) -> None:
+    """Logs loss, gradient norm and other metrics every 100 steps, if the workload has a logger."""
+    if workload.metrics_logger is None or not is_log_step(workload, global_step):
+        return
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    # torch.nn.utils.get_total_norm needs torch 2.6.
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm() if gradients else torch.zeros(())
+    row = {"loss": loss.item(), "grad_norm": norm.item(), **metrics}
+    workload.metrics_logger.append_scalar_metrics(row, global_step)
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _summed_over_devices(value: torch.Tensor) -> torch.Tensor:
+    if _world_size() > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+    return value

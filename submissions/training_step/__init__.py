@@ -1,1 +1,0 @@
-"""What every submission shares: the gradient of a step, clipping, logging, hyperparameters, batch sizes."""

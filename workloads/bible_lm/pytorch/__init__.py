@@ -1,1 +1,0 @@
-"""The PyTorch part of bible_lm."""

@@ -1,1 +1,0 @@
-"""The JAX part of mnist_vit."""

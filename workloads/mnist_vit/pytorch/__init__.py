@@ -1,1 +1,0 @@
-"""The PyTorch part of mnist_vit."""
