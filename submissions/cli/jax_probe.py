@@ -10,12 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from algoperf_kfac.plan import Load
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.jax import capture, discovery
 from algoperf_kfac.jax.interpreter import Interpreter, Key
 from algoperf_kfac.jax.operations import Call
-from algoperf_kfac.plan import Load
 from commands.errors import UserError
 from submissions.cli.jax_activations import activation_bytes
 from submissions.cli.probe import Probe

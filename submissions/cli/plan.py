@@ -5,16 +5,17 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 from absl import flags
 
-from algoperf_kfac.plan import Plan, make_plan
+from algoperf_kfac.cost import Plan
 from commands.errors import UserError
 from commands.flags import new, parse
 from commands.frameworks import FRAMEWORKS
 from submissions import registry
 from submissions.cli import plan_tables
-from submissions.cli.probe import Probe
 from submissions.common.batch_sizes import SCORED, get_batch_size
 from workloads.registry import WORKLOADS as EMBEDDED
 
@@ -88,17 +89,9 @@ def plan_for(values: flags.FlagValues, name: str, framework: str) -> tuple[Plan,
     """The plan for a workload or model, how it was seen, and the global batch size."""
     devices = values.devices
     batch_size = _batch_size(name, values)
-    seen, examples = _probe(values, name, framework, None if batch_size is None else batch_size // devices)
-    plan = make_plan(
-        seen.coverage,
-        seen.loads,
-        seen.config,
-        devices=devices,
-        activation_bytes=seen.activation_bytes,
-        capture_bytes=seen.capture_bytes,
-        gradient_copies=2 if framework == "pytorch" and devices > 1 else 1,
-    )
-    return plan, seen.note, batch_size or examples * devices
+    adapter, subject = _subject(values, name, framework, None if batch_size is None else batch_size // devices)
+    seen = adapter.sight(subject, registry.kfac_config(values.submission, framework))
+    return adapter.plan_of(seen, devices=devices), seen.note, batch_size or subject.batch_size * devices
 
 
 def _batch_size(name: str, values: flags.FlagValues) -> int | None:
@@ -117,8 +110,8 @@ def _batch_size(name: str, values: flags.FlagValues) -> int | None:
     return size
 
 
-def _probe(values: flags.FlagValues, name: str, framework: str, batch_size: int | None) -> tuple[Probe, int]:
-    """See the model, with the framework's adapter; also the examples on a device."""
+def _subject(values: flags.FlagValues, name: str, framework: str, batch_size: int | None) -> tuple[ModuleType, Any]:
+    """The framework's adapter, and the model for it to see."""
     try:
         subjects = importlib.import_module(f"submissions.cli.{framework}_subjects")
         adapter = importlib.import_module(f"submissions.cli.{framework}_probe")
@@ -127,12 +120,9 @@ def _probe(values: flags.FlagValues, name: str, framework: str, batch_size: int 
             f"--framework={framework} needs the module '{error.name}', which is not installed"
         ) from None
     if values.model:
-        subject = subjects.custom(name, batch_size)
-        batch_size = subject.batch_size
-    else:
-        subject = (subjects.embedded if name in EMBEDDED else subjects.official)(name, batch_size)
+        return adapter, subjects.custom(name, batch_size)
     assert batch_size is not None
-    return adapter.probe(subject, registry.kfac_config(values.submission, framework)), batch_size
+    return adapter, (subjects.embedded if name in EMBEDDED else subjects.official)(name, batch_size)
 
 
 def _command(values: flags.FlagValues) -> str:

@@ -6,8 +6,8 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from algoperf_kfac.cost import DEVICE_BYTES, LayerPlan, Memory, Plan
 from algoperf_kfac.layers import FallbackSpec
-from algoperf_kfac.plan import DEVICE_BYTES, LayerPlan, Memory, Plan
 
 Named = tuple[str, Plan, str, int]
 Table = list[list[str]]

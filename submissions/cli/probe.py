@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from algoperf_kfac.plan import Load
+
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.layers import Coverage
-from algoperf_kfac.plan import Load
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from algoperf_kfac.pytorch.meta import on_meta
+from algoperf_kfac.pytorch.probe import tensors
 from commands.errors import UserError
 from submissions.cli import references, sizes
-from submissions.cli.meta import on_meta
-from submissions.cli.pytorch_probe import Subject, tensors
+from submissions.cli.pytorch_probe import Subject
 from submissions.common.spec import ForwardPassMode
 
 
@@ -88,7 +89,8 @@ def custom(reference: str, batch_size: int | None) -> Subject:
             return model(**inputs)
         return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
-    return Subject(build, outputs, batch_size or _examples(build, made), None)
+    examples = _examples(build, made)  # also shows whether it is such a function
+    return Subject(build, outputs, batch_size or examples)
 
 
 def _examples(build: Callable[[], nn.Module], made: Mapping[int, Any]) -> int:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
+from algoperf_kfac import cost
+from algoperf_kfac.config import KFACConfig
+from algoperf_kfac.layers import Coverage
 from algoperf_kfac.pytorch import KFAC
-from submissions.cli.pytorch_probe import Subject, probe_optimizer
+from algoperf_kfac.pytorch.scalings import scaling_of
+from submissions.cli.pytorch_probe import Subject, sight_optimizer
 
 BATCH = 4
 
@@ -45,10 +49,18 @@ class Recurrent(nn.Module):
         return self.lstm(x)[0]
 
 
+def make_plan(coverage: Coverage, loads: Mapping[str, cost.Load], config: KFACConfig, **options) -> cost.Plan:
+    """The plan of PyTorch's optimizer."""
+    moments = 2 if config.grafting else 1
+    return cost.make_plan(
+        coverage, loads, config, scaling_of(config), moments_of_covered=moments, counts=1, **options
+    )
+
+
 def inputs(n: int = BATCH) -> torch.Tensor:
     return torch.randn(n, 4, 8, 6)
 
 
 def seen_by(model: Callable[[], Net] = Net, batch_size: int = BATCH, small: int | None = None, **config):
     subject = Subject(model, lambda net, n: net(inputs(n)), batch_size, small)
-    return probe_optimizer(subject, lambda net: KFAC(net, **config))
+    return sight_optimizer(subject, lambda net: KFAC(net, **config))

@@ -10,12 +10,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from algoperf_kfac.config import KFACConfig
+from algoperf_kfac.cost import ITEM_BYTES, Load
 from algoperf_kfac.layers import Coverage, LayerSpec
-from algoperf_kfac.plan import ITEM_BYTES, Load, make_plan
 from algoperf_kfac.pytorch import KFAC
-from algoperf_kfac.pytorch.preconditioner import precondition
-from submissions.cli.pytorch_probe import Subject, probe_optimizer
-from tests.submissions.planned import BATCH, Branching, Net, Recurrent, inputs, seen_by
+from submissions.cli.pytorch_probe import Subject, sight_optimizer
+from tests.submissions.planned import BATCH, Branching, Net, Recurrent, inputs, make_plan, seen_by
 
 
 def tensor_bytes(tree: object, seen: set[int]) -> int:
@@ -88,7 +87,7 @@ def test_expand_statistics_flops_are_those_counted():
     subject = Subject(
         lambda: model, lambda net, n: net(x[:n].detach().to(next(net.parameters()).device)), BATCH, None
     )
-    seen = probe_optimizer(subject, KFAC)
+    seen = sight_optimizer(subject, KFAC)
     plan = make_plan(seen.coverage, seen.loads, seen.config)
     extra = counted(lambda: step(True)) - counted(lambda: step(False))
     assert sum(layer.statistics for layer in plan.layers) == extra
@@ -105,7 +104,7 @@ def test_preconditioning_flops_are_those_counted(config):
     for layer in make_plan(optimizer.coverage(), {}, optimizer.config).layers:
         spec, state = layer.spec, optimizer._layers.states[layer.spec.name]
         m = torch.randn(spec.groups, spec.out_dim, spec.factor_in_dim)
-        flops = counted(lambda m=m, state=state: precondition(state, m, m, optimizer.config, 0.9))
+        flops = counted(lambda m=m, state=state: optimizer.scaling.precondition(state, m, m, 0.9))
         assert layer.preconditioning == flops, spec.name
 
 
@@ -173,7 +172,7 @@ def test_planning_leaves_torch_as_it_was():
 
 def test_both_weights_of_an_lstm_see_every_time_step():
     subject = Subject(Recurrent, lambda net, n: net(torch.zeros(n, 7, 3)), BATCH, None)
-    seen = probe_optimizer(subject, KFAC)
+    seen = sight_optimizer(subject, KFAC)
     for direction in ("", "_reverse"):
         inputs_load, hidden_load = (seen.loads[f"lstm.weight_{side}_l0{direction}"] for side in ("ih", "hh"))
         assert inputs_load == Load(BATCH, 7, 7 * BATCH, 7 * BATCH * 3, 7 * BATCH * 20)
@@ -219,4 +218,4 @@ def test_jax_sees_what_pytorch_sees():
 def test_rows_of_graphs_are_positions_of_their_graphs():
     make = lambda: nn.Linear(3, 5)  # noqa: E731
     subject = Subject(make, lambda net, n: net(torch.zeros(12, 3)), 3, None, segments={12: 3})
-    assert probe_optimizer(subject, KFAC).loads["weight"] == Load(3, 4, 12, 36, 60)
+    assert sight_optimizer(subject, KFAC).loads["weight"] == Load(3, 4, 12, 36, 60)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from algoperf_kfac.plan import ITEM_BYTES
+from algoperf_kfac.cost import ITEM_BYTES
 from algoperf_kfac.pytorch import KFAC
-from submissions.cli.pytorch_probe import Subject, probe_optimizer
+from submissions.cli.pytorch_probe import Subject, sight_optimizer
 from tests.submissions.planned import BATCH, Net, Recurrent, inputs, seen_by
 
 
@@ -22,7 +22,7 @@ def test_activations_are_what_autograd_keeps():
         BATCH,
         None,
     )
-    seen = probe_optimizer(subject, KFAC)
+    seen = sight_optimizer(subject, KFAC)
     assert seen.activation_bytes == ITEM_BYTES * BATCH * (3 + 5)
 
 
@@ -74,7 +74,7 @@ def test_a_dropout_mask_takes_a_byte_per_entry():
         BATCH,
         None,
     )
-    seen = probe_optimizer(subject, KFAC)
+    seen = sight_optimizer(subject, KFAC)
     assert seen.activation_bytes == ITEM_BYTES * BATCH * (3 + 5) + BATCH * 5
 
 
@@ -94,7 +94,7 @@ class Padded(nn.Module):
 def test_what_does_not_grow_with_the_batch_is_not_scaled():
     def kept(batch_size, small):
         subject = Subject(Padded, lambda net, n: net(torch.zeros(n, 8)), batch_size, small)
-        seen = probe_optimizer(subject, KFAC)
+        seen = sight_optimizer(subject, KFAC)
         return seen.activation_bytes, seen.note
 
     whole, scaled = kept(16, None), kept(16, 2)
@@ -114,7 +114,7 @@ def test_activations_of_an_lstm_are_those_of_a_fused_one(layers, bidirectional):
     def run(net, n=BATCH):
         return net(torch.zeros(n, steps, width))[0]
 
-    seen = probe_optimizer(Subject(make, run, BATCH, None), KFAC)
+    seen = sight_optimizer(Subject(make, run, BATCH, None), KFAC)
     directions = 2 if bidirectional else 1
     states = 2 * layers * directions * hidden  # zeros to start from, one tensor for h and c
     rows = steps * (width + 6 * hidden * layers * directions + hidden * directions)
@@ -128,7 +128,7 @@ def test_activations_of_an_lstm_are_those_of_a_fused_one(layers, bidirectional):
 
 
 def test_a_statistics_step_of_an_lstm_keeps_the_inputs_of_its_gates():
-    seen = probe_optimizer(Subject(Recurrent, lambda net, n: net(torch.zeros(n, 7, 3)), BATCH, None), KFAC)
+    seen = sight_optimizer(Subject(Recurrent, lambda net, n: net(torch.zeros(n, 7, 3)), BATCH, None), KFAC)
     rows, gates, hidden = 7 * BATCH, 2 * 20, 2 * 5
     identity = 20 * gates * 2  # as the input weights of both directions
     assert seen.capture_bytes >= ITEM_BYTES * (rows * (gates + hidden) + identity)
