@@ -94,21 +94,17 @@ def convolutional() -> Model:
         return m.head(torch.tanh(m.up(x)).mean((2, 3)))
 
     def convolved(layer: Any, x: Any, groups: int, stride: int = 1) -> Any:
-        return x_bias(
-            jax.lax.conv_general_dilated(
-                x,
-                layer["kernel"],
-                (1, 1),
-                "VALID" if stride == 1 else [(1, 1), (1, 1)],
-                lhs_dilation=(stride, stride),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                feature_group_count=groups,
-            ),
-            layer,
+        """With a stride: transposed, zeros between the inputs."""
+        out = jax.lax.conv_general_dilated(
+            x,
+            layer["kernel"],
+            (1, 1),
+            "VALID" if stride == 1 else [(1, 1), (1, 1)],
+            lhs_dilation=(stride, stride),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
         )
-
-    def x_bias(x: Any, layer: Any) -> Any:
-        return jnp.tanh(x + layer["bias"])
+        return jnp.tanh(out + layer["bias"])
 
     def apply(p: Any, x: Any, *_: Any) -> Any:
         x = convolved(p["conv"], x, 1)
@@ -136,6 +132,35 @@ def convolutional() -> Model:
             "head": dense(5, 2, bias=False),
         },
         (normal(5, 6, 6, 3),),
+    )
+
+
+def images() -> Model:
+    """A convolution and a linear layer on the mean over its outputs."""
+
+    def apply(p: Any, x: Any, *_: Any) -> Any:
+        layout = ("NHWC", "HWIO", "NHWC")
+        x = jax.lax.conv_general_dilated(x, p["conv"]["kernel"], (1, 1), "VALID", dimension_numbers=layout)
+        return linear(p["head"], jnp.tanh(x).mean((1, 2)))
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.head(torch.tanh(m.conv(x.permute(0, 3, 1, 2))).mean((2, 3)))
+
+    return Model(
+        lambda: Layers(forward, conv=nn.Conv2d(2, 3, 2, bias=False), head=nn.Linear(3, 2)),
+        apply,
+        {"conv": {"kernel": (2, 2, 2, 3)}, "head": dense(3, 2)},
+        (normal(5, 4, 3, 2),),
+    )
+
+
+def called_twice() -> Model:
+    """One linear layer, on its own output."""
+    return Model(
+        lambda: Layers(lambda m, x: m.layer(torch.tanh(m.layer(x))), layer=nn.Linear(3, 3)),
+        lambda p, x, *_: linear(p["layer"], jnp.tanh(linear(p["layer"], x))),
+        {"layer": dense(3, 3)},
+        (normal(6, 3),),
     )
 
 

@@ -1,7 +1,7 @@
-"""Decompositions that fail: retried with more damping and counted; what still fails leaves what there was.
+"""Decompositions that fail, and numbers that overflow: counted, and what there was before stays in use.
 
-In float32, where they do fail. PyTorch retries in float64, JAX in the precision of the factors, so that the number
-of attempts may differ.
+Decompositions do fail in float32. PyTorch retries in float64, JAX in the precision of the factors, so that the
+number of attempts may differ.
 """
 
 from __future__ import annotations
@@ -50,3 +50,17 @@ def test_nothing_helps(framework: str, before: int) -> None:
     for parameter, moved in zip(old, run.parameters(), strict=True):
         assert np.isfinite(moved).all()
         assert not np.array_equal(parameter, moved)
+
+
+@pytest.mark.parametrize("framework", NAMES)
+def test_statistics_that_are_not_finite_are_left_out(framework: str) -> None:
+    """Output gradients whose squares overflow; the averages stay, and so does what was made of them."""
+    run = start(framework, perceptron((3, 2)), **EVERY_STEP)
+    run.step()
+    before = [np.array(m) for m in run.factors()["l0"]]
+    run.step(1e200)
+    assert run.metrics()["l0/dropped"] == 1
+    assert run.metrics()["failures"] == 0
+    for old, new in zip(before, run.factors()["l0"], strict=True):
+        np.testing.assert_array_equal(new, old)
+    assert all(np.isfinite(p).all() for p in run.parameters())

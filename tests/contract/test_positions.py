@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.contract.frameworks import EVERY_STEP, NAMES, examples, module_of, positions, start
-from tests.contract.models import convolutional, graphs, normal, perceptron
+from tests.contract.models import called_twice, graphs, images, normal, perceptron
 
 APPROXIMATIONS = ("expand", "reduce")
 ONE_STEP = {**EVERY_STEP, "preconditioner": "inverse"}  # which compiles faster
@@ -119,13 +119,27 @@ def counts(run: Any) -> dict[str, float]:
         pytest.param(KINDS, 1.0, {"node": 3, "edge": 3, "head": 3}, id="a-description-for-each"),
         pytest.param(KINDS[:2], 1.0, {"node": 3, "edge": 3, "head": 3}, id="a-row-per-graph"),
         pytest.param(BY_GRADIENT, [[1], [0], [1]], {"node": 2, "edge": 2, "head": 2}, id="gradient"),
-        pytest.param({"node": KINDS[0], "edge": KINDS[1]}, 1.0, {"node": 3, "edge": 3, "head": 3}, id="by-name"),
-        pytest.param({"node": KINDS[0]}, 1.0, {"node": 3, "edge": 7, "head": 3}, id="one-by-name"),
     ],
 )
 def test_graphs(framework: str, approximation: str, given: Any, weights: Any, expected: dict[str, int]) -> None:
     run = start(framework, graphs(NODES, EDGES, 3), approximation=approximation, **ONE_STEP)
     run.step(weights, given, loss_normalizer=1.0)
+    assert counts(run) == expected
+
+
+@pytest.mark.parametrize("framework", NAMES)
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"node": KINDS[0], "edge": KINDS[1]}, {"node": 3, "edge": 3, "head": 3}),
+        ({"node": KINDS[0]}, {"node": 3, "edge": 7, "head": 3}),
+    ],
+    ids=["all", "nodes-alone"],
+)
+def test_graphs_by_name(framework: str, given: Any, expected: dict[str, int]) -> None:
+    """What no name matches has an example in each row."""
+    run = start(framework, graphs(NODES, EDGES, 3), **ONE_STEP)
+    run.step(1.0, given, loss_normalizer=1.0)
     assert counts(run) == expected
 
 
@@ -194,11 +208,25 @@ def test_what_is_given_by_name_has_to_fit(framework: str, given: Any, message: s
 @pytest.mark.parametrize("framework", NAMES)
 def test_a_convolution_has_its_examples_first(framework: str) -> None:
     """Whatever the other layers do: the same description serves a convolution and what comes behind it."""
-    run = start(framework, convolutional(), **ONE_STEP)
+    run = start(framework, images(), **ONE_STEP)
     run.step([[1.0]] * 4 + [[0.0]], positions("gradient", batch_dim=1), loss_normalizer=1.0)
-    assert {name: examples(run, name) for name in ("conv", "grouped", "up", "head")} == {
-        "conv": 4, "grouped": 4, "up": 4, "head": 4,
-    }  # fmt: skip
+    assert {name: examples(run, name) for name in ("conv", "head")} == {"conv": 4, "head": 4}
+
+
+@pytest.mark.parametrize("framework", NAMES)
+@pytest.mark.parametrize("approximation", APPROXIMATIONS)
+def test_calls_of_one_layer_are_positions(framework: str, approximation: str) -> None:
+    """Of the same examples: two calls on six rows are six examples, as one call is."""
+    run = start(framework, called_twice(), approximation=approximation, **ONE_STEP)
+    run.step(loss_normalizer=1.0)
+    assert examples(run, "layer") == 6
+
+
+@pytest.mark.parametrize("framework", NAMES)
+def test_an_input_without_examples_is_one(framework: str) -> None:
+    run = start(framework, perceptron((3, 2), normal(3)), **ONE_STEP)
+    run.step(loss_normalizer=1.0)
+    assert examples(run, "l0") == 1
 
 
 @pytest.mark.parametrize("framework", NAMES)
