@@ -50,6 +50,8 @@ class Run(Protocol):
 
 
 class InPyTorch:
+    """A `Run` of an nn.Module."""
+
     def __init__(self, model: Model, dtype: Any, options: Mapping[str, Any]) -> None:
         self._model, self._dtype = model, dtype
         torch.manual_seed(0)
@@ -78,7 +80,7 @@ class InPyTorch:
         return self.optimizer.metrics()
 
     def parameters(self) -> list[np.ndarray]:
-        return [p.detach().numpy() for p in self.module.parameters()]
+        return [p.detach().numpy().copy() for p in self.module.parameters()]
 
     def kfac_bytes(self) -> int:
         # What two fields share is kept, and saved, once.
@@ -97,6 +99,8 @@ class InPyTorch:
 
 
 class InJAX:
+    """A `Run` of a function of parameters; steps are compiled, as users compile them."""
+
     def __init__(self, model: Model, dtype: Any, options: Mapping[str, Any]) -> None:
         self._model, self._dtype = model, dtype
         self.params = parameters_of(model, dtype)
@@ -115,10 +119,9 @@ class InJAX:
         args = (*self._inputs, *numbers)
         kind = (self.is_statistics_step(), id(positions), loss_normalizer)
         if kind not in self._compiled:
-            self._compiled[kind] = jax.jit(
-                self._with_statistics(positions, loss_normalizer) if kind[0] else self._plain
-            )
-        self.params, self.state = self._compiled[kind](self.params, self.state, *args)
+            run = jax.jit(self._with_statistics(positions, loss_normalizer) if kind[0] else self._plain)
+            self._compiled[kind] = run, positions  # kept, so that no other takes its identity
+        self.params, self.state = self._compiled[kind][0](self.params, self.state, *args)
         self._steps += 1
 
     def _plain(self, params: Any, state: Any, *args: Any) -> Any:
