@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 SUBMISSIONS = ("nadamw", "kfac_expand", "kfac_reduce")
 STEPS = 5
@@ -14,16 +13,25 @@ INTERVAL = 3  # statistics and refresh at steps 0 and 3
 CHECK_AT = INTERVAL
 # No warm-up: the official horizons are so long that five steps of one would not move. No clipping: the gradient is
 # compared with the captured one. Everything else is the submission's own point.
-POINT = {"learning_rate": 1e-4, "warmup_factor": 0.0, "horizon_factor": 1.0, "grad_clip": None}
-KFAC_POINT = {"factor_interval": INTERVAL, "refresh_interval": INTERVAL, "initial_statistics": 1}
+POINT: dict[str, float | None] = {
+    "learning_rate": 1e-4,
+    "warmup_factor": 0.0,
+    "horizon_factor": 1.0,
+    "grad_clip": None,
+}
+KFAC_POINT: dict[str, float | None] = {
+    "factor_interval": INTERVAL,
+    "refresh_interval": INTERVAL,
+    "initial_statistics": 1,
+}
 # AlgoPerf's runner compiles it, but at torch 2.13 inductor cannot on a CPU, whatever the submission and the image
 # size ("cannot determine truth value of Relational").
 NOT_COMPILED = ("fastmri",)
-
-
-def exists(submission: str, framework: str) -> bool:
-    """Whether the repository has that submission for that framework."""
-    return (Path("submissions") / submission / framework / "submission.py").exists()
+# Variants that AlgoPerf itself cannot build: `init_model_fn` raises before any submission is asked, with this text.
+BROKEN = {
+    # Its Encoder1DBlock calls what its dropout returns.
+    ("imagenet_vit_post_ln", "jax"): "TypeError: 'DynamicJaxprTracer' object is not callable",
+}
 
 
 @dataclasses.dataclass
@@ -58,7 +66,7 @@ class Record:
     workload: str
     framework: str
     submission: str
-    data_parallel: bool
+    data_parallel: bool = False
     max_factor_dim: int | None = None
     devices: int = 1
     steps: int = STEPS
