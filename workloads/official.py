@@ -72,7 +72,7 @@ def load_runner() -> types.ModuleType:
     """AlgoPerf's `submission_runner`, with the embedded workloads in its registry.
 
     Raises:
-      UserError: a part of AlgoPerf's requirements is missing.
+        UserError: a part of AlgoPerf's requirements is missing.
     """
     try:
         import submission_runner
@@ -119,7 +119,7 @@ def official_class(name: str, framework: str) -> type[Workload]:
     """The embedded workload as a subclass of AlgoPerf's `spec.Workload`.
 
     Raises:
-      UserError: no workload of that name, not in that framework, or the framework or the data are not installed.
+        UserError: no workload of that name, not in that framework, or the framework or the data are not installed.
     """
     from algoperf import spec
 

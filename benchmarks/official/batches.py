@@ -34,7 +34,7 @@ def make_batch(workload_name: str, framework: str, seed: int = 0) -> Batch:
     """A batch as the training pipeline of that workload and framework yields it, on one CPU device.
 
     Raises:
-      UserError: unknown workload.
+        UserError: unknown workload.
     """
     base = base_of(workload_name)
     recipe = RECIPES[base]

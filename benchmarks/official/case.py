@@ -107,8 +107,8 @@ class _Case:
         """One run through AlgoPerf's `train_once`; returns the digest of everything at its end.
 
         Args:
-          folder: where its checkpoint is or will be.
-          watch: it is the uninterrupted run: observe it, and write the checkpoint.
+            folder: where its checkpoint is or will be.
+            watch: it is the uninterrupted run: observe it, and write the checkpoint.
         """
         from algoperf import checkpoint_utils, profiler
         from algoperf import random_utils as prng

@@ -12,7 +12,7 @@ def load_runner(framework: str, workload_name: str, arguments: Sequence[str] = (
     """AlgoPerf's `submission_runner` as a module, its flags parsed and its frameworks initialised.
 
     Raises:
-      ModuleNotFoundError: AlgoPerf is not installed.
+        ModuleNotFoundError: AlgoPerf is not installed.
     """
     if framework == "pytorch":
         import_torchvision()

@@ -32,8 +32,8 @@ class Products(NamedTuple):
     """A layer's sum_n sum_r g a^T with the bias as last column, (groups, P_out, P_in [+ 1]).
 
     Attributes:
-      total: the sum.
-      magnitude: sum_n sum_r |g| |a|^T, which bounds what float32 may have lost in the sum.
+        total: the sum.
+        magnitude: sum_n sum_r |g| |a|^T, which bounds what float32 may have lost in the sum.
     """
 
     total: Array
@@ -62,9 +62,9 @@ def errors(
     that the rounding bound counts twice.
 
     Args:
-      submission: the module `submissions.common.kfac.jax`.
-      run: its `Run`, with its layers.
-      opt_state: any; the gradient does not depend on it.
+        submission: the module `submissions.common.kfac.jax`.
+        run: its `Run`, with its layers.
+        opt_state: any; the gradient does not depend on it.
     """
     if run.config.fisher != "empirical":
         raise ValueError("G^T A is the gradient for the empirical Fisher only: others draw their own outputs")

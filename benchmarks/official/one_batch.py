@@ -37,9 +37,9 @@ def make_workload(
     """A workload of AlgoPerf's registry that repeats one batch; its model, loss and everything else are official.
 
     Args:
-      runner: the module `submission_runner`.
-      eval_steps: the steps after which AlgoPerf's loop finds that it is time to evaluate.
-      data_parallel: wrap the PyTorch model in DataParallel, as AlgoPerf does on several GPUs.
+        runner: the module `submission_runner`.
+        eval_steps: the steps after which AlgoPerf's loop finds that it is time to evaluate.
+        data_parallel: wrap the PyTorch model in DataParallel, as AlgoPerf does on several GPUs.
     """
     entry = runner.WORKLOADS[name]
     path = os.path.join(runner.BASE_WORKLOADS_DIR, f"{entry['workload_path']}_{framework}", "workload.py")

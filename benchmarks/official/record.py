@@ -39,28 +39,28 @@ class Record:
     """What a case found.
 
     Attributes:
-      data_parallel: the PyTorch model was wrapped in DataParallel.
-      max_factor_dim: K-FAC's, where it was not the submission's own.
-      devices: that JAX saw and split the batch over.
-      losses: of the repeated batch in training mode, one for each step, before its update; and, last, after all
-        steps in evaluation mode, where batch normalisation makes it another quantity.
-      seconds: of a "plain" step (the fastest), the "first_plain" one (with compilation), a "statistics" step (the
-        fastest, with the refresh), its eigendecompositions alone ("decompositions"), an "evaluation", a
-        "checkpoint".
-      covered, parameters: of the model.
-      layers: that K-FAC covers.
-      fallbacks: parameters it does not cover, with the reason.
-      uncovered_later: layers that were declared and then moved to the fallback, with the reason (in JAX none can:
-        all of them are known before the first step).
-      counters: the optimizer's own, after the last step.
-      gradient_errors, rounding_bounds: layer -> error of G^T A against its gradient at step `CHECK_AT`, and how
-        large float32 alone may make it, see `gradient_check` and `gradient_check_jax`.
-      compiled: the model was compiled by the runner.
-      unoptimized: JAX compiled its programs with JAX_DISABLE_MOST_OPTIMIZATIONS: quickly, for slow steps.
-      resumed: the resumed run began at the checkpoint's step and ended in the same bits.
-      restore_error: what AlgoPerf's own restore raised, if it did.
-      peak_rss_mb: of the whole process.
-      total_seconds: of the whole process but its imports.
+        data_parallel: the PyTorch model was wrapped in DataParallel.
+        max_factor_dim: K-FAC's, where it was not the submission's own.
+        devices: that JAX saw and split the batch over.
+        losses: of the repeated batch in training mode, one for each step, before its update; and, last, after all
+            steps in evaluation mode, where batch normalisation makes it another quantity.
+        seconds: of a "plain" step (the fastest), the "first_plain" one (with compilation), a "statistics" step (the
+            fastest, with the refresh), its eigendecompositions alone ("decompositions"), an "evaluation", a
+            "checkpoint".
+        covered, parameters: of the model.
+        layers: that K-FAC covers.
+        fallbacks: parameters it does not cover, with the reason.
+        uncovered_later: layers that were declared and then moved to the fallback, with the reason (in JAX none can:
+            all of them are known before the first step).
+        counters: the optimizer's own, after the last step.
+        gradient_errors, rounding_bounds: layer -> error of G^T A against its gradient at step `CHECK_AT`, and how
+            large float32 alone may make it, see `gradient_check` and `gradient_check_jax`.
+        compiled: the model was compiled by the runner.
+        unoptimized: JAX compiled its programs with JAX_DISABLE_MOST_OPTIMIZATIONS: quickly, for slow steps.
+        resumed: the resumed run began at the checkpoint's step and ended in the same bits.
+        restore_error: what AlgoPerf's own restore raised, if it did.
+        peak_rss_mb: of the whole process.
+        total_seconds: of the whole process but its imports.
     """
 
     workload: str

@@ -80,7 +80,7 @@ def rows_of(text: str) -> dict[Case, str]:
     """The rows between the markers.
 
     Raises:
-      ValueError: a marker is missing.
+        ValueError: a marker is missing.
     """
     rows = {}
     for line in _split(text)[1].splitlines():
@@ -94,13 +94,13 @@ def kept(text: str, here: str, new: Iterable[Case]) -> dict[Case, str]:
     """The rows that stay: those of other cases.
 
     Args:
-      text: of the file.
-      here: the versions that the new cases are run with.
-      new: the new cases.
+        text: of the file.
+        here: the versions that the new cases are run with.
+        new: the new cases.
 
     Raises:
-      ValueError: a marker is missing, or the rows that would stay were made with other versions, so that one head
-        could not be true of all.
+        ValueError: a marker is missing, or the rows that would stay were made with other versions, so that one head
+            could not be true of all.
     """
     old = {case: line for case, line in rows_of(text).items() if case not in set(new)}
     if old and here not in _split(text)[1]:
@@ -112,7 +112,7 @@ def insert(text: str, rows: Mapping[Case, str], here: str) -> str:
     """The text with a table of these rows in place of what stood between the markers.
 
     Raises:
-      ValueError: a marker is missing.
+        ValueError: a marker is missing.
     """
     before, _, after = _split(text)
     return f"{before}{BEGIN}\n\n{describe(rows, here)}\n\n{END}{after}"

@@ -14,7 +14,7 @@ def graph_in(inputs: Tree) -> Tree:
     """The batch of graphs that a model's inputs are or hold, or None.
 
     Args:
-      inputs: of a batch: an array, or tuples, lists and mappings of them, or any object with a graph's fields.
+        inputs: of a batch: an array, or tuples, lists and mappings of them, or any object with a graph's fields.
     """
     if all(hasattr(inputs, field) for field in GRAPH_FIELDS):
         return inputs
@@ -33,11 +33,11 @@ def parts_of_types(types: Mapping[str, object], shapes: Mapping[str, tuple[int, 
     (key, value) or three (query, key, value) layers from its inputs to its inputs have.
 
     Args:
-      types: parameter name -> an enumeration's member; ATTENTION_QKV and ATTENTION_KV matter.
-      shapes: parameter name -> shape, output dimension first.
+        types: parameter name -> an enumeration's member; ATTENTION_QKV and ATTENTION_KV matter.
+        shapes: parameter name -> shape, output dimension first.
 
     Returns:
-      Parameter name -> number of parts.
+        Parameter name -> number of parts.
     """
     parts = {}
     for name, kind in types.items():

@@ -47,7 +47,7 @@ def init_optimizer_state(
     """The moments, and the compiled step.
 
     Raises:
-      ValueError: a hyperparameter is unknown or out of range.
+        ValueError: a hyperparameter is unknown or out of range.
     """
     del model_state, rng
     training, config = DESCRIPTION.configure(hyperparameters)

@@ -37,7 +37,7 @@ def init_optimizer_state(
     """The optimizer.
 
     Raises:
-      ValueError: a hyperparameter is unknown or out of range.
+        ValueError: a hyperparameter is unknown or out of range.
     """
     del workload, model_state, rng
     _, config = DESCRIPTION.configure(hyperparameters)
