@@ -25,9 +25,9 @@ from collections.abc import Iterator, Sequence
 
 from commands import errors
 from commands.errors import UserError
-from submissions.algoperf import NOT_INSTALLED, installed
 from submissions.common.api import Batch, Tree
 from workloads import registry
+from workloads.algoperf import NOT_INSTALLED, installed
 from workloads.workload import Workload
 
 PROGRAM = "python -m workloads.official"

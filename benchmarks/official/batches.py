@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from submissions.algoperf import GRAPH_EDGES, GRAPH_NODES, base_of
 from submissions.common.api import Batch, Tree
+from workloads.algoperf import GRAPH_EDGES, GRAPH_NODES, base_of
 
 FASTMRI_SIZE = 64  # true: 320
 AUDIO_SAMPLES = 64_000  # true: 320,000

@@ -41,8 +41,9 @@ from commands import errors
 from commands.arguments import Parser
 from commands.errors import UserError
 from commands.frameworks import FRAMEWORKS
-from submissions import algoperf, registry
+from submissions import registry
 from submissions.common.api import Tree, Update
+from workloads import algoperf
 
 
 def run(

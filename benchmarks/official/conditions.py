@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from benchmarks.official.record import STEPS, Record
-from submissions.algoperf import base_of
 from submissions.registry import is_kfac
+from workloads.algoperf import base_of
 
 # Share of the parameters in layers with a rule, in percent: at least this much must be covered, in both frameworks.
 # What is left are scales and biases of norms, and query scalings; in criteo1tb the embedding, a lookup alone.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import ModuleType
 
-from submissions.algoperf import import_torchvision
+from workloads.algoperf import import_torchvision
 
 
 def load_runner(framework: str, workload_name: str, arguments: Sequence[str] = ()) -> ModuleType:

@@ -13,8 +13,8 @@ from benchmarks.official.batches import RECIPES
 from benchmarks.official.record import POINT, STEPS, SUBMISSIONS, Failure, Record
 from commands import atomic
 from commands.frameworks import FRAMEWORKS
-from submissions.algoperf import VARIANTS, WORKLOADS
 from submissions.registry import is_kfac
+from workloads.algoperf import VARIANTS, WORKLOADS
 
 BEGIN = "<!-- begin: python -m benchmarks.official.table -->"
 END = "<!-- end -->"

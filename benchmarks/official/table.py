@@ -26,9 +26,9 @@ from commands import atomic, errors, frameworks
 from commands.arguments import Parser
 from commands.errors import UserError
 from commands.frameworks import FRAMEWORKS
-from submissions import algoperf
-from submissions.algoperf import VARIANTS
 from submissions.registry import path_of
+from workloads import algoperf
+from workloads.algoperf import VARIANTS
 
 TIMEOUT = 6000  # seconds for a case; the longest of the table took 2320, two at a time
 

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from commands.errors import UserError
-from submissions import algoperf
 from submissions.cli import references
 from submissions.cli.jax_probe import Subject
 from submissions.common.api import Batch, Tree, Workload
 from submissions.common.spec import ForwardPassMode
+from workloads import algoperf
 
 
 def official(name: str, batch_size: int) -> Subject:

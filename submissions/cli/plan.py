@@ -13,10 +13,10 @@ from commands.errors import UserError
 from commands.flags import new, parse
 from commands.frameworks import FRAMEWORKS
 from submissions import registry
-from submissions.algoperf import WORKLOADS
 from submissions.cli import plan_tables
 from submissions.cli.probe import Probe
 from submissions.common.batch_sizes import SCORED, get_batch_size
+from workloads.algoperf import WORKLOADS
 from workloads.registry import WORKLOADS as EMBEDDED
 
 PROGRAM = "python -m submissions plan"

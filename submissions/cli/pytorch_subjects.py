@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from commands.errors import UserError
-from submissions import algoperf
 from submissions.cli import references
 from submissions.cli.meta import on_meta
 from submissions.cli.pytorch_probe import Subject, tensors
 from submissions.common.api import Batch, Tree, Workload
 from submissions.common.spec import ForwardPassMode
+from workloads import algoperf
 
 
 def official(name: str, batch_size: int) -> Subject:

@@ -6,8 +6,8 @@ import importlib
 from collections.abc import Callable
 
 from commands.errors import UserError
-from submissions.algoperf import NOT_INSTALLED
 from submissions.common.api import Tree, Workload
+from workloads.algoperf import NOT_INSTALLED
 
 
 def official_workload(name: str, framework: str) -> Workload:

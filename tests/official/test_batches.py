@@ -7,8 +7,8 @@ import pytest
 
 from benchmarks.official import batches
 from commands.errors import UserError
-from submissions import algoperf
-from submissions.algoperf import VARIANTS
+from workloads import algoperf
+from workloads.algoperf import VARIANTS
 
 torch = pytest.importorskip("torch")
 

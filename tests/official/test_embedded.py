@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from submissions import algoperf
-from workloads import official, registry
+from workloads import algoperf, official, registry
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_algoperf = pytest.mark.skipif(not algoperf.installed(), reason=algoperf.NOT_INSTALLED)

@@ -15,9 +15,9 @@ from benchmarks.official.conditions import problems
 from benchmarks.official.record import BROKEN, POINT, SUBMISSIONS, Failure, Record
 from benchmarks.official.table import run_case
 from commands.frameworks import FRAMEWORKS
-from submissions import algoperf
-from submissions.algoperf import VARIANTS, WORKLOADS
 from submissions.registry import path_of
+from workloads import algoperf
+from workloads.algoperf import VARIANTS, WORKLOADS
 
 pytestmark = pytest.mark.skipif(not algoperf.installed(), reason=algoperf.NOT_INSTALLED)
 
