@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 
 from submissions.common.api import Tree
 
@@ -24,6 +25,23 @@ def graph_in(inputs: Tree) -> Tree:
     elif isinstance(inputs, (tuple, list)):
         parts = inputs
     return next((graph for part in parts if (graph := graph_in(part)) is not None), None)
+
+
+def rows_tell(graphs: int, sizes: Sequence[int]) -> bool:
+    """Whether the number of a layer's rows shows what they are, nodes, edges or graphs; warns if it does not.
+
+    Args:
+        graphs: in the batch.
+        sizes: rows of its nodes and of its edges, of those that are arrays.
+    """
+    if len(sizes) == 2 and len({*sizes, graphs}) == 3:
+        return True
+    warnings.warn(
+        f"K-FAC: a batch of {graphs} graphs with {sizes} nodes and edges does not tell which rows are which: "
+        "each row counts as an example of its own",
+        stacklevel=3,
+    )
+    return False
 
 
 def parts_of_types(types: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

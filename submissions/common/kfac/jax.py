@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -29,7 +28,7 @@ from submissions.common.jax import (
 )
 from submissions.common.jax_submission import Submission
 from submissions.common.kfac.model_call import initial_call
-from submissions.common.positions import graph_in
+from submissions.common.positions import graph_in, rows_tell
 
 
 class Run:
@@ -148,13 +147,7 @@ def positions(batch: Batch) -> list[Positions]:
         return [Positions(mask="gradient")]
     graphs = jnp.arange(len(graph.n_node))
     sizes = [len(rows) for rows in (graph.nodes, graph.edges) if isinstance(rows, jax.Array)]
-    if len(sizes) < 2 or len({*sizes, len(graphs)}) < 3:
-        # Which rows a layer has would not show in their number.
-        warnings.warn(
-            f"K-FAC: a batch of {len(graphs)} graphs with {sizes} nodes and edges does not tell which rows are "
-            "which: each row counts as an example of its own",
-            stacklevel=2,
-        )
+    if not rows_tell(len(graphs), sizes):
         return [Positions(mask="gradient")]
     counts = (graph.n_node, graph.n_edge)
     ids = [jnp.repeat(graphs, n, total_repeat_length=size) for n, size in zip(counts, sizes, strict=True)]

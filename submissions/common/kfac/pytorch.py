@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from contextlib import AbstractContextManager
 
 import torch
@@ -13,7 +12,7 @@ from algoperf_kfac.pytorch import KFAC, Positions
 from algoperf_kfac.pytorch.discovery import unwrap
 from submissions.common.api import Batch, Rng, Workload
 from submissions.common.description import Description
-from submissions.common.positions import graph_in, parts_of_types
+from submissions.common.positions import graph_in, parts_of_types, rows_tell
 from submissions.common.pytorch import Capture
 from submissions.common.pytorch_submission import Submission
 
@@ -69,13 +68,7 @@ def positions(batch: Batch) -> list[Positions]:
         return [Positions(mask="gradient")]
     graphs = torch.arange(len(graph.n_node), device=graph.n_node.device)
     sizes = [len(rows) for rows in (graph.nodes, graph.edges) if isinstance(rows, torch.Tensor)]
-    if len(sizes) < 2 or len({*sizes, len(graphs)}) < 3:
-        # Which rows a layer has would not show in their number.
-        warnings.warn(
-            f"K-FAC: a batch of {len(graphs)} graphs with {sizes} nodes and edges does not tell which rows are "
-            "which: each row counts as an example of its own",
-            stacklevel=2,
-        )
+    if not rows_tell(len(graphs), sizes):
         return [Positions(mask="gradient")]
     counts = (graph.n_node, graph.n_edge)
     ids = [torch.repeat_interleave(graphs, n, output_size=size) for n, size in zip(counts, sizes, strict=True)]
