@@ -14,23 +14,28 @@ import argparse
 import dataclasses
 import json
 import statistics
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.pytorch import KFAC, NadamW, preconditioner, refresh
 from algoperf_kfac.pytorch.preconditioner import LayerState
+from commands import errors
+from commands.arguments import Parser
 from submissions import registry as submissions
+from submissions.common.api import Tree
 from submissions.common.batch_sizes import get_batch_size
 from submissions.common.pytorch import clip_gradient, compute_gradient
 from submissions.common.schedule import learning_rate_factor
 from workloads import registry, seeds
 
 Operators = Callable[[LayerState, KFACConfig], None]
-DEFAULTS = {name: submissions.describe(f"kfac_{name}", "pytorch").defaults for name in ("expand", "reduce")}
+DEFAULTS: dict[str, Mapping[str, Tree]] = {
+    name: submissions.describe(f"kfac_{name}", "pytorch").defaults for name in ("expand", "reduce")
+}
 KNOWN = {field.name for field in dataclasses.fields(KFACConfig)}
 DERIVE = preconditioner.set_operators
 BEST = json.loads((Path(__file__).parents[1] / "tuning_search_spaces/nadamw_tuned.json").read_text())
@@ -67,7 +72,7 @@ def _orthogonal(like: torch.Tensor) -> torch.Tensor:
 CONTROLS: dict[str, Operators] = {"K-FAC": full, "A only": only_a, "B only": only_b, "random basis": random_basis}
 
 
-def train(workload_name: str, point: Mapping[str, Any], steps: int, seed: int, control: Operators | None) -> float:
+def train(workload_name: str, point: Mapping[str, Tree], steps: int, seed: int, control: Operators | None) -> float:
     """The validation metric after `steps` steps; NadamW if there is no control."""
     workload = registry.load(workload_name, "pytorch")
     rng = seeds.root(seed)
@@ -77,7 +82,7 @@ def train(workload_name: str, point: Mapping[str, Any], steps: int, seed: int, c
         betas = (1 - point["one_minus_beta1"], point["beta2"])
         opt = NadamW(model.parameters(), point["learning_rate"], betas, weight_decay=point["weight_decay"])
     else:
-        refresh.set_operators = control  # where a refresh looks it up
+        refresh.set_operators = control  # type: ignore[assignment]  # where a refresh looks it up
         opt = KFAC(model, config=KFACConfig(**{k: v for k, v in point.items() if k in KNOWN}))
     queue = workload._build_input_queue(rng, "train", "", get_batch_size(workload_name))
     for step in range(steps):
@@ -94,12 +99,16 @@ def train(workload_name: str, point: Mapping[str, Any], steps: int, seed: int, c
     return float(metrics[workload.target_metric_name])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    """Runs with the command line's arguments; returns the exit code."""
+    parser = Parser("python -m benchmarks.controls", __doc__)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--workloads", default=",".join(registry.WORKLOADS), help="comma-separated names")
     parser.add_argument("--approximations", default=",".join(DEFAULTS), help="comma-separated")
-    args = parser.parse_args()
+    return errors.run(lambda: _run(parser.parse_args()))
+
+
+def _run(args: argparse.Namespace) -> None:
     print("| workload | statistics | steps | variant | metric: median (all seeds) |")
     print("|---|---|---|---|---|")
     for name in args.workloads.split(","):
@@ -117,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,65 +12,82 @@ included, and their ratio: what init_optimizer_state and the first steps take be
 from __future__ import annotations
 
 import argparse
-import importlib
 import statistics
+import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
+from commands import errors
+from commands.arguments import Parser
+from submissions.common.api import Tree
+from submissions.registry import path_of
 from workloads import registry
+from workloads.data.queue import BatchQueue
+from workloads.runner.submission import Submission, load
+from workloads.workload import Workload
 
 SUBMISSIONS = ("nadamw", "kfac_reduce", "kfac_expand")
 SKIPPED = 20
 
 
+@dataclass
+class Run:
+    """A submission in training."""
+
+    submission: Submission
+    workload: Workload
+    queue: BatchQueue
+    state: Tree
+    params: Tree
+    model_state: Tree
+
+    def step(self, number: int, rng: np.ndarray) -> None:
+        """Draws a batch and makes a step."""
+        batch = self.submission.data_selection(
+            self.workload, self.queue, self.state, self.params, None, None, number, None
+        )
+        self.state, self.params, self.model_state = self.submission.update_params(
+            workload=self.workload,
+            current_param_container=self.params,
+            current_params_types=self.workload.model_params_types,
+            model_state=self.model_state,
+            hyperparameters=None,
+            batch=batch,
+            loss_type=self.workload.loss_type,
+            optimizer_state=self.state,
+            eval_results=[],
+            global_step=number,
+            rng=rng,
+        )
+
+
 def measure(workload_name: str, framework: str, steps: int) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Milliseconds of each step, and in JAX the seconds of compilation, by submission."""
-    runs: dict[str, dict[str, Any]] = {}
+    runs: dict[str, Run] = {}
     startup = dict.fromkeys(SUBMISSIONS, 0.0)
     first: dict[str, list[float]] = {name: [] for name in SUBMISSIONS}
     finished = _barrier(framework)
+    dtype = np.uint32 if framework == "jax" else np.int64
     for name in SUBMISSIONS:
-        submission = importlib.import_module(f"submissions.{name}.{framework}.submission")
+        submission = load(str(path_of(name, framework)))
         workload = registry.load(workload_name, framework)
-        rng = np.array([1, 2], dtype=np.uint32 if framework == "jax" else np.int64)
+        rng = np.array([1, 2], dtype=dtype)
         params, model_state = workload.init_model_fn(rng)
         start = time.perf_counter()
         state = submission.init_optimizer_state(workload, params, model_state, None, rng)
         finished(state[0] if framework == "jax" else state)
         startup[name] = time.perf_counter() - start
-        batch_size = submission.get_batch_size(workload_name)
-        queue = workload._build_input_queue(rng, "train", "", batch_size)
-        runs[name] = {
-            "submission": submission,
-            "workload": workload,
-            "params": params,
-            "model_state": model_state,
-            "state": state,
-            "queue": queue,
-        }
+        queue = workload._build_input_queue(rng, "train", "", submission.get_batch_size(workload_name))
+        runs[name] = Run(submission, workload, queue, state, params, model_state)
     times: dict[str, list[float]] = {name: [] for name in SUBMISSIONS}
     for step in range(SKIPPED + steps):
         for name, run in runs.items():
             start = time.perf_counter()
-            batch = run["submission"].data_selection(
-                run["workload"], run["queue"], run["state"], run["params"], None, None, step, None
-            )
-            run["state"], run["params"], run["model_state"] = run["submission"].update_params(
-                workload=run["workload"],
-                current_param_container=run["params"],
-                current_params_types=run["workload"].model_params_types,
-                model_state=run["model_state"],
-                hyperparameters=None,
-                batch=batch,
-                loss_type=run["workload"].loss_type,
-                optimizer_state=run["state"],
-                eval_results=[],
-                global_step=step,
-                rng=np.array([step, 0], dtype=rng.dtype),
-            )
-            finished(run["params"])
+            run.step(step, np.array([step, 0], dtype=dtype))
+            finished(run.params)
             (times if step >= SKIPPED else first)[name].append(1000 * (time.perf_counter() - start))
     if framework == "jax":
         for name in SUBMISSIONS:
@@ -78,7 +95,7 @@ def measure(workload_name: str, framework: str, steps: int) -> tuple[dict[str, l
     return times, startup if framework == "jax" else {}
 
 
-def _barrier(framework: str) -> Any:
+def _barrier(framework: str) -> Callable[[Tree], object]:
     """What waits for the device."""
     if framework == "jax":
         import jax
@@ -89,12 +106,16 @@ def _barrier(framework: str) -> Any:
     return (lambda _: torch.cuda.synchronize()) if torch.cuda.is_available() else (lambda _: None)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    """Runs with the command line's arguments; returns the exit code."""
+    parser = Parser("python -m benchmarks.step_time", __doc__)
     parser.add_argument("--framework", default="pytorch", choices=("pytorch", "jax"))
     parser.add_argument("--workloads", default=",".join(registry.WORKLOADS), help="comma-separated names")
     parser.add_argument("--steps", type=int, default=120, help="measured steps of each submission")
-    args = parser.parse_args()
+    return errors.run(lambda: _run(parser.parse_args()))
+
+
+def _run(args: argparse.Namespace) -> None:
     more = " compile s | ratio |" if args.framework == "jax" else ""
     print(f"| workload | submission | median ms | ratio | mean ms | ratio |{more}")
     print("|---|---|---|---|---|---|" + ("---|---|" if more else ""))
@@ -114,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

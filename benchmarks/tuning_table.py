@@ -13,24 +13,36 @@ import statistics
 import sys
 from pathlib import Path
 
+from commands import errors
+from commands.arguments import Parser
+from commands.errors import UserError
 
-def main(folder: str) -> None:
+
+def main() -> int:
+    """Runs with the command line's arguments; returns the exit code."""
+    parser = Parser("python -m benchmarks.tuning_table", __doc__)
+    parser.add_argument("folder", help="of the submission that was tuned")
+    return errors.run(lambda: _print(Path(parser.parse_args().folder)))
+
+
+def _print(folder: Path) -> None:
     best: dict[str, dict[int, float]] = {}
     higher: dict[str, bool] = {}
     points: dict[int, dict[str, object]] = {}
-    for path in sorted(Path(folder).glob("study_*/*/trial_*/outcome.json")):
+    for path in sorted(folder.glob("study_*/*/trial_*/outcome.json")):
         outcome = json.loads(path.read_text())
         trial = int(path.parent.name.removeprefix("trial_"))
         workload = path.parent.parent.name
         best.setdefault(workload, {})[trial] = outcome["best_metric"]
         higher[workload] = outcome["metric"].endswith("accuracy")
         points[trial] = json.loads((path.parent / "hparams.json").read_text())
+    if not points:
+        raise UserError(f"{folder} holds no finished trial; give the folder of a submission in a study")
     costs: dict[int, float] = dict.fromkeys(points, 0.0)
     for workload, metrics in best.items():
         if metrics.keys() != points.keys():
-            sys.exit(
-                f"{workload} lacks trials {sorted(points.keys() - metrics.keys())}: finish the tuning run first"
-            )
+            missing = sorted(points.keys() - metrics.keys())
+            raise UserError(f"{workload} lacks trials {missing}: finish the tuning run first")
         top = max(metrics.values()) if higher[workload] else min(metrics.values())
         spread = abs(statistics.median(metrics.values()) - top) or 1.0
         for trial, value in metrics.items():
@@ -45,6 +57,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    main(sys.argv[1])
+    sys.exit(main())

@@ -9,7 +9,7 @@ from types import ModuleType
 from algoperf_kfac.config import KFACConfig
 from commands import frameworks
 from commands.errors import UserError
-from submissions.common.description import Description
+from submissions.common.description import Description, OptimizerConfig
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -49,13 +49,13 @@ def load(submission: str, framework: str) -> ModuleType:
         raise frameworks.missing(error, framework) from None
 
 
-def describe(submission: str, framework: str) -> Description[object]:
+def describe(submission: str, framework: str) -> Description[OptimizerConfig]:
     """What a submission says of itself.
 
     Raises:
         UserError: as `load`.
     """
-    described: Description[object] = load(submission, framework).DESCRIPTION
+    described: Description[OptimizerConfig] = load(submission, framework).DESCRIPTION
     return described
 
 

@@ -50,7 +50,7 @@ def demo(
     """One study of each submission on each workload in each framework, then the report; returns the exit code.
 
     Raises:
-      UserError: a package is missing, a framework unknown, or the folder cannot be written.
+        UserError: a package is missing, a framework unknown, or the folder cannot be written.
     """
     experiment.check_writable(output)
     workloads = list(registry.WORKLOADS)

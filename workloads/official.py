@@ -19,19 +19,19 @@ run.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import types
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from commands import errors
 from commands.errors import UserError
+from submissions.common.api import Batch, Tree
 from workloads import registry
+from workloads.algoperf import NOT_INSTALLED, installed
+from workloads.workload import Workload
 
 PROGRAM = "python -m workloads.official"
 NEVER = 1e18  # seconds
-NOT_INSTALLED = "AlgoPerf is not installed in this environment; docs/official.md says how to make one with it."
 HELP = f"""usage: {PROGRAM} --workload=NAME [flags of AlgoPerf's runner]
 
 Runs AlgoPerf's own runner with the embedded workloads ({", ".join(registry.WORKLOADS)}) in its registry.
@@ -58,26 +58,21 @@ def _run(arguments: Sequence[str]) -> None:
         flags.mark_flag_as_required(name)
 
     def run(rest: list[str]) -> None:
-        name, framework = flags.FLAGS.workload, flags.FLAGS.framework
-        if name in registry.WORKLOADS:
-            workload = official_class(name, framework)
-            if flags.FLAGS.max_global_steps is None:
-                flags.FLAGS.max_global_steps = workload.step_hint
+        values: Tree = flags.FLAGS
+        if values.workload in registry.WORKLOADS:
+            workload = official_class(values.workload, values.framework)
+            if values.max_global_steps is None:
+                values.max_global_steps = workload.step_hint
         runner.main(rest)
 
     app.run(run, argv=[PROGRAM, *arguments])
 
 
-def installed() -> bool:
-    """Whether AlgoPerf and its runner can be imported."""
-    return all(importlib.util.find_spec(name) is not None for name in ("algoperf", "submission_runner"))
-
-
-def load_runner() -> Any:
+def load_runner() -> types.ModuleType:
     """AlgoPerf's `submission_runner`, with the embedded workloads in its registry.
 
     Raises:
-      UserError: a part of AlgoPerf's requirements is missing.
+        UserError: a part of AlgoPerf's requirements is missing.
     """
     try:
         import submission_runner
@@ -87,7 +82,7 @@ def load_runner() -> Any:
     return submission_runner
 
 
-def register(runner: Any) -> None:
+def register(runner: types.ModuleType) -> None:
     """Adds the embedded workloads to the registry of AlgoPerf's runner.
 
     AlgoPerf finds a workload's class by a path below its own package. A module that exists in memory only stands
@@ -112,7 +107,7 @@ class _LazyModule(types.ModuleType):
     def __dir__(self) -> list[str]:
         return [self._class_name]
 
-    def __getattr__(self, attribute: str) -> Any:
+    def __getattr__(self, attribute: str) -> type:
         if attribute != self._class_name:
             raise AttributeError(attribute)
         made = official_class(*self._made)
@@ -120,22 +115,22 @@ class _LazyModule(types.ModuleType):
         return made
 
 
-def official_class(name: str, framework: str) -> Any:
+def official_class(name: str, framework: str) -> type[Workload]:
     """The embedded workload as a subclass of AlgoPerf's `spec.Workload`.
 
     Raises:
-      UserError: no workload of that name, not in that framework, or the framework or the data are not installed.
+        UserError: no workload of that name, not in that framework, or the framework or the data are not installed.
     """
     from algoperf import spec
 
-    embedded: Any = type(registry.load(name, framework))
+    embedded = type(registry.load(name, framework))
 
-    class OfficialWorkload(embedded, spec.Workload):
+    class OfficialWorkload(embedded, spec.Workload):  # type: ignore[misc, valid-type]
         """See the module."""
 
         def __init__(self) -> None:
             super().__init__()
-            self._eval_iters: dict[str, Any] = {}
+            self._eval_iters: dict[str, Iterator[Batch]] = {}
             self._train_batches = 0
 
         @property
@@ -144,14 +139,14 @@ def official_class(name: str, framework: str) -> Any:
             drawn = self._train_batches
             return 0 if drawn == 1 or drawn % self.eval_period_steps == 0 else NEVER
 
-        def _build_input_queue(self, data_rng: Any, split: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        def _build_input_queue(self, data_rng: Tree, split: str, *args: Tree, **kwargs: Tree) -> Iterator[Batch]:
             queue = super()._build_input_queue(data_rng, split, *args, **kwargs)
             if split != "train":
                 return queue
             self._train_batches = 0
             return self._counted(queue)
 
-        def _counted(self, queue: Iterator[Any]) -> Iterator[Any]:
+        def _counted(self, queue: Iterator[Batch]) -> Iterator[Batch]:
             for batch in queue:
                 self._train_batches += 1
                 yield batch

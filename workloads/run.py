@@ -50,7 +50,7 @@ def run(flags: FlagValues) -> list[Outcome]:
     """Trains all trials; returns their outcomes.
 
     Raises:
-      UserError: something the user can put right, before any training if it can be known then.
+        UserError: something the user can put right, before any training if it can be known then.
     """
     workload_name, framework = flags.workload, flags.framework
     points = _points(flags)

@@ -41,10 +41,10 @@ class Job:
     """One trial.
 
     Attributes:
-      folder: the trial's folder.
-      command: trains it.
-      log: gets what the command prints.
-      settings: the values of `workloads.runner.loop.SETTINGS`.
+        folder: the trial's folder.
+        command: trains it.
+        log: gets what the command prints.
+        settings: the values of `workloads.runner.loop.SETTINGS`.
     """
 
     name: str
@@ -80,9 +80,9 @@ def jobs(
     """All trials, study by study, so that an interrupted series leaves whole comparisons.
 
     Args:
-      search_spaces: submission -> JSON file; one without an entry trains its own point, as trial 1.
-      trials: indices of the points to train, counted from 0.
-      max_steps, stop_at_target, save_checkpoints: as the runner's flags.
+        search_spaces: submission -> JSON file; one without an entry trains its own point, as trial 1.
+        trials: indices of the points to train, counted from 0.
+        max_steps, stop_at_target, save_checkpoints: as the runner's flags.
     """
     settings: dict[str, object] = {"max_global_steps": max_steps, "stop_at_target": stop_at_target}
     common = [] if max_steps is None else [f"--max_global_steps={max_steps}"]

@@ -19,7 +19,7 @@ class Workload(abc.ABC):
     """A model, its data, its loss, its metric and its target.
 
     Attributes:
-      metrics_logger: where a submission may log (`append_scalar_metrics(metrics, global_step)`), or None.
+        metrics_logger: where a submission may log (`append_scalar_metrics(metrics, global_step)`), or None.
     """
 
     def __init__(self) -> None:
@@ -186,9 +186,9 @@ class Workload(abc.ABC):
         """The masked loss, differentiable and not synchronised across devices.
 
         Returns:
-          'summed': a scalar, the sum over valid examples (in a language model: valid tokens).
-          'n_valid_examples': a scalar, how many there are.
-          'per_example': the loss of each, 0 where masked.
+            'summed': a scalar, the sum over valid examples (in a language model: valid tokens).
+            'n_valid_examples': a scalar, how many there are.
+            'per_example': the loss of each, 0 where masked.
         """
 
     # Data and evaluation.
@@ -198,7 +198,8 @@ class Workload(abc.ABC):
         """Batch `index` of a split, a function of its arguments alone and the same for every framework.
 
         Args:
-          split: 'train' (shuffled, endless), 'eval_train', 'validation' or 'test' (in order, padded, with weights).
+            split: 'train' (shuffled, endless), or 'eval_train', 'validation' or 'test' (in order, padded, with
+                weights).
         """
 
     def _build_input_queue(

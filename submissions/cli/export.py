@@ -16,7 +16,7 @@ from commands.flags import new, parse
 from commands.frameworks import FRAMEWORKS
 from submissions import registry
 from submissions.cli.vendoring import CHECKOUT, vendor
-from submissions.common.description import Description
+from submissions.common.description import Description, OptimizerConfig
 
 PROGRAM = "python -m submissions export"
 EPILOG = """Example:
@@ -138,7 +138,7 @@ def _run(submission: str, framework: str, ruleset: str) -> str:
 
 
 def _readme(
-    submission: str, framework: str, ruleset: str, described: Description[object], files: Mapping[str, str]
+    submission: str, framework: str, ruleset: str, described: Description[OptimizerConfig], files: Mapping[str, str]
 ) -> str:
     folders = {
         submission: "what the algorithm says of itself, its own point with it",

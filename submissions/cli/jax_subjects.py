@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from commands.errors import UserError
-from submissions.cli import references, sizes
+from submissions.cli import references
 from submissions.cli.jax_probe import Subject
+from submissions.common.api import Batch, Tree, Workload
 from submissions.common.spec import ForwardPassMode
+from workloads import algoperf
 
 
 def official(name: str, batch_size: int) -> Subject:
@@ -21,8 +22,8 @@ def official(name: str, batch_size: int) -> Subject:
         UserError: AlgoPerf is not installed, or has no such workload.
     """
     workload = references.official_workload(name, "jax")
-    base = sizes.base_of(name, BATCHES)
-    segments = sizes.graph_rows(batch_size) if base == "ogbg" else {}
+    base = algoperf.base_of(name)
+    segments = algoperf.graph_rows(batch_size) if base == "ogbg" else {}
     return _of_workload(workload, BATCHES[base](batch_size), segments)
 
 
@@ -65,11 +66,11 @@ def custom(reference: str, batch_size: int | None) -> Subject:
     return Subject(apply, params, args)
 
 
-def _of_workload(workload: Any, batch: Mapping[str, Any], segments: Mapping[int, int] | None = None) -> Subject:
+def _of_workload(workload: Workload, batch: Batch, segments: Mapping[int, int] | None = None) -> Subject:
     key = jax.eval_shape(lambda: jax.random.PRNGKey(0))
     params, state = jax.eval_shape(workload.init_model_fn, key)
 
-    def apply(params: Any, state: Any, batch: Any, rng: Any) -> Any:
+    def apply(params: Tree, state: Tree, batch: Tree, rng: Tree) -> Tree:
         return workload.model_fn(
             params=params,
             augmented_and_preprocessed_input_batch=batch,
@@ -82,29 +83,29 @@ def _of_workload(workload: Any, batch: Mapping[str, Any], segments: Mapping[int,
     return Subject(apply, params, (state, dict(batch), key), segments or {})
 
 
-def _shape(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+def _shape(*shape: int, dtype: Tree = jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _images(size: int, channels: int) -> Callable[[int], dict[str, Any]]:
+def _images(size: int, channels: int) -> Callable[[int], Batch]:
     return lambda n: {"inputs": _shape(n, size, size, channels)}
 
 
-def _speech(n: int) -> dict[str, Any]:
-    return {"inputs": (_shape(n, sizes.AUDIO_SAMPLES), _shape(n, sizes.AUDIO_SAMPLES))}
+def _speech(n: int) -> Batch:
+    return {"inputs": (_shape(n, algoperf.AUDIO_SAMPLES), _shape(n, algoperf.AUDIO_SAMPLES))}
 
 
-def _sentences(n: int) -> dict[str, Any]:
+def _sentences(n: int) -> Batch:
     """Packed rows, as in training."""
     keys = [f"{side}{suffix}" for side in ("inputs", "targets") for suffix in ("", "_position", "_segmentation")]
-    return {key: _shape(n, sizes.SENTENCE, dtype=jnp.int32) for key in keys}
+    return {key: _shape(n, algoperf.SENTENCE, dtype=jnp.int32) for key in keys}
 
 
-def _graphs(n: int) -> dict[str, Any]:
+def _graphs(n: int) -> Batch:
     """n molecules of average size and the padding graph."""
     from jraph import GraphsTuple
 
-    nodes, edges = sizes.GRAPH_NODES * n + 1, sizes.GRAPH_EDGES * n
+    nodes, edges = algoperf.GRAPH_NODES * n + 1, algoperf.GRAPH_EDGES * n
     graph = GraphsTuple(
         nodes=_shape(nodes, 9),
         edges=_shape(edges, 3),
@@ -117,7 +118,7 @@ def _graphs(n: int) -> dict[str, Any]:
     return {"inputs": graph}
 
 
-BATCHES: dict[str, Callable[[int], dict[str, Any]]] = {
+BATCHES: dict[str, Callable[[int], Batch]] = {
     "criteo1tb": lambda n: {"inputs": _shape(n, 39)},
     "fastmri": lambda n: {"inputs": _shape(n, 320, 320)},
     "imagenet_resnet": _images(224, 3),

@@ -17,6 +17,7 @@ from commands.frameworks import FRAMEWORKS
 from submissions import registry
 from submissions.cli import plan_tables
 from submissions.common.batch_sizes import SCORED, get_batch_size
+from workloads.algoperf import WORKLOADS
 from workloads.registry import WORKLOADS as EMBEDDED
 
 PROGRAM = "python -m submissions plan"
@@ -100,14 +101,21 @@ def _batch_size(name: str, values: flags.FlagValues) -> int | None:
     if size is None and values.model:
         return None
     if size is None:
-        known = next((base for base in SCORED if name.startswith(base)), name)
-        try:
-            size = get_batch_size(known)
-        except ValueError as error:
-            raise UserError(f"{error}; or give --batch_size") from None
+        size = _own_batch_size(name)
     if size % values.devices:
         raise UserError(f"the batch size {size} does not divide by {values.devices} devices; change --devices")
     return size
+
+
+def _own_batch_size(name: str) -> int:
+    """The submissions' for a workload; a variant without one has its base's, as in AlgoPerf's runner."""
+    try:
+        return get_batch_size(name)
+    except ValueError as error:
+        base = next((base for base in WORKLOADS if name.startswith(f"{base}_")), None)
+        if base is None:
+            raise UserError(f"{error}; or give --batch_size") from None
+        return get_batch_size(base)
 
 
 def _subject(values: flags.FlagValues, name: str, framework: str, batch_size: int | None) -> tuple[ModuleType, Any]:

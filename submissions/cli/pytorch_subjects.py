@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +11,11 @@ from torch import Tensor, nn
 from algoperf_kfac.pytorch.meta import on_meta
 from algoperf_kfac.pytorch.probe import tensors
 from commands.errors import UserError
-from submissions.cli import references, sizes
+from submissions.cli import references
 from submissions.cli.pytorch_probe import Subject
+from submissions.common.api import Batch, Tree, Workload
 from submissions.common.spec import ForwardPassMode
+from workloads import algoperf
 
 
 def official(name: str, batch_size: int) -> Subject:
@@ -23,12 +24,12 @@ def official(name: str, batch_size: int) -> Subject:
     Raises:
         UserError: AlgoPerf is not installed, or has no such workload.
     """
-    _import_torchvision()
+    algoperf.import_torchvision()
     workload = references.official_workload(name, "pytorch")
-    base = sizes.base_of(name, BATCHES)
+    base = algoperf.base_of(name)
     make_batch = BATCHES[base]
 
-    def outputs(model: nn.Module, examples: int) -> Any:
+    def outputs(model: nn.Module, examples: int) -> Tree:
         return _model_fn(workload, model, make_batch(examples))
 
     small = None if base == "ogbg" else 2
@@ -37,7 +38,7 @@ def official(name: str, batch_size: int) -> Subject:
         outputs,
         batch_size,
         small,
-        sizes.graph_rows(batch_size) if base == "ogbg" else {},
+        algoperf.graph_rows(batch_size) if base == "ogbg" else {},
         workload,
     )
 
@@ -53,7 +54,7 @@ def embedded(name: str, batch_size: int) -> Subject:
     workload = registry.load(name, "pytorch")
     first = next(workload._build_input_queue(seeds.root(0), "train", "", batch_size))
 
-    def outputs(model: nn.Module, examples: int) -> Any:
+    def outputs(model: nn.Module, examples: int) -> Tree:
         device = next(model.parameters()).device
         values = {k: v[:examples].to(device) for k, v in first.items()}
         return _model_fn(workload, model, values)
@@ -73,7 +74,7 @@ def custom(reference: str, batch_size: int | None) -> Subject:
         UserError: there is no such function, or it returns something else.
     """
     function = references.load(reference)
-    made: dict[int, Any] = {}
+    made: dict[int, Tree] = {}
 
     def build() -> nn.Module:
         result = function()
@@ -82,7 +83,7 @@ def custom(reference: str, batch_size: int | None) -> Subject:
         made[id(result[0])] = result[1]
         return result[0]
 
-    def outputs(model: nn.Module, examples: int) -> Any:
+    def outputs(model: nn.Module, examples: int) -> Tree:
         device = next(model.parameters()).device
         inputs = _adapt(made[id(model)], device, None if batch_size is None else examples)
         if isinstance(inputs, Mapping):
@@ -93,7 +94,7 @@ def custom(reference: str, batch_size: int | None) -> Subject:
     return Subject(build, outputs, batch_size or examples)
 
 
-def _examples(build: Callable[[], nn.Module], made: Mapping[int, Any]) -> int:
+def _examples(build: Callable[[], nn.Module], made: Mapping[int, Tree]) -> int:
     """How many examples the example inputs hold; 1 if no tensor is among them."""
     try:
         with on_meta():
@@ -108,7 +109,7 @@ def _examples(build: Callable[[], nn.Module], made: Mapping[int, Any]) -> int:
     return next((len(t) for t in tensors(made[id(model)]) if t.dim()), 1)
 
 
-def _adapt(inputs: Any, device: torch.device, examples: int | None) -> Any:
+def _adapt(inputs: Tree, device: torch.device, examples: int | None) -> Tree:
     """Inputs on a device, their first dimension repeated or cut to so many examples."""
     if isinstance(inputs, Tensor):
         inputs = inputs.to(device)
@@ -123,7 +124,7 @@ def _adapt(inputs: Any, device: torch.device, examples: int | None) -> Any:
     return inputs
 
 
-def _model_fn(workload: Any, model: nn.Module, batch: dict[str, Any]) -> Any:
+def _model_fn(workload: Workload, model: nn.Module, batch: Batch) -> Tree:
     return workload.model_fn(
         params=model,
         augmented_and_preprocessed_input_batch=batch,
@@ -134,54 +135,38 @@ def _model_fn(workload: Any, model: nn.Module, batch: dict[str, Any]) -> Any:
     )[0]
 
 
-def _import_torchvision() -> None:
-    """Some workloads import torchvision for their data; a build for another torch lacks operators no model uses."""
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float threshold) -> Tensor")
-        _KEPT.append(library)
-    except ImportError:
-        pass  # those that need it say so
-
-
-_KEPT: list[Any] = []  # definitions go with the library object
-
-
-def _images(channels: int, size: int) -> Callable[[int], dict[str, Any]]:
+def _images(channels: int, size: int) -> Callable[[int], Batch]:
     return lambda n: {"inputs": torch.zeros(n, channels, size, size)}
 
 
-def _speech(n: int) -> dict[str, Any]:
-    return {"inputs": (torch.randn(n, sizes.AUDIO_SAMPLES), torch.zeros(n, sizes.AUDIO_SAMPLES))}
+def _speech(n: int) -> Batch:
+    return {"inputs": (torch.randn(n, algoperf.AUDIO_SAMPLES), torch.zeros(n, algoperf.AUDIO_SAMPLES))}
 
 
-def _sentences(n: int) -> dict[str, Any]:
+def _sentences(n: int) -> Batch:
     """Packed rows, as in training."""
     keys = [f"{side}{suffix}" for side in ("inputs", "targets") for suffix in ("", "_position", "_segmentation")]
-    return {key: torch.ones(n, sizes.SENTENCE, dtype=torch.long) for key in keys}
+    return {key: torch.ones(n, algoperf.SENTENCE, dtype=torch.long) for key in keys}
 
 
-def _graphs(n: int) -> dict[str, Any]:
+def _graphs(n: int) -> Batch:
     """n molecules of average size and the padding graph."""
     from jraph import GraphsTuple
 
-    nodes, edges = sizes.GRAPH_NODES * n + 1, sizes.GRAPH_EDGES * n
+    nodes, edges = algoperf.GRAPH_NODES * n + 1, algoperf.GRAPH_EDGES * n
     graph = GraphsTuple(
         nodes=torch.zeros(nodes, 9),
         edges=torch.zeros(edges, 3),
         receivers=torch.zeros(edges, dtype=torch.long),
         senders=torch.zeros(edges, dtype=torch.long),
         globals={},
-        n_node=torch.tensor([sizes.GRAPH_NODES] * n + [1]),
-        n_edge=torch.tensor([sizes.GRAPH_EDGES] * n + [0]),
+        n_node=torch.tensor([algoperf.GRAPH_NODES] * n + [1]),
+        n_edge=torch.tensor([algoperf.GRAPH_EDGES] * n + [0]),
     )
     return {"inputs": graph}
 
 
-BATCHES: dict[str, Callable[[int], dict[str, Any]]] = {
+BATCHES: dict[str, Callable[[int], Batch]] = {
     "criteo1tb": lambda n: {"inputs": torch.zeros(n, 39)},
     "fastmri": lambda n: {"inputs": torch.zeros(n, 320, 320)},
     "imagenet_resnet": _images(3, 224),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
 
 from commands.errors import UserError
+from submissions.common.api import Tree, Workload
+from workloads.algoperf import NOT_INSTALLED
 
 
-def official_workload(name: str, framework: str) -> Any:
+def official_workload(name: str, framework: str) -> Workload:
     """An instance of AlgoPerf's workload.
 
     Raises:
@@ -18,21 +19,19 @@ def official_workload(name: str, framework: str) -> Any:
     try:
         from algoperf.workloads import workloads
     except ImportError:
-        raise UserError(
-            f"workload '{name}' is AlgoPerf's, and AlgoPerf is not installed here; "
-            "see README.md, 'Under the official harness'"
-        ) from None
+        raise UserError(f"workload '{name}' is none of this repository's, and {NOT_INSTALLED}") from None
     if name not in workloads.WORKLOADS:
         raise UserError(f"unknown workload '{name}'; AlgoPerf's are {', '.join(sorted(workloads.WORKLOADS))}")
     entry = workloads.WORKLOADS[name]
     path = f"{workloads.BASE_WORKLOADS_DIR}{entry['workload_path']}_{framework}/workload.py"
     try:
-        return workloads.import_workload(path, entry["workload_class_name"], return_class=True)()
+        workload: Workload = workloads.import_workload(path, entry["workload_class_name"], return_class=True)()
     except ModuleNotFoundError as error:
         raise UserError(f"workload '{name}' needs the module '{error.name}', which is not installed") from None
+    return workload
 
 
-def load(reference: str) -> Callable[[], Any]:
+def load(reference: str) -> Callable[[], Tree]:
     """A function by "package.module:function".
 
     Raises:
@@ -40,7 +39,7 @@ def load(reference: str) -> Callable[[], Any]:
     """
     module_name, _, function_name = reference.partition(":")
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        function: Callable[[], Tree] = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"--model={reference}: {error}; give it as package.module:function") from None
     except Exception as error:  # whatever the user's module does when it is imported

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from submissions.common.api import Hyperparameters
 from submissions.common.hyperparameters import TrainingConfig, as_mapping, names_of
 
-Config = TypeVar("Config")  # an optimizer's own hyperparameters: a dataclass that checks them
+
+class OptimizerConfig(Protocol):
+    """An optimizer's own hyperparameters: a dataclass that checks them."""
+
+    @property
+    def learning_rate(self) -> float:
+        """The base learning rate; the schedule multiplies it."""
+
+
+Config = TypeVar("Config", bound=OptimizerConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +37,6 @@ class Description(Generic[Config]):
     config: type[Config]
     defaults: Mapping[str, object]
 
-    def training(self, hyperparameters: Hyperparameters) -> TrainingConfig:
-        """As `configure`, without the optimizer's part: for every step."""
-        point = self._point(hyperparameters)
-        return TrainingConfig(**_chosen(point, names_of(TrainingConfig)))
-
     def configure(self, hyperparameters: Hyperparameters) -> tuple[TrainingConfig, Config]:
         """A point of the search space, with the defaults for what it leaves open.
 
@@ -45,15 +49,12 @@ class Description(Generic[Config]):
         Raises:
             ValueError: an unknown hyperparameter, or a value out of range; the message names it.
         """
-        point = self._point(hyperparameters)
+        point = {**self.defaults, **as_mapping(hyperparameters)}
         training, own = names_of(TrainingConfig), names_of(self.config)
         unknown = sorted(set(point) - training - own)
         if unknown:
             raise ValueError(f"unknown hyperparameter {unknown[0]!r}: known are {sorted(training | own)}")
         return TrainingConfig(**_chosen(point, training)), self.config(**_chosen(point, own))
-
-    def _point(self, hyperparameters: Hyperparameters) -> dict[str, object]:
-        return {**self.defaults, **as_mapping(hyperparameters)}
 
 
 def _chosen(point: Mapping[str, object], names: set[str]) -> dict[str, Any]:

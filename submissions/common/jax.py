@@ -28,10 +28,10 @@ class StepResult(NamedTuple):
     """What a forward pass gave.
 
     Attributes:
-      loss: mean over the valid examples of all devices, a scalar.
-      n_valid: valid examples (in a language model: tokens) of all devices, a scalar.
-      logits: of the global batch.
-      new_model_state: from model_fn.
+        loss: mean over the valid examples of all devices, a scalar.
+        n_valid: valid examples (in a language model: tokens) of all devices, a scalar.
+        logits: of the global batch.
+        new_model_state: from model_fn.
     """
 
     loss: jax.Array
@@ -87,7 +87,7 @@ def loss_function(
     """The mean loss over the valid examples of all devices, and what came with it, in training mode.
 
     Args:
-      dropout_rate: None for the workload's own. Not traced: AlgoPerf's criteo1tb_resnet asks whether it is 0.
+        dropout_rate: None for the workload's own. Not traced: AlgoPerf's criteo1tb_resnet asks whether it is 0.
     """
     logits, new_model_state = forward(workload, params, batch, model_state, rng, dropout_rate)
     losses = losses_of(workload, logits, batch, label_smoothing)
@@ -177,8 +177,9 @@ def compile_step(step: Callable[..., Results]) -> Callable[..., Results]:
     replicated.
 
     Args:
-      step: called as (params, opt_state, model_state, batch, rng, learning_rate), all of them traced; what must not
-        be is bound beforehand. The learning rate is a `np.float32`: of one type, whatever a search space holds.
+        step: called as (params, opt_state, model_state, batch, rng, learning_rate), all of them traced; what must
+            not be is bound beforehand. The learning rate is a `np.float32`: of one type, whatever a search space
+            holds.
     """
     replicated = NamedSharding(mesh(), PartitionSpec())
     sharded = NamedSharding(mesh(), PartitionSpec("batch"))

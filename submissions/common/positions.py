@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 
 from submissions.common.api import Tree
 
@@ -14,7 +15,7 @@ def graph_in(inputs: Tree) -> Tree:
     """The batch of graphs that a model's inputs are or hold, or None.
 
     Args:
-      inputs: of a batch: an array, or tuples, lists and mappings of them, or any object with a graph's fields.
+        inputs: of a batch: an array, or tuples, lists and mappings of them, or any object with a graph's fields.
     """
     if all(hasattr(inputs, field) for field in GRAPH_FIELDS):
         return inputs
@@ -26,6 +27,23 @@ def graph_in(inputs: Tree) -> Tree:
     return next((graph for part in parts if (graph := graph_in(part)) is not None), None)
 
 
+def rows_tell(graphs: int, sizes: Sequence[int]) -> bool:
+    """Whether the number of a layer's rows shows what they are, nodes, edges or graphs; warns if it does not.
+
+    Args:
+        graphs: in the batch.
+        sizes: rows of its nodes and of its edges, of those that are arrays.
+    """
+    if len(sizes) == 2 and len({*sizes, graphs}) == 3:
+        return True
+    warnings.warn(
+        f"K-FAC: a batch of {graphs} graphs with {sizes} nodes and edges does not tell which rows are which: "
+        "each row counts as an example of its own",
+        stacklevel=3,
+    )
+    return False
+
+
 def parts_of_types(types: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """Into how many layers a fused attention projection is to be cut, from the types of the parameters.
 
@@ -33,11 +51,11 @@ def parts_of_types(types: Mapping[str, object], shapes: Mapping[str, tuple[int, 
     (key, value) or three (query, key, value) layers from its inputs to its inputs have.
 
     Args:
-      types: parameter name -> an enumeration's member; ATTENTION_QKV and ATTENTION_KV matter.
-      shapes: parameter name -> shape, output dimension first.
+        types: parameter name -> an enumeration's member; ATTENTION_QKV and ATTENTION_KV matter.
+        shapes: parameter name -> shape, output dimension first.
 
     Returns:
-      Parameter name -> number of parts.
+        Parameter name -> number of parts.
     """
     parts = {}
     for name, kind in types.items():

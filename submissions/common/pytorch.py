@@ -29,10 +29,10 @@ class StepResult:
     """What a forward and backward pass gave; the gradients lie in `.grad`. Nothing here was waited for.
 
     Attributes:
-      loss: mean over the valid examples of all devices, a detached scalar.
-      n_valid: valid examples (in a language model: tokens) of all devices, a scalar.
-      logits: of this device's batch, detached where they are a tensor.
-      new_model_state: from model_fn.
+        loss: mean over the valid examples of all devices, a detached scalar.
+        n_valid: valid examples (in a language model: tokens) of all devices, a scalar.
+        logits: of this device's batch, detached where they are a tensor.
+        new_model_state: from model_fn.
     """
 
     loss: torch.Tensor
@@ -55,10 +55,10 @@ def compute_gradient(
     """One forward and backward pass in training mode: the gradient of the mean loss over all devices, in `.grad`.
 
     Args:
-      dropout_rate: None for the workload's own.
-      context: a K-FAC capture, entered around the forward and the backward pass; it is told the divisor of the
-        summed loss, and makes its own backward passes where its Fisher needs them.
-      loss_type: of the workload; needed with a context.
+        dropout_rate: None for the workload's own.
+        context: a K-FAC capture, entered around the forward and the backward pass; it is told the divisor of the
+            summed loss, and makes its own backward passes where its Fisher needs them.
+        loss_type: of the workload; needed with a context.
     """
     model.train()
     model.zero_grad(set_to_none=True)

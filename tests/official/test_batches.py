@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.official import batches, environment
-from tests.official.variants import VARIANTS
+from benchmarks.official import batches
+from commands.errors import UserError
+from workloads import algoperf
+from workloads.algoperf import VARIANTS
 
 torch = pytest.importorskip("torch")
 
@@ -15,17 +17,21 @@ def numpy_of(tensor):
     return tensor.numpy() if hasattr(tensor, "numpy") else np.asarray(tensor)
 
 
+def test_every_workload_has_a_batch():
+    assert tuple(batches.RECIPES) == algoperf.WORKLOADS
+
+
 def test_every_variant_belongs_to_a_workload():
-    assert {batches.base_of(name) for name in VARIANTS} == set(batches.BASES) - {"mnist", "cifar"}
-    with pytest.raises(ValueError, match="imagenet_mlp"):
-        batches.base_of("imagenet_mlp")
+    assert {algoperf.base_of(name) for name in VARIANTS} == set(algoperf.WORKLOADS) - {"mnist", "cifar"}
+    with pytest.raises(UserError, match="imagenet_mlp"):
+        algoperf.base_of("imagenet_mlp")
 
 
-@pytest.mark.skipif(not environment.INSTALLED, reason=environment.REASON)
+@pytest.mark.skipif(not algoperf.installed(), reason=algoperf.NOT_INSTALLED)
 def test_the_registry_holds_nothing_else():
     from algoperf.workloads import workloads
 
-    assert set(workloads.WORKLOADS) == {*batches.BASES, *VARIANTS}
+    assert set(workloads.WORKLOADS) == {*algoperf.WORKLOADS, *VARIANTS}
 
 
 def test_mnist_is_raw():
@@ -65,7 +71,7 @@ def test_ogbg_graphs_differ_and_the_last_is_padding():
     pytest.importorskip("jraph")
     batch = batches.make_batch("ogbg", "pytorch")
     graph, weights = batch["inputs"], batch["weights"]
-    size = batches.SIZES["ogbg"]
+    size = batches.RECIPES["ogbg"].examples
     assert len(graph.nodes) == graph.n_node.sum() == 26 * size + 1
     assert len(graph.edges) == graph.n_edge.sum() == 56 * size
     assert graph.n_node.unique().numel() > 3

@@ -8,8 +8,8 @@ import re
 
 import pytest
 
-from tests.official.conditions import problems
-from tests.official.record import Record
+from benchmarks.official.conditions import problems
+from benchmarks.official.record import Record
 
 LOSSES = [3.0, 2.5, 2.0, 1.5, 1.0, 7.0]
 COUNTERS = {"steps": 5, "failures": 0, "dropped": 0, "stand_ins": 0, "a/refreshes": 2, "b/skipped": 2}
@@ -17,7 +17,6 @@ GOOD = Record(
     workload="ogbg",
     framework="jax",
     submission="kfac_reduce",
-    data_parallel=False,
     losses=LOSSES,
     covered=999,
     parameters=1000,

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.official import environment
-from workloads import official, registry
+from workloads import algoperf, official, registry
 
 ROOT = Path(__file__).resolve().parents[2]
-needs_algoperf = pytest.mark.skipif(not environment.INSTALLED, reason=environment.REASON)
+needs_algoperf = pytest.mark.skipif(not algoperf.installed(), reason=algoperf.NOT_INSTALLED)
 CASES = [(name, framework) for name, entry in registry.WORKLOADS.items() for framework in entry.frameworks]
 NOT_COMPARED = {"score", "total_duration", "preemption_count"}
 
@@ -55,7 +54,7 @@ def test_both_runners_give_the_same_numbers(name, framework, tmp_path):
     if not (ROOT / f"submissions/kfac_reduce/{framework}/submission.py").exists():
         pytest.skip(f"there is no kfac_reduce for {framework} yet")
     theirs = _train("workloads.official", tmp_path, name, framework)
-    ours = _train("tests.official.embedded", tmp_path, name, framework)
+    ours = _train("benchmarks.official.embedded", tmp_path, name, framework)
     assert theirs == ours  # the steps of the evaluations, too
     period = registry.load(name, framework).eval_period_steps
     assert [row["global_step"] for row in theirs] == [1, *range(period, 12, period), 12]

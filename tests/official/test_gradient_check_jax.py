@@ -15,7 +15,7 @@ from jax import lax  # noqa: E402
 from jax import numpy as jnp  # noqa: E402
 
 from algoperf_kfac.jax import KFAC, capture  # noqa: E402
-from tests.official import gradient_check_jax  # noqa: E402
+from benchmarks.official import gradient_check_jax  # noqa: E402
 
 NAMES = {"conv", "stack", "transposed", "table"}
 TOKENS = np.random.default_rng(1).integers(0, 11, (3, 5))

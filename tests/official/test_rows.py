@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.official import rows
-from tests.official.conditions import problems
-from tests.official.record import Failure, Record
+from benchmarks.official import rows
+from benchmarks.official.conditions import problems
+from benchmarks.official.record import Failure, Record
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 HERE = "Python 3.11.7, jax 0.7.0; one thread of a CPU."

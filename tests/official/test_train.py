@@ -11,29 +11,31 @@ import importlib.metadata
 
 import pytest
 
-from tests.official import batches, environment
-from tests.official.conditions import problems
-from tests.official.record import POINT, SUBMISSIONS, Failure, Record, exists
-from tests.official.table import run_case
-from tests.official.variants import BROKEN, VARIANTS
+from benchmarks.official.conditions import problems
+from benchmarks.official.record import BROKEN, POINT, SUBMISSIONS, Failure, Record
+from benchmarks.official.table import run_case
+from commands.frameworks import FRAMEWORKS
+from submissions.registry import path_of
+from workloads import algoperf
+from workloads.algoperf import VARIANTS, WORKLOADS
 
-pytestmark = pytest.mark.skipif(not environment.INSTALLED, reason=environment.REASON)
+pytestmark = pytest.mark.skipif(not algoperf.installed(), reason=algoperf.NOT_INSTALLED)
 
 CASES, VARIANT_CASES = (
     [
         pytest.param(name, framework, submission, id=f"{label}{name}-{framework}-{submission}")
         for name in names
-        for framework in environment.FRAMEWORKS
+        for framework in FRAMEWORKS
         for submission in SUBMISSIONS
     ]
-    for label, names in (("", batches.BASES), ("variants-", VARIANTS))
+    for label, names in (("", WORKLOADS), ("variants-", VARIANTS))
 )
 
 
 @functools.cache
 def result_of(name: str, framework: str, submission: str, data_parallel: bool = False, devices: int = 1) -> Record:
     """The record of a case; each is run once."""
-    if not exists(submission, framework):
+    if not path_of(submission, framework).is_file():
         pytest.skip(f"there is no {submission} for {framework} yet")
     result = run_case(name, framework, submission, data_parallel=data_parallel, devices=devices)
     if isinstance(result, Failure):

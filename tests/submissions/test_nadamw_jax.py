@@ -169,8 +169,8 @@ def test_submissions_agree_over_twenty_steps(point, masked):
 
 def test_step_is_compiled_once_and_state_is_on_the_mesh():
     rng = np.zeros(2, np.uint32)
-    (opt_state, step), params = _train(jax_submission, _workload("jax"), _start(), None, _batches(False), rng)
-    assert step._cache_size() == 1
+    (opt_state, run), params = _train(jax_submission, _workload("jax"), _start(), None, _batches(False), rng)
+    assert run.compiled._cache_size() == 1
     for leaf in jax.tree.leaves((opt_state, params)):
         assert leaf.sharding.is_fully_replicated
         assert leaf.size > 0

@@ -13,6 +13,7 @@ from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.cost import ITEM_BYTES, Load
 from algoperf_kfac.layers import Coverage, LayerSpec
 from algoperf_kfac.pytorch import KFAC
+from submissions import registry
 from submissions.cli.pytorch_probe import Subject, sight_optimizer
 from tests.submissions.planned import BATCH, Branching, Net, Recurrent, inputs, make_plan, seen_by
 
@@ -209,7 +210,8 @@ def test_jax_sees_what_pytorch_sees():
         return jax.lax.conv_general_dilated(image, params["k"], (2, 2), "SAME").sum((1, 2, 3))
 
     params = {"w": shape((3, 5), "f"), "u": shape((5, 5), "f"), "k": shape((2, 5, 3, 3), "f")}
-    seen = jax_probe.probe(jax_probe.Subject(apply, params, (shape((BATCH, 7, 3), "f"),)), "kfac_reduce")
+    subject = jax_probe.Subject(apply, params, (shape((BATCH, 7, 3), "f"),))
+    seen = jax_probe.probe(subject, registry.kfac_config("kfac_reduce", "jax"))
     assert seen.loads["w"] == Load(BATCH, 7, 7 * BATCH, 7 * BATCH * 3, 7 * BATCH * 5)
     assert seen.loads["u"] == Load(BATCH, 7, 7 * BATCH, 7 * BATCH * 5, 7 * BATCH * 5)
     assert seen.loads["k"] == Load(BATCH, 9, 9 * BATCH, 180 * BATCH, 18 * BATCH, 3)

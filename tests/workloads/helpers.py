@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -54,6 +55,26 @@ def start(flags: list[str], module: str = "workloads.run", **options: Any) -> su
         stderr=subprocess.PIPE,
         text=True,
         **options,
+    )
+
+
+def copied_checkout(root: Path) -> Path:
+    """A copy of the repository's packages, to add to."""
+    for name in ("algoperf_kfac", "commands", "submissions", "tuning_search_spaces", "workloads"):
+        shutil.copytree(CHECKOUT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(CHECKOUT / "LICENSE", root)
+    return root
+
+
+def run_in(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command, `python -m`, in a checkout."""
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=checkout,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 

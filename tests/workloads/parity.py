@@ -20,7 +20,7 @@ def from_named(named: Mapping[str, torch.Tensor], template: Any) -> Any:
     """Tensors by PyTorch's parameter names as a tree like `template`.
 
     Raises:
-      AssertionError: a tensor has no place in the tree.
+        AssertionError: a tensor has no place in the tree.
     """
     left = dict(named)
 

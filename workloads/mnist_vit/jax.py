@@ -18,8 +18,8 @@ class ViT(nn.Module):
     """Patches -> transformer blocks -> mean over positions -> class logits.
 
     Attributes:
-      patch_size: side of the square patches, in pixels.
-      num_classes, width, depth, heads, hidden: sizes of output, model, stack, attention and MLP.
+        patch_size: side of the square patches, in pixels.
+        num_classes, width, depth, heads, hidden: sizes of output, model, stack, attention and MLP.
     """
 
     patch_size: int

@@ -18,8 +18,8 @@ class ViT(nn.Module):
     """Patches -> transformer blocks -> mean over positions -> class logits.
 
     Args:
-      image_size, patch_size: sides of the square images and patches, in pixels.
-      num_classes, width, depth, heads, hidden: sizes of output, model, stack, attention and MLP.
+        image_size, patch_size: sides of the square images and patches, in pixels.
+        num_classes, width, depth, heads, hidden: sizes of output, model, stack, attention and MLP.
     """
 
     def __init__(

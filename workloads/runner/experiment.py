@@ -19,7 +19,7 @@ def open_folder(
     """`<experiment_dir>/<experiment_name>/<workload>_<framework>`, made and known to be writable.
 
     Raises:
-      UserError: it exists and neither flag is given, or it cannot be written.
+        UserError: it exists and neither flag is given, or it cannot be written.
     """
     folder = Path(experiment_dir).expanduser() / experiment_name / f"{workload}_{framework}"
     if folder.exists():
@@ -38,7 +38,7 @@ def check_writable(folder: Path) -> None:
     """Makes a folder and writes to it.
 
     Raises:
-      UserError: that is not possible.
+        UserError: that is not possible.
     """
     probe = folder / f".probe.{os.getpid()}"
     try:
@@ -70,7 +70,7 @@ def lock(trial_folder: Path) -> TextIO:
     """Holds the trial until the process ends or the file is closed.
 
     Raises:
-      UserError: another process holds it.
+        UserError: another process holds it.
     """
     file = open(trial_folder / ".lock", "w")  # noqa: SIM115 (the caller closes it)
     try:

@@ -21,7 +21,7 @@ from workloads.workload import Workload
 
 
 class JaxBackend:
-    """The framework-specific half of the runner: one process, which drives all devices."""
+    """The `Backend` for JAX: one process, which drives all devices."""
 
     def start(self) -> None:
         """Nothing: a step is a function of its arguments, the rng among them."""
@@ -113,7 +113,7 @@ class JaxBackend:
         A submission whose state is empty before its first step gets nested dictionaries, as it would from flax.
 
         Raises:
-          ValueError: the checkpoint holds other arrays than these structures.
+            ValueError: the checkpoint holds other arrays than these structures.
         """
         checkpoint = serialization.msgpack_restore(content)
         opt_state, static = optimizer_state

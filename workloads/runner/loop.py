@@ -37,8 +37,8 @@ class Trial:
     """What to train and where.
 
     Attributes:
-      max_runtime_sec: of timed work.
-      flags: as they were given, for the record.
+        max_runtime_sec: of timed work.
+        flags: as they were given, for the record.
     """
 
     workload: Workload

@@ -14,11 +14,11 @@ class Progress:
     """Shows step, loss, steps per second, time left and the last metric.
 
     Args:
-      label: what is running.
-      total: the step limit.
-      first: the step the process starts from.
-      read_loss: called only when a line is due, because it may wait for the device.
-      stream: where to write; standard error by default.
+        label: what is running.
+        total: the step limit.
+        first: the step the process starts from.
+        read_loss: called only when a line is due, because it may wait for the device.
+        stream: where to write; standard error by default.
     """
 
     def __init__(

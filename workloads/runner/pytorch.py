@@ -27,7 +27,7 @@ class Stateful(Protocol):
 
 
 class PyTorchBackend:
-    """The framework-specific half of the runner. `workloads.runner.jax.JaxBackend` has the same methods."""
+    """The `Backend` for PyTorch; under torchrun a process for each device."""
 
     def start(self) -> None:
         """Makes results repeatable and joins the other processes, if any."""

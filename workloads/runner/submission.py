@@ -35,7 +35,7 @@ def load(path: str) -> Submission:
     """The submission in a Python file.
 
     Raises:
-      UserError: there is no such file, it cannot be imported, or it lacks a function.
+        UserError: there is no such file, it cannot be imported, or it lacks a function.
     """
     if not os.path.isfile(path):
         raise UserError(f"The submission {path} does not exist; give its Python file as --submission_path.")
@@ -58,7 +58,7 @@ def batch_size(submission: Submission, workload_name: str, devices: int) -> int:
     """The submission's global batch size.
 
     Raises:
-      UserError: it knows none for the workload, or it does not divide by the number of devices.
+        UserError: it knows none for the workload, or it does not divide by the number of devices.
     """
     try:
         size = submission.get_batch_size(workload_name)

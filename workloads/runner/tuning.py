@@ -30,7 +30,7 @@ def read_points(path: str, count: int) -> list[Point]:
     A list of points gives as many as it has, at most `count`.
 
     Raises:
-      UserError: the file is missing or malformed; the message names the key and the allowed forms.
+        UserError: the file is missing or malformed; the message names the key and the allowed forms.
     """
     try:
         space = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -174,7 +174,7 @@ def select(points: Sequence[Point], start: int | None, end: int | None) -> list[
     """The points [start, end) with their indices.
 
     Raises:
-      UserError: none is left.
+        UserError: none is left.
     """
     chosen: list[tuple[int, Hyperparameters]] = list(enumerate(points))
     chosen = chosen[start:end]

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax.serialization import from_state_dict, to_state_dict
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.jax import KFACState, Layers, Positions, discover, scale_by_kfac, value_grad_and_statistics
 from algoperf_kfac.jax.transform import is_statistics_step
-from submissions.common.api import Batch, EvalResults, Hyperparameters, Rng, Tree, Workload
+from submissions.common.api import Batch, Rng, Tree, Workload
 from submissions.common.description import Description
 from submissions.common.hyperparameters import TrainingConfig
 from submissions.common.jax import (
@@ -26,15 +23,12 @@ from submissions.common.jax import (
     compile_step,
     compute_gradient,
     forward,
-    log_step,
     losses_of,
     mesh,
-    replicate,
 )
+from submissions.common.jax_submission import Submission
 from submissions.common.kfac.model_call import initial_call
-from submissions.common.positions import graph_in
-from submissions.common.schedule import learning_rate_factor
-from submissions.common.spec import LossType
+from submissions.common.positions import graph_in, rows_tell
 
 
 class Run:
@@ -153,77 +147,13 @@ def positions(batch: Batch) -> list[Positions]:
         return [Positions(mask="gradient")]
     graphs = jnp.arange(len(graph.n_node))
     sizes = [len(rows) for rows in (graph.nodes, graph.edges) if isinstance(rows, jax.Array)]
-    if len(sizes) < 2 or len({*sizes, len(graphs)}) < 3:
-        # Which rows a layer has would not show in their number.
-        warnings.warn(
-            f"K-FAC: a batch of {len(graphs)} graphs with {sizes} nodes and edges does not tell which rows are "
-            "which: each row counts as an example of its own",
-            stacklevel=2,
-        )
+    if not rows_tell(len(graphs), sizes):
         return [Positions(mask="gradient")]
     counts = (graph.n_node, graph.n_edge)
     ids = [jnp.repeat(graphs, n, total_repeat_length=size) for n, size in zip(counts, sizes, strict=True)]
     return [Positions("gradient", i, len(graphs), readout="sum") for i in (*ids, graphs)]
 
 
-# The state that a checkpoint holds, and what is made anew when a run is resumed.
-OptimizerState: TypeAlias = tuple[Tree, Run]
-
-
-class KFACSubmission:
-    """The submission API for one approximation; `submission.py` of each algorithm exports its methods.
-
-    Args:
-        description: the submission's.
-    """
-
-    def __init__(self, description: Description[KFACConfig]) -> None:
-        self._description = description
-
-    def init_optimizer_state(
-        self,
-        workload: Workload,
-        model_params: Tree,
-        model_state: Tree,
-        hyperparameters: Hyperparameters,
-        rng: Rng,
-    ) -> OptimizerState:
-        """Statistics and moments at zero.
-
-        Raises:
-            ValueError: a hyperparameter is unknown or out of range.
-        """
-        del model_state
-        run = Run(*self._description.configure(hyperparameters), workload)
-        return replicate(run.initial_state(model_params, rng)), run
-
-    def update_params(
-        self,
-        workload: Workload,
-        current_param_container: Tree,
-        current_params_types: Tree,
-        model_state: Tree,
-        hyperparameters: Hyperparameters,
-        batch: Batch,
-        loss_type: LossType,
-        optimizer_state: OptimizerState,
-        eval_results: EvalResults,
-        global_step: int,
-        rng: Rng,
-        train_state: Tree = None,
-    ) -> tuple[OptimizerState, Tree, Tree]:
-        """One step; statistics steps gather curvature in the same forward and backward pass."""
-        del current_params_types, hyperparameters, loss_type, eval_results, train_state
-        opt_state, run = optimizer_state
-        training = run.training
-        opt_state = run.prepare(current_param_container, opt_state, model_state, batch, rng)
-        factor = learning_rate_factor(
-            workload.step_hint, training.horizon_factor, training.warmup_factor, global_step
-        )
-        learning_rate = np.float32(run.config.learning_rate * factor)
-        params, opt_state, model_state = replicate((current_param_container, opt_state, model_state))
-        params, opt_state, model_state, metrics = run.step(
-            global_step, params, opt_state, model_state, batch, rng, learning_rate
-        )
-        log_step(workload, global_step=global_step, **metrics)
-        return (opt_state, run), params, model_state
+def submission(description: Description[KFACConfig]) -> Submission[KFACConfig]:
+    """The submission API for one approximation; `submission.py` of each algorithm exports its methods."""
+    return Submission(description, Run)

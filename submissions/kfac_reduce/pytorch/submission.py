@@ -1,11 +1,11 @@
 """K-FAC-reduce (arXiv 2311.00636) in PyTorch."""
 
 from submissions.common.batch_sizes import get_batch_size
-from submissions.common.kfac.pytorch import KFACSubmission
+from submissions.common.kfac.pytorch import submission
 from submissions.common.pass_through import data_selection, prepare_for_eval
 from submissions.kfac_reduce import DESCRIPTION
 
-_submission = KFACSubmission(DESCRIPTION)
+_submission = submission(DESCRIPTION)
 init_optimizer_state = _submission.init_optimizer_state
 update_params = _submission.update_params
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
+from algoperf_kfac.layers import LayerSpec
 from algoperf_kfac.pytorch import factors, statistics
+from benchmarks.official.replacing import replaced
+from submissions.common.api import Tree
 
 
 class CapturedGradients:
@@ -28,31 +29,31 @@ class CapturedGradients:
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.magnitudes: dict[str, Tensor] = {}
-        self.specs: dict[str, Any] = {}
+        self.specs: dict[str, LayerSpec] = {}
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Listens to every capture made in this context."""
         record_input, record_gradient = statistics.Recorder.input, statistics.Recorder.output_gradient
-        inputs: dict[int, tuple[Any, Any]] = {}
+        inputs: dict[int, tuple[Tree, Tree]] = {}
 
-        def input_(recorder: Any, operation: Any, conv: Any, positions: Any) -> Any:
+        def input_(recorder: Tree, operation: Tree, conv: Tree, positions: Tree) -> Tree:
             call = record_input(recorder, operation, conv, positions)
             # The call is kept, so its id stays its own.
             inputs[id(call)] = call, operation.input.detach().clone()
             return call
 
-        def output_gradient(recorder: Any, call: Any, grad: Tensor, positions: Any) -> None:
+        def output_gradient(recorder: Tree, call: Tree, grad: Tensor, positions: Tree) -> None:
             record_gradient(recorder, call, grad, positions)
             self._add(recorder.spec, inputs.pop(id(call))[1], grad, call.conv)
 
         with (
-            mock.patch.object(statistics.Recorder, "input", input_),
-            mock.patch.object(statistics.Recorder, "output_gradient", output_gradient),
+            replaced(statistics.Recorder, "input", input_),
+            replaced(statistics.Recorder, "output_gradient", output_gradient),
         ):
             yield
 
-    def _add(self, spec: Any, x: Tensor, grad: Tensor, conv: Any) -> None:
+    def _add(self, spec: LayerSpec, x: Tensor, grad: Tensor, conv: Tree) -> None:
         if x.dtype in (torch.int32, torch.int64):  # a lookup: the inputs are one-hot rows
             total = torch.zeros(1, spec.out_dim, spec.in_dim, dtype=torch.float64)
             total[0].index_add_(0, x.flatten(), grad.reshape(-1, spec.in_dim).double())
@@ -73,7 +74,7 @@ class CapturedGradients:
                 magnitude[..., -1] += g.abs().sum(1)
         self._sum(spec, total, magnitude)
 
-    def _sum(self, spec: Any, total: Tensor, magnitude: Tensor) -> None:
+    def _sum(self, spec: LayerSpec, total: Tensor, magnitude: Tensor) -> None:
         if spec.name in self.sums:
             total, magnitude = total + self.sums[spec.name], magnitude + self.magnitudes[spec.name]
         self.sums[spec.name], self.magnitudes[spec.name], self.specs[spec.name] = total, magnitude, spec
@@ -85,7 +86,9 @@ class CapturedGradients:
         for name, total in self.sums.items():
             spec = self.specs[name]
             bias = None if spec.bias is None else parameters[spec.bias].grad
-            exact = factors.to_matrix(parameters[spec.weight].grad, bias, spec)
+            weight = parameters[spec.weight].grad
+            assert weight is not None
+            exact = factors.to_matrix(weight, bias, spec)
             norm = total.norm().clamp(min=1e-30)
             errors[name] = float((total - exact).norm() / norm)
             bounds[name] = float(torch.finfo(torch.float32).eps * self.magnitudes[name].norm() / norm)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
-from unittest import mock
+from types import ModuleType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,9 @@ from jax import Array
 from algoperf_kfac.jax import capture, discovery, statistics, tied
 from algoperf_kfac.jax.discovery import CoveredLayer, Layers
 from algoperf_kfac.jax.statistics import Tap
+from benchmarks.official.replacing import replaced
+from submissions.common.api import Batch, Rng, Tree
+from submissions.common.kfac.jax import Run
 
 TAPS = (statistics.tap, tied.tap_output, tied.tap_lookup)
 
@@ -29,8 +32,8 @@ class Products(NamedTuple):
     """A layer's sum_n sum_r g a^T with the bias as last column, (groups, P_out, P_in [+ 1]).
 
     Attributes:
-      total: the sum.
-      magnitude: sum_n sum_r |g| |a|^T, which bounds what float32 may have lost in the sum.
+        total: the sum.
+        magnitude: sum_n sum_r |g| |a|^T, which bounds what float32 may have lost in the sum.
     """
 
     total: Array
@@ -40,18 +43,18 @@ class Products(NamedTuple):
 class Probe(NamedTuple):
     """A layer's probe, and next to it one for the products."""
 
-    sums: Any
+    sums: Tree
     products: Products
 
 
 def errors(
-    submission: Any,
-    training: Any,
-    params: Any,
-    opt_state: Any,
-    model_state: Any,
-    batch: Mapping[str, Any],
-    rng: Any,
+    submission: ModuleType,
+    run: Run,
+    params: Tree,
+    opt_state: Tree,
+    model_state: Tree,
+    batch: Batch,
+    rng: Rng,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Each covered layer's error against its gradient, and its rounding bound; see `gradient_check`.
 
@@ -59,37 +62,38 @@ def errors(
     that the rounding bound counts twice.
 
     Args:
-      submission: the module `submissions.common.kfac.jax`.
-      training: its `Run`, with its layers.
-      opt_state: any; the gradient does not depend on it.
+        submission: the module `submissions.common.kfac.jax`.
+        run: its `Run`, with its layers.
+        opt_state: any; the gradient does not depend on it.
     """
-    if training.config.fisher != "empirical":
+    if run.config.fisher != "empirical":
         raise ValueError("G^T A is the gradient for the empirical Fisher only: others draw their own outputs")
-    found: list[Any] = []
+    found: list[Tree] = []
     value_grad_and_statistics = submission.value_grad_and_statistics
 
-    def listening_in(*args: Any, **kwargs: Any) -> Callable[..., Any]:
-        run = value_grad_and_statistics(*args, **kwargs)
+    def listening_in(*args: Tree, **kwargs: Tree) -> Callable[..., Tree]:
+        differentiate = value_grad_and_statistics(*args, **kwargs)
 
-        def listened(*args: Any, **kwargs: Any) -> Any:
+        def listened(*args: Tree, **kwargs: Tree) -> Tree:
             with listening() as products:
-                value, gradient, gathered = run(*args, **kwargs)
+                value, gradient, gathered = differentiate(*args, **kwargs)
             found.append((gradient, dict(products)))
             return value, gradient, gathered
 
         return listened
 
-    def step(*arguments: Any) -> Any:
+    def step(params: Tree, opt_state: Tree, model_state: Tree, batch: Batch, rng: jax.Array) -> Tree:
         # What the optimizer makes of it is traced, too, and then dropped as nothing depends on it.
-        with mock.patch.object(submission, "value_grad_and_statistics", listening_in):
-            training._step(*arguments, np.float32(0), takes_statistics=True)
+        with replaced(submission, "value_grad_and_statistics", listening_in):
+            run._step(params, opt_state, model_state, batch, rng, jnp.float32(0), takes_statistics=True)
         (result,) = found
         return result
 
     gradient, products = jax.jit(step)(params, opt_state, model_state, batch, rng)
-    if set(products) != set(training.layers.covered):
-        raise RuntimeError(f"products of {sorted(products)}, layers {sorted(training.layers.covered)}")
-    return compare(training.layers, gradient, products)
+    assert run.layers is not None
+    if set(products) != set(run.layers.covered):
+        raise RuntimeError(f"products of {sorted(products)}, layers {sorted(run.layers.covered)}")
+    return compare(run.layers, gradient, products)
 
 
 @contextlib.contextmanager
@@ -98,36 +102,38 @@ def listening() -> Iterator[dict[str, Products]]:
     products: dict[str, Products] = {}
     make_probe, finalise = capture._probe, capture._finalise
 
-    def probe(layer: CoveredLayer, examples: int, dtype: Any) -> Probe:
+    def probe(layer: CoveredLayer, examples: int, dtype: Tree) -> Probe:
         spec = layer.spec
         zeros = jnp.zeros((spec.groups, spec.out_dim, spec.factor_in_dim), dtype)
         return Probe(make_probe(layer, examples, dtype), Products(zeros, zeros))
 
-    def finalise_sums(layers: Layers, resolved: Any, sums: Mapping[str, Probe], normalizer: Any) -> Any:
+    def finalise_sums(layers: Layers, resolved: Tree, sums: Mapping[str, Probe], normalizer: Tree) -> Tree:
         products.update({name: probe.products for name, probe in sums.items()})
         return finalise(layers, resolved, {name: probe.sums for name, probe in sums.items()}, normalizer)
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(capture, "_probe", probe))
-        stack.enter_context(mock.patch.object(capture, "_finalise", finalise_sums))
+        stack.enter_context(replaced(capture, "_probe", probe))
+        stack.enter_context(replaced(capture, "_finalise", finalise_sums))
         for tap in TAPS:
+            assert tap.fwd is not None
+            assert tap.bwd is not None
             forward, backward = _listening_tap(tap.fwd, tap.bwd, lookup=tap is tied.tap_lookup)
-            stack.enter_context(mock.patch.object(tap, "fwd", forward))
-            stack.enter_context(mock.patch.object(tap, "bwd", backward))
+            stack.enter_context(replaced(tap, "fwd", forward))
+            stack.enter_context(replaced(tap, "bwd", backward))
         yield products
 
 
 def _listening_tap(
-    forward: Callable[..., Any], backward: Callable[..., Any], lookup: bool
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    forward: Callable[..., Tree], backward: Callable[..., Tree], *, lookup: bool
+) -> tuple[Callable[..., Tree], Callable[..., Tree]]:
     """The two halves of a tap, whose probe is a `Probe`."""
 
     def listening_forward(
-        static: Tap, out: Array, x: Array, mask: Any, ids: Any, probe: Probe
-    ) -> tuple[Array, Any]:
+        static: Tap, out: Array, x: Array, mask: Tree, ids: Tree, probe: Probe
+    ) -> tuple[Array, Tree]:
         return forward(static, out, x, mask, ids, probe.sums)
 
-    def listening_backward(static: Tap, residuals: Any, gradient: Array) -> tuple[Any, ...]:
+    def listening_backward(static: Tap, residuals: Tree, gradient: Array) -> tuple[Tree, ...]:
         *others, sums = backward(static, residuals, gradient)
         products = (_products_of_lookup if lookup else _products)(static, residuals[0], gradient)
         return (*others, Probe(sums, products))
@@ -165,7 +171,7 @@ def _products_of_lookup(static: Tap, tokens: Array, gradient: Array) -> Products
 
 
 def compare(
-    layers: Layers, gradient: Any, products: Mapping[str, Products]
+    layers: Layers, gradient: Tree, products: Mapping[str, Products]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Each layer's error against its gradient and its rounding bound, relative to the products' Frobenius norm."""
     gradients = discovery.named_leaves(gradient)

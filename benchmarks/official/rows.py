@@ -9,13 +9,14 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.official.batches import RECIPES
+from benchmarks.official.record import POINT, STEPS, SUBMISSIONS, Failure, Record
 from commands import atomic
-from tests.official import batches
-from tests.official.environment import FRAMEWORKS
-from tests.official.record import POINT, STEPS, SUBMISSIONS, Failure, Record
-from tests.official.variants import VARIANTS
+from commands.frameworks import FRAMEWORKS
+from submissions.registry import is_kfac
+from workloads.algoperf import VARIANTS, WORKLOADS
 
-BEGIN = "<!-- begin: python -m tests.official.table -->"
+BEGIN = "<!-- begin: python -m benchmarks.official.table -->"
 END = "<!-- end -->"
 PACKAGES = ("algoperf", "torch", "torchvision", "jax", "flax", "optax", "tensorflow", "numpy")
 HEADER = (
@@ -25,7 +26,7 @@ HEADER = (
 Case = tuple[str, str, str]  # workload, framework, submission
 ORDER: tuple[Case, ...] = tuple(
     (workload, framework, submission)
-    for workload in (*batches.BASES, *VARIANTS)
+    for workload in (*WORKLOADS, *VARIANTS)
     for framework in FRAMEWORKS
     for submission in SUBMISSIONS
 )
@@ -47,7 +48,7 @@ def row(result: Record | Failure) -> str:
         return f"{seconds[key]:.2f}" if key in seconds else ""
 
     errors = result.gradient_errors
-    kfac = result.submission.startswith("kfac")
+    kfac = is_kfac(result.submission, result.framework)
     coverage = f"{100 * result.covered / result.parameters:.1f}" if kfac else ""
     cells = [
         str(result.steps)
@@ -79,7 +80,7 @@ def rows_of(text: str) -> dict[Case, str]:
     """The rows between the markers.
 
     Raises:
-      ValueError: a marker is missing.
+        ValueError: a marker is missing.
     """
     rows = {}
     for line in _split(text)[1].splitlines():
@@ -93,13 +94,13 @@ def kept(text: str, here: str, new: Iterable[Case]) -> dict[Case, str]:
     """The rows that stay: those of other cases.
 
     Args:
-      text: of the file.
-      here: the versions that the new cases are run with.
-      new: the new cases.
+        text: of the file.
+        here: the versions that the new cases are run with.
+        new: the new cases.
 
     Raises:
-      ValueError: a marker is missing, or the rows that would stay were made with other versions, so that one head
-        could not be true of all.
+        ValueError: a marker is missing, or the rows that would stay were made with other versions, so that one head
+            could not be true of all.
     """
     old = {case: line for case, line in rows_of(text).items() if case not in set(new)}
     if old and here not in _split(text)[1]:
@@ -111,7 +112,7 @@ def insert(text: str, rows: Mapping[Case, str], here: str) -> str:
     """The text with a table of these rows in place of what stood between the markers.
 
     Raises:
-      ValueError: a marker is missing.
+        ValueError: a marker is missing.
     """
     before, _, after = _split(text)
     return f"{before}{BEGIN}\n\n{describe(rows, here)}\n\n{END}{after}"
@@ -119,8 +120,8 @@ def insert(text: str, rows: Mapping[Case, str], here: str) -> str:
 
 def describe(rows: Mapping[Case, str], here: str) -> str:
     """The table with what one must know to read it."""
-    cuts = "\n".join(f"- {name}: {batches.CUTS.get(name, 'nothing')}" for name in batches.BASES)
-    sizes = ", ".join(f"{name} {size}" for name, size in batches.SIZES.items())
+    cuts = "\n".join(f"- {name}: {recipe.cut}" for name, recipe in RECIPES.items())
+    sizes = ", ".join(f"{name} {recipe.examples}" for name, recipe in RECIPES.items())
     return "\n".join(
         [
             here,

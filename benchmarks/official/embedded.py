@@ -1,6 +1,6 @@
 """The embedded runner with the random numbers of AlgoPerf's, so that both can be compared exactly.
 
-    python -m tests.official.embedded [flags of workloads.run]
+    python -m benchmarks.official.embedded [flags of workloads.run]
 
 Both derive data, initialisation and steps from one seed, but by different generators; here the embedded one is
 given AlgoPerf's.
@@ -11,8 +11,10 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Sequence
-from typing import Any
-from unittest import mock
+
+import numpy as np
+
+from benchmarks.official.replacing import replaced
 
 
 def main(argv: Sequence[str]) -> int:
@@ -28,11 +30,12 @@ def main(argv: Sequence[str]) -> int:
     flags.FLAGS(["runner", f"--framework={framework}"])
     assert submission_runner.FLAGS.framework == framework
 
-    def root(seed: int) -> Any:
-        return prng.split(prng.PRNGKey(seed), 2)[0]  # as the runner does with the seed of a trial
+    def root(seed: int) -> np.ndarray:
+        rng: np.ndarray = prng.split(prng.PRNGKey(seed), 2)[0]  # as the runner does with the seed of a trial
+        return rng
 
     official = types.SimpleNamespace(root=root, split=prng.split, fold_in=prng.fold_in)
-    with mock.patch.object(loop, "seeds", official):
+    with replaced(loop, "seeds", official):
         return run.main(argv)
 
 

@@ -1,6 +1,6 @@
 """One case: a submission trains on a workload of AlgoPerf in its own loop, with all that is asserted of it.
 
-    python -m tests.official.case --workload=ogbg --framework=pytorch --submission=kfac_reduce
+    python -m benchmarks.official.case --workload=ogbg --framework=pytorch --submission=kfac_reduce
 
 Two runs: one of `STEPS` steps without interruption, with a checkpoint after `RESUME_AT` steps, between two
 statistics steps; and one that resumes from that checkpoint and must end in the same bits. Prints one line of JSON,
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import importlib
 import json
 import resource
 import sys
@@ -21,12 +20,12 @@ import time
 import warnings
 from collections import namedtuple
 from collections.abc import Callable, Sequence
-from typing import Any
-from unittest import mock
 
-from tests.official import batches, environment
-from tests.official.digest import digest
-from tests.official.record import (
+from benchmarks.official import one_batch
+from benchmarks.official.batches import RECIPES
+from benchmarks.official.digest import digest
+from benchmarks.official.environment import load_runner
+from benchmarks.official.record import (
     INTERVAL,
     KFAC_POINT,
     NOT_COMPILED,
@@ -35,25 +34,31 @@ from tests.official.record import (
     STEPS,
     SUBMISSIONS,
     Record,
-    exists,
 )
-from tests.official.watchers import WATCHERS
-
-
-def submission_module(submission: str, framework: str) -> str:
-    """The module AlgoPerf's runner would import."""
-    return f"submissions.{submission}.{framework}.submission"
+from benchmarks.official.replacing import replaced
+from benchmarks.official.watchers import WATCHERS
+from commands import errors
+from commands.arguments import Parser
+from commands.errors import UserError
+from commands.frameworks import FRAMEWORKS
+from submissions import registry
+from submissions.common.api import Tree, Update
+from workloads import algoperf
 
 
 def run(
     workload_name: str,
     framework: str,
     submission: str,
+    *,
     data_parallel: bool = False,
     max_factor_dim: int | None = None,
 ) -> Record:
     """Runs the case in this process."""
-    return _Case(Record(workload_name, framework, submission, data_parallel, max_factor_dim)).run()
+    record = Record(
+        workload_name, framework, submission, data_parallel=data_parallel, max_factor_dim=max_factor_dim
+    )
+    return _Case(record).run()
 
 
 class _Case:
@@ -61,11 +66,12 @@ class _Case:
         self.record = record
         workload_name, framework, submission = record.workload, record.framework, record.submission
         self.framework = framework
-        not_compiled = framework == "pytorch" and batches.base_of(workload_name) in NOT_COMPILED
-        self.runner = environment.load_runner(framework, workload_name, ["--notorch_compile"] * not_compiled)
-        self.module = importlib.import_module(submission_module(submission, framework))
-        point = POINT | (KFAC_POINT if submission.startswith("kfac") else {})
-        if submission.startswith("kfac") and record.max_factor_dim is not None:
+        not_compiled = framework == "pytorch" and algoperf.base_of(workload_name) in NOT_COMPILED
+        self.runner = load_runner(framework, workload_name, ["--notorch_compile"] * not_compiled)
+        self.module = registry.load(submission, framework)
+        self.is_kfac = registry.is_kfac(submission, framework)
+        point = POINT | (KFAC_POINT if self.is_kfac else {})
+        if self.is_kfac and record.max_factor_dim is not None:
             point = point | {"max_factor_dim": record.max_factor_dim}
         self.hyperparameters = namedtuple("Hyperparameters", point)(**point)
         self.plain: list[float] = []
@@ -98,55 +104,57 @@ class _Case:
 
     # Training.
 
-    def train(self, folder: str, watch: bool) -> str:
+    def train(self, folder: str, *, watch: bool) -> str:
         """One run through AlgoPerf's `train_once`; returns the digest of everything at its end.
 
         Args:
-          folder: where its checkpoint is or will be.
-          watch: it is the uninterrupted run: observe it, and write the checkpoint.
+            folder: where its checkpoint is or will be.
+            watch: it is the uninterrupted run: observe it, and write the checkpoint.
         """
         from algoperf import checkpoint_utils, profiler
         from algoperf import random_utils as prng
 
-        from tests.official import one_batch
-
         record, runner = self.record, self.runner
+        eval_steps = (RESUME_AT,) if watch else ()
         workload = one_batch.make_workload(
-            runner, record.workload, self.framework, (RESUME_AT,) if watch else (), record.data_parallel
+            runner, record.workload, self.framework, eval_steps, data_parallel=record.data_parallel
         )
-        end: dict[str, Any] = {}
+        end = ""
         save, restore = checkpoint_utils.save_checkpoint, checkpoint_utils.maybe_restore_checkpoint
 
-        def save_checkpoint(**kwargs: Any) -> None:
+        def save_checkpoint(**kwargs: Tree) -> None:
+            nonlocal end
             digest = self.digest(kwargs)
             if watch and kwargs["global_step"] == RESUME_AT:
                 self.digest_at_resume = digest
                 start = time.perf_counter()
                 save(**kwargs)
                 record.seconds["checkpoint"] = time.perf_counter() - start
-            end["digest"] = digest  # the last call is at the end of training; its file is not needed
+            end = digest  # the last call is at the end of training; its file is not needed
 
-        def maybe_restore_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        def maybe_restore_checkpoint(*args: Tree, **kwargs: Tree) -> Tree:
             if watch or self.framework == "pytorch":
                 return restore(*args, **kwargs)
             return self.restore_jax(restore, *args, **kwargs)
 
         steps: list[int] = []
+        examples = RECIPES[algoperf.base_of(record.workload)].examples
 
-        def update_params(**kwargs: Any) -> Any:
+        def update_params(**kwargs: Tree) -> Update:
             steps.append(kwargs["global_step"])
             workload.steps = kwargs["global_step"] + 1
-            return self.step(workload, kwargs) if watch else self.module.update_params(**kwargs)
+            result: Update = self.step(workload, kwargs) if watch else self.module.update_params(**kwargs)
+            return result
 
         with (
-            mock.patch.object(checkpoint_utils, "save_checkpoint", save_checkpoint),
-            mock.patch.object(checkpoint_utils, "maybe_restore_checkpoint", maybe_restore_checkpoint),
+            replaced(checkpoint_utils, "save_checkpoint", save_checkpoint),
+            replaced(checkpoint_utils, "maybe_restore_checkpoint", maybe_restore_checkpoint),
         ):
             _, metrics = runner.train_once(
                 workload,
                 record.workload,
-                batches.SIZES[batches.base_of(record.workload)],
-                batches.SIZES[batches.base_of(record.workload)],
+                examples,
+                examples,
                 "",
                 None,
                 self.module.init_optimizer_state,
@@ -169,17 +177,17 @@ class _Case:
         if watch:
             record.losses.append(metrics["eval_results"][-1][1]["validation/loss"])
             record.seconds["evaluation"] = min(workload.eval_seconds)
-        return str(end["digest"])
+        return end
 
-    def step(self, workload: Any, kwargs: dict[str, Any]) -> Any:
+    def step(self, workload: one_batch.OneBatch, kwargs: dict[str, Tree]) -> Update:
         """One observed step."""
         watcher = WATCHERS[self.framework](self.record, workload, kwargs)
         start = time.perf_counter()
         with watcher:
-            result = self.module.update_params(**kwargs)
+            result: Update = self.module.update_params(**kwargs)
             watcher.wait(result)
         seconds = time.perf_counter() - start
-        takes_statistics = self.record.submission.startswith("kfac") and kwargs["global_step"] % INTERVAL == 0
+        takes_statistics = self.is_kfac and kwargs["global_step"] % INTERVAL == 0
         (self.statistics if takes_statistics else self.plain).append(seconds)
         watcher.after(result)
         if takes_statistics and watcher.decompositions:
@@ -189,13 +197,14 @@ class _Case:
 
     # Checkpoints.
 
-    def digest(self, content: dict[str, Any]) -> str:
+    def digest(self, content: dict[str, Tree]) -> str:
         """Of parameters, model state and optimizer state, bit for bit."""
         state, params = content["optimizer_state"], content["model_params"]
         if self.framework == "pytorch":
-            params = getattr(params, "_orig_mod", params)
-            params = getattr(params, "module", params)
-            trees = [params.state_dict(), {key: value.state_dict() for key, value in state.items()}]
+            trees = [
+                one_batch.unwrapped(params).state_dict(),
+                {key: value.state_dict() for key, value in state.items()},
+            ]
         else:
             from flax import serialization
 
@@ -203,7 +212,7 @@ class _Case:
             trees = [serialization.to_state_dict(tree) for tree in (params, state[0], content["model_state"])]
         return digest(*trees)
 
-    def restore_jax(self, restore: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def restore_jax(self, restore: Callable[..., Tree], *args: Tree, **kwargs: Tree) -> Tree:
         """AlgoPerf's restore where it works; else what it does up to the point where it fails, and then goes on.
 
         At its pinned flax and orbax AlgoPerf restores no JAX checkpoint, whatever the submission.
@@ -225,7 +234,7 @@ class _Case:
             "global_step": -1,
             "preemption_count": -1,
         }
-        if batches.base_of(self.record.workload) == "cifar":
+        if algoperf.base_of(self.record.workload) == "cifar":
             # AlgoPerf's cifar returns its parameters as the initial model state, into which flax restores no batch
             # statistics: without a word they would be lost. The saved structure takes its place.
             target["model_state"] = checkpoints.restore_checkpoint(given["checkpoint_dir"], None)["model_state"]
@@ -260,31 +269,30 @@ def _cache_programs(folder: str) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one case and prints its record; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.official.case", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = Parser("python -m benchmarks.official.case", __doc__)
     parser.add_argument("--workload", required=True, help="of AlgoPerf's registry, variants included")
-    parser.add_argument("--framework", required=True, choices=environment.FRAMEWORKS)
+    parser.add_argument("--framework", required=True, choices=list(FRAMEWORKS))
     parser.add_argument("--submission", required=True, choices=SUBMISSIONS)
     parser.add_argument("--data_parallel", action="store_true", help="wrap the PyTorch model in DataParallel")
     parser.add_argument("--max_factor_dim", type=int, help="K-FAC's; default: the submission's own")
-    args = parser.parse_args(argv)
-    if not environment.INSTALLED:
-        print(f"error: {environment.REASON}.", file=sys.stderr)
-        return 2
-    try:
-        batches.base_of(args.workload)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if not exists(args.submission, args.framework):
-        print(f"error: there is no {args.submission} for {args.framework}.", file=sys.stderr)
-        return 2
+    return errors.run(lambda: _run(parser.parse_args(argv)))
+
+
+def _run(args: argparse.Namespace) -> None:
+    if not algoperf.installed():
+        raise UserError(algoperf.NOT_INSTALLED)
+    algoperf.base_of(args.workload)
+    registry.check(args.submission, args.framework)
     # Tracing a model in JAX makes millions of objects, hardly any of them garbage.
     gc.set_threshold(100_000, 50, 100)
-    record = run(args.workload, args.framework, args.submission, args.data_parallel, args.max_factor_dim)
+    record = run(
+        args.workload,
+        args.framework,
+        args.submission,
+        data_parallel=args.data_parallel,
+        max_factor_dim=args.max_factor_dim,
+    )
     print(json.dumps(dataclasses.asdict(record)))
-    return 0
 
 
 if __name__ == "__main__":

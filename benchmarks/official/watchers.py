@@ -4,23 +4,51 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import Any
-from unittest import mock
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol, Self
 
-from tests.official.record import CHECK_AT, Record
+from benchmarks.official.one_batch import OneBatch, mean_loss, unwrapped
+from benchmarks.official.record import CHECK_AT, Record
+from benchmarks.official.replacing import replaced
+from submissions.common.api import Tree, Update
+from submissions.registry import is_kfac
+
+if TYPE_CHECKING:
+    from benchmarks.official.gradient_check import CapturedGradients
+    from submissions.common.kfac.jax import Run
+
+
+class Watcher(Protocol):
+    """Observes one step: entered around it, told its results, asked to look afterwards.
+
+    Attributes:
+        decompositions: seconds of eigendecompositions in the step, where they can be told.
+    """
+
+    decompositions: float
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *args: object) -> None: ...
+
+    def wait(self, result: Update, /) -> None:
+        """Waits for the device."""
+
+    def after(self, result: Update, /) -> None:
+        """Writes into the record what the step showed."""
 
 
 class PyTorchWatcher:
     """Loss, coverage, refresh time and captured gradients of one step in PyTorch."""
 
-    def __init__(self, record: Record, workload: Any, kwargs: dict[str, Any]) -> None:
+    def __init__(self, record: Record, workload: OneBatch, kwargs: dict[str, Tree]) -> None:
         self.record = record
         self.workload = workload
         self.step = kwargs["global_step"]
         self.model = kwargs["current_param_container"]
         self.optimizer = kwargs["optimizer_state"]["optimizer"]
         self.decompositions = 0.0
-        self.captured: Any = None
+        self.captured: CapturedGradients | None = None
         if self.step == 0:
             record.compiled = hasattr(self.model, "_orig_mod")
             record.parameters = sum(p.numel() for p in self.model.parameters())
@@ -30,7 +58,7 @@ class PyTorchWatcher:
     def __enter__(self) -> PyTorchWatcher:
         self.stack = contextlib.ExitStack()
         if self.step == CHECK_AT and hasattr(self.optimizer, "coverage"):
-            from tests.official.gradient_check import CapturedGradients
+            from benchmarks.official.gradient_check import CapturedGradients
 
             self.captured = CapturedGradients()
             self.stack.enter_context(self.captured.listening())
@@ -44,26 +72,24 @@ class PyTorchWatcher:
         original = torch.linalg.eigh
         self.decompositions = 0.0
 
-        def eigh(*args: Any, **kwargs: Any) -> Any:
+        def eigh(*args: Tree, **kwargs: Tree) -> Tree:
             start = time.perf_counter()
             try:
                 return original(*args, **kwargs)
             finally:
                 self.decompositions += time.perf_counter() - start
 
-        self.stack.enter_context(mock.patch.object(torch.linalg, "eigh", eigh))
+        self.stack.enter_context(replaced(torch.linalg, "eigh", eigh))
 
-    def __exit__(self, *args: Any) -> None:
+    def __exit__(self, *args: object) -> None:
         self.stack.close()
 
-    def wait(self, result: Any) -> None:
+    def wait(self, result: Update) -> None:
         """The CPU has nothing in flight."""
 
-    def after(self, result: Any) -> None:
-        from tests.official import one_batch
-
+    def after(self, result: Update) -> None:
         record = self.record
-        record.losses.append(one_batch.mean_loss(self.workload, self.workload.logits))
+        record.losses.append(mean_loss(self.workload, self.workload.logits))
         if not hasattr(self.optimizer, "coverage"):
             return
         coverage = self.optimizer.coverage()
@@ -75,15 +101,14 @@ class PyTorchWatcher:
         record.uncovered_later |= weights
         record.counters = self.optimizer.metrics()
         if self.captured is not None:
-            model = getattr(self.model, "_orig_mod", self.model)
-            model = getattr(model, "module", model)
-            record.gradient_errors, record.rounding_bounds = self.captured.errors(model)
+            errors, bounds = self.captured.errors(unwrapped(self.model))
+            record.gradient_errors, record.rounding_bounds = dict(errors), dict(bounds)
 
 
 class JaxWatcher:
     """Loss, coverage and captured gradients of one step in JAX."""
 
-    def __init__(self, record: Record, workload: Any, kwargs: dict[str, Any]) -> None:
+    def __init__(self, record: Record, workload: OneBatch, kwargs: dict[str, Tree]) -> None:
         import jax
 
         self.record = record
@@ -92,11 +117,11 @@ class JaxWatcher:
         self.step = kwargs["global_step"]
         self.decompositions = 0.0
         self.logged: list[dict[str, float]] = []
-        self.params: Any = None
+        self.params: Tree = None
         if self.step == 0:
             sizes = [leaf.size for leaf in jax.tree.leaves(kwargs["current_param_container"])]
             record.parameters = sum(sizes)
-        if self.step == CHECK_AT and record.submission.startswith("kfac"):
+        if self.step == CHECK_AT and is_kfac(record.submission, record.framework):
             # The step donates the arrays it is given; what it captures is looked at after it.
             self.params = jax.tree.map(lambda leaf: leaf.copy(), kwargs["current_param_container"])
             self.model_state = jax.tree.map(lambda leaf: leaf.copy(), kwargs["model_state"])
@@ -107,49 +132,49 @@ class JaxWatcher:
         self.stack = contextlib.ExitStack()
         # The loss is what the submission logs, at each step: a callback in the loss function would be seen sooner,
         # but programs with one are not kept on disk, and the resumed run would compile them again.
-        self.stack.enter_context(mock.patch.object(logs, "LOG_PERIOD", 1))
-        self.stack.enter_context(mock.patch.object(self.workload, "metrics_logger", self))
+        self.stack.enter_context(replaced(logs, "LOG_PERIOD", 1))
+        self.stack.enter_context(replaced(self.workload, "metrics_logger", self))
         return self
 
     def append_scalar_metrics(self, metrics: dict[str, float], global_step: int) -> None:
         """In place of AlgoPerf's logger."""
         self.logged.append(metrics)
 
-    def __exit__(self, *args: Any) -> None:
+    def __exit__(self, *args: object) -> None:
         self.stack.close()
 
-    def wait(self, result: Any) -> None:
+    def wait(self, result: Update) -> None:
         import jax
 
         jax.block_until_ready((result[0][0], result[1]))
 
-    def after(self, result: Any) -> None:
+    def after(self, result: Update) -> None:
         record = self.record
         (row,) = self.logged
         record.losses.append(row["loss"])
-        if not record.submission.startswith("kfac"):
+        if not is_kfac(record.submission, record.framework):
             return
         from algoperf_kfac.jax import metrics
 
-        state, training = result[0]
-        coverage = training.layers.coverage()
+        state, run = result[0]
+        coverage = run.layers.coverage()
         record.covered = coverage.num_covered
         if record.layers and record.layers != [layer.name for layer in coverage.layers]:
             raise RuntimeError("the covered layers changed between two steps")  # the state holds those of the first
         record.layers = [layer.name for layer in coverage.layers]
         record.fallbacks = {f.name: f.reason for f in coverage.fallbacks}
-        record.counters = metrics(state, training.layers)
+        record.counters = metrics(state, run.layers)
         if self.params is not None:
-            self._check_gradients(state, training)
+            self._check_gradients(state, run)
 
-    def _check_gradients(self, state: Any, training: Any) -> None:
+    def _check_gradients(self, state: Tree, run: Run) -> None:
+        from benchmarks.official import gradient_check_jax
         from submissions.common.kfac import jax as submission
-        from tests.official import gradient_check_jax
 
         kwargs = self.kwargs
         self.record.gradient_errors, self.record.rounding_bounds = gradient_check_jax.errors(
             submission,
-            training,
+            run,
             self.params,
             state,
             self.model_state,
@@ -158,4 +183,7 @@ class JaxWatcher:
         )
 
 
-WATCHERS: dict[str, Any] = {"pytorch": PyTorchWatcher, "jax": JaxWatcher}
+WATCHERS: dict[str, Callable[[Record, OneBatch, dict[str, Tree]], Watcher]] = {
+    "pytorch": PyTorchWatcher,
+    "jax": JaxWatcher,
+}

@@ -2,7 +2,7 @@
 
 AlgoPerf's own test feeds fake batches that differ from the real ones where it matters to K-FAC: no packed
 sequences, no soft labels, graphs of one node, constant categories. Here everything is synthetic too, but made as
-the pipelines make it. Only batch, sequence and image sizes are cut, see `CUTS`; models are never shrunk.
+the pipelines make it. Only batch, sequence and image sizes are cut, see `RECIPES`; models are never shrunk.
 
 Imports jraph and AlgoPerf's sharding only where a batch needs them.
 """
@@ -10,54 +10,19 @@ Imports jraph and AlgoPerf's sharding only where a batch needs them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
-Batch = dict[str, Any]
-
-BASES = (
-    "criteo1tb",
-    "fastmri",
-    "imagenet_resnet",
-    "imagenet_vit",
-    "librispeech_conformer",
-    "librispeech_deepspeech",
-    "ogbg",
-    "wmt",
-    "mnist",
-    "cifar",
-)
-
-# Examples in a batch.
-SIZES = {
-    "criteo1tb": 16,
-    "fastmri": 2,
-    "imagenet_resnet": 4,
-    "imagenet_vit": 4,
-    "librispeech_conformer": 2,
-    "librispeech_deepspeech": 2,
-    "ogbg": 8,
-    "wmt": 2,
-    "mnist": 16,
-    "cifar": 8,
-}
-
-# What else was cut; the true extents are those of AlgoPerf's pipelines.
-CUTS = {
-    "criteo1tb": "embedding table of criteo1tb_test (65,536 rows, not 4,194,304)",
-    "fastmri": "images of 64 x 64, not 320 x 320",
-    "librispeech_conformer": "4 s of audio, not 20 s; no SpecAugment",
-    "librispeech_deepspeech": "4 s of audio, not 20 s; no SpecAugment",
-    "wmt": "32 tokens, not 256",
-}
+from submissions.common.api import Batch, Tree
+from workloads.algoperf import GRAPH_EDGES, GRAPH_NODES, base_of
 
 FASTMRI_SIZE = 64  # true: 320
 AUDIO_SAMPLES = 64_000  # true: 320,000
 LABEL_LENGTH = 256
 WMT_LENGTH = 32  # true: 256
 WMT_VOCABULARY = 32_000
-OGBG_NODES, OGBG_EDGES, OGBG_TASKS = 26, 56, 128  # averages per graph the pipeline reserves room for; labels
+OGBG_TASKS = 128  # labels of a molecule
 # Hash buckets of Criteo's 26 categorical columns.
 CRITEO_BUCKETS = (
     39_884_406, 39_043, 17_289, 7_420, 20_263, 3, 7_120, 1_543, 63, 38_532_951, 2_953_546, 403_346, 10,
@@ -65,27 +30,15 @@ CRITEO_BUCKETS = (
 )  # fmt: skip
 
 
-def base_of(workload_name: str) -> str:
-    """The workload a variant belongs to.
-
-    Raises:
-      ValueError: no batch is known for it.
-    """
-    for base in BASES:
-        if workload_name == base or workload_name.startswith(base + "_"):
-            return base
-    raise ValueError(f"no batch for workload '{workload_name}'; known: {', '.join(BASES)} and their variants")
-
-
 def make_batch(workload_name: str, framework: str, seed: int = 0) -> Batch:
     """A batch as the training pipeline of that workload and framework yields it, on one CPU device.
 
     Raises:
-      ValueError: unknown workload.
+        UserError: unknown workload.
     """
     base = base_of(workload_name)
-    rng = np.random.RandomState(seed)
-    batch = _MAKERS[base](rng, SIZES[base], framework)
+    recipe = RECIPES[base]
+    batch = recipe.make(np.random.RandomState(seed), recipe.examples, framework)
     return _as_torch(base, batch) if framework == "pytorch" else _as_jax(base, batch)
 
 
@@ -214,7 +167,7 @@ def _ogbg(rng: np.random.RandomState, count: int, framework: str) -> Batch:
             )
         )
     # As many graphs as fit, as the pipeline's dynamic batching does.
-    room_nodes, room_edges = OGBG_NODES * count + 1, OGBG_EDGES * count
+    room_nodes, room_edges = GRAPH_NODES * count + 1, GRAPH_EDGES * count
     while sum(int(g.n_node[0]) for g in graphs) >= room_nodes or sum(int(g.n_edge[0]) for g in graphs) > room_edges:
         graphs.pop()
     padded = jraph.pad_with_graphs(jraph.batch_np(graphs), room_nodes, room_edges, count + 1)
@@ -225,17 +178,33 @@ def _ogbg(rng: np.random.RandomState, count: int, framework: str) -> Batch:
     return {"inputs": graph, "targets": np.where(missing, 0, labels), "weights": weights}
 
 
-_MAKERS: dict[str, Callable[[np.random.RandomState, int, str], Batch]] = {
-    "criteo1tb": _criteo,
-    "fastmri": _fastmri,
-    "imagenet_resnet": _resnet,
-    "imagenet_vit": _vit,
-    "librispeech_conformer": _speech,
-    "librispeech_deepspeech": _speech,
-    "ogbg": _ogbg,
-    "wmt": _wmt,
-    "mnist": _mnist,
-    "cifar": _cifar,
+@dataclass(frozen=True)
+class Recipe:
+    """How a workload's batch is made.
+
+    Attributes:
+        make: function of a generator, the number of examples and the framework.
+        examples: in a batch.
+        cut: what else was cut; the true extents are those of AlgoPerf's pipelines.
+    """
+
+    make: Callable[[np.random.RandomState, int, str], Batch]
+    examples: int
+    cut: str = "nothing"
+
+
+_SPEECH_CUT = "4 s of audio, not 20 s; no SpecAugment"
+RECIPES = {
+    "criteo1tb": Recipe(_criteo, 16, "embedding table of criteo1tb_test (65,536 rows, not 4,194,304)"),
+    "fastmri": Recipe(_fastmri, 2, "images of 64 x 64, not 320 x 320"),
+    "imagenet_resnet": Recipe(_resnet, 4),
+    "imagenet_vit": Recipe(_vit, 4),
+    "librispeech_conformer": Recipe(_speech, 2, _SPEECH_CUT),
+    "librispeech_deepspeech": Recipe(_speech, 2, _SPEECH_CUT),
+    "ogbg": Recipe(_ogbg, 8),
+    "wmt": Recipe(_wmt, 2, "32 tokens, not 256"),
+    "mnist": Recipe(_mnist, 16),
+    "cifar": Recipe(_cifar, 8),
 }
 
 
@@ -243,7 +212,7 @@ def _as_torch(base: str, batch: Batch) -> Batch:
     """Tensors, images channels first; integers as int64."""
     import torch
 
-    def tensor(value: Any) -> Any:
+    def tensor(value: Tree) -> Tree:
         if isinstance(value, tuple):
             pairs = [tensor(item) for item in value]
             return type(value)(*pairs) if hasattr(value, "_fields") else tuple(pairs)
@@ -266,4 +235,5 @@ def _as_jax(base: str, batch: Batch) -> Batch:
     import jax
     from algoperf import jax_sharding_utils
 
-    return jax.device_put(batch, jax_sharding_utils.get_batch_dim_sharding())
+    sharded: Batch = jax.device_put(batch, jax_sharding_utils.get_batch_dim_sharding())
+    return sharded

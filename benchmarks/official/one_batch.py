@@ -5,33 +5,51 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from typing import Any
+from types import ModuleType
+from typing import Protocol
 
-from tests.official import batches
+from benchmarks.official.batches import make_batch
+from submissions.common import api
+from submissions.common.api import Batch, Rng, Tree
 
 NEVER = 1e18  # seconds
 
 
-def make_workload(runner: Any, name: str, framework: str, eval_steps: tuple[int, ...], data_parallel: bool) -> Any:
+class OneBatch(api.Workload, Protocol):
+    """A workload that repeats one batch.
+
+    Attributes:
+        steps: made so far; set by the caller, because the loop asks whether to evaluate after each.
+        batch: the batch.
+        logits: of the last training pass; PyTorch alone: in JAX they never leave the compiled step.
+        eval_seconds: of each evaluation.
+    """
+
+    steps: int
+    batch: Batch
+    logits: Tree
+    eval_seconds: list[float]
+
+
+def make_workload(
+    runner: ModuleType, name: str, framework: str, eval_steps: tuple[int, ...], *, data_parallel: bool
+) -> OneBatch:
     """A workload of AlgoPerf's registry that repeats one batch; its model, loss and everything else are official.
 
     Args:
-      runner: the module `submission_runner`.
-      eval_steps: the steps after which AlgoPerf's loop finds that it is time to evaluate.
-      data_parallel: wrap the PyTorch model in DataParallel, as AlgoPerf does on several GPUs.
-
-    The caller sets `steps` to the number of steps made. For whoever watches the workload: `batch`; `logits`, of the
-    last training pass (PyTorch alone: in JAX they never leave the compiled step); `eval_seconds`.
+        runner: the module `submission_runner`.
+        eval_steps: the steps after which AlgoPerf's loop finds that it is time to evaluate.
+        data_parallel: wrap the PyTorch model in DataParallel, as AlgoPerf does on several GPUs.
     """
     entry = runner.WORKLOADS[name]
     path = os.path.join(runner.BASE_WORKLOADS_DIR, f"{entry['workload_path']}_{framework}", "workload.py")
     official = runner.workloads.import_workload(path, entry["workload_class_name"], return_class=True)
 
-    class OneBatch(official):  # type: ignore[misc, valid-type]
+    class Made(official):  # type: ignore[misc, valid-type]
         def __init__(self) -> None:
             super().__init__(**({"use_specaug": False} if "librispeech" in name else {}))
-            self.batch = batches.make_batch(name, framework)
-            self.logits: Any = None
+            self.batch = make_batch(name, framework)
+            self.logits: Tree = None
             self.eval_seconds: list[float] = []
             self.steps = 0
             if name.startswith("criteo1tb"):
@@ -49,14 +67,14 @@ def make_workload(runner: Any, name: str, framework: str, eval_steps: tuple[int,
             """None: mnist's minute would be over on a busy machine before its five steps."""
             return NEVER
 
-        def _build_input_queue(self, *args: Any, **kwargs: Any) -> Iterator[batches.Batch]:
-            def queue() -> Iterator[batches.Batch]:
+        def _build_input_queue(self, *args: Tree, **kwargs: Tree) -> Iterator[Batch]:
+            def queue() -> Iterator[Batch]:
                 while True:
                     yield dict(self.batch)
 
             return queue()
 
-        def init_model_fn(self, *args: Any, **kwargs: Any) -> Any:
+        def init_model_fn(self, *args: Tree, **kwargs: Tree) -> Tree:
             model, state = super().init_model_fn(*args, **kwargs)
             if data_parallel:
                 import torch
@@ -66,21 +84,21 @@ def make_workload(runner: Any, name: str, framework: str, eval_steps: tuple[int,
 
         def model_fn(
             self,
-            params: Any,
-            augmented_and_preprocessed_input_batch: batches.Batch,
-            model_state: Any,
-            mode: Any,
-            rng: Any,
+            params: Tree,
+            augmented_and_preprocessed_input_batch: Batch,
+            model_state: Tree,
+            mode: Tree,
+            rng: Rng,
             update_batch_norm: bool,
-            **kwargs: Any,
-        ) -> Any:
+            **kwargs: Tree,
+        ) -> Tree:
             batch = augmented_and_preprocessed_input_batch
             result = super().model_fn(params, batch, model_state, mode, rng, update_batch_norm, **kwargs)
             if framework == "pytorch" and mode.name == "TRAIN":
                 self.logits = detached(result[0])
             return result
 
-        def eval_model(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        def eval_model(self, *args: Tree, **kwargs: Tree) -> dict[str, float]:
             """One forward pass in evaluation mode over the batch, and its loss."""
             _, params, model_state, rng = args[:4]
             start = time.perf_counter()
@@ -88,27 +106,34 @@ def make_workload(runner: Any, name: str, framework: str, eval_steps: tuple[int,
             self.eval_seconds.append(time.perf_counter() - start)
             return {"train/loss": loss, "validation/loss": loss}
 
-        def has_reached_validation_target(self, eval_result: Any) -> bool:
+        def has_reached_validation_target(self, eval_result: Tree) -> bool:
             return False
 
-        def has_reached_test_target(self, eval_result: Any) -> bool:
+        def has_reached_test_target(self, eval_result: Tree) -> bool:
             return False
 
-    return OneBatch()
+    made: OneBatch = Made()
+    return made
 
 
-def detached(tree: Any) -> Any:
+def unwrapped(model: Tree) -> Tree:
+    """The module inside torch.compile and DataParallel."""
+    model = getattr(model, "_orig_mod", model)
+    return getattr(model, "module", model)
+
+
+def detached(tree: Tree) -> Tree:
     """Tensors, or a tuple of them, cut off from their graph and from later changes in place."""
     return tuple(detached(item) for item in tree) if isinstance(tree, tuple) else tree.detach().clone()
 
 
-def mean_loss(workload: Any, logits: Any) -> float:
+def mean_loss(workload: OneBatch, logits: Tree) -> float:
     """The official loss of the batch, never compiled."""
     losses = type(workload).loss_fn(workload, workload.batch["targets"], logits, workload.batch.get("weights"))
     return float(losses["summed"]) / float(losses["n_valid_examples"])
 
 
-def evaluate(workload: Any, params: Any, model_state: Any, rng: Any) -> float:
+def evaluate(workload: OneBatch, params: Tree, model_state: Tree, rng: Rng) -> float:
     """The mean loss in evaluation mode."""
     from algoperf import spec
 

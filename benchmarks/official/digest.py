@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import Any
+
+from submissions.common.api import Tree
 
 
-def digest(*trees: Any) -> str:
+def digest(*trees: Tree) -> str:
     """Of trees of containers, tensors, arrays and plain values, bit for bit."""
     hasher = hashlib.sha256()
     for tree in trees:
@@ -15,7 +16,7 @@ def digest(*trees: Any) -> str:
     return hasher.hexdigest()
 
 
-def _feed(hasher: Any, tree: Any) -> None:
+def _feed(hasher: hashlib._Hash, tree: Tree) -> None:
     """Everything in a tree of containers, tensors, arrays and plain values.
 
     None counts as an empty dictionary: flax gives back one for the other (the model state of imagenet_vit).

@@ -1,7 +1,7 @@
 """Runs cases one after the other and writes the table of `docs/official.md`.
 
-    python -m tests.official.table --out=docs/official.md
-    python -m tests.official.table --workloads=ogbg,wmt --submissions=kfac_reduce    # prints only
+    python -m benchmarks.official.table --out=docs/official.md
+    python -m benchmarks.official.table --workloads=ogbg,wmt --submissions=kfac_reduce    # prints only
 
 With --records, finished cases are kept in a folder and not run again; --finished runs no others. The table goes
 between the two marker lines of the file; rows of other cases stay, as does everything else. --raw keeps the records
@@ -19,17 +19,22 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from commands import atomic
-from tests.official import batches, environment, rows
-from tests.official.conditions import problems
-from tests.official.record import SUBMISSIONS, Failure, Record, exists
-from tests.official.variants import VARIANTS
+from benchmarks.official import rows
+from benchmarks.official.conditions import problems
+from benchmarks.official.record import SUBMISSIONS, Failure, Record
+from commands import atomic, errors, frameworks
+from commands.arguments import Parser
+from commands.errors import UserError
+from commands.frameworks import FRAMEWORKS
+from submissions.registry import path_of
+from workloads import algoperf
+from workloads.algoperf import VARIANTS
 
 TIMEOUT = 6000  # seconds for a case; the longest of the table took 2320, two at a time
 
 
 def case_label(
-    workload: str, framework: str, submission: str, data_parallel: bool = False, devices: int = 1
+    workload: str, framework: str, submission: str, *, data_parallel: bool = False, devices: int = 1
 ) -> str:
     """The name of a case's record."""
     label = f"{workload}-{framework}-{submission}" + ("-data_parallel" if data_parallel else "")
@@ -41,16 +46,17 @@ def run_case(
     framework: str,
     submission: str,
     records: Path | None = None,
+    *,
     data_parallel: bool = False,
     max_factor_dim: int | None = None,
     devices: int = 1,
 ) -> Record | Failure:
     """One case in a process of its own, or its record from an earlier run."""
-    label = case_label(workload, framework, submission, data_parallel, devices)
+    label = case_label(workload, framework, submission, data_parallel=data_parallel, devices=devices)
     kept = None if records is None else records / f"{label}.json"
     if kept is not None and kept.exists():
         return Record(**json.loads(kept.read_text()))
-    command = [sys.executable, "-m", "tests.official.case"]
+    command = [sys.executable, "-m", "benchmarks.official.case"]
     command += [f"--workload={workload}", f"--framework={framework}", f"--submission={submission}"]
     command += ["--data_parallel"] if data_parallel else []
     command += [f"--max_factor_dim={max_factor_dim}"] if max_factor_dim is not None else []
@@ -80,23 +86,28 @@ def run_case(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the cases; returns the exit code: 1 if one failed or shows not all it should."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.official.table", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = Parser("python -m benchmarks.official.table", __doc__)
     parser.add_argument("--out", help="a Markdown file with the marker lines; default: print only")
     parser.add_argument("--raw", help="a file of JSON lines for the records themselves")
     parser.add_argument(
-        "--workloads", default=",".join(batches.BASES), help="comma-separated; 'variants' for those"
+        "--workloads", default=",".join(algoperf.WORKLOADS), help="comma-separated; 'variants' for those"
     )
-    parser.add_argument("--frameworks", default=",".join(environment.FRAMEWORKS), help="comma-separated")
+    parser.add_argument("--frameworks", default=",".join(FRAMEWORKS), help="comma-separated")
     parser.add_argument("--submissions", default=",".join(SUBMISSIONS), help="comma-separated")
     parser.add_argument("--records", help="folder that keeps finished cases")
     parser.add_argument("--max_factor_dim", type=int, help="of K-FAC's cases; default: the submissions' own")
     parser.add_argument("--finished", action="store_true", help="only what is in --records; runs nothing")
-    args = parser.parse_args(argv)
-    if not environment.INSTALLED:
-        print(f"error: {environment.REASON}.", file=sys.stderr)
-        return 2
+    return errors.run(lambda: _run(parser.parse_args(argv)))
+
+
+def _run(args: argparse.Namespace) -> int:
+    if not algoperf.installed():
+        raise UserError(algoperf.NOT_INSTALLED)
+    for framework in args.frameworks.split(","):
+        frameworks.check(framework)
+    for submission in args.submissions.split(","):
+        if not any(path_of(submission, framework).is_file() for framework in FRAMEWORKS):
+            raise UserError(f"there is no submission '{submission}'; known: {', '.join(SUBMISSIONS)}")
     names = [name for word in args.workloads.split(",") for name in (VARIANTS if word == "variants" else [word])]
     with tempfile.TemporaryDirectory() as folder:
         records = Path(args.records or folder)
@@ -106,17 +117,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name in names
             for framework in args.frameworks.split(",")
             for submission in args.submissions.split(",")
-            if exists(submission, framework)
+            if path_of(submission, framework).is_file()
             and (not args.finished or (records / f"{case_label(name, framework, submission)}.json").exists())
         ]
         here = rows.versions()
+        for name in names:
+            algoperf.base_of(name)
         try:
-            for name in names:
-                batches.base_of(name)
             lines = rows.kept(Path(args.out).read_text(encoding="utf-8"), here, cases) if args.out else {}
         except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+            raise UserError(f"--out={args.out}: {error}") from None
         results: list[Record | Failure] = []
         broken: list[str] = []
         for case in cases:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
-from tests.official import batches
-from tests.official.record import STEPS, Record
+from benchmarks.official.record import STEPS, Record
+from submissions.registry import is_kfac
+from workloads.algoperf import base_of
 
 # Share of the parameters in layers with a rule, in percent: at least this much must be covered, in both frameworks.
 # What is left are scales and biases of norms, and query scalings; in criteo1tb the embedding, a lookup alone.
@@ -32,12 +33,12 @@ def problems(record: Record) -> list[str]:
         found.append(f"the loss is not finite and falling over {STEPS} steps: {losses}")
     if not record.resumed:
         found.append("the resumed run did not end in the same bits")
-    should_compile = record.framework == "pytorch" and batches.base_of(record.workload) in COMPILED
+    should_compile = record.framework == "pytorch" and base_of(record.workload) in COMPILED
     if record.compiled != should_compile:
         found.append(f"compiled by the runner: {record.compiled}, expected {should_compile}")
     if record.framework == "jax" and "NoneType" not in (record.restore_error or ""):
         found.append(f"AlgoPerf's restore in JAX raised {record.restore_error!r}: does the detour need a change?")
-    return found + (_problems_of_kfac(record) if record.submission.startswith("kfac") else [])
+    return found + (_problems_of_kfac(record) if is_kfac(record.submission, record.framework) else [])
 
 
 def _problems_of_kfac(record: Record) -> list[str]:

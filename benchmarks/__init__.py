@@ -1,0 +1,1 @@
+"""Measurements: speed, experiments, and every submission on AlgoPerf's own workloads."""

@@ -1,0 +1,44 @@
+"""Files and folders are whole at every moment, and a failure leaves the old ones."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from commands import atomic
+
+
+def content(folder):
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    folder = tmp_path / "a" / "folder"
+    atomic.write_folder(folder, {"one.txt": "1", "deep/two.txt": "2"})
+    atomic.write_folder(folder, {"three.txt": "3"})
+    assert content(tmp_path) == {"a/folder/three.txt": "3"}
+
+
+@pytest.mark.parametrize("failing", [".tmp", ".old"])
+def test_a_failure_leaves_the_old_folder(tmp_path, monkeypatch, failing):
+    folder = tmp_path / "folder"
+    atomic.write_folder(folder, {"one.txt": "1"})
+    replace = os.replace
+
+    def fail(source, target):
+        if str(source).endswith(failing) or str(target).endswith(failing):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        atomic.write_folder(folder, {"two.txt": "2"})
+    assert content(tmp_path) == {"folder/one.txt": "1"}
+
+
+def test_leftovers_of_killed_processes_go(tmp_path):
+    (tmp_path / ".table.csv.123.tmp").write_text("half")
+    atomic.write_json(tmp_path / "table.json", {"a": 1})
+    atomic.remove_leftovers(tmp_path)
+    assert content(tmp_path) == {"table.json": '{\n  "a": 1\n}'}

@@ -1,0 +1,75 @@
+"""Adding a submission is adding a file: a toy one is found, trains, and is exported as what it says it is."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.workloads.helpers import copied_checkout, run_in, table
+
+TOY = '''
+"""Plain gradient descent."""
+
+import dataclasses
+
+import torch
+
+from submissions.common.batch_sizes import get_batch_size
+from submissions.common.description import Description
+from submissions.common.hyperparameters import POSITIVE, check
+from submissions.common.pass_through import data_selection, prepare_for_eval
+from submissions.common.pytorch_submission import Submission
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    learning_rate: float
+
+    def __post_init__(self):
+        check("learning_rate", self.learning_rate, POSITIVE)
+
+
+DESCRIPTION = Description("Toy SGD", "Gradient descent without any memory.", Config, {"learning_rate": 0.1})
+_submission = Submission(DESCRIPTION, lambda model, config, *_: torch.optim.SGD(model.parameters()))
+init_optimizer_state, update_params = _submission.init_optimizer_state, _submission.update_params
+'''
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the repository's packages with one file more."""
+    root = copied_checkout(tmp_path_factory.mktemp("checkout"))
+    path = root / "submissions/toy_sgd/pytorch/submission.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(TOY)
+    return root
+
+
+def test_it_trains_and_its_hyperparameters_are_checked(checkout, tmp_path):
+    flags = ["--submissions=toy_sgd", "--workloads=mnist_vit", "--max_global_steps=2", "--jobs=1"]
+    finished = run_in(checkout, "workloads.study", *flags, f"--experiment_dir={tmp_path}")
+    assert finished.returncode == 0, finished.stderr
+    rows = table(tmp_path / "toy_sgd/study_1/mnist_vit_pytorch/trial_1/eval_measurements.csv")
+    assert [row["global_step"] for row in rows] == ["1", "2"]
+    space = tmp_path / "space.json"
+    space.write_text('[{"learning_rate": 0.1, "momentum": 0.9}]')
+    more = [f"--experiment_dir={tmp_path / 'x'}", f"--tuning_search_space={space}"]
+    finished = run_in(checkout, "workloads.study", *flags, *more)
+    assert finished.returncode == 1
+    assert "unknown hyperparameter 'momentum': known are ['dropout_rate', 'grad_clip'" in finished.stderr
+
+
+def test_its_export_says_what_it_is(checkout, tmp_path):
+    finished = run_in(checkout, "submissions", "export", "toy_sgd", "--ruleset=self", f"--out={tmp_path}")
+    assert finished.returncode == 0, finished.stderr
+    folder = tmp_path / "self_tuning/toy_sgd"
+    assert 'submission_name: "Toy SGD"' in (folder / "submission_info.yml").read_text()
+    readme = (folder / "README.md").read_text()
+    assert readme.startswith("# Toy SGD\n\nGradient descent without any memory.\n")
+    assert "K-FAC" not in readme
+    assert not (folder / "common/kfac").exists()
+
+
+def test_it_is_not_planned(checkout):
+    finished = run_in(checkout, "submissions", "plan", "--workload=mnist_vit", "--submission=toy_sgd")
+    assert finished.returncode == 2
+    assert finished.stderr == "error: toy_sgd is no K-FAC submission; plan kfac_expand or kfac_reduce\n"

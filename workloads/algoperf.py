@@ -1,0 +1,89 @@
+"""What the tools know of AlgoPerf: whether it is here, its workloads and variants, the extents of their batches."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from commands.errors import UserError
+from submissions.common.batch_sizes import SCORED, UNSCORED
+
+WORKLOADS = (*SCORED, *UNSCORED)
+# Other activations, normalisations and sizes, from version 0.5 on.
+VARIANTS = (
+    "criteo1tb_test",
+    "criteo1tb_layernorm",
+    "criteo1tb_embed_init",
+    "criteo1tb_resnet",
+    "fastmri_model_size",
+    "fastmri_tanh",
+    "fastmri_layernorm",
+    "imagenet_resnet_silu",
+    "imagenet_resnet_gelu",
+    "imagenet_resnet_large_bn_init",
+    "imagenet_vit_glu",
+    "imagenet_vit_post_ln",
+    "imagenet_vit_map",
+    "librispeech_conformer_attention_temperature",
+    "librispeech_conformer_layernorm",
+    "librispeech_conformer_gelu",
+    "librispeech_deepspeech_tanh",
+    "librispeech_deepspeech_no_resnet",
+    "librispeech_deepspeech_norm_and_spec_aug",
+    "ogbg_gelu",
+    "ogbg_silu",
+    "ogbg_model_size",
+    "wmt_post_ln",
+    "wmt_attention_temp",
+    "wmt_glu_tanh",
+)
+NOT_INSTALLED = "AlgoPerf is not installed here; docs/official.md says how to make an environment with it"
+
+# Training batches, beside the number of examples.
+AUDIO_SAMPLES = 320_000  # 20 seconds at 16 kHz, what utterances are padded to
+SENTENCE = 256  # tokens of a packed row
+GRAPH_NODES, GRAPH_EDGES = 26, 56  # batches of molecules are padded to these averages
+
+
+def installed() -> bool:
+    """Whether AlgoPerf and its runner can be imported."""
+    return all(importlib.util.find_spec(name) is not None for name in ("algoperf", "submission_runner"))
+
+
+def base_of(name: str) -> str:
+    """The workload of which `name` is a variant, or `name` itself.
+
+    Raises:
+        UserError: none of AlgoPerf's.
+    """
+    for base in WORKLOADS:
+        if name == base or name.startswith(f"{base}_"):
+            return base
+    raise UserError(f"no batch is known for workload '{name}'; known: {', '.join(WORKLOADS)} and their variants")
+
+
+def graph_rows(graphs: int) -> dict[int, int]:
+    """Rows of nodes and of edges in a batch of molecules -> the number of graphs, the padding graph included."""
+    return {GRAPH_NODES * graphs + 1: graphs + 1, GRAPH_EDGES * graphs: graphs + 1}
+
+
+def import_torchvision() -> None:
+    """Imports torchvision, which some PyTorch workloads need for their data only, where it is installed.
+
+    Beside a torch it was not built for (a CPU build of torch, say) its import stops at two operators that none of
+    these workloads calls; declaring them is enough.
+    """
+    import torch
+
+    if importlib.util.find_spec("torchvision") is None:
+        return  # those that need it say so
+    try:
+        import torchvision
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _KEPT.append(library)
+        import torchvision  # noqa: F401
+
+
+_KEPT: list[object] = []  # declarations go with the library object
