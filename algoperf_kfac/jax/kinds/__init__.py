@@ -1,0 +1,43 @@
+"""What differs between kinds of layers: how a weight is covered, what a layer collects, and what it makes of it.
+
+A new kind is a file beside this one, with a class derived from `Kind`, and a line in `KINDS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from algoperf_kfac.jax import operations
+from algoperf_kfac.jax.kinds._base import Kind, Sums, Uses
+from algoperf_kfac.jax.kinds.tied_table import TiedTable
+from algoperf_kfac.jax.operations import Rule
+from algoperf_kfac.layers import LayerSpec
+
+__all__ = ["KINDS", "RULES", "Kind", "Sums", "Uses", "kind_for", "kind_of"]
+
+# The first that claims a weight has it.
+KINDS: tuple[Kind, ...] = (
+    TiedTable(),
+    Kind(),
+)
+
+
+def _rules() -> dict[str, Rule]:
+    rules = dict(operations.RULES)
+    for kind in KINDS:
+        rules |= kind.rules
+    return rules
+
+
+# By primitive, how it is read as a weighted operation: the usual ones, and those that kinds bring.
+RULES: Mapping[str, Rule] = _rules()
+
+
+def kind_for(uses: Uses) -> Kind:
+    """The kind of a weight with these uses, at least one call among them."""
+    return next(kind for kind in KINDS if kind.claims(uses))
+
+
+def kind_of(spec: LayerSpec) -> Kind:
+    """The kind of a covered layer."""
+    return next(kind for kind in KINDS if spec.kind in kind.names)

@@ -1,0 +1,84 @@
+"""The usual layer, a weight that linear operations or convolutions read, and what another kind may do otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+from jax import Array
+from jax.typing import DTypeLike
+
+from algoperf_kfac.jax import statistics
+from algoperf_kfac.jax.factors import Reading
+from algoperf_kfac.jax.interpreter import Key
+from algoperf_kfac.jax.operations import Call, Lookup, Rule, Use, WeightView
+from algoperf_kfac.jax.statistics import Statistics, Tap
+from algoperf_kfac.jax.types import Sizes
+from algoperf_kfac.layers import LayerSpec
+from algoperf_kfac.positions import Layout
+
+
+class Uses(NamedTuple):
+    """The weighted operations that read one parameter, in order."""
+
+    calls: dict[Key, Call]
+    lookups: dict[Key, Lookup]
+
+
+class Sums(Protocol):
+    """What a layer collects in a backward pass: a pytree of arrays."""
+
+    @property
+    def counts(self) -> Array:
+        """(slices, examples): positions that count."""
+
+
+class Kind:
+    """The usual weight-sharing layer, collected and finalised as in `statistics`.
+
+    Attributes:
+        names: `LayerSpec.kind` of its layers.
+        rules: by primitive, operations that only this kind knows; see `operations.Rule`.
+        has_bias: whether the bias that its operations add is part of the layer.
+        product_in_a: whether A stands for the whole product of both factors, B being the identity.
+    """
+
+    names: frozenset[str] = frozenset({"linear", "conv", "conv_transpose"})
+    rules: Mapping[str, Rule] = {}
+    has_bias = True
+    product_in_a = False
+
+    def claims(self, uses: Uses) -> bool:
+        """Whether a weight with these uses, at least one call among them, is of this kind."""
+        return self.name_of(uses) in self.names
+
+    def name_of(self, uses: Uses) -> str:
+        """`LayerSpec.kind` of a layer with these uses."""
+        return next(iter(uses.calls.values())).kind
+
+    def misfit(self, view: WeightView, weight_shape: Sizes) -> str:
+        """Why a weight that was claimed cannot be covered; empty if it can."""
+        return ""
+
+    def counted(self, uses: Uses) -> dict[Key, Use]:
+        """The uses whose statistics count."""
+        return {**uses.calls}
+
+    def zeros(self, spec: LayerSpec, slices: int, examples: int, dtype: DTypeLike) -> Sums:
+        """For a layer to collect its sums in, at the start of a backward pass.
+
+        Args:
+            spec: the layer; its groups include the slices.
+            slices: number of layers that the parameter holds, 1 if none.
+            examples: number of examples of a call.
+            dtype: at least float32.
+        """
+        return statistics.zeros(spec, slices, examples, dtype)
+
+    def tap(self, tap: Tap, out: Array, x: Array, reading: Reading, sums: Sums) -> Array:
+        """The output of one use, unchanged; its backward pass adds to the layer's sums. See `statistics.tap`."""
+        return statistics.tap(tap, out, x, reading, sums)
+
+    def finalise(self, spec: LayerSpec, sums: Sums, layout: Layout, scale: Array | float) -> Statistics:
+        """Statistics of one backward pass from the sums of all uses in it; see `statistics.finalise`."""
+        return statistics.finalise(spec, sums, layout, scale)
