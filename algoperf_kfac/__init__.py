@@ -1,6 +1,7 @@
 """K-FAC-expand and K-FAC-reduce for layers that share their weight over positions (arXiv 2311.00636).
 
-What stands here needs no framework, and brings none; `algoperf_kfac.pytorch` and `algoperf_kfac.jax` are the optimizers.
+What stands here needs no framework, and brings none; the optimizers are in `algoperf_kfac.pytorch` and
+`algoperf_kfac.jax`.
 """
 
 from algoperf_kfac.config import KFACConfig

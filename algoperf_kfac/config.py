@@ -27,7 +27,7 @@ class Point(Protocol):
 
 @functools.cache
 def scaling_names() -> tuple[str, ...]:
-    """The scalings by name: "root" and "inverse" are powers, the others have a file of their own in each framework."""
+    """The scalings by name: "root" and "inverse" are powers, the others have a file in each framework."""
     files = Path(__file__).parent.glob("*/scalings/*.py")
     return tuple(sorted({path.stem for path in files if not path.stem.startswith("_")} | set(POWERS)))
 
@@ -162,6 +162,16 @@ class KFACConfig:
         if unknown:
             raise ValueError(f"unknown hyperparameter {unknown[0]!r}: known are {sorted(known)}")
         return cls(**(defaults | point))  # type: ignore[arg-type]  # checked when it is made
+
+    @classmethod
+    def updated(cls, config: KFACConfig | None, hyperparameters: Mapping[str, object]) -> KFACConfig:
+        """A configuration (the defaults if None) with some fields replaced.
+
+        Raises:
+            ValueError: for an unknown name or a value out of range.
+        """
+        values = {} if config is None else {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+        return cls.from_hyperparameters(hyperparameters, **values)
 
     @property
     def scaling_room(self) -> str | type:

@@ -81,6 +81,29 @@ class Load:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Sighting:
+    """A model as it was seen through one training step, on one device.
+
+    Attributes:
+        coverage: what K-FAC covers of it.
+        config: the configuration.
+        loads: by weight parameter name.
+        activation_bytes: what the model keeps for its backward pass.
+        capture_bytes: what a statistics step keeps in addition.
+        examples: of the step.
+        note: how it was seen, if not with the real shapes; empty otherwise.
+    """
+
+    coverage: Coverage
+    config: KFACConfig
+    loads: Mapping[str, Load]
+    activation_bytes: float
+    capture_bytes: float
+    examples: int
+    note: str = ""
+
+
 class Scaling(Protocol):
     """What a plan asks a scaling of; the frameworks' `scalings` have it."""
 
@@ -194,8 +217,8 @@ class Memory:
         moments: first and second moment of NadamW.
         factors: moving averages of A and B, and a few scalars.
         bases: eigenvectors and eigenvalues, or inverses, where the framework keeps them.
-        operators: what the momentum is multiplied by (eigenvectors with scaled eigenvalues), or what a scaling keeps
-            in their place.
+        operators: what the momentum is multiplied by (eigenvectors with scaled eigenvalues), or what a scaling
+            keeps in their place.
         accumulators: sums of outer products of the statistics step at hand.
         activations: what the model keeps for its backward pass; an estimate.
         capture: what a statistics step holds beside the activations: inputs and sums over positions until the

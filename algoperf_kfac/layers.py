@@ -21,8 +21,8 @@ def too_large(config: KFACConfig) -> str:
 
 
 def also_read_by(operation: str) -> str:
-    """The reason of a weight that an operation with a rule reads, and another one without."""
-    return f"also read by {operation}, which has no rule: K-FAC would miss that use"
+    """The reason of a weight with another use than those that are recorded."""
+    return f"also read by {operation}: K-FAC would miss that use"
 
 
 def one_parameter(names: Sequence[str]) -> str:

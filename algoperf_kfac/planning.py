@@ -16,8 +16,8 @@ def plan(
     """The layers K-FAC covers on a model, the memory it takes, and its flops as shares of the model's own.
 
     PyTorch: `plan(model, batch)`, the batch being a tensor, a tuple of positional arguments or a dict of keyword
-    arguments. The model is run forward and backward once, on the meta device where it can be, else on the batch. JAX:
-    `plan(apply_fn, params, *args)`, traced and not run; arrays may be `jax.ShapeDtypeStruct`s.
+    arguments. A copy of the model is run forward and backward once, on the meta device where it can be, else on the
+    batch. JAX: `plan(apply_fn, params, *args)`, traced and not run; arrays may be `jax.ShapeDtypeStruct`s.
 
     Args:
         model: an nn.Module, or a function of (params, *args).

@@ -70,8 +70,8 @@ class Positions:
 
 
 PositionsLike: TypeAlias = Positions | Array | str | Sequence["Positions | Array | str"]
-"""What a caller may say: a description, a bare mask, "gradient", or a list of these of which a layer takes the first
-that fits."""
+"""What a caller may say: a description, a bare mask, "gradient", or a list of these of which a layer takes the
+first that fits."""
 
 Candidates: TypeAlias = list[Positions] | dict[str, list[Positions]]
 """The same as lists, for the whole model or by pattern of layer names."""
@@ -85,8 +85,17 @@ def as_candidates(positions: PositionsLike | Mapping[str, PositionsLike] | None)
 
 
 def _as_list(positions: PositionsLike) -> list[Positions]:
-    items = list(positions) if isinstance(positions, list | tuple) else [positions]
-    return [item if isinstance(item, Positions) else Positions(mask=item) for item in items]
+    if isinstance(positions, list | tuple):
+        return [_as_one(item) for item in positions]
+    return [_as_one(positions)]
+
+
+def _as_one(item: Positions | Array | str | Sequence[Positions | Array | str]) -> Positions:
+    if isinstance(item, Positions):
+        return item
+    if isinstance(item, str) or hasattr(item, "shape"):
+        return Positions(mask=item)
+    raise ValueError(f"positions: a {type(item).__name__} is neither a Positions, nor a mask, nor {BY_GRADIENT!r}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -108,9 +108,9 @@ def value_grad_and_statistics(
             assert loss_type is not None
             draws = fisher.cotangents(config, forward.outputs, forward.floats, loss_type, loss_mask, rng)
             # The exact Fisher is the sum over its columns, a sampled one the mean over the draws.
-            scale = draws.count**0.5 if config.fisher == "exact" else 1.0
+            scale = draws.passes**0.5 if config.fisher == "exact" else 1.0
             statistics = fisher.sweep(
-                draws.count, lambda number: tapped.statistics(forward.backward(draws.cotangent(number))[1], scale)
+                draws.passes, lambda number: tapped.statistics(forward.backward(draws.cotangent(number))[1], scale)
             )
         tapped.check_reached()
         return ((value, forward.aux) if has_aux else value), gradient, statistics

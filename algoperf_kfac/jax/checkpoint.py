@@ -6,13 +6,13 @@ flax is told here: in 0.1.0 what the scaling keeps stood in fields of its own.
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from flax import serialization
 
 from algoperf_kfac.jax.preconditioner import FIELDS, LayerState
 
-StateDict: TypeAlias = dict[str, object]
+StateDict: TypeAlias = dict[str, Any]
 """A state as nested dictionaries with arrays at the leaves."""
 
 # Of 0.1.0: a tuple of one array or none, and a number that was kept without it, too.

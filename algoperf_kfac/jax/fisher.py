@@ -33,11 +33,11 @@ class Cotangents(NamedTuple):
     """The backward passes of a Fisher.
 
     Attributes:
-        count: how many.
+        passes: how many.
         cotangent: from the number of a pass to the cotangents of the outputs' floating leaves in it.
     """
 
-    count: int
+    passes: int
     cotangent: Callable[[Array], list[Array]]
 
 
@@ -109,6 +109,7 @@ def sampled_loss(outputs: Outputs, loss_type: LossType | str, mask: Array | None
     if kind is LossType.CTC_LOSS:
         logits, paddings = outputs
         return _sampled_ctc(logits, paddings, mask, rng)
+    assert isinstance(outputs, Array)
     f = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
     fixed = lax.stop_gradient(f)
     if kind is LossType.SOFTMAX_CROSS_ENTROPY:
@@ -136,7 +137,7 @@ def exact_columns(
     Raises:
         ValueError: for CTC, whose output Hessian has no small root, and for too many outputs per example.
     """
-    if loss_type is LossType.CTC_LOSS or not hasattr(outputs, "shape"):
+    if loss_type is LossType.CTC_LOSS or not isinstance(outputs, Array):
         raise ValueError("fisher='exact' is not available for CTC: use fisher='mc'")
     count = math.prod(outputs.shape[1:])
     if count > MAX_EXACT_OUTPUTS:

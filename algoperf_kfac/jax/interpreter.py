@@ -17,7 +17,7 @@ import jax
 from jax import Array, lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from algoperf_kfac.jax.operations import RULES, WEIGHT_READS, Call, Lookup, Rule, is_bias
+from algoperf_kfac.jax.operations import RULES, WEIGHT_READS, Call, Lookup, Rule, is_bias, shape_of
 from algoperf_kfac.jax.sources import CONSTANT, Derived, Fused, Move, Source, as_source, fuse, sources_of
 from algoperf_kfac.jax.types import Sizes, Tree
 
@@ -292,7 +292,7 @@ def _move(eqn: JaxprEqn, tag: Source | Fused, shape: Sizes) -> Move | None:
         return Move("rev", tuple(scans + d for d in params["dimensions"]))
     if name == "broadcast_in_dim":
         dims = tuple(params["broadcast_dimensions"])
-        if math.prod(shape) == eqn.invars[0].aval.size and list(dims) == sorted(dims):
+        if math.prod(shape) == math.prod(shape_of(eqn.invars[0])) and list(dims) == sorted(dims):
             return Move("reshape", (*sizes, *shape))
         return Move("broadcast", (*whole, *(scans + d for d in dims)), (*sizes, *shape))
     return None

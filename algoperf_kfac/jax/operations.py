@@ -16,7 +16,8 @@ from typing import NamedTuple, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.extend.core import JaxprEqn
+from jax.core import ShapedArray
+from jax.extend.core import JaxprEqn, Literal, Var
 
 from algoperf_kfac.jax.geometry import ConvGeometry
 from algoperf_kfac.jax.sources import Fused, Source, as_source, inverse_permutation, sources_of
@@ -160,8 +161,11 @@ Rule: TypeAlias = Callable[[JaxprEqn, Sequence[object]], Read | None]
 """From a primitive and the tags of its operands to what it is to its weight; None where it is nothing known."""
 
 
-def _shape(eqn: JaxprEqn, operand: int) -> Sizes:
-    return tuple(eqn.invars[operand].aval.shape)
+def shape_of(value: Var | Literal) -> Sizes:
+    """The shape of a value of a program."""
+    aval = value.aval
+    assert isinstance(aval, ShapedArray)
+    return tuple(aval.shape)
 
 
 def read_dot_general(eqn: JaxprEqn, tags: Sequence[object]) -> Read | None:
@@ -171,7 +175,9 @@ def read_dot_general(eqn: JaxprEqn, tags: Sequence[object]) -> Read | None:
         weight = as_source(tag)
         if weight is None or sources_of(tags[other]) or weight.is_broadcast:
             continue
-        call = _linear(weight, _shape(eqn, position), _shape(eqn, other), eqn, weight_is_rhs=position == 1)
+        call = _linear(
+            weight, shape_of(eqn.invars[position]), shape_of(eqn.invars[other]), eqn, weight_is_rhs=position == 1
+        )
         if not isinstance(tag, Fused):
             return Read(call, other)
         parts = split_call(call, tag)
@@ -220,7 +226,7 @@ def read_conv(eqn: JaxprEqn, tags: Sequence[object]) -> Read | None:
         return None
     if params["batch_group_count"] != 1:
         return None
-    x_shape, weight_shape, out_shape = _shape(eqn, 0), _shape(eqn, 1), eqn.outvars[0].aval.shape
+    x_shape, weight_shape, out_shape = map(shape_of, (*eqn.invars, *eqn.outvars))
     numbers = params["dimension_numbers"]
     x_spec, w_spec, out_spec = numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec
     groups = params["feature_group_count"]
@@ -248,15 +254,15 @@ def read_conv(eqn: JaxprEqn, tags: Sequence[object]) -> Read | None:
 
 def read_gather(eqn: JaxprEqn, tags: Sequence[object]) -> Read | None:
     """Whole rows of a table that is read as it is stored."""
-    source, table, numbers = tags[0], _shape(eqn, 0), eqn.params["dimension_numbers"]
+    source, table, numbers = tags[0], shape_of(eqn.invars[0]), eqn.params["dimension_numbers"]
     if not isinstance(source, Source) or source.moves or source.scans:
         return None
-    out = eqn.outvars[0].aval.shape
+    out = shape_of(eqn.outvars[0])
     whole_rows = len(table) == 2 and tuple(eqn.params["slice_sizes"]) == (1, table[1])
     rows_last = tuple(numbers.offset_dims) == (len(out) - 1,)
     if not whole_rows or not rows_last or tuple(numbers.start_index_map) != (0,):
         return None
-    return Read(Lookup(source, tuple(out[:-1])), 1)
+    return Read(Lookup(source, out[:-1]), 1)
 
 
 RULES: Mapping[str, Rule] = {

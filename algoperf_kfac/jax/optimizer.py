@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from jax.sharding import Mesh
 
@@ -81,7 +80,7 @@ class KFAC:
         mesh: Mesh | None = None,
         **hyperparameters: object,
     ) -> None:
-        self.config = configured(config, hyperparameters)
+        self.config = KFACConfig.updated(config, hyperparameters)
         self.layers = discover(apply_fn, params, *args, config=self.config, exclude=exclude)
         self.value_grad_and_statistics = value_grad_and_statistics(
             apply_fn, loss_fn, self.layers, self.config, has_aux=has_aux, loss_type=loss_type
@@ -110,13 +109,3 @@ class KFAC:
     def metrics(self, state: Tree) -> dict[str, float]:
         """Counts and ratios for monitoring; see `monitoring.metrics`."""
         return monitoring.metrics(state, self.layers)
-
-
-def configured(config: KFACConfig | None, hyperparameters: Mapping[str, object]) -> KFACConfig:
-    """A configuration, the default one for None, with some of its fields changed.
-
-    Raises:
-        ValueError: for an unknown hyperparameter or one out of range.
-    """
-    fields = {} if config is None else {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    return KFACConfig.from_hyperparameters(hyperparameters, **fields)

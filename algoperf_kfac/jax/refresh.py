@@ -246,14 +246,16 @@ def _install(
         bases = _select(fresh, bases, old_bases)
         renewed = fresh | was_refreshed
     k = len(state.a)
-    new = {"a_basis": bases[:k], "b_basis": bases[k:], "a_values": values[:k], "b_values": values[k:]}
-    a_operator, b_operator = scaling.operators(dataclasses.replace(state, **new))
+    renewed_bases = dataclasses.replace(
+        state, a_basis=bases[:k], b_basis=bases[k:], a_values=values[:k], b_values=values[k:]
+    )
+    a_operator, b_operator = scaling.operators(renewed_bases)
     kept = state.kept
     if scaling.keeps_bases:
-        moved = scaling.transport(state, new["a_basis"], new["b_basis"])
+        moved = scaling.transport(state, bases[:k], bases[k:])
         kept = {name: jnp.where(fresh & was_refreshed, moved[name], old) for name, old in kept.items()}
     return dataclasses.replace(
-        state,
+        renewed_bases if scaling.keeps_bases else state,
         a_operator=_select(renewed, a_operator, state.a_operator),
         b_operator=_select(renewed, b_operator, state.b_operator),
         kept=kept,
@@ -261,7 +263,6 @@ def _install(
         skipped=state.skipped + same_bases,
         failures=state.failures + jnp.where(needed, failures, 0),
         drift=jnp.where(due, plan.drift, state.drift),
-        **(new if scaling.keeps_bases else {}),
     )
 
 

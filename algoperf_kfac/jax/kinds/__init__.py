@@ -6,9 +6,11 @@ A new kind is a file beside this one, with a class derived from `Kind`, and a li
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from algoperf_kfac.jax import operations
 from algoperf_kfac.jax.kinds._base import Kind, Sums, Uses
+from algoperf_kfac.jax.kinds.shared_weight import SharedWeight
 from algoperf_kfac.jax.kinds.tied_table import TiedTable
 from algoperf_kfac.jax.operations import Rule
 from algoperf_kfac.layers import LayerSpec
@@ -16,9 +18,9 @@ from algoperf_kfac.layers import LayerSpec
 __all__ = ["KINDS", "RULES", "Kind", "Sums", "Uses", "kind_for", "kind_of"]
 
 # The first that claims a weight has it.
-KINDS: tuple[Kind, ...] = (
+KINDS: tuple[Kind[Any], ...] = (
     TiedTable(),
-    Kind(),
+    SharedWeight(),
 )
 
 
@@ -33,11 +35,11 @@ def _rules() -> dict[str, Rule]:
 RULES: Mapping[str, Rule] = _rules()
 
 
-def kind_for(uses: Uses) -> Kind:
+def kind_for(uses: Uses) -> Kind[Any]:
     """The kind of a weight with these uses, at least one call among them."""
     return next(kind for kind in KINDS if kind.claims(uses))
 
 
-def kind_of(spec: LayerSpec) -> Kind:
+def kind_of(spec: LayerSpec) -> Kind[Any]:
     """The kind of a covered layer."""
     return next(kind for kind in KINDS if spec.kind in kind.names)

@@ -1,14 +1,13 @@
-"""The usual layer, a weight that linear operations or convolutions read, and what another kind may do otherwise."""
+"""What capture and discovery ask of a kind of layer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from jax import Array
 from jax.typing import DTypeLike
 
-from algoperf_kfac.jax import statistics
 from algoperf_kfac.jax.factors import Reading
 from algoperf_kfac.jax.interpreter import Key
 from algoperf_kfac.jax.operations import Call, Lookup, Rule, Use, WeightView
@@ -33,8 +32,11 @@ class Sums(Protocol):
         """(slices, examples): positions that count."""
 
 
-class Kind:
-    """The usual weight-sharing layer, collected and finalised as in `statistics`.
+S = TypeVar("S", bound=Sums)
+
+
+class Kind(Generic[S]):
+    """A kind of layer, which collects sums of the type S.
 
     Attributes:
         names: `LayerSpec.kind` of its layers.
@@ -43,7 +45,7 @@ class Kind:
         product_in_a: whether A stands for the whole product of both factors, B being the identity.
     """
 
-    names: frozenset[str] = frozenset({"linear", "conv", "conv_transpose"})
+    names: frozenset[str]
     rules: Mapping[str, Rule] = {}
     has_bias = True
     product_in_a = False
@@ -64,7 +66,7 @@ class Kind:
         """The uses whose statistics count."""
         return {**uses.calls}
 
-    def zeros(self, spec: LayerSpec, slices: int, examples: int, dtype: DTypeLike) -> Sums:
+    def zeros(self, spec: LayerSpec, slices: int, examples: int, dtype: DTypeLike) -> S:
         """For a layer to collect its sums in, at the start of a backward pass.
 
         Args:
@@ -73,12 +75,27 @@ class Kind:
             examples: number of examples of a call.
             dtype: at least float32.
         """
-        return statistics.zeros(spec, slices, examples, dtype)
+        raise NotImplementedError
 
-    def tap(self, tap: Tap, out: Array, x: Array, reading: Reading, sums: Sums) -> Array:
-        """The output of one use, unchanged; its backward pass adds to the layer's sums. See `statistics.tap`."""
-        return statistics.tap(tap, out, x, reading, sums)
+    def tap(self, tap: Tap, out: Array, x: Array, reading: Reading, sums: S) -> Array:
+        """The output of one use, unchanged; its backward pass adds to the layer's sums.
 
-    def finalise(self, spec: LayerSpec, sums: Sums, layout: Layout, scale: Array | float) -> Statistics:
-        """Statistics of one backward pass from the sums of all uses in it; see `statistics.finalise`."""
-        return statistics.finalise(spec, sums, layout, scale)
+        Args:
+            tap: the layer and the use.
+            out: the output.
+            x: the input, or the row numbers of a lookup.
+            reading: how the rows of the use are read.
+            sums: the layer's.
+        """
+        raise NotImplementedError
+
+    def finalise(self, spec: LayerSpec, sums: S, layout: Layout, scale: Array | float) -> Statistics:
+        """Statistics of one backward pass from the sums of all uses in it.
+
+        Args:
+            spec: the layer.
+            sums: what it collected.
+            layout: of its uses.
+            scale: what output gradients are multiplied by to belong to the summed, per-example loss.
+        """
+        raise NotImplementedError

@@ -56,7 +56,7 @@ class TiedSums(NamedTuple):
     lookups: Array
 
 
-class TiedTable(Kind):
+class TiedTable(Kind[TiedSums]):
     """A table that is looked up in, and the weight of an output layer."""
 
     names = frozenset({TABLE})
@@ -86,13 +86,11 @@ class TiedTable(Kind):
         blocks = tuple(jnp.zeros((1, size, size), dtype) for size in spec.in_blocks)
         return TiedSums(blocks, jnp.zeros((), dtype), counts, jnp.zeros((), dtype), blocks, counts)
 
-    def tap(self, tap: Tap, out: Array, x: Array, reading: Reading, sums: TiedSums) -> Array:  # type: ignore[override]  # its own sums
+    def tap(self, tap: Tap, out: Array, x: Array, reading: Reading, sums: TiedSums) -> Array:
         chosen = tap_lookup if isinstance(tap.use, Lookup) else tap_output
         return chosen(tap, out, x, reading, sums)
 
-    def finalise(  # type: ignore[override]  # its own sums
-        self, spec: LayerSpec, sums: TiedSums, layout: Layout, scale: Array | float
-    ) -> Statistics:
+    def finalise(self, spec: LayerSpec, sums: TiedSums, layout: Layout, scale: Array | float) -> Statistics:
         return finalise(spec, sums, layout, scale)
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import importlib
 
 from algoperf_kfac.config import KFACConfig
-from algoperf_kfac.jax.scalings._base import Kept, Scaling
+from algoperf_kfac.jax.scalings._base import Kept, Operators, Scaling
 
-__all__ = ["Kept", "Scaling", "scaling_of"]
+__all__ = ["Kept", "Operators", "Scaling", "scaling_of"]
 
 
 def scaling_of(config: KFACConfig) -> Scaling:

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.cost import (
     EIGH_FLOPS,
-    OPERATOR_FLOPS,
+    INVERSE_FLOPS,
     ScalingFlops,
     StateBytes,
     cubes,
@@ -25,6 +25,10 @@ from algoperf_kfac.layers import LayerSpec
 
 Kept: TypeAlias = dict[str, Array]
 """What a scaling keeps of a layer beside operators and bases, by name."""
+
+
+Operators: TypeAlias = tuple[Blocks, Blocks]
+"""Of A, and of B."""
 
 
 class Scaling:
@@ -58,8 +62,8 @@ class Scaling:
         """
         return {}
 
-    def operators(self, state: LayerState) -> tuple[Blocks, Blocks]:
-        """What the momentum is multiplied by from the right and from the left; empty blocks for none.
+    def operators(self, state: LayerState) -> Operators:
+        """What the momentum is multiplied by on the side of A, and of B; empty blocks for none.
 
         Args:
             state: with the new bases and eigenvalues; where the scaling uses none, `a_basis` and `b_basis` are
@@ -103,4 +107,5 @@ class Scaling:
 
     def flops(self, spec: LayerSpec) -> ScalingFlops:
         """What a layer's refresh and its direction at every step take; see `cost.Scaling`."""
-        return ScalingFlops((EIGH_FLOPS + OPERATOR_FLOPS) * cubes(spec), product_flops(spec))
+        each = EIGH_FLOPS if self.uses_bases else INVERSE_FLOPS
+        return ScalingFlops(each * cubes(spec), product_flops(spec))

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from algoperf_kfac.cost import INVERSE_FLOPS, ScalingFlops, cubes, product_flops
-from algoperf_kfac.jax.preconditioner import Blocks, LayerState
+from algoperf_kfac.jax.preconditioner import LayerState
 from algoperf_kfac.jax.scalings import _base
-from algoperf_kfac.layers import LayerSpec
 
 
 class Scaling(_base.Scaling):
-    """The inverses are the operators."""
+    """The inverses are what a refresh gives, and the operators."""
 
     uses_bases = False
 
-    def operators(self, state: LayerState) -> tuple[Blocks, Blocks]:
+    def operators(self, state: LayerState) -> _base.Operators:
         return state.a_basis, state.b_basis
-
-    def flops(self, spec: LayerSpec) -> ScalingFlops:
-        return ScalingFlops(INVERSE_FLOPS * cubes(spec), product_flops(spec))

@@ -8,15 +8,20 @@ two products.
 
 from __future__ import annotations
 
+from algoperf_kfac.cost import EIGH_FLOPS, OPERATOR_FLOPS, ScalingFlops, cubes, product_flops
 from algoperf_kfac.jax.preconditioner import Blocks, LayerState, from_eigenvalues
 from algoperf_kfac.jax.scalings import _base
+from algoperf_kfac.layers import LayerSpec
 
 
 class Scaling(_base.Scaling):
     """Both factors to the power -`KFACConfig.exponent`."""
 
-    def operators(self, state: LayerState) -> tuple[Blocks, Blocks]:
+    def operators(self, state: LayerState) -> _base.Operators:
         return self._scaled(state.a_basis, state.a_values), self._scaled(state.b_basis, state.b_values)
 
     def _scaled(self, bases: Blocks, values: Blocks) -> Blocks:
         return from_eigenvalues(bases, [v**-self.config.exponent for v in values])
+
+    def flops(self, spec: LayerSpec) -> ScalingFlops:
+        return ScalingFlops((EIGH_FLOPS + OPERATOR_FLOPS) * cubes(spec), product_flops(spec))
