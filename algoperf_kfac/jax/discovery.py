@@ -98,11 +98,13 @@ class _Discovery:
             layer = None if reason else self._cover(weight, calls, covered)
             if layer is None:
                 reasons[weight] = reason or too_large(self._config)
+                if weight in self._biases and reasons[weight] != EXCLUDED:
+                    reasons[self._biases[weight]] = reasons[weight]  # one layer, one reason
             else:
                 covered[layer.spec.name] = layer
                 taken |= {layer.spec.weight, layer.spec.bias or layer.spec.weight}
         fallbacks = [
-            FallbackSpec(name, shape, reasons.get(name) or self._reason(name))
+            FallbackSpec(name, shape, self._reason(name, reasons.get(name, "")))
             for name, (shape, _) in self._shapes.items()
             if name not in taken
         ]
@@ -155,11 +157,18 @@ class _Discovery:
             dtype=jnp.promote_types(dtype, jnp.float32),
         )
 
-    def _reason(self, name: str) -> str:
-        """Why a parameter without a weighted operation is not covered."""
+    def _reason(self, name: str, of_layer: str) -> str:
+        """Why a parameter is not covered.
+
+        Args:
+            name: the parameter.
+            of_layer: why its layer is not; empty where there is none.
+        """
         notes, (shape, dtype) = self._notes, self._shapes[name]
         if self._excluded(name):
             return EXCLUDED
+        if of_layer:
+            return of_layer
         if not jnp.issubdtype(dtype, jnp.floating):
             return f"not differentiable ({dtype.name})"
         if name in notes.lookups:

@@ -41,12 +41,12 @@ class TracedModel:
 
     def run(self, visitor: Visitor, params: Tree, args: Sequence[Tree]) -> list[Array]:
         """The flat outputs, the visitor being told of every weighted operation on the way."""
-        interpreter = Interpreter(visitor, kinds.RULES)
+        interpreter = Interpreter(visitor, kinds.rules())
         return interpreter.run(self.program, jax.tree.leaves((params, *args)), self.tags)
 
     def show(self, visitor: Visitor) -> None:
         """Lead a visitor through the model without computing anything."""
-        interpreter = Interpreter(visitor, kinds.RULES)
+        interpreter = Interpreter(visitor, kinds.rules())
         jax.eval_shape(lambda *values: interpreter.run(self.program, values, self.tags), *self.leaves)
 
     def survey(self) -> Survey:

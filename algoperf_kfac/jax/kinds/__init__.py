@@ -15,7 +15,7 @@ from algoperf_kfac.jax.kinds.tied_table import TiedTable
 from algoperf_kfac.jax.operations import Rule
 from algoperf_kfac.layers import LayerSpec
 
-__all__ = ["KINDS", "RULES", "Kind", "Sums", "Uses", "kind_for", "kind_of"]
+__all__ = ["KINDS", "Kind", "Sums", "Uses", "kind_for", "kind_of", "rules"]
 
 # The first that claims a weight has it.
 KINDS: tuple[Kind[Any], ...] = (
@@ -24,15 +24,12 @@ KINDS: tuple[Kind[Any], ...] = (
 )
 
 
-def _rules() -> dict[str, Rule]:
-    rules = dict(operations.RULES)
+def rules() -> Mapping[str, Rule]:
+    """By primitive, how it is read as a weighted operation: the usual rules, and those that kinds bring."""
+    found = dict(operations.RULES)
     for kind in KINDS:
-        rules |= kind.rules
-    return rules
-
-
-# By primitive, how it is read as a weighted operation: the usual ones, and those that kinds bring.
-RULES: Mapping[str, Rule] = _rules()
+        found |= kind.rules
+    return found
 
 
 def kind_for(uses: Uses) -> Kind[Any]:
