@@ -71,13 +71,11 @@ def refresh_due(
     def take_turn(i: Array, written: Mapping[str, Tree]) -> dict[str, Tree]:
         """What a refresh changes, with the layers of turn `i` refreshed."""
         current = {key: dataclasses.replace(state, **written[key]) for key, state in states.items()}
-        members = {
-            key: jax.tree.map(lambda leaf, key=key: leaf[windows[key].rows[i]], state)
-            for key, state in current.items()
-        }
-        wanted = {
-            key: windows[key].valid[i] & (flags[windows[key].rows[i]] | (i == turn)) for key, flags in due.items()
-        }
+        members, wanted = {}, {}
+        for key, state in current.items():
+            rows = windows[key].rows[i]
+            members[key] = jax.tree.map(lambda leaf, rows=rows: leaf[rows], state)
+            wanted[key] = windows[key].valid[i] & (due[key][rows] | (i == turn))
         new = refresh(members, wanted, scaling, mesh)
         return {key: windows[key].put_back(i, _written(current[key]), _written(new[key])) for key in states}
 

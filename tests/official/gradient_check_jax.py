@@ -2,8 +2,8 @@
 
 The submission's own training step is traced once more, with its `value_grad_and_statistics` and with a second tap
 behind each of the capture's own: it makes G^T A of the very input and output gradient that the first makes its
-sums of. As the sums do, the products leave the backward pass as the gradient of zeros, so that they add up over calls
-and loop turns and scanned layers fall into their places. The gradient comes from the same backward pass.
+sums of. As the sums do, the products leave the backward pass as the gradient of zeros, so that they add up over
+calls and loop turns and scanned layers fall into their places. The gradient comes from the same backward pass.
 """
 
 from __future__ import annotations
