@@ -133,7 +133,7 @@ def _run(jaxpr: Jaxpr, inputs: Sequence[_Array | None], made: list[_Array]) -> l
                     array.is_read = True
             names: list[Hashable] = list(eqn.outvars)
             if name == "scan":
-                names[eqn.params["num_carry"] :] = _stacked(eqn)
+                names[eqn.params["num_carry"] :] = _piled_up(eqn)
             new = {key: _Array(v, name, arrays) for key, v in zip(names, eqn.outvars, strict=True)}
             made += new.values()
             outputs = [new[key] for key in names]
@@ -141,8 +141,8 @@ def _run(jaxpr: Jaxpr, inputs: Sequence[_Array | None], made: list[_Array]) -> l
     return [read(v) for v in jaxpr.outvars]
 
 
-def _stacked(eqn: JaxprEqn) -> Sequence[Hashable]:
-    """For each array that a loop stacks, the value in its body: what is stacked twice is one array."""
+def _piled_up(eqn: JaxprEqn) -> Sequence[Hashable]:
+    """For each array that a loop piles up, the value in its body: what is piled up twice is one array."""
     body, carries = eqn.params["jaxpr"].jaxpr, eqn.params["num_carry"]
     values = _run(body, [_Array(v) for v in body.invars], [])
     return [v if value is None else value for value, v in zip(values, eqn.outvars, strict=True)][carries:]

@@ -80,7 +80,7 @@ def metrics(state: Tree, layers: Layers) -> dict[str, float]:
         "coverage": layers.coverage().fraction,
     }
     for key in ("refreshes", "failures", "skipped", "dropped", "drift", "graft_ratio", "cosine"):
-        rows = jax.device_get({name: getattr(stacked, key) for name, stacked in inner.stacks.items()})
+        rows = jax.device_get({name: getattr(stack, key) for name, stack in inner.stacks.items()})
         values = {name: float(value) for name, value in take_apart(rows, layers).items()}
         out |= {f"{name}/{key}": value for name, value in values.items()}
         total = sum(values.values())

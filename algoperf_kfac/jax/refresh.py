@@ -137,15 +137,15 @@ def refresh(states: States, due: Mapping[str, Array], scaling: Scaling, mesh: Me
         scaling: what is made of the decompositions.
         mesh: a one-dimensional mesh whose devices share the work; None to do it where the state lies.
     """
-    plans = {key: jax.vmap(functools.partial(_prepare, scaling=scaling))(state) for key, state in states.items()}
-    due = {key: due[key] & ~plan.silent for key, plan in plans.items()}
-    needed = {key: due[key] & plan.drifted for key, plan in plans.items()}
-    decomposed = _decompose_by_size(plans, needed, scaling, mesh)
+    prepared = {key: jax.vmap(functools.partial(_prepare, scaling=scaling))(state) for key, state in states.items()}
+    due = {key: due[key] & ~one.silent for key, one in prepared.items()}
+    needed = {key: due[key] & one.drifted for key, one in prepared.items()}
+    decomposed = _decompose_by_size(prepared, needed, scaling, mesh)
     install = jax.vmap(functools.partial(_install, scaling=scaling))
-    return {key: install(state, decomposed[key], due[key], plans[key]) for key, state in states.items()}
+    return {key: install(state, decomposed[key], due[key], prepared[key]) for key, state in states.items()}
 
 
-class _Plan(NamedTuple):
+class _Prepared(NamedTuple):
     """What a layer's refresh needs to know.
 
     Attributes:
@@ -163,7 +163,7 @@ class _Plan(NamedTuple):
     drift: Array
 
 
-def _prepare(state: LayerState, scaling: Scaling) -> _Plan:
+def _prepare(state: LayerState, scaling: Scaling) -> _Prepared:
     config = scaling.config
     a, b = corrected(state)
     damping_a, damping_b = damping_terms(a, b, config)
@@ -171,9 +171,9 @@ def _prepare(state: LayerState, scaling: Scaling) -> _Plan:
     silent = jnp.stack([mean_eigenvalue(blocks).max() == 0 for blocks in (a, b) if blocks]).any()
     damping = [damping_a] * len(a) + [damping_b] * len(b)
     if not scaling.keeps_bases or config.drift_tolerance == 0:
-        return _Plan([*a, *b], damping, silent, jnp.ones((), bool), state.drift)
+        return _Prepared([*a, *b], damping, silent, jnp.ones((), bool), state.drift)
     drift = _drift((*a, *b), (*state.a_basis, *state.b_basis))
-    return _Plan([*a, *b], damping, silent, (state.refreshes == 0) | ~(drift <= config.drift_tolerance), drift)
+    return _Prepared([*a, *b], damping, silent, (state.refreshes == 0) | ~(drift <= config.drift_tolerance), drift)
 
 
 def _drift(matrices: Blocks, bases: Blocks) -> Array:
@@ -188,29 +188,29 @@ def _drift(matrices: Blocks, bases: Blocks) -> Array:
 
 
 def _decompose_by_size(
-    plans: Mapping[str, _Plan], needed: Mapping[str, Array], scaling: Scaling, mesh: Mesh | None
+    prepared: Mapping[str, _Prepared], needed: Mapping[str, Array], scaling: Scaling, mesh: Mesh | None
 ) -> dict[str, list[Decomposed]]:
     """The decompositions of each stack's blocks, matrices of one size and type together in one batch.
 
     Args:
-        plans: by stack.
+        prepared: by stack.
         needed: which layers are to be decomposed, (layers,) for each stack.
         scaling: says which decomposition.
         mesh: see `refresh`.
     """
     config = scaling.config
     by_size: dict[tuple[int, jnp.dtype], list[tuple[str, int]]] = {}
-    for key, plan in plans.items():
-        for block, matrices in enumerate(plan.matrices):
+    for key, one in prepared.items():
+        for block, matrices in enumerate(one.matrices):
             by_size.setdefault((matrices.shape[-1], matrices.dtype), []).append((key, block))
     found: dict[tuple[str, int], Decomposed] = {}
     for places in by_size.values():
-        shapes = [plans[key].matrices[block].shape[:2] for key, block in places]  # layers, groups
+        shapes = [prepared[key].matrices[block].shape[:2] for key, block in places]  # layers, groups
         flags = [jnp.broadcast_to(needed[key][:, None], s) for (key, _), s in zip(places, shapes, strict=True)]
         results = decompose(
             eigh if scaling.uses_bases else inverse,
-            _together([plans[key].matrices[block] for key, block in places]),
-            _together([plans[key].damping[block] for key, block in places]),
+            _together([prepared[key].matrices[block] for key, block in places]),
+            _together([prepared[key].damping[block] for key, block in places]),
             _together(flags),
             absolute=config.damping_mode == "absolute",
             mesh=mesh,
@@ -219,7 +219,7 @@ def _decompose_by_size(
         pieces = zip(*(jnp.split(result, ends) for result in results), strict=True)
         for place, shape, piece in zip(places, shapes, pieces, strict=True):
             found[place] = Decomposed(*(part.reshape(*shape, *part.shape[1:]) for part in piece))
-    return {key: [found[key, block] for block in range(len(plan.matrices))] for key, plan in plans.items()}
+    return {key: [found[key, block] for block in range(len(one.matrices))] for key, one in prepared.items()}
 
 
 def _together(pieces: list[Array]) -> Array:
@@ -228,18 +228,18 @@ def _together(pieces: list[Array]) -> Array:
 
 
 def _install(
-    state: LayerState, decomposed: list[Decomposed], due: Array, plan: _Plan, scaling: Scaling
+    state: LayerState, decomposed: list[Decomposed], due: Array, prepared: _Prepared, scaling: Scaling
 ) -> LayerState:
     """The state of one layer with a new decomposition, or with new eigenvalues in the old basis."""
-    needed = due & plan.drifted
+    needed = due & prepared.drifted
     fresh = needed & jnp.stack([block.ok.all() for block in decomposed]).all()
-    same_bases = due & ~plan.drifted
+    same_bases = due & ~prepared.drifted
     failures = jnp.stack([block.failures.max() for block in decomposed]).max()
     was_refreshed, renewed = state.refreshes > 0, fresh
     values, bases = tuple(block.values for block in decomposed), tuple(block.matrices for block in decomposed)
     if scaling.keeps_bases:
         old_bases = (*state.a_basis, *state.b_basis)
-        rotated = map(_rotated_diagonal, plan.matrices, old_bases, plan.damping)
+        rotated = map(_rotated_diagonal, prepared.matrices, old_bases, prepared.damping)
         values = _select(fresh, values, _select(same_bases, tuple(rotated), (*state.a_values, *state.b_values)))
         bases = _select(fresh, bases, old_bases)
         renewed = fresh | was_refreshed
@@ -260,7 +260,7 @@ def _install(
         refreshes=state.refreshes + fresh,
         skipped=state.skipped + same_bases,
         failures=state.failures + jnp.where(needed, failures, 0),
-        drift=jnp.where(due, plan.drift, state.drift),
+        drift=jnp.where(due, prepared.drift, state.drift),
     )
 
 
