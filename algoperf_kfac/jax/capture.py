@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -37,19 +37,8 @@ AllSums: TypeAlias = Mapping[str, Sums]
 """Per layer, what it collects."""
 
 
-class ValueGradAndStatistics(Protocol):
-    """What `value_grad_and_statistics` returns."""
-
-    def __call__(
-        self,
-        params: Tree,
-        *args: Tree,
-        positions: PositionsLike | Mapping[str, PositionsLike] | None = None,
-        loss_normalizer: Array | float | None = None,
-        rng: Array | None = None,
-        loss_mask: Array | None = None,
-    ) -> tuple[Tree, Tree, dict[str, Statistics]]:
-        """(loss, gradient, statistics)."""
+ValueGradAndStatistics: TypeAlias = Callable[..., tuple[Tree, Tree, dict[str, Statistics]]]
+"""What `value_grad_and_statistics` returns."""
 
 
 def value_grad_and_statistics(

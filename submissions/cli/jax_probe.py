@@ -1,31 +1,28 @@
-"""Sees a JAX model as a submission's K-FAC would; see `algoperf_kfac.jax.probe`."""
+"""Sees a JAX model as a submission would train it; the library does the seeing."""
 
 from __future__ import annotations
 
+from commands.errors import UserError
+
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.cost import Sighting
-from algoperf_kfac.jax.probe import Subject, plan_of, sight
-from submissions.kfac.defaults import DEFAULTS
-from workloads.errors import UserError
+from algoperf_kfac.jax import probe as library
+from algoperf_kfac.jax.probe import Subject, plan_of
 
-__all__ = ["Subject", "plan_of", "probe"]
+__all__ = ["Subject", "plan_of", "sight"]
 
 
-def probe(subject: Subject, submission: str) -> Sighting:
-    """Trace the model once.
+def sight(subject: Subject, config: KFACConfig) -> Sighting:
+    """A statistics step of a submission on the model, traced.
 
     Args:
         subject: the model.
-        submission: "kfac_expand" or "kfac_reduce".
+        config: the submission's.
 
     Raises:
-        UserError: it is no K-FAC submission, or the model cannot be traced.
+        UserError: the model cannot be traced.
     """
-    approximation = submission.removeprefix("kfac_")
-    if approximation not in DEFAULTS:
-        raise UserError(f"{submission} is no K-FAC submission; plan kfac_expand or kfac_reduce")
-    config = KFACConfig.from_hyperparameters(None, **DEFAULTS[approximation], approximation=approximation)
     try:
-        return sight(subject, config)
+        return library.sight(subject, config)
     except ValueError as error:
         raise UserError(str(error)) from error
