@@ -26,8 +26,7 @@ from algoperf_kfac.jax.layer_book import CoveredLayer, Layers, check_params
 from algoperf_kfac.jax.operations import Call, Lookup, Use
 from algoperf_kfac.jax.statistics import Statistics, Tap
 from algoperf_kfac.jax.tracing import Survey, TracedModel, trace
-from algoperf_kfac.jax.types import ApplyFn, Loss, LossFn, Tree
-from algoperf_kfac.losses import LossType
+from algoperf_kfac.jax.types import ApplyFn, Loss, LossFn, LossTypeLike, Tree
 from algoperf_kfac.positions import Candidates, PositionsLike, as_candidates, choose
 
 Readings: TypeAlias = dict[str, dict[Key, Reading]]
@@ -48,7 +47,7 @@ def value_grad_and_statistics(
     config: KFACConfig,
     *,
     has_aux: bool = False,
-    loss_type: LossType | str | None = None,
+    loss_type: LossTypeLike | None = None,
 ) -> ValueGradAndStatistics:
     """Like `jax.value_and_grad`, with the statistics of every covered layer.
 

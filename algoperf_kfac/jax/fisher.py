@@ -19,7 +19,7 @@ from jax import Array, lax
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.jax import statistics
 from algoperf_kfac.jax.statistics import Statistics
-from algoperf_kfac.jax.types import Tree
+from algoperf_kfac.jax.types import LossTypeLike, Tree
 from algoperf_kfac.losses import LossType, loss_type_of
 
 # One backward pass per output of an example: beyond this, "exact" is a mistake rather than a choice.
@@ -45,7 +45,7 @@ def cotangents(
     config: KFACConfig,
     outputs: Callable[[list[Array]], Tree],
     floats: list[Array],
-    loss_type: LossType | str,
+    loss_type: LossTypeLike,
     mask: Array | None,
     rng: Array | None,
 ) -> Cotangents:
@@ -91,7 +91,7 @@ def sweep(count: int, gather: Callable[[Array], dict[str, Statistics]]) -> dict[
     return jax.tree.map(lambda t: t / count, total)
 
 
-def sampled_loss(outputs: Outputs, loss_type: LossType | str, mask: Array | None, rng: Array) -> Array:
+def sampled_loss(outputs: Outputs, loss_type: LossTypeLike, mask: Array | None, rng: Array) -> Array:
     """The summed loss against labels drawn from the model's own predictive distribution.
 
     Args:

@@ -13,9 +13,8 @@ from algoperf_kfac.jax.capture import value_grad_and_statistics
 from algoperf_kfac.jax.discovery import discover
 from algoperf_kfac.jax.monitoring import FactorPair
 from algoperf_kfac.jax.transform import Mask, Schedule, kfac
-from algoperf_kfac.jax.types import ApplyFn, LossFn, Tree
+from algoperf_kfac.jax.types import ApplyFn, LossFn, LossTypeLike, Tree
 from algoperf_kfac.layers import Coverage
-from algoperf_kfac.losses import LossType
 
 
 class KFAC:
@@ -73,7 +72,7 @@ class KFAC:
         *args: Tree,
         config: KFACConfig | None = None,
         has_aux: bool = False,
-        loss_type: LossType | str | None = None,
+        loss_type: LossTypeLike | None = None,
         exclude: Iterable[str] = (),
         schedule: Schedule | None = None,
         weight_decay_mask: Mask = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -18,6 +19,9 @@ Loss: TypeAlias = Array | Mapping[str, Array]
 
 LossFn: TypeAlias = Callable[..., Loss]
 """A function of (outputs, *args) to the loss."""
+
+LossTypeLike: TypeAlias = enum.Enum | str
+"""A `losses.LossType`, another enum's member of the same name (AlgoPerf's own), or the name."""
 
 Sizes: TypeAlias = tuple[int, ...]
 """A shape, or a part of one."""
