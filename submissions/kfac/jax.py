@@ -13,9 +13,9 @@ import numpy as np
 import optax
 from flax.serialization import from_state_dict, to_state_dict
 
+from algoperf_kfac.cadence import is_statistics_step
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.jax import KFACState, Layers, Positions, discover, scale_by_kfac, value_grad_and_statistics
-from algoperf_kfac.jax.transform import is_statistics_step
 from submissions.kfac.defaults import DEFAULTS
 from submissions.kfac.model_call import initial_call
 from submissions.training_step.jax import (
