@@ -13,6 +13,7 @@ from algoperf_kfac.config import TABLE, KFACConfig
 EXCLUDED = "excluded by the user"
 EMBEDDING = "embedding: its inputs are one-hot, A would be a diagonal of counts"
 UNREAD = "no operation with a rule reads it"
+SHARED_BIAS = "bias that several layers share"
 
 
 def too_large(config: KFACConfig) -> str:

@@ -35,6 +35,6 @@ def plan(
     framework = "pytorch" if torch is not None and isinstance(model, torch.nn.Module) else "jax"
     if framework == "jax" and not callable(model):
         raise TypeError(f"plan takes an nn.Module or a function of (params, *args), got {type(model).__name__}")
-    probe = importlib.import_module(f"algoperf_kfac.{framework}.probe")
+    probe = importlib.import_module(f".{framework}.probe", __package__)
     result: Plan = probe.plan(model, *batch, config=config, devices=devices, **hyperparameters)
     return result

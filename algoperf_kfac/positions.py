@@ -90,10 +90,10 @@ def _as_list(positions: PositionsLike) -> list[Positions]:
     return [_as_one(positions)]
 
 
-def _as_one(item: Positions | Array | str | Sequence[Positions | Array | str]) -> Positions:
+def _as_one(item: object) -> Positions:
     if isinstance(item, Positions):
         return item
-    if isinstance(item, str) or hasattr(item, "shape"):
+    if isinstance(item, str) or (hasattr(item, "shape") and hasattr(item, "ndim")):
         return Positions(mask=item)
     raise ValueError(f"positions: a {type(item).__name__} is neither a Positions, nor a mask, nor {BY_GRADIENT!r}")
 

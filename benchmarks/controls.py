@@ -15,14 +15,15 @@ import dataclasses
 import json
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from algoperf_kfac.config import KFACConfig
-from algoperf_kfac.pytorch import KFAC, NadamW, preconditioner, refresh
+from algoperf_kfac.pytorch import KFAC, NadamW
 from algoperf_kfac.pytorch.preconditioner import LayerState
+from algoperf_kfac.pytorch.scalings import Operators, Scaling, power
 from commands import errors
 from commands.arguments import Parser
 from submissions import registry as submissions
@@ -32,35 +33,34 @@ from submissions.common.pytorch import clip_gradient, compute_gradient
 from submissions.common.schedule import learning_rate_factor
 from workloads import registry, seeds
 
-Operators = Callable[[LayerState, KFACConfig], None]
 DEFAULTS: dict[str, Mapping[str, Tree]] = {
     name: submissions.describe(f"kfac_{name}", "pytorch").defaults for name in ("expand", "reduce")
 }
 KNOWN = {field.name for field in dataclasses.fields(KFACConfig)}
-DERIVE = preconditioner.set_operators
 BEST = json.loads((Path(__file__).parents[1] / "tuning_search_spaces/nadamw_tuned.json").read_text())
 BEST_POINT = {"bible_lm": BEST[0], "mnist_vit": BEST[1]}  # docs/results.md, tuning
 
 
-def full(state: LayerState, config: KFACConfig) -> None:
-    DERIVE(state, config)
+class OnlyA(power.Scaling):
+    """B taken as the identity."""
+
+    def operators(self, state: LayerState) -> Operators:
+        return super().operators(state)[0], []
 
 
-def only_a(state: LayerState, config: KFACConfig) -> None:
-    DERIVE(state, config)
-    state.b_operator = []
+class OnlyB(power.Scaling):
+    """A taken as the identity."""
+
+    def operators(self, state: LayerState) -> Operators:
+        return [], super().operators(state)[1]
 
 
-def only_b(state: LayerState, config: KFACConfig) -> None:
-    DERIVE(state, config)
-    state.a_operator = []
+class RandomBasis(power.Scaling):
+    """The eigenvalues in bases that have nothing to do with the factors."""
 
-
-def random_basis(state: LayerState, config: KFACConfig) -> None:
-    bases = state.a_basis, state.b_basis
-    state.a_basis, state.b_basis = ([_orthogonal(u) for u in side] for side in bases)
-    DERIVE(state, config)
-    state.a_basis, state.b_basis = bases
+    def operators(self, state: LayerState) -> Operators:
+        a, b = ([_orthogonal(u) for u in bases] for bases in (state.a_basis, state.b_basis))
+        return self.powers(a, state.a_values), self.powers(b, state.b_values)
 
 
 def _orthogonal(like: torch.Tensor) -> torch.Tensor:
@@ -69,10 +69,17 @@ def _orthogonal(like: torch.Tensor) -> torch.Tensor:
     return torch.linalg.qr(torch.randn(like.shape, generator=generator))[0].to(like)
 
 
-CONTROLS: dict[str, Operators] = {"K-FAC": full, "A only": only_a, "B only": only_b, "random basis": random_basis}
+CONTROLS: dict[str, type[Scaling]] = {
+    "K-FAC": power.Scaling,
+    "A only": OnlyA,
+    "B only": OnlyB,
+    "random basis": RandomBasis,
+}
 
 
-def train(workload_name: str, point: Mapping[str, Tree], steps: int, seed: int, control: Operators | None) -> float:
+def train(
+    workload_name: str, point: Mapping[str, Tree], steps: int, seed: int, control: type[Scaling] | None
+) -> float:
     """The validation metric after `steps` steps; NadamW if there is no control."""
     workload = registry.load(workload_name, "pytorch")
     rng = seeds.root(seed)
@@ -82,8 +89,8 @@ def train(workload_name: str, point: Mapping[str, Tree], steps: int, seed: int, 
         betas = (1 - point["one_minus_beta1"], point["beta2"])
         opt = NadamW(model.parameters(), point["learning_rate"], betas, weight_decay=point["weight_decay"])
     else:
-        refresh.set_operators = control  # type: ignore[assignment]  # where a refresh looks it up
-        opt = KFAC(model, config=KFACConfig(**{k: v for k, v in point.items() if k in KNOWN}))
+        config = KFACConfig(**{k: v for k, v in point.items() if k in KNOWN})
+        opt = KFAC(model, config=config, scaling=control)
     queue = workload._build_input_queue(rng, "train", "", get_batch_size(workload_name))
     for step in range(steps):
         batch = next(queue)

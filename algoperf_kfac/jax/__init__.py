@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from algoperf_kfac.config import KFACConfig
-from algoperf_kfac.jax.capture import MissingStatisticsError, value_grad_and_statistics
-from algoperf_kfac.jax.discovery import CoveredLayer, Layers, discover
-from algoperf_kfac.jax.factors import Positions
+from algoperf_kfac.errors import MissingStatisticsError
+from algoperf_kfac.jax import checkpoint  # noqa: F401  # tells flax of the states
+from algoperf_kfac.jax.capture import value_grad_and_statistics
+from algoperf_kfac.jax.discovery import discover
+from algoperf_kfac.jax.layer_book import CoveredLayer, Layers
+from algoperf_kfac.jax.monitoring import FactorPair, factors, metrics
+from algoperf_kfac.jax.optimizer import KFAC
 from algoperf_kfac.jax.sharding import batch_mesh, replicate, shard_batch
 from algoperf_kfac.jax.stacks import layer_states
-from algoperf_kfac.jax.transform import KFAC, FactorPair, KFACState, factors, kfac, metrics, scale_by_kfac
+from algoperf_kfac.jax.transform import KFACState, kfac, scale_by_kfac
+from algoperf_kfac.positions import Positions
 
 __all__ = [
     "KFAC",

@@ -5,72 +5,126 @@ Nothing here waits for the device: whether a K-FAC direction is usable is select
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from algoperf_kfac.config import KFACConfig
-from algoperf_kfac.jax import preconditioner
-from algoperf_kfac.jax.discovery import named_leaves
 from algoperf_kfac.jax.preconditioner import LayerState
+from algoperf_kfac.jax.scalings import Scaling
 from algoperf_kfac.jax.stacks import Stack, broadcast
+from algoperf_kfac.jax.tracing import named_leaves
+from algoperf_kfac.jax.types import Tree
 
-Tree = Any  # a pytree of arrays
+
+class SecondOrder(NamedTuple):
+    """The outcome of a step.
+
+    Attributes:
+        directions: of all parameters.
+        states: by stack.
+        stand_ins: how many K-FAC directions were of no use, ().
+    """
+
+    directions: Tree
+    states: dict[str, LayerState]
+    stand_ins: Array
 
 
 def second_order(
     stacks: Mapping[str, Stack],
-    config: KFACConfig,
+    scaling: Scaling,
     gradients: Tree,
     momenta: Tree,
     directions: Tree,
     states: Mapping[str, LayerState],
+    *,
     monitor: bool,
-) -> tuple[Tree, dict[str, LayerState], Array]:
-    """The directions with those of covered layers replaced, the states, and the number of stand-ins."""
+) -> SecondOrder:
+    """The directions with those of covered layers replaced.
+
+    Args:
+        stacks: the layers.
+        scaling: what is applied to momenta.
+        gradients: of this step.
+        momenta: what is preconditioned.
+        directions: first-order ones.
+        states: by stack.
+        monitor: whether to note ratio and cosine in the states.
+    """
     leaves, tree = jax.tree.flatten(directions)
-    number = {name: i for i, name in enumerate(named_leaves(directions))}
     momentum_leaves, gradient_leaves = jax.tree.leaves(momenta), jax.tree.leaves(gradients)
-    precondition = jax.vmap(functools.partial(preconditioner.precondition, config=config))
+    number = {name: i for i, name in enumerate(named_leaves(directions))}
     new_states = {}
     failed = jnp.zeros((), jnp.int32)
     for key, stack in stacks.items():
-        places = [
+        places = _Places(stack, number)
+        momentum, first_order = places.matrices(momentum_leaves), places.matrices(leaves)
+        direction, kept = jax.vmap(scaling.precondition)(states[key], momentum, places.matrices(gradient_leaves))
+        state = dataclasses.replace(states[key], kept=kept)
+        norm = _long_norms(direction)
+        ratio, usable = _graft(norm, first_order, grafting=scaling.config.grafting)
+        failed = failed + (~usable).sum(dtype=jnp.int32)
+        if monitor:
+            cosine = (momentum * direction).sum((1, 2, 3)) / (_norms(momentum) * norm)
+            state = dataclasses.replace(state, graft_ratio=ratio, cosine=cosine)
+        new_states[key] = state
+        steps = jnp.where(broadcast(usable, direction), direction * broadcast(ratio, direction), first_order)
+        places.put_back(steps, leaves)
+    return SecondOrder(jax.tree.unflatten(tree, leaves), new_states, failed)
+
+
+class _Places:
+    """Where the parameters of a stack's layers stand among the leaves of a tree.
+
+    Args:
+        stack: the layers.
+        number: of each leaf, by the parameter's name.
+    """
+
+    def __init__(self, stack: Stack, number: Mapping[str, int]) -> None:
+        self._layers = stack.layers
+        self._places = [
             (number[layer.spec.weight], None if layer.spec.bias is None else number[layer.spec.bias])
             for layer in stack.layers
         ]
 
-        def matrices(values: list[Array], stack: Stack = stack, places: list[Any] = places) -> Array:
-            """(layers, groups, P_out, P_in)"""
-            wide = [[None if i is None else values[i].astype(stack.dtype) for i in place] for place in places]
-            return jnp.stack([la.view.to_matrix(*pair) for la, pair in zip(stack.layers, wide, strict=True)])
+    def matrices(self, leaves: Sequence[Array]) -> Array:
+        """(layers, groups, P_out, P_in)."""
+        return jnp.stack(
+            [
+                layer.matrix(leaves[weight], None if bias is None else leaves[bias])
+                for layer, (weight, bias) in zip(self._layers, self._places, strict=True)
+            ]
+        )
 
-        momentum, first_order = matrices(momentum_leaves), matrices(leaves)
-        direction, state = precondition(states[key], momentum, matrices(gradient_leaves))
-        norm = _long_norms(direction)
-        ratio = jnp.ones_like(norm)
-        if config.grafting:
-            length = _norms(first_order)
-            # A layer without gradient (all zero) has no direction of either kind, and is not in need of a stand-in.
-            ratio = jnp.where(length == 0, length, length / norm)
-        # Where factors are all but singular a direction may vanish or overflow: the first-order one then stands.
-        usable = jnp.isfinite(ratio) & jnp.isfinite(norm)
-        ratio = jnp.where(usable, ratio, 1.0)
-        failed = failed + (~usable).sum(dtype=jnp.int32)
-        if monitor:
-            cosine = (momentum * direction).sum((1, 2, 3)) / (_norms(momentum) * norm)
-            state = state._replace(graft_ratio=ratio, cosine=cosine)
-        new_states[key] = state
-        steps = jnp.where(broadcast(usable, direction), direction * broadcast(ratio, direction), first_order)
-        for layer, place, step in zip(stack.layers, places, steps, strict=True):
-            for position, part in zip(place, layer.view.from_matrix(step, layer.bias_shape), strict=True):
+    def put_back(self, matrices: Array, leaves: list[Array]) -> None:
+        """Write matrices (layers, groups, P_out, P_in) into the leaves."""
+        for layer, place, matrix in zip(self._layers, self._places, matrices, strict=True):
+            for position, part in zip(place, layer.view.from_matrix(matrix, layer.bias_shape), strict=True):
                 if position is not None and part is not None:
                     leaves[position] = part.astype(leaves[position].dtype)
-    return jax.tree.unflatten(tree, leaves), new_states, failed
+
+
+def _graft(norm: Array, first_order: Array, *, grafting: bool) -> tuple[Array, Array]:
+    """What K-FAC directions are multiplied by, and which of them are of use, (layers,) each.
+
+    Args:
+        norm: their lengths, (layers,).
+        first_order: the first-order directions, (layers, groups, P_out, P_in).
+        grafting: whether they take the lengths of those.
+    """
+    ratio = jnp.ones_like(norm)
+    if grafting:
+        length = _norms(first_order)
+        # A layer without gradient (all zero) has no direction of either kind, and is not in need of a stand-in.
+        ratio = jnp.where(length == 0, length, length / norm)
+    # Where factors are all but singular a direction may vanish or overflow: the first-order one then stands.
+    usable = jnp.isfinite(ratio) & jnp.isfinite(norm)
+    return jnp.where(usable, ratio, 1.0), usable
 
 
 def _norms(matrices: Array) -> Array:

@@ -2,159 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import math
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
 
-import jax
 import jax.numpy as jnp
-from jax import Array
-from jax.extend.core import ClosedJaxpr
 
 from algoperf_kfac.config import KFACConfig
-from algoperf_kfac.jax.interpreter import Interpreter, Key, Lookup, Visitor
-from algoperf_kfac.jax.operations import Call, Source, WeightView
-from algoperf_kfac.layers import Coverage, FallbackSpec, LayerSpec, split_blocks
-
-
-@dataclasses.dataclass(frozen=True)
-class CoveredLayer:
-    """A layer with what turns its parameters into matrices.
-
-    Attributes:
-        spec: the layer.
-        view: its weight's matrices.
-        bias_shape: as the bias is stored, None without one.
-        stack: number of stacked layers that one parameter holds (`nn.scan` over layers), 1 if none.
-        calls: leading dimensions of the input at each call, of the example arguments.
-    """
-
-    spec: LayerSpec
-    view: WeightView
-    bias_shape: tuple[int, ...] | None
-    stack: int
-    calls: tuple[tuple[int, ...], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Layers:
-    """What K-FAC knows of a model; static, made once by `discover`.
-
-    Attributes:
-        covered: the covered layers by name, in the order of their first call.
-        fallbacks: every other parameter.
-        shapes: shape and dtype of every parameter by name.
-    """
-
-    covered: dict[str, CoveredLayer]
-    fallbacks: tuple[FallbackSpec, ...]
-    shapes: dict[str, tuple[tuple[int, ...], Any]]
-
-    def coverage(self) -> Coverage:
-        """The covered layers, and every other parameter with the reason why it is not covered."""
-        return Coverage(tuple(layer.spec for layer in self.covered.values()), self.fallbacks)
-
-
-def named_leaves(params: Any) -> dict[str, Any]:
-    """The leaves of a parameter tree by path, e.g. "encoder/Dense_0/kernel"."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    return {"/".join(_key(k) for k in path) or "params": leaf for path, leaf in leaves}
-
-
-def _key(entry: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(entry, attribute):
-            return str(getattr(entry, attribute))
-    return str(entry)
-
-
-class Survey(Visitor):
-    """Notes what reads the parameters."""
-
-    def __init__(self) -> None:
-        self.calls: dict[str, dict[Key, Call]] = {}
-        self.biases: dict[Key, Source] = {}
-        self.lookups: dict[str, dict[Key, Lookup]] = {}
-        self.other_uses: dict[str, str] = {}
-
-    def operation(self, key: Key, call: Call, x: Array, out: Array) -> Array:
-        self.calls.setdefault(call.view.source.name, {})[key] = call
-        return out
-
-    def lookup(self, key: Key, lookup: Lookup, rows: Array, out: Array) -> Array:
-        self.lookups.setdefault(lookup.source.name, {})[key] = lookup
-        return out
-
-    def bias(self, key: Key, call: Call, source: Source) -> None:
-        self.biases[key] = source
-
-    def other_use(self, key: Key, source: Source, what: str) -> None:
-        self.other_uses.setdefault(source.name, what)
-
-
-def trace(apply_fn: Callable[..., Any], params: Any, args: Sequence[Any]) -> tuple[ClosedJaxpr, Any]:
-    """The model as primitives, and the shapes of what it returns.
-
-    Raises:
-        TypeError: if `apply_fn` is a module instead of a function of parameters.
-    """
-    if not callable(apply_fn) or _is_module(apply_fn):
-        raise TypeError(
-            f"apply_fn must be a function of (params, *args), got {type(apply_fn).__name__}: for a flax.linen "
-            "module pass `lambda params, x: module.apply({'params': params}, x)`, for others (nnx, equinox) split "
-            "the module into parameters and a function first"
-        )
-    return jax.make_jaxpr(apply_fn, return_shape=True)(params, *args)
-
-
-def _is_module(apply_fn: Any) -> bool:
-    """Whether it is a module of flax (linen or nnx), equinox or haiku; some can be called like a function."""
-    libraries = (sys.modules.get(name) for name in ("flax.linen", "flax.nnx", "equinox", "haiku"))
-    modules = tuple(library.Module for library in libraries if library is not None)
-    return hasattr(apply_fn, "apply") or isinstance(apply_fn, modules)
-
-
-def survey(closed: ClosedJaxpr, params: Any, args: Sequence[Any]) -> Survey:
-    """Go through the model once, without computing anything."""
-    notes = Survey()
-    leaves = jax.tree.leaves((params, *args))
-    tags = sources(params, args)
-    jax.eval_shape(lambda *values: Interpreter(notes).run(closed, values, tags), *leaves)
-    return notes
-
-
-def sources(params: Any, args: Sequence[Any]) -> list[Source | None]:
-    """Which of the flat arguments are parameters."""
-    tags: list[Source | None] = [
-        Source(name, tuple(leaf.shape)) if jnp.issubdtype(leaf.dtype, jnp.floating) else None
-        for name, leaf in named_leaves(params).items()
-    ]
-    return tags + [None] * len(jax.tree.leaves(args))
-
-
-def check_dtypes(params: Any) -> None:
-    """Raises ValueError if single and double precision are mixed, or a leaf is no array."""
-    seen: dict[Any, str] = {}
-    for name, leaf in named_leaves(params).items():
-        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
-            raise ValueError(f"parameter {name} is no array but {type(leaf).__name__}")
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
-            seen.setdefault(jnp.dtype(leaf.dtype), name)
-    wide = jnp.dtype("float64")
-    if wide in seen and len(seen) > 1:
-        other = next(name for dtype, name in seen.items() if dtype != wide)
-        raise ValueError(
-            f"parameter {seen[wide]} is float64 and parameter {other} is not: cast all parameters to one precision"
-        )
+from algoperf_kfac.errors import check_patterns
+from algoperf_kfac.jax.interpreter import Key
+from algoperf_kfac.jax.kinds import kind_for
+from algoperf_kfac.jax.layer_book import CoveredLayer, Layers, check_dtypes
+from algoperf_kfac.jax.operations import Call
+from algoperf_kfac.jax.tracing import Survey, named_leaves, trace
+from algoperf_kfac.jax.types import ApplyFn, Sizes, Tree
+from algoperf_kfac.layers import (
+    EMBEDDING,
+    EXCLUDED,
+    SHARED_BIAS,
+    UNREAD,
+    FallbackSpec,
+    also_read_by,
+    make_spec,
+    matches,
+    too_large,
+)
 
 
 def discover(
-    apply_fn: Callable[..., Any],
-    params: Any,
-    *args: Any,
+    apply_fn: ApplyFn,
+    params: Tree,
+    *args: Tree,
     config: KFACConfig,
     exclude: Iterable[str] = (),
 ) -> Layers:
@@ -175,32 +53,134 @@ def discover(
     if not leaves:
         raise ValueError("params holds no parameter")
     check_dtypes(params)
-    closed, _ = trace(apply_fn, params, args)
-    notes = survey(closed, params, args)
+    notes = trace(apply_fn, params, args).survey()
     shapes = {name: (tuple(leaf.shape), jnp.dtype(leaf.dtype)) for name, leaf in leaves.items()}
     patterns = list(exclude)
-    paths = {*shapes, *(name.rpartition("/")[0] for name in shapes)}
-    for pattern in patterns:
-        if not fnmatch.filter(paths, pattern):
-            raise ValueError(f"exclude: no layer or parameter matches {pattern!r}")
+    paths = {path for name in shapes for path in _paths(name)}
+    unmatched = [pattern for pattern in patterns if not fnmatch.filter(paths, pattern)]
+    check_patterns("exclude", patterns, unmatched, "layer or parameter")
+    return _Discovery(notes, shapes, config, patterns).layers()
 
-    covered: dict[str, CoveredLayer] = {}
-    reasons: dict[str, str] = {}
-    biases = _biases(notes)
-    taken: set[str] = set()
-    for weight, calls in notes.calls.items():
-        layer, reason = _cover(weight, calls, notes, biases, shapes, config, patterns, covered)
-        if layer is None:
-            reasons[weight] = reason
-        else:
-            covered[layer.spec.name] = layer
-            taken |= {layer.spec.weight, layer.spec.bias or layer.spec.weight}
-    fallbacks = [
-        FallbackSpec(name, shape, reasons.get(name) or _reason(name, shape, dtype, notes, patterns))
-        for name, (shape, dtype) in shapes.items()
-        if name not in taken
-    ]
-    return Layers(covered, tuple(fallbacks), shapes)
+
+def _paths(name: str) -> tuple[str, str]:
+    """A parameter's name, and that of the layer it belongs to."""
+    return name, name.rpartition("/")[0]
+
+
+class _Discovery:
+    """Decides weight by weight, in the order of the first calls.
+
+    Args:
+        notes: what reads the parameters.
+        shapes: shape and dtype of every parameter.
+        config: decides the approximation and the block sizes.
+        exclude: patterns of layer or parameter names.
+    """
+
+    def __init__(
+        self,
+        notes: Survey,
+        shapes: dict[str, tuple[Sizes, jnp.dtype]],
+        config: KFACConfig,
+        exclude: list[str],
+    ) -> None:
+        self._notes = notes
+        self._shapes = shapes
+        self._config = config
+        self._exclude = exclude
+        self._biases = _biases(notes)
+
+    def layers(self) -> Layers:
+        covered: dict[str, CoveredLayer] = {}
+        reasons: dict[str, str] = {}
+        taken: set[str] = set()
+        for weight, calls in self._notes.calls.items():
+            reason = self._obstacle(weight, calls)
+            layer = None if reason else self._cover(weight, calls, covered)
+            if layer is None:
+                reasons[weight] = reason or too_large(self._config)
+                if weight in self._biases and reasons[weight] != EXCLUDED:
+                    reasons[self._biases[weight]] = reasons[weight]  # one layer, one reason
+            else:
+                covered[layer.spec.name] = layer
+                taken |= {layer.spec.weight, layer.spec.bias or layer.spec.weight}
+        fallbacks = [
+            FallbackSpec(name, shape, self._reason(name, reasons.get(name, "")))
+            for name, (shape, _) in self._shapes.items()
+            if name not in taken
+        ]
+        return Layers(covered, tuple(fallbacks), self._shapes)
+
+    def _excluded(self, name: str) -> bool:
+        return matches(_paths(name), self._exclude)
+
+    def _obstacle(self, weight: str, calls: dict[Key, Call]) -> str:
+        """Why the weight of these calls is not covered; empty if nothing stands against it."""
+        first, shape = next(iter(calls.values())), self._shapes[weight][0]
+        if self._excluded(weight):
+            return EXCLUDED
+        if weight in self._notes.other_uses:
+            return also_read_by(self._notes.other_uses[weight])
+        if any(call.view != first.view or call.kind != first.kind for call in calls.values()):
+            return "tied weight: its calls read it in different layouts"
+        if not all(shape):
+            return "empty"
+        return kind_for(self._notes.uses(weight)).misfit(first.view, shape)
+
+    def _cover(self, weight: str, calls: dict[Key, Call], covered: dict[str, CoveredLayer]) -> CoveredLayer | None:
+        """The layer of a weight; None if neither of its factors is of a size to be kept."""
+        (shape, dtype), view = self._shapes[weight], next(iter(calls.values())).view
+        uses = self._notes.uses(weight)
+        kind = kind_for(uses)
+        bias = self._biases.get(weight) if kind.has_bias else None
+        if bias is not None and self._excluded(bias):
+            bias = None
+        parent = weight.rpartition("/")[0] or weight
+        spec = make_spec(
+            name=weight if parent in covered else parent,
+            kind=kind.name_of(uses),
+            weight=weight,
+            bias=bias,
+            weight_shape=shape,
+            groups=view.groups,
+            in_dim=view.in_dim,
+            out_dim=view.out_dim,
+            config=self._config,
+        )
+        if not spec.has_factors:
+            return None
+        return CoveredLayer(
+            spec=spec,
+            view=view,
+            bias_shape=None if bias is None else self._shapes[bias][0],
+            slices=math.prod(view.source.scanned_sizes),
+            calls=tuple(call.leading for call in calls.values()),
+            dtype=jnp.promote_types(dtype, jnp.float32),
+        )
+
+    def _reason(self, name: str, of_layer: str) -> str:
+        """Why a parameter is not covered.
+
+        Args:
+            name: the parameter.
+            of_layer: why its layer is not; empty where there is none.
+        """
+        notes, (shape, dtype) = self._notes, self._shapes[name]
+        if self._excluded(name):
+            return EXCLUDED
+        if of_layer:
+            return of_layer
+        if not jnp.issubdtype(dtype, jnp.floating):
+            return f"not differentiable ({dtype.name})"
+        if name in notes.lookups:
+            return EMBEDDING
+        if any(source.name == name for source in notes.biases.values()):
+            return SHARED_BIAS
+        if name in notes.other_uses:
+            return f"read by {notes.other_uses[name]}, which has no rule"
+        if len(shape) <= 1:
+            return "scale or bias outside a layer with a rule (normalisation, query scaling)"
+        return UNREAD
 
 
 def _biases(notes: Survey) -> dict[str, str]:
@@ -219,81 +199,3 @@ def _biases(notes: Survey) -> dict[str, str]:
         if len(names) == 1 and (name := next(iter(names))) is not None
         if len(owners[name]) == 1 and name not in notes.other_uses and name not in notes.calls
     }
-
-
-def _cover(
-    weight: str,
-    calls: dict[Key, Call],
-    notes: Survey,
-    biases: dict[str, str],
-    shapes: dict[str, tuple[tuple[int, ...], Any]],
-    config: KFACConfig,
-    exclude: list[str],
-    covered: dict[str, CoveredLayer],
-) -> tuple[CoveredLayer | None, str]:
-    """The covered layer of a weight, or the reason why it is not covered."""
-    parent = weight.rpartition("/")[0] or weight
-    name = weight if parent in covered else parent
-    if _matches(weight, exclude):
-        return None, "excluded by the user"
-    if weight in notes.other_uses:
-        return None, f"tied weight: {notes.other_uses[weight]} reads it too, and K-FAC would miss that use"
-    first = next(iter(calls.values()))
-    if any(call.view != first.view or call.kind != first.kind for call in calls.values()):
-        return None, "tied weight: its calls read it in different layouts"
-    if not all(shape for shape in shapes[weight][0]):
-        return None, "empty"
-    view = first.view
-    tied = weight in notes.lookups
-    if tied and (view.groups != 1 or (view.out_dim, view.in_dim) != shapes[weight][0]):
-        return None, "tied weight: an embedding reads it too, in another layout than that of an output layer"
-    bias = None if tied else biases.get(weight)
-    if bias is not None and _matches(bias, exclude):
-        bias = None
-    blocks = [
-        split_blocks(dim, config.max_factor_dim, config.large_factor)
-        for dim in (view.in_dim + (bias is not None), view.out_dim)
-    ]
-    if tied:  # see tied.py
-        blocks[1] = ()
-    if not blocks[0] and not blocks[1]:
-        return None, f"both factors above max_factor_dim={config.max_factor_dim}"
-    kind = "embedding" if tied else first.kind
-    spec = LayerSpec(
-        name=name,
-        kind=kind,
-        weight=weight,
-        bias=bias,
-        weight_shape=shapes[weight][0],
-        groups=view.groups,
-        in_dim=view.in_dim,
-        out_dim=view.out_dim,
-        approximation=config.approximation_for(kind),
-        in_blocks=blocks[0],
-        out_blocks=blocks[1],
-    )
-    stack = math.prod(view.source.apply(jnp.zeros(shapes[weight][0], jnp.int8)).shape[: view.source.stack])
-    bias_shape = None if bias is None else shapes[bias][0]
-    return CoveredLayer(spec, view, bias_shape, stack, tuple(call.leading for call in calls.values())), ""
-
-
-def _matches(name: str, patterns: list[str]) -> bool:
-    paths = [name, name.rpartition("/")[0]]
-    return any(fnmatch.fnmatchcase(path, pattern) for path in paths for pattern in patterns)
-
-
-def _reason(name: str, shape: tuple[int, ...], dtype: Any, notes: Survey, exclude: list[str]) -> str:
-    """Why a parameter without a weighted operation is not covered."""
-    if _matches(name, exclude):
-        return "excluded by the user"
-    if not jnp.issubdtype(dtype, jnp.floating):
-        return f"not differentiable ({jnp.dtype(dtype).name})"
-    if name in notes.lookups:
-        return "embedding: its inputs are one-hot, A would be a diagonal of counts"
-    if any(source.name == name for source in notes.biases.values()):
-        return "bias that several layers share, or of a layer that is not covered"
-    if name in notes.other_uses:
-        return f"read by {notes.other_uses[name]}, which has no rule"
-    if len(shape) <= 1:
-        return "scale or bias outside a layer with a rule (normalisation, query scaling)"
-    return "no operation with a rule reads it"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,21 +19,37 @@ from jax import Array, lax
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.jax import statistics
 from algoperf_kfac.jax.statistics import Statistics
-from algoperf_kfac.spec import LossType, loss_type_of
+from algoperf_kfac.jax.types import LossTypeLike, Tree
+from algoperf_kfac.losses import LossType, loss_type_of
 
 # One backward pass per output of an example: beyond this, "exact" is a mistake rather than a choice.
 MAX_EXACT_OUTPUTS = 512
 
+Outputs: TypeAlias = Array | tuple[Array, Array]
+"""What a model returns; for CTC the pair of logits and paddings."""
+
+
+class Cotangents(NamedTuple):
+    """The backward passes of a Fisher.
+
+    Attributes:
+        passes: how many.
+        cotangent: from the number of a pass to the cotangents of the outputs' floating leaves in it.
+    """
+
+    passes: int
+    cotangent: Callable[[Array], list[Array]]
+
 
 def cotangents(
     config: KFACConfig,
-    outputs: Callable[[list[Array]], Any],
+    outputs: Callable[[list[Array]], Tree],
     floats: list[Array],
-    loss_type: LossType | str,
+    loss_type: LossTypeLike,
     mask: Array | None,
     rng: Array | None,
-) -> tuple[int, Callable[[Array], list[Array]]]:
-    """How many backward passes the Fisher takes, and the cotangent of the outputs in each.
+) -> Cotangents:
+    """The backward passes that a Fisher takes.
 
     Args:
         config: with fisher "mc" or "exact".
@@ -55,10 +71,9 @@ def cotangents(
             key = jax.random.fold_in(rng, number)
             return jax.grad(lambda f: sampled_loss(outputs(f), kind, mask, key))(floats)
 
-        return config.fisher_samples, draw
-    f = outputs(floats)
-    count, column = exact_columns(f, kind, mask)
-    return count, lambda number: jax.vjp(outputs, floats)[1](column(number))[0]
+        return Cotangents(config.fisher_samples, draw)
+    count, column = exact_columns(outputs(floats), kind, mask)
+    return Cotangents(count, lambda number: jax.vjp(outputs, floats)[1](column(number))[0])
 
 
 def sweep(count: int, gather: Callable[[Array], dict[str, Statistics]]) -> dict[str, Statistics]:
@@ -76,7 +91,7 @@ def sweep(count: int, gather: Callable[[Array], dict[str, Statistics]]) -> dict[
     return jax.tree.map(lambda t: t / count, total)
 
 
-def sampled_loss(outputs: Any, loss_type: LossType | str, mask: Array | None, rng: Array) -> Array:
+def sampled_loss(outputs: Outputs, loss_type: LossTypeLike, mask: Array | None, rng: Array) -> Array:
     """The summed loss against labels drawn from the model's own predictive distribution.
 
     Args:
@@ -94,6 +109,7 @@ def sampled_loss(outputs: Any, loss_type: LossType | str, mask: Array | None, rn
     if kind is LossType.CTC_LOSS:
         logits, paddings = outputs
         return _sampled_ctc(logits, paddings, mask, rng)
+    assert isinstance(outputs, Array)
     f = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
     fixed = lax.stop_gradient(f)
     if kind is LossType.SOFTMAX_CROSS_ENTROPY:
@@ -110,7 +126,9 @@ def sampled_loss(outputs: Any, loss_type: LossType | str, mask: Array | None, rn
     return _masked(per_label, mask).sum()
 
 
-def exact_columns(outputs: Any, loss_type: LossType, mask: Array | None) -> tuple[int, Callable[[Array], Array]]:
+def exact_columns(
+    outputs: Outputs, loss_type: LossType, mask: Array | None
+) -> tuple[int, Callable[[Array], Array]]:
     """How many outputs an example has, and for each the column of a root of the output Hessian.
 
     Dimension 0 of `outputs` runs over examples: outputs packed over the nodes of several graphs would mix those of
@@ -119,7 +137,7 @@ def exact_columns(outputs: Any, loss_type: LossType, mask: Array | None) -> tupl
     Raises:
         ValueError: for CTC, whose output Hessian has no small root, and for too many outputs per example.
     """
-    if loss_type is LossType.CTC_LOSS or not hasattr(outputs, "shape"):
+    if loss_type is LossType.CTC_LOSS or not isinstance(outputs, Array):
         raise ValueError("fisher='exact' is not available for CTC: use fisher='mc'")
     count = math.prod(outputs.shape[1:])
     if count > MAX_EXACT_OUTPUTS:

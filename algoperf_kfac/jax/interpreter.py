@@ -10,27 +10,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 import jax
-import numpy as np
 from jax import Array, lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from algoperf_kfac.jax.operations import (
-    WEIGHT_READS,
-    Call,
-    Fused,
-    Source,
-    fuse,
-    is_bias,
-    read_conv,
-    read_dot_general,
-    split_call,
-)
+from algoperf_kfac.jax.operations import RULES, WEIGHT_READS, Call, Lookup, Rule, is_bias, shape_of
+from algoperf_kfac.jax.sources import CONSTANT, Derived, Fused, Move, Source, as_source, fuse, sources_of
+from algoperf_kfac.jax.types import Sizes, Tree
 
-Key = tuple[Any, ...]
+Key: TypeAlias = tuple[int, ...]
+"""Where an operation stands: its number in the program, after those of the operations it is nested in."""
 
 _CALLS = {"jit", "pjit", "closed_call", "core_call"}
 _REMAT = {"checkpoint", "remat", "remat2"}
@@ -43,6 +35,8 @@ _PASS = {
     "optimization_barrier",
     "reduce_precision",
 }
+# What multiplies a derived weight into the data, or hides what it does with it.
+_PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot", "pallas_call", "custom_vjp_call", "shard_map"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,39 +51,15 @@ class Output:
 
     call: Call
     parts: tuple[tuple[Key, Call], ...]
-    dims: tuple[int, ...]
+    dims: Sizes
 
 
-@dataclasses.dataclass(frozen=True)
-class Lookup:
-    """Rows of a parameter, gathered: an embedding.
+Tag: TypeAlias = Source | Fused | Output | Derived
+"""What a value is of the parameters; None for data."""
 
-    Attributes:
-        source: the table, (V, P).
-        leading: sizes of the dimensions over examples and positions.
-    """
-
-    source: Source
-    leading: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Derived:
-    """A value computed from parameters and constants, no longer a parameter itself: a scaled or normalised weight.
-
-    Attributes:
-        sources: the parameters; empty for a constant.
-    """
-
-    sources: frozenset[Source] = frozenset()
-
-
-CONSTANT = Derived()
-
-Tag = Source | Fused | Output | Derived
-
-# What multiplies a derived weight into the data, or hides what it does with it.
-_PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot", "pallas_call", "custom_vjp_call", "shard_map"}
+Tags: TypeAlias = Sequence[Tag | None]
+Evaluated: TypeAlias = tuple[list[Array], list[Tag | None]]
+"""Values with their tags."""
 
 
 class Visitor:
@@ -109,23 +79,29 @@ class Visitor:
     def other_use(self, key: Key, source: Source, what: str) -> None:
         """Something without a rule reads a parameter as a weight."""
 
-    def stacked(self, names: Sequence[str], length: int) -> Any:
-        """A pytree to be sliced along with the stacked parameters `names` as a scan of `length` runs over them."""
+    def sliced(self, names: Sequence[str], length: int) -> Tree:
+        """A pytree to be sliced along with the parameters `names` as a scan of `length` runs over them."""
         return None
 
     @contextlib.contextmanager
-    def slice(self, names: Sequence[str], values: Any) -> Iterator[None]:
-        """While inside the scan: one slice of what `stacked` gave."""
+    def slice(self, names: Sequence[str], values: Tree) -> Iterator[None]:
+        """While inside the scan: one slice of what `sliced` gave."""
         yield
 
 
 class Interpreter:
-    """Evaluates jaxprs, telling a visitor of what becomes of the parameters."""
+    """Evaluates jaxprs, telling a visitor of what becomes of the parameters.
 
-    def __init__(self, visitor: Visitor) -> None:
+    Args:
+        visitor: is told.
+        rules: by primitive, which operations are weighted.
+    """
+
+    def __init__(self, visitor: Visitor, rules: Mapping[str, Rule] = RULES) -> None:
         self.visitor = visitor
+        self.rules = rules
 
-    def run(self, closed: ClosedJaxpr, args: Sequence[Any], tags: Sequence[Tag | None]) -> list[Any]:
+    def run(self, closed: ClosedJaxpr, args: Sequence[Array], tags: Tags) -> list[Array]:
         """Evaluate a traced function.
 
         Args:
@@ -136,41 +112,36 @@ class Interpreter:
         return self._evaluate(closed.jaxpr, closed.consts, args, tags, ())[0]
 
     def _evaluate(
-        self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], tags: Sequence[Tag | None], key: Key
-    ) -> tuple[list[Any], list[Tag | None]]:
-        values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+        self, jaxpr: Jaxpr, consts: Sequence[Array], args: Sequence[Array], tags: Tags, key: Key
+    ) -> Evaluated:
+        values: dict[Var, Array] = dict(zip(jaxpr.constvars, consts, strict=True))
         values |= dict(zip(jaxpr.invars, args, strict=True))
-        tagged: dict[Any, Tag] = {v: t for v, t in zip(jaxpr.invars, tags, strict=True) if t is not None}
+        tagged: dict[Var, Tag] = {v: t for v, t in zip(jaxpr.invars, tags, strict=True) if t is not None}
 
         for number, eqn in enumerate(jaxpr.eqns):
             ins = [v.val if isinstance(v, Literal) else values[v] for v in eqn.invars]
             in_tags = [CONSTANT if isinstance(v, Literal) else tagged.get(v) for v in eqn.invars]
-            here = (*key, number)
             if not any(tag for tag in in_tags if tag != CONSTANT):
                 outs = _bind(eqn, ins)
                 if in_tags and all(in_tags):
                     tagged |= dict.fromkeys(eqn.outvars, CONSTANT)
             else:
-                outs, out_tags = self._equation(eqn, ins, in_tags, here)
+                outs, out_tags = self._equation(eqn, ins, in_tags, (*key, number))
                 tagged |= {v: t for v, t in zip(eqn.outvars, out_tags, strict=False) if t is not None}
             values |= dict(zip(eqn.outvars, outs, strict=True))
         outs = [v.val if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]
         return outs, [None if isinstance(v, Literal) else tagged.get(v) for v in jaxpr.outvars]
 
-    def _enter(
-        self, closed: ClosedJaxpr, args: Sequence[Any], tags: Sequence[Tag | None], key: Key
-    ) -> tuple[list[Any], list[Tag | None]]:
+    def _enter(self, closed: ClosedJaxpr, args: Sequence[Array], tags: Tags, key: Key) -> Evaluated:
         return self._evaluate(closed.jaxpr, closed.consts, args, tags, key)
 
-    def _equation(
-        self, eqn: Any, ins: list[Any], tags: list[Tag | None], key: Key
-    ) -> tuple[list[Any], list[Tag | None]]:
+    def _equation(self, eqn: JaxprEqn, ins: list[Array], tags: Tags, key: Key) -> Evaluated:
         """One equation with at least one tagged input."""
         name = eqn.primitive.name
         if name in _CALLS:
             inner = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
             return self._enter(inner, ins, tags, key)
-        if any(_sources(tag) for tag in tags):
+        if any(sources_of(tag) for tag in tags):
             if name in _REMAT:
                 return self._remat(eqn, ins, tags, key), []
             if name == "scan":
@@ -181,96 +152,36 @@ class Interpreter:
         if weighted is not None:
             return weighted
         outs = _bind(eqn, ins)
-        out_tag = self._follow(eqn, tags, key, outs)
-        return outs, [out_tag]
+        return outs, [self._follow(eqn, tags, key, outs)]
 
-    def _weighted(
-        self, eqn: Any, ins: list[Any], tags: list[Tag | None], key: Key
-    ) -> tuple[list[Any], list[Tag | None]] | None:
-        name = eqn.primitive.name
-        call: Call | None = None
-        x: Any = None
-        if name == "dot_general":
-            for position in (1, 0):
-                tag, other = tags[position], tags[1 - position]
-                source = tag.whole if isinstance(tag, Fused) else tag
-                if isinstance(source, Source) and not _sources(other) and not source.is_broadcast:
-                    x, w = ins[1 - position], ins[position]
-                    call = read_dot_general(source, w.shape, x.shape, position == 1, eqn.params)
-                    if call is not None and isinstance(tag, Fused):
-                        return self._fused(eqn, ins, x, call, tag, key)
-                    break
-        elif name == "conv_general_dilated":
-            kernel = tags[1]
-            if isinstance(kernel, Source) and not _sources(tags[0]) and not kernel.is_broadcast:
-                x = ins[0]
-                call = read_conv(kernel, ins[1].shape, x.shape, eqn.outvars[0].aval.shape, eqn.params)
-        elif name == "gather" and isinstance(tags[0], Source):
-            return self._lookup(eqn, ins, tags[0], key)
-        if call is None:
+    def _weighted(self, eqn: JaxprEqn, ins: list[Array], tags: Tags, key: Key) -> Evaluated | None:
+        """An operation with a rule; None if it is none."""
+        rule = self.rules.get(eqn.primitive.name)
+        read = None if rule is None else rule(eqn, tags)
+        if read is None:
             return None
         (out,) = _bind(eqn, ins)
-        out = self.visitor.operation(key, call, x, out)
-        return [out], [Output(call, ((key, call),), call.out_dims)]
-
-    def _fused(
-        self, eqn: Any, ins: list[Any], x: Any, call: Call, fused: Fused, key: Key
-    ) -> tuple[list[Any], list[Tag | None]] | None:
-        """One product with several weights side by side: an operation for each."""
-        calls = split_call(call, fused)
-        if calls is None:
-            return None
-        (out,) = _bind(eqn, ins)
-        parts = tuple(((*key, number), part) for number, part in enumerate(calls))
+        x = ins[read.operand]
+        if isinstance(read.use, Lookup):
+            return [self.visitor.lookup(key, read.use, x[..., 0], out)], []
+        parts: tuple[tuple[Key, Call], ...] = ((key, read.use),)
+        if read.parts:  # one product with several weights side by side: an operation for each
+            parts = tuple(((*key, number), part) for number, part in enumerate(read.parts))
         for part_key, part in parts:
             out = self.visitor.operation(part_key, part, x, out)
-        return [out], [Output(call, parts, call.out_dims)]
+        return [out], [Output(read.use, parts, read.use.out_dims)]
 
-    def _lookup(
-        self, eqn: Any, ins: list[Any], source: Source, key: Key
-    ) -> tuple[list[Any], list[Tag | None]] | None:
-        """Whole rows of a table that is read as it is stored."""
-        table, numbers = ins[0], eqn.params["dimension_numbers"]
-        whole_rows = table.ndim == 2 and tuple(eqn.params["slice_sizes"]) == (1, table.shape[1])
-        rows_last = tuple(numbers.offset_dims) == (eqn.outvars[0].aval.ndim - 1,)
-        if (
-            source.moves
-            or source.stack
-            or not whole_rows
-            or not rows_last
-            or tuple(numbers.start_index_map) != (0,)
-        ):
-            return None
-        (out,) = _bind(eqn, ins)
-        return [self.visitor.lookup(key, Lookup(source, out.shape[:-1]), ins[1][..., 0], out)], []
-
-    def _follow(self, eqn: Any, tags: list[Tag | None], key: Key, outs: list[Any]) -> Tag | None:
+    def _follow(self, eqn: JaxprEqn, tags: Tags, key: Key, outs: list[Array]) -> Tag | None:
         """What the output of an ordinary primitive is, and what it means for the parameters it reads."""
-        name, params = eqn.primitive.name, eqn.params
-        tag = tags[0]
+        name, tag = eqn.primitive.name, tags[0]
         if name in _PASS:
             return tag
-        if name == "concatenate" and (fused := fuse(tags, params["dimension"])) is not None:
+        if name == "concatenate" and (fused := fuse(tags, eqn.params["dimension"])) is not None:
             return fused
-        if isinstance(tag, Source | Fused):
-            source = tag.whole if isinstance(tag, Fused) else tag
-            stack = source.stack
-            whole = tuple(range(stack))
-            sizes = source.apply(_probe(source.shape)).shape[:stack]
-            if name == "squeeze" or (name == "reshape" and params.get("dimensions") is None):
-                return tag.moved("reshape", (*sizes, *outs[0].shape))
-            if name == "transpose":
-                return tag.moved("transpose", (*whole, *(stack + d for d in params["permutation"])))
-            if name == "rev":
-                return tag.moved("rev", tuple(stack + d for d in params["dimensions"]))
-            if name == "broadcast_in_dim":
-                dims = tuple(params["broadcast_dimensions"])
-                if outs[0].size == eqn.invars[0].aval.size and list(dims) == sorted(dims):
-                    return tag.moved("reshape", (*sizes, *outs[0].shape))
-                shape = (*sizes, *outs[0].shape)
-                return tag.moved("broadcast", (shape, (*whole, *(stack + d for d in dims))))
+        if isinstance(tag, Source | Fused) and (move := _move(eqn, tag, tuple(outs[0].shape))) is not None:
+            return tag.moved(move)
         if isinstance(tag, Output) and name == "transpose":
-            permutation = params["permutation"]
+            permutation = eqn.params["permutation"]
             return dataclasses.replace(tag, dims=tuple(permutation.index(d) for d in tag.dims))
         if name in ("add", "add_any"):
             for output, summand in (tags, tags[::-1]):
@@ -280,14 +191,14 @@ class Interpreter:
         if name in WEIGHT_READS:
             for tag in tags:
                 if not isinstance(tag, Derived) or name in _PRODUCTS:
-                    for part in _sources(tag):
+                    for part in sources_of(tag):
                         self.visitor.other_use(key, part, name)
         return _derived(eqn, tags, outs[0])
 
-    def _bias(self, output: Output, summand: Source | Fused, shape: tuple[int, ...]) -> None:
+    def _bias(self, output: Output, summand: Source | Fused, shape: Sizes) -> None:
         """Tell the visitor if the summand is the bias of the operation, part by part where it is fused."""
-        whole = summand.whole if isinstance(summand, Fused) else summand
-        if not is_bias(whole, output.call, output.dims, shape):
+        whole = as_source(summand)
+        if whole is None or not is_bias(whole, output.call, output.dims, shape):
             return
         biases = summand.parts if isinstance(summand, Fused) else (summand,)
         sizes = [call.view.groups * call.view.out_dim for _, call in output.parts]
@@ -295,65 +206,70 @@ class Interpreter:
             for (key, call), bias in zip(output.parts, biases, strict=True):
                 self.visitor.bias(key, call, bias)
 
-    def _remat(self, eqn: Any, ins: list[Any], tags: list[Tag | None], key: Key) -> list[Any]:
+    def _remat(self, eqn: JaxprEqn, ins: list[Array], tags: Tags, key: Key) -> list[Array]:
         inner = eqn.params["jaxpr"]
 
-        def run(*args: Any) -> list[Any]:
+        def run(*args: Array) -> list[Array]:
             return self._evaluate(inner, (), args, tags, key)[0]
 
         policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
         return jax.checkpoint(run, policy=policy, prevent_cse=prevent_cse)(*ins)
 
-    def _cond(self, eqn: Any, ins: list[Any], tags: list[Tag | None], key: Key) -> list[Any]:
-        def branch(number: int, closed: ClosedJaxpr) -> Callable[..., list[Any]]:
+    def _cond(self, eqn: JaxprEqn, ins: list[Array], tags: Tags, key: Key) -> list[Array]:
+        def branch(number: int, closed: ClosedJaxpr) -> Callable[..., list[Array]]:
             return lambda *args: self._enter(closed, args, tags[1:], (*key, number))[0]
 
         branches = [branch(i, closed) for i, closed in enumerate(eqn.params["branches"])]
-        return lax.switch(ins[0], branches, *ins[1:])
+        outs: list[Array] = lax.switch(ins[0], branches, *ins[1:])
+        return outs
 
-    def _scan(self, eqn: Any, ins: list[Any], tags: list[Tag | None], key: Key) -> list[Any]:
+    def _scan(self, eqn: JaxprEqn, ins: list[Array], tags: Tags, key: Key) -> list[Array]:
         """A loop, again as a loop: parameters come in whole at each turn, or slice by slice."""
         params = eqn.params
         num_consts, num_carry = params["num_consts"], params["num_carry"]
         first_x = num_consts + num_carry
-        inner_tags: list[Tag | None] = []
-        stacked: list[str] = []
-        for position, tag in enumerate(tags):
-            inner: Tag | None = None
-            if isinstance(tag, Fused | Derived):
-                if position < num_consts:
-                    inner = tag
-                else:
-                    for part in _sources(tag):
-                        self.visitor.other_use(key, part, "scan")
-            elif isinstance(tag, Source):
-                if position < num_consts:
-                    inner = tag
-                elif position < first_x:
-                    self.visitor.other_use(key, tag, "scan")
-                else:
-                    inner = dataclasses.replace(tag, stack=tag.stack + 1)
-                    stacked.append(tag.name)
-            inner_tags.append(inner)
+        inner_tags = self._inside_scan(tags, num_consts, first_x, key)
+        sliced = [tag.name for tag in inner_tags[first_x:] if isinstance(tag, Source)]
         consts, init, xs = ins[:num_consts], ins[num_consts:first_x], ins[first_x:]
 
-        def body(carry: list[Any], slices: tuple[list[Any], Any]) -> tuple[list[Any], list[Any]]:
-            with self.visitor.slice(stacked, slices[1]):
+        def body(carry: list[Array], slices: tuple[list[Array], Tree]) -> tuple[list[Array], list[Array]]:
+            with self.visitor.slice(sliced, slices[1]):
                 outs, _ = self._enter(params["jaxpr"], [*consts, *carry, *slices[0]], inner_tags, key)
             return outs[:num_carry], outs[num_carry:]
 
         carry, ys = lax.scan(
             body,
             list(init),
-            (list(xs), self.visitor.stacked(stacked, params["length"])),
+            (list(xs), self.visitor.sliced(sliced, params["length"])),
             length=params["length"],
             reverse=params["reverse"],
             unroll=params["unroll"],
         )
         return [*carry, *ys]
 
+    def _inside_scan(self, tags: Tags, num_consts: int, first_x: int, key: Key) -> list[Tag | None]:
+        """The tags of a loop's operands within its body. A weight that it carries, or cuts otherwise, is lost.
 
-def _bind(eqn: Any, ins: list[Any]) -> list[Any]:
+        Args:
+            tags: of the constants, the carry, and what is sliced.
+            num_consts: number of constants.
+            first_x: where what is sliced begins.
+            key: of the loop.
+        """
+        inner: list[Tag | None] = []
+        for position, tag in enumerate(tags):
+            if position < num_consts and isinstance(tag, Source | Fused | Derived):
+                inner.append(tag)
+            elif position >= first_x and isinstance(tag, Source):
+                inner.append(dataclasses.replace(tag, scans=tag.scans + 1))
+            else:
+                inner.append(None)
+                for part in sources_of(tag):
+                    self.visitor.other_use(key, part, "scan")
+        return inner
+
+
+def _bind(eqn: JaxprEqn, ins: list[Array]) -> list[Array]:
     """The equation as it stands."""
     params = eqn.primitive.get_bind_params(eqn.params)
     # Older releases give inner programs apart from the rest.
@@ -362,24 +278,31 @@ def _bind(eqn: Any, ins: list[Any]) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-def _sources(tag: Tag | None) -> tuple[Source, ...]:
-    """The parameters in a value."""
-    if isinstance(tag, Source):
-        return (tag,)
-    if isinstance(tag, Fused):
-        return tag.parts
-    return tuple(tag.sources) if isinstance(tag, Derived) else ()
+def _move(eqn: JaxprEqn, tag: Source | Fused, shape: Sizes) -> Move | None:
+    """What a primitive does to the shape of a parameter, so that it becomes `shape`; None if it does more."""
+    name, params = eqn.primitive.name, eqn.params
+    source = tag.whole if isinstance(tag, Fused) else tag
+    scans, sizes = source.scans, source.scanned_sizes
+    whole = tuple(range(scans))
+    if name == "squeeze" or (name == "reshape" and params.get("dimensions") is None):
+        return Move("reshape", (*sizes, *shape))
+    if name == "transpose":
+        return Move("transpose", (*whole, *(scans + d for d in params["permutation"])))
+    if name == "rev":
+        return Move("rev", tuple(scans + d for d in params["dimensions"]))
+    if name == "broadcast_in_dim":
+        dims = tuple(params["broadcast_dimensions"])
+        if math.prod(shape) == math.prod(shape_of(eqn.invars[0])) and list(dims) == sorted(dims):
+            return Move("reshape", (*sizes, *shape))
+        return Move("broadcast", (*whole, *(scans + d for d in dims)), (*sizes, *shape))
+    return None
 
 
-def _derived(eqn: Any, tags: Sequence[Tag | None], out: Any) -> Derived | None:
+def _derived(eqn: JaxprEqn, tags: Tags, out: Array) -> Derived | None:
     """The output as a function of parameters, where no data go into it, or data only scale a weight."""
-    names = frozenset(source for tag in tags for source in _sources(tag))
+    names = frozenset(source for tag in tags for source in sources_of(tag))
     pure = all(isinstance(tag, Source | Fused | Derived) for tag in tags)
     scaled = eqn.primitive.name in ("mul", "div") and any(
         math.prod(source.shape) == out.size and len(source.shape) > 1 for source in names
     )
     return Derived(names) if pure or scaled else None
-
-
-def _probe(shape: tuple[int, ...]) -> Any:
-    return np.broadcast_to(np.zeros((), np.int8), shape)

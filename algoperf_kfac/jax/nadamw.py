@@ -8,13 +8,13 @@ learning rate are the caller's: p <- (1 - lr * weight_decay) p - lr * direction.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-Tree = Any  # a pytree of arrays
+from algoperf_kfac.jax.types import Tree
 
 
 class ScaleByNadamwState(NamedTuple):

@@ -1,5 +1,5 @@
-"""From the factors A and B to a preconditioned gradient: averages, damping, application. One layer at a time;
-`transform` maps these functions over layers of equal shape, `refresh` decomposes.
+"""From the factors A and B to a preconditioned gradient: averages, damping, products. One layer at a time;
+`transform` maps these functions over layers of equal shape, `refresh` decomposes, `scalings` say what is applied.
 
 For a layer's gradient G as a matrix (P_out x P_in), per channel group,
 
@@ -13,35 +13,43 @@ tuple stands for the identity. Nothing here waits for the device: what depends o
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, TypeAlias
 
+import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.jax.statistics import Statistics
 from algoperf_kfac.layers import LayerSpec
 
+if TYPE_CHECKING:
+    from algoperf_kfac.jax.scalings import Scaling
+
 # Least mean eigenvalue assumed for damping: a channel group whose factor is zero still decomposes with the others.
 MEAN_FLOOR = 1e-15
 
-Blocks = tuple[Array, ...]
+Blocks: TypeAlias = tuple[Array, ...]
+"""The diagonal blocks of a matrix, (groups, size, size) each; none for the identity."""
 
 
-class LayerState(NamedTuple):
-    """Statistics and preconditioner of one layer; all arrays.
+@dataclasses.dataclass(frozen=True)
+class LayerState:
+    """Statistics and preconditioner of one layer; a pytree of arrays.
 
     Attributes:
         a, b: moving averages of A and of B per example (blocks of (groups, size, size)), not corrected.
         weight: what the averages are divided by to correct their bias, ().
-        examples: moving average of the number of examples, not corrected; (), or (groups,) of stacked layers.
+        examples: moving average of the number of examples, not corrected; (), or (groups,) of scanned layers.
         dropped: how many statistics were left out because they were not finite, ().
-        a_operator, b_operator: what the momentum is multiplied by, the identity before the first refresh.
-        a_basis, b_basis: eigenbases; kept for scaling="second_moment" and a drift_tolerance only.
+        a_operator, b_operator: what the momentum is multiplied by, the identity before the first refresh; empty
+            for a scaling without operators.
+        a_basis, b_basis: eigenbases, where the scaling keeps them.
         a_values, b_values: damped eigenvalues, (groups, size) per block; kept as the bases are.
-        second_moment: one (groups, P_out, P_in) for scaling="second_moment", else empty.
-        second_moment_steps: updates of `second_moment`, ().
+        kept: what else the scaling keeps, by name.
         refreshes: successful refreshes so far, ().
         failures: failed decompositions so far, retries included, ().
         skipped: refreshes that kept the basis because it had not drifted, ().
@@ -61,8 +69,7 @@ class LayerState(NamedTuple):
     b_basis: Blocks
     a_values: Blocks
     b_values: Blocks
-    second_moment: Blocks
-    second_moment_steps: Array
+    kept: dict[str, Array]
     refreshes: Array
     failures: Array
     skipped: Array
@@ -71,43 +78,46 @@ class LayerState(NamedTuple):
     cosine: Array
 
 
-def init_layer(spec: LayerSpec, stack: int, config: KFACConfig, dtype: Any) -> LayerState:
+FIELDS = tuple(field.name for field in dataclasses.fields(LayerState))
+jax.tree_util.register_dataclass(LayerState, data_fields=FIELDS, meta_fields=())
+
+# Scalars of a state that are counters (int32), and those that are numbers.
+NUM_COUNTERS, NUM_NUMBERS = 4, 5
+
+
+def init_layer(spec: LayerSpec, slices: int, scaling: Scaling, dtype: DTypeLike) -> LayerState:
     """Averages at zero (starting at the identity would bias the early steps) and operators at the identity.
 
     Args:
         spec: the layer.
-        stack: number of stacked layers.
-        config: decides which fields are kept.
+        slices: number of layers that the parameter holds.
+        scaling: decides what is kept.
         dtype: of the factors, at least float32.
     """
 
     def zeros(sizes: tuple[int, ...]) -> Blocks:
         return tuple(jnp.zeros((spec.groups, size, size), dtype) for size in sizes)
 
-    def eyes(sizes: tuple[int, ...]) -> Blocks:
-        return tuple(jnp.tile(jnp.eye(size, dtype=dtype), (spec.groups, 1, 1)) for size in sizes)
+    def eyes(sizes: tuple[int, ...], *, kept: bool) -> Blocks:
+        return tuple(jnp.tile(jnp.eye(size, dtype=dtype), (spec.groups, 1, 1)) for size in sizes if kept)
 
     def ones(sizes: tuple[int, ...]) -> Blocks:
-        return tuple(jnp.ones((spec.groups, size), dtype) for size in sizes)
+        return tuple(jnp.ones((spec.groups, size), dtype) for size in sizes if scaling.keeps_bases)
 
     ins, outs = spec.in_blocks, spec.out_blocks
-    kept = keeps_bases(config)
-    moment = config.preconditioner == "eigen" and config.scaling == "second_moment"
-    shape = (spec.groups, spec.out_dim, spec.factor_in_dim)
     return LayerState(
         a=zeros(ins),
         b=zeros(outs),
         weight=jnp.zeros((), dtype),
-        examples=jnp.zeros(() if stack == 1 else (spec.groups,), dtype),
+        examples=jnp.zeros(() if slices == 1 else (spec.groups,), dtype),
         dropped=jnp.zeros((), jnp.int32),
-        a_operator=() if moment else eyes(ins),
-        b_operator=() if moment else eyes(outs),
-        a_basis=eyes(ins) if kept else (),
-        b_basis=eyes(outs) if kept else (),
-        a_values=ones(ins) if kept else (),
-        b_values=ones(outs) if kept else (),
-        second_moment=(jnp.zeros(shape, dtype),) if moment else (),
-        second_moment_steps=jnp.zeros((), jnp.int32),
+        a_operator=eyes(ins, kept=scaling.keeps_operators),
+        b_operator=eyes(outs, kept=scaling.keeps_operators),
+        a_basis=eyes(ins, kept=scaling.keeps_bases),
+        b_basis=eyes(outs, kept=scaling.keeps_bases),
+        a_values=ones(ins),
+        b_values=ones(outs),
+        kept=scaling.keeps(spec, dtype),
         refreshes=jnp.zeros((), jnp.int32),
         failures=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
@@ -115,10 +125,6 @@ def init_layer(spec: LayerSpec, stack: int, config: KFACConfig, dtype: Any) -> L
         graft_ratio=jnp.ones((), dtype),
         cosine=jnp.ones((), dtype),
     )
-
-
-def keeps_bases(config: KFACConfig) -> bool:
-    return config.preconditioner == "eigen" and (config.scaling == "second_moment" or config.drift_tolerance > 0)
 
 
 def update_statistics(state: LayerState, new: Statistics, decay: float) -> LayerState:
@@ -138,7 +144,8 @@ def update_statistics(state: LayerState, new: Statistics, decay: float) -> Layer
     def moved(average: Array, value: Array) -> Array:
         return average + rate * (jnp.where(finite, value, average) - average)
 
-    return state._replace(
+    return dataclasses.replace(
+        state,
         a=tuple(map(moved, state.a, a)),
         b=tuple(map(moved, state.b, b)),
         examples=moved(state.examples, new.examples.astype(state.examples.dtype)),
@@ -159,9 +166,9 @@ def mean_eigenvalue(blocks: Blocks) -> Array:
     return jnp.asarray(trace) / sum(m.shape[-1] for m in blocks)
 
 
-def damping_terms(a: Blocks, b: Blocks, config: KFACConfig, multiple: Array | float = 1.0) -> tuple[Array, Array]:
+def damping_terms(a: Blocks, b: Blocks, config: KFACConfig) -> tuple[Array, Array]:
     """lambda_A and lambda_B, (groups,) each; see `KFACConfig.damping`."""
-    damping = config.damping * multiple
+    damping = config.damping
     one = jnp.ones((a or b)[0].shape[0], (a or b)[0].dtype)
     mean_a = jnp.maximum(mean_eigenvalue(a), MEAN_FLOOR) if a else one
     mean_b = jnp.maximum(mean_eigenvalue(b), MEAN_FLOOR) if b else one
@@ -169,6 +176,16 @@ def damping_terms(a: Blocks, b: Blocks, config: KFACConfig, multiple: Array | fl
         return damping * mean_a, damping * mean_b
     pi = jnp.sqrt(mean_a / mean_b)
     return pi * damping**0.5, damping**0.5 / pi
+
+
+def from_eigenvalues(bases: Blocks, values: Sequence[Array]) -> Blocks:
+    """U diag(v) U^T, block by block.
+
+    Args:
+        bases: U.
+        values: v, (groups, size) per block.
+    """
+    return tuple((u * v[:, None, :]) @ u.transpose(0, 2, 1) for u, v in zip(bases, values, strict=True))
 
 
 def multiply(
@@ -210,38 +227,3 @@ def _parts(m: Array, blocks: Sequence[Array], axis: int) -> list[Array]:
     for block in blocks[:-1]:
         ends.append((ends[-1] if ends else 0) + block.shape[-1])
     return list(jnp.split(m, ends, axis))
-
-
-def precondition(
-    state: LayerState, momentum: Array, gradient: Array, config: KFACConfig
-) -> tuple[Array, LayerState]:
-    """The preconditioned direction of one layer.
-
-    Args:
-        state: the layer's state.
-        momentum: (groups, P_out, P_in), what is preconditioned.
-        gradient: (groups, P_out, P_in), the step's gradient, for the second moment.
-        config: the configuration.
-
-    Returns:
-        (groups, P_out, P_in), `momentum` itself before the first successful refresh; and the state, its second
-        moment updated where the scaling uses one.
-    """
-    if not state.second_moment:
-        return multiply(state.b_operator, momentum, state.a_operator), state
-
-    def rotate(m: Array) -> Array:
-        return multiply(state.b_basis, m, state.a_basis, transpose_left=True)
-
-    known = state.refreshes > 0
-    rotated = jnp.square(rotate(gradient))
-    moment = state.second_moment[0]
-    moment = jnp.where(known, config.beta2 * moment + (1 - config.beta2) * rotated, moment)
-    steps = state.second_moment_steps + known.astype(jnp.int32)
-    v = moment / (1 - config.beta2 ** jnp.maximum(steps, 1).astype(moment.dtype))
-    # The floor keeps the noise of null-space directions from being scaled up to full steps.
-    floor = config.damping * v.mean((1, 2), keepdims=True)
-    scaled = rotate(momentum) / jnp.maximum(jnp.sqrt(v + floor), jnp.finfo(v.dtype).tiny)
-    direction = multiply(state.b_basis, scaled, state.a_basis, transpose_right=True)
-    state = state._replace(second_moment=(moment,), second_moment_steps=steps)
-    return jnp.where(known, direction, momentum), state

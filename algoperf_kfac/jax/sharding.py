@@ -6,19 +6,20 @@ Sums over a split batch dimension are global sums, so the statistics need no col
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from algoperf_kfac.jax.types import Tree
 
-def batch_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+
+def batch_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with the one axis "batch", as AlgoPerf's harness makes it, over all devices or the given ones."""
     return Mesh(np.array(jax.devices() if devices is None else devices), ("batch",))
 
 
-def shard_batch(batch: Any, mesh: Mesh) -> Any:
+def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
     """The batch with dimension 0 of every array split over the mesh.
 
     Raises:
@@ -34,6 +35,6 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(mesh.axis_names[0])))
 
 
-def replicate(tree: Any, mesh: Mesh) -> Any:
+def replicate(tree: Tree, mesh: Mesh) -> Tree:
     """The tree on every device of the mesh."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

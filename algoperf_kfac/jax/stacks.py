@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
-from algoperf_kfac.jax.discovery import CoveredLayer, Layers
+from algoperf_kfac.jax.layer_book import CoveredLayer, Layers
 from algoperf_kfac.jax.preconditioner import LayerState
+
+Pytree = TypeVar("Pytree")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,24 +32,27 @@ class Stack:
     names: tuple[str, ...]
     numbers: tuple[int, ...]
     layers: tuple[CoveredLayer, ...]
-    dtype: Any
+    dtype: DTypeLike
 
 
 def stacks_of(layers: Layers) -> dict[str, Stack]:
     """The covered layers by shape, each stack under the name of its first layer."""
-    alike: dict[Any, list[tuple[str, int, CoveredLayer]]] = {}
+    alike: dict[tuple[object, ...], list[tuple[str, int, CoveredLayer]]] = {}
     for number, (name, layer) in enumerate(layers.covered.items()):
-        spec, dtype = layer.spec, jnp.promote_types(layers.shapes[layer.spec.weight][1], jnp.float32)
-        shape = (spec.groups, spec.out_dim, spec.factor_in_dim, spec.in_blocks, spec.out_blocks, layer.stack, dtype)
+        spec = layer.spec
+        shape = (
+            *(spec.groups, spec.out_dim, spec.factor_in_dim, spec.in_blocks, spec.out_blocks),
+            *(layer.slices, layer.dtype),
+        )
         alike.setdefault(shape, []).append((name, number, layer))
     stacks = {}
-    for shape, members in alike.items():
+    for members in alike.values():
         names, numbers, covered = zip(*members, strict=True)
-        stacks[names[0]] = Stack(names, numbers, covered, shape[-1])
+        stacks[names[0]] = Stack(names, numbers, covered, covered[0].dtype)
     return stacks
 
 
-def take_apart(values: Mapping[str, Any], layers: Layers) -> dict[str, Any]:
+def take_apart(values: Mapping[str, Pytree], layers: Layers) -> dict[str, Pytree]:
     """What each layer alone has of what stacks have, by name in the model's order.
 
     Args:
@@ -61,8 +67,9 @@ def take_apart(values: Mapping[str, Any], layers: Layers) -> dict[str, Any]:
     if sizes != {key: len(stack.names) for key, stack in stacks.items()}:
         raise ValueError(f"the state is of other layers ({sorted(values)}) than `layers` ({sorted(stacks)})")
 
-    def one(value: Any, i: int) -> Any:
-        return jax.tree.map(lambda leaf: leaf[i], value)
+    def one(value: Pytree, i: int) -> Pytree:
+        layer: Pytree = jax.tree.map(lambda leaf: leaf[i], value)
+        return layer
 
     found = {name: one(values[key], i) for key, stack in stacks.items() for i, name in enumerate(stack.names)}
     return {name: found[name] for name in layers.covered}
@@ -81,9 +88,10 @@ def layer_states(states: Mapping[str, LayerState], layers: Layers) -> dict[str, 
     return take_apart(states, layers)
 
 
-def stack_trees(trees: list[Any]) -> Any:
+def stack_trees(trees: list[Pytree]) -> Pytree:
     """Trees of equal structure as one, with a new leading dimension."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    stacked: Pytree = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    return stacked
 
 
 def broadcast(flags: Array, like: Array) -> Array:

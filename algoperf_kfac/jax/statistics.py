@@ -1,8 +1,8 @@
 """One layer's statistics, gathered in the backward pass: no activation is kept that the gradient does not need.
 
 A weighted operation's output goes through `tap`, the identity, whose backward pass sees input and output gradient
-together. What it makes of them leaves the backward pass as the gradient of a probe, a zero that nothing depends on:
-gradients add up over calls, micro-batches and loop turns, and so do the probe's.
+together. What it makes of them leaves the backward pass as the gradient of the layer's sums, zeros that nothing
+depends on: gradients add up over calls, micro-batches and loop turns, and so do they.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
-from algoperf_kfac.jax import factors
-from algoperf_kfac.jax.factors import Layout
-from algoperf_kfac.jax.operations import Call
+from algoperf_kfac.jax.factors import Reading, grouped_outer_sums, outer_sums
+from algoperf_kfac.jax.operations import Call, Use
 from algoperf_kfac.layers import LayerSpec
+from algoperf_kfac.positions import Layout
 
 
 class Statistics(NamedTuple):
@@ -38,13 +39,13 @@ class Statistics(NamedTuple):
     examples: Array
 
 
-class Sums(NamedTuple):
-    """What a layer's probe collects, `groups` over stacked layers and channel groups.
+class LayerSums(NamedTuple):
+    """What a layer collects in a backward pass, `groups` over scanned layers and channel groups.
 
     Attributes:
         inputs: expand: outer products, (groups, b, b) per block; reduce: one (groups, examples, P_in).
         gradients: the same of the output gradients.
-        counts: (stack, examples): positions that count; stack is the number of stacked layers.
+        counts: (slices, examples): positions that count; slices is the number of scanned layers.
     """
 
     inputs: tuple[Array, ...]
@@ -52,111 +53,98 @@ class Sums(NamedTuple):
     counts: Array
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Tap:
-    """The static half of a tapped call; `call` is None for a lookup."""
+    """What is static about a tapped use; one is like no other.
 
-    spec: LayerSpec
-    call: Call | None
-    layout: Layout
-    dtype: Any
-    on_backward: Callable[[str], None]
-
-    def __hash__(self) -> int:
-        return id(self)
-
-
-def probe(spec: LayerSpec, stack: int, examples: int, dtype: Any) -> Sums:
-    """Zeros for a layer to collect its sums in.
-
-    Args:
-        spec: the layer; its groups include the stacked layers.
-        stack: number of stacked layers, 1 if none.
-        examples: number of examples of a call.
-        dtype: at least float32.
+    Attributes:
+        spec: the layer.
+        use: the operation.
+        dtype: of the sums.
+        on_backward: told the layer's name when the backward pass comes by.
     """
 
-    def zeros(sizes: tuple[int, ...], dim: int) -> tuple[Array, ...]:
+    spec: LayerSpec
+    use: Use
+    dtype: DTypeLike
+    on_backward: Callable[[str], None]
+
+
+def zeros(spec: LayerSpec, slices: int, examples: int, dtype: DTypeLike) -> LayerSums:
+    """See `kinds.Kind.zeros`."""
+
+    def side(sizes: tuple[int, ...], dim: int) -> tuple[Array, ...]:
         if spec.approximation == "reduce":
             return (jnp.zeros((spec.groups, examples, dim), dtype),)
         return tuple(jnp.zeros((spec.groups, size, size), dtype) for size in sizes)
 
-    inputs = zeros(spec.in_blocks, spec.in_dim)
-    return Sums(inputs, zeros(spec.out_blocks, spec.out_dim), jnp.zeros((stack, examples), dtype))
+    return LayerSums(
+        side(spec.in_blocks, spec.in_dim), side(spec.out_blocks, spec.out_dim), jnp.zeros((slices, examples), dtype)
+    )
+
+
+Residuals: TypeAlias = tuple[Array, Reading]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def tap(static: Tap, out: Array, x: Array, mask: Array | None, segment_ids: Array | None, sums: Sums) -> Array:
+def tap(static: Tap, out: Array, x: Array, reading: Reading, sums: LayerSums) -> Array:
     """The output of a weighted operation, unchanged.
 
     Args:
-        static: the layer, the call and its layout.
+        static: the layer and the call.
         out: the output.
         x: the input.
-        mask: (N, R) or None.
-        segment_ids: (N,) or None.
-        sums: the layer's probe, groups and stack of this call.
+        reading: how the call's rows are read.
+        sums: the layer's, groups and slices of this call.
     """
     return out
 
 
-def _forward(static: Tap, out: Array, x: Array, mask: Any, segment_ids: Any, sums: Sums) -> tuple[Array, Any]:
-    return out, (x, mask, segment_ids)
+def _forward(static: Tap, out: Array, x: Array, reading: Reading, sums: LayerSums) -> tuple[Array, Residuals]:
+    return out, (x, reading)
 
 
-def _backward(static: Tap, residuals: Any, gradient: Array) -> tuple[Any, ...]:
-    x, mask, segment_ids = residuals
+def _backward(static: Tap, residuals: Residuals, gradient: Array) -> tuple[Array, None, None, LayerSums]:
     static.on_backward(static.spec.name)
-    return gradient, None, None, None, _sums(static, x, gradient, mask, segment_ids)
+    return gradient, None, None, _sums(static, *residuals, gradient)
 
 
 tap.defvjp(_forward, _backward)
 
 
-def _sums(static: Tap, x: Array, gradient: Array, mask: Array | None, segment_ids: Array | None) -> Sums:
-    spec, call, layout = static.spec, static.call, static.layout
-    assert call is not None
-    leading = len(call.leading)
-    g = call.outputs(gradient.astype(static.dtype))
-    g = layout.batch_first(g, leading)
-    rows = g.reshape(g.shape[0] if leading else 1, -1, call.groups, call.view.out_dim)
-    if layout.by_gradient:
-        mask = (rows != 0).any((2, 3)).astype(static.dtype)
+def _sums(static: Tap, x: Array, reading: Reading, gradient: Array) -> LayerSums:
+    """The sums of one call from its input and output gradient."""
+    spec, call = static.spec, static.use
+    assert isinstance(call, Call)
+    rows = reading.rows(call.outputs(gradient.astype(static.dtype)))
+    reading = reading.of_gradients(rows)
     x = call.inputs(x.astype(static.dtype))
-    if call.conv is None:
-        x = layout.batch_first(x, leading)
-        x = x.reshape(rows.shape[0], -1, call.groups, call.view.in_dim)
-    counts = layout.counts(rows.shape[0], mask, segment_ids, static.dtype)
+    counts = reading.counts(rows)[None]
     if spec.approximation == "reduce":
         if call.conv is None:
-            inputs = layout.sum_positions(x, mask, segment_ids)
+            inputs = reading.sum_positions(reading.rows(x))
         else:
-            inputs = layout.sum_rows(call.conv.patch_sums(x, mask), segment_ids)
-        gradients = layout.sum_positions(rows, mask, segment_ids)
-        return Sums((jnp.moveaxis(inputs, 1, 0),), (jnp.moveaxis(gradients, 1, 0),), counts[None])
-    if call.conv is not None:
-        x = call.conv.patches(x)
-    ones = None
-    if spec.bias is not None:
-        ones = jnp.ones(rows.shape[:2], static.dtype) if mask is None else mask
-        ones = ones.reshape(-1)
-    return Sums(
-        factors.outer_sums(factors.expand_rows(x, mask), ones, spec.in_blocks),
-        factors.outer_sums(factors.expand_rows(rows, mask), None, spec.out_blocks),
-        counts[None],
+            inputs = reading.sum_rows(call.conv.patch_sums(x, reading.mask))
+        gradients = reading.sum_positions(rows)
+        return LayerSums((jnp.moveaxis(inputs, 1, 0),), (jnp.moveaxis(gradients, 1, 0),), counts)
+    x = reading.rows(x) if call.conv is None else call.conv.patches(x)
+    return LayerSums(
+        outer_sums(reading.expanded(x), None if spec.bias is None else reading.ones(rows), spec.in_blocks),
+        outer_sums(reading.expanded(rows), None, spec.out_blocks),
+        counts,
     )
 
 
-def finalise(spec: LayerSpec, sums: Sums, layout: Layout, scale: Array | float) -> Statistics:
+def finalise(spec: LayerSpec, sums: LayerSums, layout: Layout, scale: Array | float) -> Statistics:
     """Statistics of one backward pass from the sums of all calls in it.
 
     Args:
         spec: the layer.
-        sums: what its probe collected.
+        sums: what it collected.
         layout: of its calls.
         scale: what output gradients are multiplied by to belong to the summed, per-example loss.
     """
-    valid = (sums.counts > 0).astype(sums.counts.dtype)  # (stack, examples)
+    valid = (sums.counts > 0).astype(sums.counts.dtype)  # (slices, examples)
     repeat = spec.groups // valid.shape[0]
 
     def per_group(t: Array) -> Array:
@@ -175,24 +163,14 @@ def finalise(spec: LayerSpec, sums: Sums, layout: Layout, scale: Array | float) 
             inputs = inputs / divisor
         if spec.bias is not None:
             inputs = jnp.concatenate([inputs, per_group(ones)[..., None]], 2)
-        a = outer(inputs, spec.in_blocks)
-        b = outer(gradients, spec.out_blocks)
+        a = grouped_outer_sums(inputs, spec.in_blocks)
+        b = grouped_outer_sums(gradients, spec.out_blocks)
         a_count = valid.sum(1)
     examples = valid.sum(1)
     b = tuple(m * (scale * scale) for m in b)
     if valid.shape[0] == 1:
         return Statistics(a, b, a_count[0], examples[0])
     return Statistics(a, b, per_group(a_count), per_group(examples))
-
-
-def outer(rows: Array, blocks: tuple[int, ...]) -> tuple[Array, ...]:
-    """(groups, M, P) -> a (groups, b, b) sum of outer products per block."""
-    matrices, start = [], 0
-    for size in blocks:
-        part = rows[..., start : start + size]
-        matrices.append(jnp.einsum("gmi,gmj->gij", part, part))
-        start += size
-    return tuple(matrices)
 
 
 def add(first: Statistics, second: Statistics) -> Statistics:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,6 @@ from torch.overrides import TorchFunctionMode
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.errors import MissingStatisticsError
 from algoperf_kfac.layers import LayerSpec
-from algoperf_kfac.losses import LossType
 from algoperf_kfac.positions import Candidates, Positions, candidates_for, choose
 from algoperf_kfac.pytorch import fisher
 from algoperf_kfac.pytorch.operations import RULES, WEIGHT_READS, Called, Function, Operation
@@ -128,7 +128,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
     def backward_fisher(
         self,
         outputs: Tensor | tuple[Tensor, Tensor],
-        loss_type: LossType | str,
+        loss_type: enum.Enum | str,
         mask: Tensor | None = None,
     ) -> None:
         """The extra backward passes of `fisher="mc"` and "exact", through the forward pass just made.

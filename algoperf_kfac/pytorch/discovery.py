@@ -13,6 +13,7 @@ from algoperf_kfac.errors import check_patterns
 from algoperf_kfac.layers import (
     EMBEDDING,
     EXCLUDED,
+    SHARED_BIAS,
     FallbackSpec,
     LayerSpec,
     make_spec,
@@ -95,10 +96,15 @@ def discover(
         for p in params.values():
             if id(p) not in covered and id(p) not in seen:
                 names = owners[id(p)]
-                why = one_parameter(names) if len(names) > 1 else found.reason
+                why = _shared(names) if len(names) > 1 else found.reason
                 fallbacks.append(FallbackSpec(names[0], tuple(p.shape), why))
             seen.add(id(p))
     return layers, fallbacks
+
+
+def _shared(names: list[str]) -> str:
+    is_bias = all(name.rpartition(".")[2] == "bias" for name in names)
+    return SHARED_BIAS if is_bias else one_parameter(names)
 
 
 def _cover(site: Site, splits: Mapping[str, int], kinds: Sequence[Kind]) -> Found:

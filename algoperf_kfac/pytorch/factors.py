@@ -49,6 +49,9 @@ class MaskedLayout(Layout):
         if positions is None:
             return layout
         mask, sizes = positions.array_mask, rows.sizes(positions)
+        for array in (mask, positions.segment_ids):
+            if not isinstance(array, Tensor | None):
+                raise ValueError(f"layer {name}: positions are given by a {type(array).__name__}, not by a tensor")
         if mask is not None:
             assert isinstance(mask, Tensor)
             if positions.batch_dim < mask.dim():

@@ -7,6 +7,7 @@ model. `sampled_loss` draws y (Monte Carlo Fisher); `exact_losses` goes through 
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Iterator
 
@@ -22,7 +23,7 @@ MAX_EXACT_OUTPUTS = 512
 
 def sampled_loss(
     outputs: Tensor | tuple[Tensor, Tensor],
-    loss_type: LossType | str,
+    loss_type: enum.Enum | str,
     mask: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -69,7 +70,7 @@ def sampled_loss(
 
 
 def exact_losses(
-    outputs: Tensor | tuple[Tensor, Tensor], loss_type: LossType | str, mask: Tensor | None = None
+    outputs: Tensor | tuple[Tensor, Tensor], loss_type: enum.Enum | str, mask: Tensor | None = None
 ) -> Iterator[Tensor]:
     """One scalar per output of an example; the gradients' outer products sum to the Fisher exactly.
 

@@ -37,14 +37,14 @@ class CapturedGradients:
         record_input, record_gradient = statistics.Recorder.input, statistics.Recorder.output_gradient
         inputs: dict[int, tuple[Tree, Tree]] = {}
 
-        def input_(recorder: Tree, operation: Tree, conv: Tree, positions: Tree) -> Tree:
-            call = record_input(recorder, operation, conv, positions)
+        def input_(recorder: Tree, operation: Tree, *rest: Tree) -> Tree:
+            call = record_input(recorder, operation, *rest)
             # The call is kept, so its id stays its own.
             inputs[id(call)] = call, operation.input.detach().clone()
             return call
 
-        def output_gradient(recorder: Tree, call: Tree, grad: Tensor, positions: Tree) -> None:
-            record_gradient(recorder, call, grad, positions)
+        def output_gradient(recorder: Tree, call: Tree, grad: Tensor) -> None:
+            record_gradient(recorder, call, grad)
             self._add(recorder.spec, inputs.pop(id(call))[1], grad, call.conv)
 
         with (

@@ -1,14 +1,15 @@
 """G^T A = dL/dW in JAX: what `gradient_check` shows for PyTorch, from the residuals of the capture's own taps.
 
-The submission's own training step is traced once more, with its `value_grad_and_statistics` and with taps whose
-probes carry two matrices more: G^T A of the very input and output gradient a tap makes its sums of. As the sums do,
-they leave the backward pass as the gradient of a probe, so that they add up over calls and loop turns and stacked
-layers fall into their places. The gradient comes from the same backward pass.
+The submission's own training step is traced once more, with its `value_grad_and_statistics` and with a second tap
+behind each of the capture's own: it makes G^T A of the very input and output gradient that the first makes its
+sums of. As the sums do, the products leave the backward pass as the gradient of zeros, so that they add up over
+calls and loop turns and scanned layers fall into their places. The gradient comes from the same backward pass.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import NamedTuple
@@ -17,15 +18,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 
-from algoperf_kfac.jax import capture, discovery, statistics, tied
-from algoperf_kfac.jax.discovery import CoveredLayer, Layers
-from algoperf_kfac.jax.statistics import Tap
+from algoperf_kfac.jax import capture, kinds
+from algoperf_kfac.jax.factors import Reading
+from algoperf_kfac.jax.interpreter import Key
+from algoperf_kfac.jax.kinds import Kind, Uses
+from algoperf_kfac.jax.layer_book import Layers
+from algoperf_kfac.jax.operations import Call, Lookup, Use
+from algoperf_kfac.jax.statistics import Statistics, Tap
+from algoperf_kfac.jax.tracing import named_leaves
+from algoperf_kfac.layers import LayerSpec
+from algoperf_kfac.positions import Layout
 from benchmarks.official.replacing import replaced
 from submissions.common.api import Batch, Rng, Tree
 from submissions.common.kfac.jax import Run
-
-TAPS = (statistics.tap, tied.tap_output, tied.tap_lookup)
 
 
 class Products(NamedTuple):
@@ -40,11 +47,15 @@ class Products(NamedTuple):
     magnitude: Array
 
 
-class Probe(NamedTuple):
-    """A layer's probe, and next to it one for the products."""
+class Heard(NamedTuple):
+    """What a layer collects, and next to it the products."""
 
     sums: Tree
     products: Products
+
+    @property
+    def counts(self) -> Array:
+        return self.sums.counts
 
 
 def errors(
@@ -100,51 +111,63 @@ def errors(
 def listening() -> Iterator[dict[str, Products]]:
     """Gives what the taps of the capture made in this context see, as soon as it is made; see `Products`."""
     products: dict[str, Products] = {}
-    make_probe, finalise = capture._probe, capture._finalise
 
-    def probe(layer: CoveredLayer, examples: int, dtype: Tree) -> Probe:
-        spec = layer.spec
-        zeros = jnp.zeros((spec.groups, spec.out_dim, spec.factor_in_dim), dtype)
-        return Probe(make_probe(layer, examples, dtype), Products(zeros, zeros))
+    def heard(spec: LayerSpec) -> Listener:
+        return Listener(kinds.kind_of(spec), products)
 
-    def finalise_sums(layers: Layers, resolved: Tree, sums: Mapping[str, Probe], normalizer: Tree) -> Tree:
-        products.update({name: probe.products for name, probe in sums.items()})
-        return finalise(layers, resolved, {name: probe.sums for name, probe in sums.items()}, normalizer)
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(replaced(capture, "_probe", probe))
-        stack.enter_context(replaced(capture, "_finalise", finalise_sums))
-        for tap in TAPS:
-            assert tap.fwd is not None
-            assert tap.bwd is not None
-            forward, backward = _listening_tap(tap.fwd, tap.bwd, lookup=tap is tied.tap_lookup)
-            stack.enter_context(replaced(tap, "fwd", forward))
-            stack.enter_context(replaced(tap, "bwd", backward))
+    with replaced(capture, "kind_of", heard):
         yield products
 
 
-def _listening_tap(
-    forward: Callable[..., Tree], backward: Callable[..., Tree], *, lookup: bool
-) -> tuple[Callable[..., Tree], Callable[..., Tree]]:
-    """The two halves of a tap, whose probe is a `Probe`."""
+class Listener(Kind[Heard]):
+    """A kind of layer that also collects products; everything else is the kind's own.
 
-    def listening_forward(
-        static: Tap, out: Array, x: Array, mask: Tree, ids: Tree, probe: Probe
-    ) -> tuple[Array, Tree]:
-        return forward(static, out, x, mask, ids, probe.sums)
+    Args:
+        kind: the kind.
+        products: gets what each layer collected.
+    """
 
-    def listening_backward(static: Tap, residuals: Tree, gradient: Array) -> tuple[Tree, ...]:
-        *others, sums = backward(static, residuals, gradient)
-        products = (_products_of_lookup if lookup else _products)(static, residuals[0], gradient)
-        return (*others, Probe(sums, products))
+    def __init__(self, kind: Kind[Tree], products: dict[str, Products]) -> None:
+        self._kind = kind
+        self._products = products
 
-    return listening_forward, listening_backward
+    def counted(self, uses: Uses) -> dict[Key, Use]:
+        return self._kind.counted(uses)
+
+    def zeros(self, spec: LayerSpec, slices: int, examples: int, dtype: DTypeLike) -> Heard:
+        zeros = jnp.zeros((spec.groups, spec.out_dim, spec.factor_in_dim), dtype)
+        return Heard(self._kind.zeros(spec, slices, examples, dtype), Products(zeros, zeros))
+
+    def tap(self, tap: Tap, out: Array, x: Array, reading: Reading, sums: Heard) -> Array:
+        return hear(tap, self._kind.tap(tap, out, x, reading, sums.sums), x, sums.products)
+
+    def finalise(self, spec: LayerSpec, sums: Heard, layout: Layout, scale: Array | float) -> Statistics:
+        self._products[spec.name] = sums.products
+        return self._kind.finalise(spec, sums.sums, layout, scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def hear(static: Tap, out: Array, x: Array, products: Products) -> Array:
+    """The output of one use, unchanged; its backward pass adds to the layer's products."""
+    return out
+
+
+def _forward(static: Tap, out: Array, x: Array, products: Products) -> tuple[Array, Array]:
+    return out, x
+
+
+def _backward(static: Tap, x: Array, gradient: Array) -> tuple[Array, None, Products]:
+    make = _products_of_lookup if isinstance(static.use, Lookup) else _products
+    return gradient, None, make(static, x, gradient)
+
+
+hear.defvjp(_forward, _backward)
 
 
 def _products(static: Tap, x: Array, gradient: Array) -> Products:
     """Of a weighted operation: all its positions, as those that do not count have no gradient."""
-    call, spec = static.call, static.spec
-    assert call is not None
+    call, spec = static.use, static.spec
+    assert isinstance(call, Call)
     g = call.outputs(gradient.astype(static.dtype)).reshape(-1, call.groups, spec.out_dim)
     x = call.inputs(x.astype(static.dtype))
     if call.conv is not None:
@@ -174,7 +197,7 @@ def compare(
     layers: Layers, gradient: Tree, products: Mapping[str, Products]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Each layer's error against its gradient and its rounding bound, relative to the products' Frobenius norm."""
-    gradients = discovery.named_leaves(gradient)
+    gradients = {name: jnp.asarray(leaf) for name, leaf in named_leaves(gradient).items()}
     errors, bounds = {}, {}
     for name, layer in layers.covered.items():
         spec = layer.spec

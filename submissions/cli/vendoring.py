@@ -8,6 +8,7 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 OURS = ("algoperf_kfac", "submissions")
+LOADS_BY_NAME = 'import_module(f"{__name__}.'  # what a package says that finds its own modules by their names
 
 
 def vendor(module: str, name: str) -> dict[str, str]:
@@ -54,7 +55,10 @@ def _closure(module: str) -> dict[str, Path]:
         if path is None:
             raise ValueError(f"module {current} has no source file")
         found[current] = path
-        for imported, names, _ in _imports(path.read_text(encoding="utf-8"), current):
+        text = path.read_text(encoding="utf-8")
+        if LOADS_BY_NAME in text:
+            waiting += [f"{current}.{file.stem}" for file in path.parent.glob("*.py") if file != path]
+        for imported, names, _ in _imports(text, current):
             waiting.append(imported)
             waiting += [f"{imported}.{n}" for n in names if _source(f"{imported}.{n}") is not None]
         if current != module:

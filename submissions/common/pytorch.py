@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 import torch
@@ -21,7 +22,13 @@ class Capture(Protocol):
 
     loss_normalizer: torch.Tensor | float | None
 
-    def backward_fisher(self, logits: Tree, loss_type: LossType | None, weights: Tree, /) -> None: ...
+    def backward_fisher(
+        self,
+        outputs: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        loss_type: Enum | str,
+        mask: torch.Tensor | None,
+        /,
+    ) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ def compute_gradient(
         if capture is not None:
             # What this process's gradients are scaled by, see below.
             capture.loss_normalizer = n_valid / _world_size()
-            capture.backward_fisher(logits, loss_type, batch.get("weights"))
+            capture.backward_fisher(logits, loss_type or "", batch.get("weights"))
         # DistributedDataParallel averages gradients over devices, hence the factor; the sum over all devices is
         # divided by the count over all devices, so shards of unequal size weigh what they hold.
         (losses["summed"] * (_world_size() / n_valid)).backward()

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from algoperf_kfac.jax.discovery import sources, trace
-from algoperf_kfac.jax.interpreter import Interpreter, Key, Visitor
-from algoperf_kfac.jax.operations import Call, ConvGeometry
+from algoperf_kfac.jax.geometry import ConvGeometry
+from algoperf_kfac.jax.interpreter import Key, Visitor
+from algoperf_kfac.jax.operations import Call
+from algoperf_kfac.jax.tracing import trace
 
 
 @dataclasses.dataclass
@@ -66,16 +67,14 @@ def record(
     apply_fn: Callable[..., Any], loss_fn: Callable[..., Any], params: Any, *args: Any
 ) -> dict[str, list[Recorded]]:
     """Weight -> its operations, in order. For models without loops over layers."""
-    closed, shapes = trace(apply_fn, params, args)
-    flat, tags, tree = jax.tree.leaves((params, *args)), sources(params, args), jax.tree.structure(shapes)
-    survey = _Recorder(None)
-    jax.eval_shape(lambda *values: Interpreter(survey).run(closed, values, tags), *flat)
+    model, survey = trace(apply_fn, params, args), _Recorder(None)
+    model.show(survey)
     keys = list(survey.outputs)
     zeros = [jnp.zeros(s.shape, s.dtype) for s in survey.outputs.values()]
 
     def loss(perturbations: list[Array]) -> tuple[Array, list[Array]]:
         visitor = _Recorder(dict(zip(keys, perturbations, strict=True)))
-        outputs = jax.tree.unflatten(tree, Interpreter(visitor).run(closed, flat, tags))
+        outputs = jax.tree.unflatten(jax.tree.structure(model.outputs), model.run(visitor, params, args))
         return loss_fn(outputs, *args), [visitor.inputs[key] for key in keys]
 
     gradients, inputs = jax.jit(jax.grad(loss, has_aux=True))(zeros)

@@ -76,11 +76,9 @@ def main() -> None:
         )
         factors = max(
             float(np.abs(np.asarray(a) - np.asarray(b)).max() / max(np.abs(np.asarray(b)).max(), 1e-300))
-            for key in state[0].stacks
-            for a, b in zip(
-                jax.tree.leaves(state[0].stacks[key][:2]), jax.tree.leaves(alone_state[0].stacks[key][:2]),
-                strict=True,
-            )
+            for key, stack in state[0].stacks.items()
+            for side in ("a", "b")
+            for a, b in zip(getattr(stack, side), getattr(alone_state[0].stacks[key], side), strict=True)
         )  # fmt: skip
         out.append(
             {

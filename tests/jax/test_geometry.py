@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from jax import Array, lax
 
-from algoperf_kfac.jax.operations import ConvGeometry
+from algoperf_kfac.jax.geometry import ConvGeometry
 from tests.jax import naive
 from tests.jax.support import examples
 

@@ -223,13 +223,14 @@ REASONS: dict[str, tuple[Apply, dict[str, tuple[int, ...]], dict[str, str]]] = {
         lambda p, x: x @ (p["w"] / jnp.linalg.norm(p["w"])), {"w": (4, 3)}, {"w": "read by dot_general"},
     ),
     "scaled-second-use": (
-        lambda p, x: x @ p["w"] + x @ (2 * p["w"]), {"w": (4, 3)}, {"w": "tied weight"},
+        lambda p, x: x @ p["w"] + x @ (2 * p["w"]), {"w": (4, 3)}, {"w": "also read by dot_general"},
     ),
     "scaled-by-data": (
-        lambda p, x: x @ p["w"] + x @ (p["w"] / x[0, 0]), {"w": (4, 3)}, {"w": "tied weight"},
+        lambda p, x: x @ p["w"] + x @ (p["w"] / x[0, 0]), {"w": (4, 3)}, {"w": "also read by dot_general"},
     ),
     "spectral-norm": (  # power iteration multiplies with the weight itself as well
-        lambda p, x: x @ (p["w"] / jnp.linalg.norm(x[0] @ p["w"])), {"w": (4, 3)}, {"w": "tied weight"},
+        lambda p, x: x @ (p["w"] / jnp.linalg.norm(x[0] @ p["w"])),
+        {"w": (4, 3)}, {"w": "also read by dot_general"},
     ),
     "normalised-inside-remat": (
         lambda p, x: jax.checkpoint(lambda w, x: jnp.tanh(x @ w))(p["w"] / p["w"].max(), x),
@@ -240,7 +241,7 @@ REASONS: dict[str, tuple[Apply, dict[str, tuple[int, ...]], dict[str, str]]] = {
         {"a": "read by dot_general", "b": "read by dot_general"},
     ),
     "sliced-second-use": (
-        lambda p, x: x @ p["w"] + (x[:, :2] @ p["w"][:2]), {"w": (4, 3)}, {"w": "slice reads it too"},
+        lambda p, x: x @ p["w"] + (x[:, :2] @ p["w"][:2]), {"w": (4, 3)}, {"w": "also read by slice"},
     ),
     "custom-vjp": (
         lambda p, x: opaque(p["w"], x), {"w": (4, 3)}, {"w": "read by custom_vjp"},

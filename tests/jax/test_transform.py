@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -272,7 +273,7 @@ def test_a_failed_decomposition_keeps_the_last_good_one(preconditioner: str) -> 
     before = states_of(ours, state)["l1"]
     key, place = next((k, s.names.index("l1")) for k, s in stacks_of(ours.layers).items() if "l1" in s.names)
     stack = state[0].stacks[key]
-    broken = stack._replace(b=tuple(m.at[place, 0, 0, 0].set(jnp.nan) for m in stack.b))
+    broken = dataclasses.replace(stack, b=tuple(m.at[place, 0, 0, 0].set(jnp.nan) for m in stack.b))
     state = (state[0]._replace(stacks=state[0].stacks | {key: broken}), *state[1:])
     updates, new = update(gradient, state, params, statistics=statistics)
     assert ours.metrics(new)["l1/failures"] == 3

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from algoperf_kfac.positions import Positions, Rows
 from algoperf_kfac.pytorch import KFAC
 from algoperf_kfac.pytorch import factors as library
-from algoperf_kfac.positions import Positions, Rows
 from algoperf_kfac.pytorch.factors import MaskedLayout
 from algoperf_kfac.pytorch.geometry import ConvGeometry
 from tests.math import naive, oracle

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from algoperf_kfac.pytorch import KFAC
 from algoperf_kfac.cost import assign
+from algoperf_kfac.pytorch import KFAC
 from tests.pytorch import processes
 from tests.pytorch.toys import SCALE_SENSITIVE, images
 

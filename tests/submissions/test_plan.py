@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from torch import nn
@@ -13,7 +11,6 @@ from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.cost import ITEM_BYTES, Load
 from algoperf_kfac.layers import Coverage, LayerSpec
 from algoperf_kfac.pytorch import KFAC
-from submissions import registry
 from submissions.cli.pytorch_probe import Subject, sight_optimizer
 from tests.submissions.planned import BATCH, Branching, Net, Recurrent, inputs, make_plan, seen_by
 
@@ -192,29 +189,6 @@ def test_peaks_by_hand():
         assert plan.memory.first_order_peak == ITEM_BYTES * 4 * total + 1e6
     idle = make_plan(coverage, {}, KFACConfig(), activation_bytes=0.0)
     assert idle.memory.first_order_peak == ITEM_BYTES * 6 * total
-
-
-def test_jax_sees_what_pytorch_sees():
-    """A scan over time uses its weights at every step."""
-    jax = pytest.importorskip("jax")
-    jnp = importlib.import_module("jax.numpy")
-    jax_probe = importlib.import_module("submissions.cli.jax_probe")
-    shape = jax.ShapeDtypeStruct
-
-    def apply(params, x):
-        def step(h, x_t):
-            return jnp.tanh(x_t @ params["w"] + h @ params["u"]), None
-
-        h = jax.lax.scan(step, jnp.zeros((x.shape[0], 5)), x.swapaxes(0, 1))[0]
-        image = h.reshape(-1, 5, 1, 1) * jnp.ones((1, 1, 6, 6))
-        return jax.lax.conv_general_dilated(image, params["k"], (2, 2), "SAME").sum((1, 2, 3))
-
-    params = {"w": shape((3, 5), "f"), "u": shape((5, 5), "f"), "k": shape((2, 5, 3, 3), "f")}
-    subject = jax_probe.Subject(apply, params, (shape((BATCH, 7, 3), "f"),))
-    seen = jax_probe.probe(subject, registry.kfac_config("kfac_reduce", "jax"))
-    assert seen.loads["w"] == Load(BATCH, 7, 7 * BATCH, 7 * BATCH * 3, 7 * BATCH * 5)
-    assert seen.loads["u"] == Load(BATCH, 7, 7 * BATCH, 7 * BATCH * 5, 7 * BATCH * 5)
-    assert seen.loads["k"] == Load(BATCH, 9, 9 * BATCH, 180 * BATCH, 18 * BATCH, 3)
 
 
 def test_rows_of_graphs_are_positions_of_their_graphs():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 
 import pytest
@@ -132,43 +131,3 @@ def test_a_statistics_step_of_an_lstm_keeps_the_inputs_of_its_gates():
     rows, gates, hidden = 7 * BATCH, 2 * 20, 2 * 5
     identity = 20 * gates * 2  # as the input weights of both directions
     assert seen.capture_bytes >= ITEM_BYTES * (rows * (gates + hidden) + identity)
-
-
-def test_activations_in_jax_are_what_a_compiled_program_holds():
-    jax = pytest.importorskip("jax")
-    jnp = importlib.import_module("jax.numpy")
-    activation_bytes = importlib.import_module("submissions.cli.jax_activations").activation_bytes
-    n, width, depth = 256, 64, 6
-
-    def apply(params, x):
-        for w in params:
-            x = jax.nn.silu(x @ w)
-        return x
-
-    args = ([jnp.zeros((width, width))] * depth, (jnp.zeros((n, width)),))
-    estimate = activation_bytes(apply, *args)
-    # What each silu takes, and what it gives to the next product.
-    assert estimate == ITEM_BYTES * n * width * (2 * depth - 1)
-    grad = jax.jit(jax.grad(lambda params, x: apply(params, x).sum()))
-    memory = grad.lower(args[0], *args[1]).compile().memory_analysis()
-    if memory is None:
-        pytest.skip("this backend does not say what a program takes")
-    assert 0.5 * memory.temp_size_in_bytes <= estimate <= 1.1 * memory.temp_size_in_bytes
-
-
-def test_a_loop_in_jax_keeps_what_it_stacks():
-    jax = pytest.importorskip("jax")
-    jnp = importlib.import_module("jax.numpy")
-    activation_bytes = importlib.import_module("submissions.cli.jax_activations").activation_bytes
-    steps, n, width = 7, BATCH, 5
-
-    def apply(params, x):
-        def step(h, x_t):
-            h = jnp.tanh(x_t + h @ params)
-            return h, None
-
-        return jax.lax.scan(step, jnp.zeros((n, width)), x)[0]
-
-    kept = activation_bytes(apply, jnp.zeros((width, width)), (jnp.zeros((steps, n, width)),))
-    each = ITEM_BYTES * steps * n * width
-    assert 2 * each <= kept <= 4 * each  # the state before and after each step, and at most what tanh makes of it

@@ -19,9 +19,10 @@ class Scaling(_base.Scaling):
     """The scaling is separable, so that U f(b) U^T is formed once per refresh and a step costs two products."""
 
     def operators(self, state: LayerState) -> _base.Operators:
-        return self._powers(state.a_basis, state.a_values), self._powers(state.b_basis, state.b_values)
+        return self.powers(state.a_basis, state.a_values), self.powers(state.b_basis, state.b_values)
 
-    def _powers(self, bases: list[Tensor], values: list[Tensor]) -> list[Tensor]:
+    def powers(self, bases: list[Tensor], values: list[Tensor]) -> list[Tensor]:
+        """U diag(v)^-p U^T of each block."""
         exponent = -self.config.exponent
         return [(u * v.pow(exponent).unsqueeze(1)) @ u.transpose(1, 2) for u, v in zip(bases, values, strict=True)]
 

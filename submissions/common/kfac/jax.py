@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 from flax.serialization import from_state_dict, to_state_dict
 
+from algoperf_kfac.cadence import is_statistics_step
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.jax import KFACState, Layers, Positions, discover, scale_by_kfac, value_grad_and_statistics
-from algoperf_kfac.jax.transform import is_statistics_step
 from submissions.common.api import Batch, Rng, Tree, Workload
 from submissions.common.description import Description
 from submissions.common.hyperparameters import TrainingConfig

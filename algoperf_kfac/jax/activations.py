@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 import jax
 import numpy as np
-from jax.extend.core import Literal
+from jax import Array
+from jax.core import ShapedArray
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_flow
+
+from algoperf_kfac.jax.types import ApplyFn, Tree
 
 # Element by element, or a change of shape: XLA fuses these into whatever reads them, forward or backward.
 # fmt: off
@@ -43,15 +46,16 @@ class _Array:
         is_read: whether a weighted operation reads it.
     """
 
-    def __init__(self, aval: Any, maker: str = "", inputs: Sequence[_Array] = ()) -> None:
-        itemsize = getattr(aval.dtype, "itemsize", 0)
-        self.bytes = math.prod(aval.shape) * itemsize
+    def __init__(self, value: Var, maker: str = "", inputs: Sequence[_Array] = ()) -> None:
+        assert isinstance(value.aval, ShapedArray)
+        itemsize = getattr(value.aval.dtype, "itemsize", 0)  # keys of random generators have none
+        self.bytes = math.prod(value.aval.shape) * itemsize
         self.maker = maker
         self.inputs = inputs
         self.is_read = False
 
 
-def activation_bytes(apply: Callable[..., Any], params: Any, args: tuple[Any, ...]) -> float:
+def activation_bytes(apply: ApplyFn, params: Tree, args: Sequence[Tree]) -> float:
     """Bytes of the smallest set of arrays from which the residuals of `jax.vjp` follow element by element.
 
     The derivative of elementwise functions keeps several arrays where a compiled program needs one: of a normalised
@@ -64,12 +68,12 @@ def activation_bytes(apply: Callable[..., Any], params: Any, args: tuple[Any, ..
         args: arrays or shapes.
     """
 
-    def residuals(params: Any, *args: Any) -> list[Any]:
+    def residuals(params: Tree, *args: Tree) -> list[Array]:
         return jax.tree.leaves(jax.vjp(lambda p: apply(p, *args), params)[1])
 
     closed = jax.make_jaxpr(residuals)(params, *args)
     made: list[_Array] = []
-    given = [_Array(v.aval) for v in closed.jaxpr.invars]
+    given = [_Array(v) for v in closed.jaxpr.invars]
     wanted = {array for array in _run(closed.jaxpr, given, made) if array is not None and array.maker}
     read = {array for array in wanted if array.is_read}
     return float(sum(array.bytes for array in read)) + _smallest_cut(made, wanted - read, read)
@@ -100,7 +104,7 @@ def _smallest_cut(made: Sequence[_Array], wanted: set[_Array], kept: set[_Array]
     return float(unit * maximum_flow(network, 0, 1).flow_value)
 
 
-def _run(jaxpr: Any, inputs: Sequence[_Array | None], made: list[_Array]) -> list[_Array | None]:
+def _run(jaxpr: Jaxpr, inputs: Sequence[_Array | None], made: list[_Array]) -> list[_Array | None]:
     """The outputs of a program, functions that it calls written out; None for literals.
 
     Args:
@@ -108,10 +112,10 @@ def _run(jaxpr: Any, inputs: Sequence[_Array | None], made: list[_Array]) -> lis
         inputs: its arguments.
         made: gets every array that it makes, in order.
     """
-    values: dict[Any, _Array | None] = dict(zip(jaxpr.invars, inputs, strict=True))
-    values |= {v: _Array(v.aval) for v in jaxpr.constvars}
+    values: dict[Var, _Array | None] = dict(zip(jaxpr.invars, inputs, strict=True))
+    values |= {v: _Array(v) for v in jaxpr.constvars}
 
-    def read(v: Any) -> _Array | None:
+    def read(v: Var | Literal) -> _Array | None:
         return None if isinstance(v, Literal) else values[v]
 
     for eqn in jaxpr.eqns:
@@ -127,30 +131,30 @@ def _run(jaxpr: Any, inputs: Sequence[_Array | None], made: list[_Array]) -> lis
             if name in READERS:
                 for array in arrays:
                     array.is_read = True
-            names: list[Any] = list(eqn.outvars)
+            names: list[Hashable] = list(eqn.outvars)
             if name == "scan":
-                names[eqn.params["num_carry"] :] = _stacked(eqn)
-            new = {key: _Array(v.aval, name, arrays) for key, v in zip(names, eqn.outvars, strict=True)}
+                names[eqn.params["num_carry"] :] = _piled_up(eqn)
+            new = {key: _Array(v, name, arrays) for key, v in zip(names, eqn.outvars, strict=True)}
             made += new.values()
             outputs = [new[key] for key in names]
         values.update(zip(eqn.outvars, outputs, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
 
-def _stacked(eqn: Any) -> list[Any]:
-    """For each array that a loop stacks, the value in its body: what is stacked twice is one array."""
+def _piled_up(eqn: JaxprEqn) -> Sequence[Hashable]:
+    """For each array that a loop piles up, the value in its body: what is piled up twice is one array."""
     body, carries = eqn.params["jaxpr"].jaxpr, eqn.params["num_carry"]
-    values = _run(body, [_Array(v.aval) for v in body.invars], [])
+    values = _run(body, [_Array(v) for v in body.invars], [])
     return [v if value is None else value for value, v in zip(values, eqn.outvars, strict=True)][carries:]
 
 
-def _called(eqn: Any) -> Any:
+def _called(eqn: JaxprEqn) -> Jaxpr | None:
     """The program of a function that is called once with the operands as they are, or None."""
     if eqn.primitive.name in READERS:
         return None
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         inner = eqn.params.get(key)
         inner = getattr(inner, "jaxpr", inner)
-        if hasattr(inner, "eqns") and len(inner.invars) == len(eqn.invars):
+        if isinstance(inner, Jaxpr) and len(inner.invars) == len(eqn.invars):
             return inner
     return None

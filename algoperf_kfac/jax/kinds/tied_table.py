@@ -1,0 +1,187 @@
+"""An embedding table that is the output layer too: one K-FAC direction from all uses of one weight.
+
+The table W (V x d) takes part in the loss twice. As output layer s = W x, its inputs are on the d-side and its
+output gradients on the V-side; as lookup y = W^T e, with e the one-hot token, it is the other way round. With the
+factors of each use as in `factors`, uses taken as independent, the curvature of vec(W), V-side first, is
+
+    B_out (x) A_out  +  F (x) B_emb,
+
+F the factor of the one-hot inputs (expand: the diagonal of token frequencies, of trace 1). The vocabulary side is
+taken as the identity, V being too large for a matrix of its own, and among all I (x) X the one closest to the sum
+in the Frobenius norm is its partial trace over the vocabulary,
+
+    X = ( tr(B_out) A_out + tr(F) B_emb ) / V.
+
+Only traces are needed of what has V rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from algoperf_kfac.config import TABLE
+from algoperf_kfac.jax.factors import Reading, grouped_outer_sums, outer_sums
+from algoperf_kfac.jax.interpreter import Key
+from algoperf_kfac.jax.kinds._base import Kind, Uses
+from algoperf_kfac.jax.operations import Call, Lookup, Use, WeightView
+from algoperf_kfac.jax.statistics import Statistics, Tap
+from algoperf_kfac.jax.types import Sizes
+from algoperf_kfac.layers import LayerSpec
+from algoperf_kfac.positions import Layout
+
+
+class TiedSums(NamedTuple):
+    """What a tied table collects in a backward pass.
+
+    Attributes:
+        inputs: of the output use: expand: outer products, (1, b, b) per block; reduce: one (1, examples, d).
+        outputs: of its output gradients: expand: their squares summed, (); reduce: (1, examples, V).
+        counts: (1, examples): positions of the output use that count.
+        tokens: of the lookups: expand: nothing, (); reduce: how often each token occurs, (examples, V).
+        gradients: of the lookups' output gradients, as `inputs`.
+        lookups: (1, examples): positions of the lookups that count.
+    """
+
+    inputs: tuple[Array, ...]
+    outputs: Array
+    counts: Array
+    tokens: Array
+    gradients: tuple[Array, ...]
+    lookups: Array
+
+
+class TiedTable(Kind[TiedSums]):
+    """A table that is looked up in, and the weight of an output layer."""
+
+    names = frozenset({TABLE})
+    has_bias = False
+    product_in_a = True
+
+    def claims(self, uses: Uses) -> bool:
+        return bool(uses.lookups)
+
+    def name_of(self, uses: Uses) -> str:
+        return TABLE
+
+    def misfit(self, view: WeightView, weight_shape: Sizes) -> str:
+        if view.groups == 1 and (view.out_dim, view.in_dim) == weight_shape:
+            return ""
+        return "tied weight: an embedding reads it too, in another layout than that of an output layer"
+
+    def counted(self, uses: Uses) -> dict[Key, Use]:
+        return {**uses.calls, **uses.lookups}
+
+    def zeros(self, spec: LayerSpec, slices: int, examples: int, dtype: DTypeLike) -> TiedSums:
+        counts = jnp.zeros((1, examples), dtype)
+        if spec.approximation == "reduce":
+            rows = (jnp.zeros((1, examples, spec.in_dim), dtype),)
+            vocabulary = jnp.zeros((examples, spec.out_dim), dtype)
+            return TiedSums(rows, vocabulary[None], counts, vocabulary, rows, counts)
+        blocks = tuple(jnp.zeros((1, size, size), dtype) for size in spec.in_blocks)
+        return TiedSums(blocks, jnp.zeros((), dtype), counts, jnp.zeros((), dtype), blocks, counts)
+
+    def tap(self, tap: Tap, out: Array, x: Array, reading: Reading, sums: TiedSums) -> Array:
+        chosen = tap_lookup if isinstance(tap.use, Lookup) else tap_output
+        return chosen(tap, out, x, reading, sums)
+
+    def finalise(self, spec: LayerSpec, sums: TiedSums, layout: Layout, scale: Array | float) -> Statistics:
+        return finalise(spec, sums, layout, scale)
+
+
+Residuals: TypeAlias = tuple[Array, Reading, TiedSums]
+Cotangents: TypeAlias = tuple[Array, None, None, TiedSums]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def tap_output(static: Tap, out: Array, x: Array, reading: Reading, sums: TiedSums) -> Array:
+    """The table's output as output layer, unchanged; arguments as for `statistics.tap`."""
+    return out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def tap_lookup(static: Tap, out: Array, tokens: Array, reading: Reading, sums: TiedSums) -> Array:
+    """Rows of the table, unchanged; `tokens` are their numbers, the other arguments as for `statistics.tap`."""
+    return out
+
+
+def _forward(static: Tap, out: Array, x: Array, reading: Reading, sums: TiedSums) -> tuple[Array, Residuals]:
+    return out, (x, reading, sums)
+
+
+def _output_backward(static: Tap, residuals: Residuals, gradient: Array) -> Cotangents:
+    x, reading, sums = residuals
+    static.on_backward(static.spec.name)
+    spec, call = static.spec, static.use
+    assert isinstance(call, Call)
+    rows = reading.rows(call.outputs(gradient.astype(static.dtype)))
+    reading = reading.of_gradients(rows)
+    x = reading.rows(call.inputs(x.astype(static.dtype)))
+    if spec.approximation == "reduce":
+        inputs: tuple[Array, ...] = (jnp.moveaxis(reading.sum_positions(x), 1, 0),)
+        outputs = jnp.moveaxis(reading.sum_positions(rows), 1, 0)
+    else:
+        inputs = outer_sums(reading.expanded(x), None, spec.in_blocks)
+        outputs = jnp.square(reading.expanded(rows)).sum()
+    counts = reading.counts(rows)[None]
+    zeros = jax.tree.map(jnp.zeros_like, sums)
+    return gradient, None, None, zeros._replace(inputs=inputs, outputs=outputs, counts=counts)
+
+
+def _lookup_backward(static: Tap, residuals: Residuals, gradient: Array) -> Cotangents:
+    tokens, reading, sums = residuals
+    spec = static.spec
+    rows = reading.rows(gradient.astype(static.dtype)[..., None, :])
+    reading = reading.of_gradients(rows)
+    zeros = jax.tree.map(jnp.zeros_like, sums)
+    counts = reading.counts(rows)[None]
+    if spec.approximation == "expand":
+        gradients = outer_sums(reading.expanded(rows), None, spec.in_blocks)
+        return gradient, None, None, zeros._replace(gradients=gradients, lookups=counts)
+    gradients = (jnp.moveaxis(reading.sum_positions(rows), 1, 0),)
+    numbers = reading.batch_first(tokens, tokens.ndim).reshape(rows.shape[0], -1)
+    ids = reading.segment_ids
+    example = jnp.arange(rows.shape[0]) if ids is None else ids
+    weights = jnp.ones(numbers.shape, static.dtype) if reading.mask is None else reading.mask
+    occurrences = sums.tokens * 0
+    occurrences = occurrences.at[jnp.broadcast_to(example[:, None], numbers.shape), numbers].add(weights)
+    return gradient, None, None, zeros._replace(gradients=gradients, tokens=occurrences, lookups=counts)
+
+
+tap_output.defvjp(_forward, _output_backward)
+tap_lookup.defvjp(_forward, _lookup_backward)
+
+
+def finalise(spec: LayerSpec, sums: TiedSums, layout: Layout, scale: Array | float) -> Statistics:
+    """X in place of A, B being the identity; arguments as for `statistics.finalise`."""
+    scale = jnp.asarray(scale, sums.counts.dtype)
+    squared = scale * scale
+    used = sums.lookups > 0
+    seen, looked_up = (sums.counts > 0).sum(), used.sum()
+    examples, readers = (jnp.maximum(n, 1).astype(sums.counts.dtype) for n in (seen, looked_up))
+    if spec.approximation == "expand":
+        positions = jnp.maximum(sums.counts.sum(), 1)
+        a_out = tuple(m / positions for m in sums.inputs)
+        trace_out = sums.outputs * squared / examples
+        b_emb = tuple(m * squared / readers for m in sums.gradients)
+        trace_tokens = (looked_up > 0).astype(scale.dtype)
+    else:
+        by_sum = layout.readout == "sum"
+        divisor, lookup_divisor = (jnp.maximum(n, 1)[..., None] for n in (sums.counts, sums.lookups))
+        inputs, outputs = sums.inputs[0], sums.outputs
+        gradients, tokens = sums.gradients[0], sums.tokens[None]
+        if by_sum:
+            outputs, gradients = outputs / divisor, gradients / lookup_divisor
+        else:
+            inputs, tokens = inputs / divisor, tokens / lookup_divisor
+        a_out = tuple(m / examples for m in grouped_outer_sums(inputs, spec.in_blocks))
+        trace_out = jnp.square(outputs).sum() * squared / examples
+        b_emb = tuple(m * squared / readers for m in grouped_outer_sums(gradients, spec.in_blocks))
+        trace_tokens = jnp.square(tokens).sum() / readers
+    x = tuple((trace_out * a + trace_tokens * b) / spec.out_dim for a, b in zip(a_out, b_emb, strict=True))
+    return Statistics(x, (), jnp.ones((), scale.dtype), seen.astype(scale.dtype))

@@ -1,0 +1,98 @@
+"""What K-FAC knows of a model: its layers, and the parameters they must come with."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from algoperf_kfac.jax.operations import WeightView
+from algoperf_kfac.jax.tracing import named_leaves
+from algoperf_kfac.jax.types import Sizes, Tree
+from algoperf_kfac.layers import Coverage, FallbackSpec, LayerSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class CoveredLayer:
+    """A layer with what turns its parameters into matrices.
+
+    Attributes:
+        spec: the layer.
+        view: its weight's matrices.
+        bias_shape: as the bias is stored, None without one.
+        slices: number of layers that one parameter holds, a slice for each (`nn.scan` over layers); 1 if none.
+        calls: leading dimensions of the input at each call, of the example arguments.
+        dtype: of its factors, at least float32.
+    """
+
+    spec: LayerSpec
+    view: WeightView
+    bias_shape: Sizes | None
+    slices: int
+    calls: tuple[Sizes, ...]
+    dtype: DTypeLike
+
+    def matrix(self, weight: Array, bias: Array | None) -> Array:
+        """Parameters, gradients or momenta as (groups, P_out, P_in [+ 1]) in the dtype of the factors."""
+        wide = None if bias is None else bias.astype(self.dtype)
+        return self.view.to_matrix(weight.astype(self.dtype), wide)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """The layers of a model; static, made once by `discover`.
+
+    Attributes:
+        covered: the covered layers by name, in the order of their first call.
+        fallbacks: every other parameter.
+        shapes: shape and dtype of every parameter by name.
+    """
+
+    covered: dict[str, CoveredLayer]
+    fallbacks: tuple[FallbackSpec, ...]
+    shapes: dict[str, tuple[Sizes, jnp.dtype]]
+
+    def coverage(self) -> Coverage:
+        """The covered layers, and every other parameter with the reason why it is not covered."""
+        return Coverage(tuple(layer.spec for layer in self.covered.values()), self.fallbacks)
+
+
+def check_params(layers: Layers, params: Tree) -> None:
+    """Raises ValueError, naming the parameter, unless `params` has the leaves of `layers`."""
+    check_dtypes(params)
+    leaves = named_leaves(params)
+    for name in sorted(layers.shapes.keys() ^ leaves.keys()):
+        what = "missing" if name in layers.shapes else "unknown: K-FAC was made without it"
+        raise ValueError(f"parameter {name} is {what}")
+    for name, leaf in leaves.items():
+        shape, dtype = layers.shapes[name]
+        if (tuple(leaf.shape), jnp.dtype(leaf.dtype)) != (shape, dtype):
+            raise ValueError(
+                f"parameter {name} has shape {tuple(leaf.shape)} and dtype {leaf.dtype}; when K-FAC was made it "
+                f"had {shape} and {dtype.name}"
+            )
+
+
+def check_dtypes(params: Tree) -> None:
+    """Raises ValueError if single and double precision are mixed, or a leaf is no array."""
+    seen: dict[jnp.dtype, str] = {}
+    for name, leaf in named_leaves(params).items():
+        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+            raise ValueError(f"parameter {name} is no array but {type(leaf).__name__}")
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            seen.setdefault(jnp.dtype(leaf.dtype), name)
+    wide = jnp.dtype("float64")
+    if wide in seen and len(seen) > 1:
+        other = next(name for dtype, name in seen.items() if dtype != wide)
+        raise ValueError(
+            f"parameter {seen[wide]} is float64 and parameter {other} is not: cast all parameters to one precision"
+        )
+
+
+def check_known(layers: Layers, names: set[str]) -> None:
+    """Raises ValueError, naming the layer, unless statistics of `names` are those of all covered layers."""
+    for name in sorted(layers.covered.keys() ^ names):
+        what = "missing" if name in layers.covered else "of a layer that K-FAC does not know"
+        raise ValueError(f"statistics of {name} are {what}: they must come from the same Layers")

@@ -1,0 +1,15 @@
+"""The paper's own form, damped inverses by Cholesky decomposition: (B + l_B I)^-1 M (A + l_A I)^-1."""
+
+from __future__ import annotations
+
+from algoperf_kfac.jax.preconditioner import LayerState
+from algoperf_kfac.jax.scalings import _base
+
+
+class Scaling(_base.Scaling):
+    """The inverses are what a refresh gives, and the operators."""
+
+    uses_bases = False
+
+    def operators(self, state: LayerState) -> _base.Operators:
+        return state.a_basis, state.b_basis

@@ -1,0 +1,162 @@
+"""Parameters as a program reads them: followed through changes of shape, concatenations and arithmetic.
+
+Each value of a program carries a tag that says what it is of the parameters; see `Tag` in `interpreter.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from algoperf_kfac.jax.types import Sizes
+
+Value = TypeVar("Value", Array, np.ndarray)
+
+
+class Move(NamedTuple):
+    """One change of shape.
+
+    Attributes:
+        kind: "reshape", "transpose", "rev" or "broadcast".
+        argument: the new shape, the permutation, the reversed dimensions, or where the old dimensions go.
+        shape: the new shape of a broadcast.
+    """
+
+    kind: str
+    argument: Sizes
+    shape: Sizes = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A value that is a parameter, up to changes of shape.
+
+    Attributes:
+        name: of the parameter.
+        shape: as the parameter is stored.
+        moves: what was done to it, in order; shapes and dimensions include those that scans run over.
+        scans: leading dimensions over which enclosing scans run; the value at hand is a slice of them.
+    """
+
+    name: str
+    shape: Sizes
+    moves: tuple[Move, ...] = ()
+    scans: int = 0
+
+    def moved(self, move: Move) -> Source:
+        return dataclasses.replace(self, moves=(*self.moves, move))
+
+    def apply(self, value: Value) -> Value:
+        """The parameter (a NumPy or JAX array of shape `shape`) as the operation sees it, with all its slices."""
+        module = np if isinstance(value, np.ndarray) else jnp
+        for move in self.moves:
+            if move.kind == "reshape":
+                value = value.reshape(move.argument)
+            elif move.kind == "transpose":
+                value = module.transpose(value, move.argument)
+            elif move.kind == "rev":
+                value = module.flip(value, move.argument)
+            else:
+                sizes = [1] * len(move.shape)
+                for size, dim in zip(value.shape, move.argument, strict=True):
+                    sizes[dim] = size
+                value = module.broadcast_to(value.reshape(sizes), move.shape)
+        return value
+
+    def invert(self, value: Array) -> Array:
+        """The inverse of `apply`, for sources that were not broadcast."""
+        befores = [dataclasses.replace(self, moves=self.moves[:i]).seen_shape for i in range(len(self.moves))]
+        for move, before in zip(reversed(self.moves), reversed(befores), strict=True):
+            if move.kind == "reshape":
+                value = value.reshape(before)
+            elif move.kind == "transpose":
+                value = jnp.transpose(value, inverse_permutation(move.argument))
+            else:
+                value = jnp.flip(value, move.argument)
+        return value
+
+    @property
+    def seen_shape(self) -> Sizes:
+        """The shape in which the operation sees it, with all its slices."""
+        return tuple(self.apply(hollow(self.shape)).shape)
+
+    @property
+    def scanned_sizes(self) -> Sizes:
+        """Sizes of the dimensions that scans run over."""
+        return self.seen_shape[: self.scans]
+
+    @property
+    def is_broadcast(self) -> bool:
+        return any(move.kind == "broadcast" for move in self.moves)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fused:
+    """Parameters concatenated into one weight or bias, as LSTM cells do with their gates.
+
+    Attributes:
+        whole: the concatenation, as if it were a parameter.
+        parts: the parameters, without changes of shape.
+        axis: the dimension along which they follow each other.
+    """
+
+    whole: Source
+    parts: tuple[Source, ...]
+    axis: int
+
+    def moved(self, move: Move) -> Fused:
+        return dataclasses.replace(self, whole=self.whole.moved(move))
+
+
+@dataclasses.dataclass(frozen=True)
+class Derived:
+    """A value computed from parameters and constants, no longer a parameter itself: a scaled or normalised weight.
+
+    Attributes:
+        sources: the parameters; empty for a constant.
+    """
+
+    sources: frozenset[Source] = frozenset()
+
+
+CONSTANT = Derived()
+
+
+def fuse(tags: Sequence[object], axis: int) -> Fused | None:
+    """The concatenation of values; None unless all are parameters as they are stored."""
+    sources = [tag for tag in tags if isinstance(tag, Source) and not tag.moves and not tag.scans]
+    if len(sources) < len(tags):
+        return None
+    shape = list(sources[0].shape)
+    shape[axis] = sum(s.shape[axis] for s in sources)
+    return Fused(Source(" + ".join(s.name for s in sources), tuple(shape)), tuple(sources), axis)
+
+
+def as_source(tag: object) -> Source | None:
+    """The parameter, or the concatenation of parameters, that a value is."""
+    if isinstance(tag, Fused):
+        return tag.whole
+    return tag if isinstance(tag, Source) else None
+
+
+def sources_of(tag: object) -> tuple[Source, ...]:
+    """The parameters in a value."""
+    if isinstance(tag, Source):
+        return (tag,)
+    if isinstance(tag, Fused):
+        return tag.parts
+    return tuple(tag.sources) if isinstance(tag, Derived) else ()
+
+
+def hollow(shape: Sizes) -> np.ndarray:
+    """An array of any shape in one byte: what becomes of its shape can be read off it."""
+    return np.broadcast_to(np.zeros((), np.int8), shape)
+
+
+def inverse_permutation(permutation: Sequence[int]) -> Sizes:
+    return tuple(int(i) for i in np.argsort(permutation))
