@@ -186,8 +186,11 @@ def _recorded_loads(recorders: Iterable[AnyRecorder]) -> dict[str, Load]:
     """By weight, what was recorded of each layer; the only source for operations that no rule reads (`kinds`)."""
     loads: dict[str, Load] = {}
     for recorder in recorders:
-        for call in recorder.calls if isinstance(recorder, Recorder) else []:
-            spec, layout = recorder.spec, call.layout
+        if not isinstance(recorder, Recorder):
+            continue
+        spec = recorder.spec
+        for call in recorder.calls:
+            layout = call.layout
             rows = layout.num_examples * layout.positions
             inputs = 0 if call.input is None else call.input.numel()
             load = Load(layout.num_examples, layout.positions, rows, inputs, rows * spec.groups * spec.out_dim)
