@@ -21,7 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 _SCORE = """
 import sys
-from scoring import logs, score, targets, trials
+from scoring.judge import score, targets, trials
+from scoring.read import logs
 runs = logs.read([sys.argv[1]], use_cache={cache})
 rules = targets.rules_for(runs.trials)
 score.scores(trials.cells(trials.studies(trials.reach(runs, rules), rules), rules), rules)

@@ -2,7 +2,8 @@
 
 The steps are pure functions on pandas tables, to be used one by one:
 
-    from scoring import logs, targets, trials, score
+    from scoring.judge import targets, trials, score
+    from scoring.read import logs
     runs = logs.read(["runs/kfac_reduce", "runs/nadamw"])       # runs.evals, runs.trials, runs.oddities
     rules = targets.rules_for(runs.trials)                      # targets, budgets, held-out sets
     reached = trials.reach(runs, rules)                         # one row per trial

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from scoring.folders import InputError
+from scoring.errors import InputError
 from scoring.frames import records
 
 EPILOG = (
@@ -103,7 +103,10 @@ def _goals(values: Sequence[str]) -> dict[str, float]:
 
 
 def _report(flags: argparse.Namespace) -> int:
-    from scoring import logs, output, report, text
+    from scoring.judge import report
+    from scoring.pages import output
+    from scoring.read import logs
+    from scoring.show import text
 
     path = output.folder(flags.output_dir)
     runs = logs.read(flags.runs, not flags.no_cache)
@@ -119,7 +122,10 @@ def _report(flags: argparse.Namespace) -> int:
 
 
 def _leaderboard(flags: argparse.Namespace) -> int:
-    from scoring import leaderboard, logs, output, targets, text
+    from scoring.judge import leaderboard, targets
+    from scoring.pages import output
+    from scoring.read import logs
+    from scoring.show import text
 
     path = output.folder(flags.output_dir) if flags.output_dir else None
     if flags.replicates < 1:
@@ -156,7 +162,11 @@ def _leaderboard(flags: argparse.Namespace) -> int:
 
 
 def _lint(flags: argparse.Namespace) -> int:
-    from scoring import lint, logs, oddities, output, report, targets, text, trials
+    from scoring import oddities
+    from scoring.judge import lint, report, targets, trials
+    from scoring.pages import output
+    from scoring.read import logs
+    from scoring.show import text
 
     path = output.folder(flags.output_dir) if flags.output_dir else None
     runs = logs.read(flags.logs, not flags.no_cache)

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scoring import logs, targets, trials
-from scoring.logs import Logs
+from scoring.judge import targets, trials
+from scoring.read import logs
+from scoring.read.logs import Logs
 from tests.scoring.trees import plain, write_trial
 
 HIT = 70  # the step at which plain() reaches its target

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from scoring import leaderboard, logs, parity, score, targets, trials
-from scoring.logs import Logs
+from scoring.judge import leaderboard, parity, score, targets, trials
+from scoring.read import logs
+from scoring.read.logs import Logs
 from tests.scoring.trees import official_meta, official_rows, write_official, write_trial
 
 # Published on the AlgoPerf 0.5 leaderboard, external tuning.

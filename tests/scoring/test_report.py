@@ -11,9 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scoring import figures, leaderboard, logs, output, report, text
-from scoring.folders import InputError
-from scoring.report import Report
+from scoring.errors import InputError
+from scoring.judge import leaderboard, report
+from scoring.judge.report import Report
+from scoring.pages import output
+from scoring.read import logs
+from scoring.show import figures, text
 from tests.scoring.trees import META, curve, plain, write_official, write_runs, write_trial
 
 SPEEDS = {"kfac_reduce": 2.2, "nadamw": 1.0, "sgd": 0.5}

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scoring import bootstrap, parity, score, targets
-from scoring.folders import InputError
-from scoring.targets import Rules
+from scoring.errors import InputError
+from scoring.judge import bootstrap, parity, score, targets
+from scoring.judge.targets import Rules
 
 RULES = targets.load("0.5")
 COSTS = st.one_of(st.just(np.inf), st.floats(0.5, 50.0))

@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scoring import lint, logs, parity, score, targets, trials
-from scoring.folders import InputError
+from scoring.errors import InputError
+from scoring.judge import lint, parity, score, targets, trials
+from scoring.read import logs
 from tests.scoring.trees import META, official_meta, official_rows, plain, write_official, write_trial
 
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 
-from scoring import bootstrap, text, trials
-from scoring.folders import InputError
+from scoring.errors import InputError
 from scoring.frames import lookup, records
-from scoring.logs import Logs
+from scoring.judge import bootstrap, trials
+from scoring.judge.targets import Rules, rules_for, with_targets
 from scoring.oddities import Oddities, merge, summary
-from scoring.targets import Rules, rules_for, with_targets
-from scoring.text import Table
+from scoring.read.logs import Logs
+from scoring.show import text
+from scoring.show.text import Table
 
 MEASURES = ("steps", "time")
 # How `labels` names a submission that was run in both frameworks.

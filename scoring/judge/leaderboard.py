@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from scoring import bootstrap, parity, report, score, text, trials
-from scoring.folders import InputError
+from scoring.errors import InputError
 from scoring.frames import lookup, records
-from scoring.lint import lint, step_outliers
-from scoring.logs import Logs
+from scoring.judge import bootstrap, parity, report, score, trials
+from scoring.judge.lint import lint, step_outliers
+from scoring.judge.targets import Rules, rules_for
 from scoring.oddities import Oddities, merge
-from scoring.targets import Rules, rules_for
-from scoring.text import Table
+from scoring.read.logs import Logs
+from scoring.show import text
+from scoring.show.text import Table
 
 BASELINES = ("nadamw", "baseline", "prize_qualification_baseline")
 

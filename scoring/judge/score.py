@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from scoring.folders import InputError
-from scoring.targets import Rules
+from scoring.errors import InputError
+from scoring.judge.targets import Rules
 
 Floats = npt.NDArray[np.float64]
 MAX_TAU = 4.0

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from scoring import cache, sanity
-from scoring.folders import Folder, InputError, folders, signature
-from scoring.layout import TrialFolder, distinct, find_trials
+from scoring.errors import InputError
 from scoring.oddities import Oddities
-from scoring.parse import METRIC, parse
+from scoring.read import cache, sanity
+from scoring.read.folders import Folder, folders, signature
+from scoring.read.layout import TrialFolder, distinct, find_trials
+from scoring.read.parse import METRIC, parse
 
 NAMES = ("submission", "study", "workload", "framework", "trial", "hyperparameters")
 META = {

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from scoring.oddities import Oddities
-from scoring.parse import METRIC
+from scoring.read.parse import METRIC
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]

@@ -11,15 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from scoring.errors import InputError
 from scoring.oddities import Oddities
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".zip")
 MAX_DEPTH = 12
 MAX_FILE = 1 << 30  # a member claiming more than this is not a log
-
-
-class InputError(Exception):
-    """What a user can mend: shown as one line, never as a traceback."""
 
 
 @dataclass(slots=True)

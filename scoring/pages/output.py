@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from scoring import leaderboard as leaderboard_module
-from scoring import report as report_module
-from scoring import text
-from scoring.folders import InputError
-from scoring.leaderboard import Leaderboard
-from scoring.logs import Logs
-from scoring.report import Report
+from scoring.errors import InputError
+from scoring.judge import leaderboard as leaderboard_module
+from scoring.judge import report as report_module
+from scoring.judge.leaderboard import Leaderboard
+from scoring.judge.report import Report
+from scoring.read.logs import Logs
+from scoring.show import text
 
 
 def folder(path: str) -> Path:
@@ -51,7 +51,8 @@ def csv(table: pd.DataFrame) -> str:
 
 def write_report(result: Report, logs: Logs, path: Path) -> None:
     """report.md, report.html, curves.png, curves.svg, and the tables behind them as CSV."""
-    from scoring import figures, html
+    from scoring.pages import html
+    from scoring.show import figures
 
     names = sorted(result.summary["algorithm"].unique())
     look = figures.styles(names, result.reference)
@@ -109,7 +110,8 @@ def lead_text(result: Report) -> str:
 
 def write_leaderboard(board: Leaderboard, logs: Logs, path: Path) -> None:
     """leaderboard.html, .md, .json, and ranking, cells, per-workload table, trials and oddities as CSV."""
-    from scoring import figures, html
+    from scoring.pages import html
+    from scoring.show import figures
 
     names = list(board.ranking.index)
     look = figures.styles(names, board.reference)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from scoring.figures import COLOURS, ON_LIGHT
-from scoring.text import Table
+from scoring.show.figures import COLOURS, ON_LIGHT
+from scoring.show.text import Table
 
 
 @dataclass

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 
 from scoring.frames import records
-from scoring.logs import Logs
+from scoring.judge.targets import Rules
 from scoring.oddities import Oddities, merge
-from scoring.targets import Rules
+from scoring.read.logs import Logs
 
 STEP_TIME = 1.5  # a trial's ms per step against the median of its submission on the workload
 STEP_SIZE = 5.0  # a submission's ms per step against the median submission

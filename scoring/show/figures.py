@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from scoring.targets import Target
+from scoring.judge.targets import Target
 
 Floats = npt.NDArray[np.float64]
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from scoring import score, trials
-from scoring.logs import Logs
-from scoring.targets import Rules
+from scoring.judge import score, trials
+from scoring.judge.targets import Rules
+from scoring.read.logs import Logs
 
 POINTS = 100
 

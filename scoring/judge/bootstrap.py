@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from scoring import score
 from scoring.frames import records
-from scoring.targets import Rules
-from scoring.trials import median_of
+from scoring.judge import score
+from scoring.judge.targets import Rules
+from scoring.judge.trials import median_of
 
 Floats = npt.NDArray[np.float64]
 REPLICATES = 2000

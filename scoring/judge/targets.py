@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from scoring.folders import InputError
+from scoring.errors import InputError
 from scoring.frames import records
 from scoring.oddities import Oddities
 
 HIGHER_IS_BETTER = ("accuracy", "ssim", "bleu", "mean_average_precision")
 VERSIONS = ("0.5", "0.6")
-DATA = Path(__file__).with_name("data")
+DATA = Path(__file__).parents[1] / "data"
 
 
 @dataclass(frozen=True)

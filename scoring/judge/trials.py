@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from scoring.folders import InputError
-from scoring.logs import Logs
-from scoring.targets import Rules
+from scoring.errors import InputError
+from scoring.judge.targets import Rules
+from scoring.read.logs import Logs
 
 # From best to worst news.
 STATES = ("hit", "unfinished", "over budget", "missed", "no data")

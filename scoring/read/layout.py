@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from scoring.folders import Entry, Folder, archive_stem, is_log
 from scoring.oddities import Oddities
+from scoring.read.folders import Entry, Folder, archive_stem, is_log
 
 WORKLOAD = re.compile(r"(.+)_(jax|pytorch)")
 TRIAL = re.compile(r"trial_(\d+)")
