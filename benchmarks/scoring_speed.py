@@ -21,11 +21,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 _SCORE = """
 import sys
-from scoring.judge import score, targets, trials
+from scoring.judge import cells as cells_module
+from scoring.judge import score, trials, versions
 from scoring.read import logs
 runs = logs.read([sys.argv[1]], use_cache={cache})
-rules = targets.rules_for(runs.trials)
-score.scores(trials.cells(trials.studies(trials.reach(runs, rules), rules), rules), rules)
+rules = versions.rules_for(runs.trials)
+score.scores(cells_module.cells(cells_module.studies(trials.reach(runs, rules), rules), rules), rules)
 """
 _NAIVE = """
 import glob, sys

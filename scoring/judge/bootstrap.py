@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from scoring.frames import records
 from scoring.judge import score
-from scoring.judge.targets import Rules
-from scoring.judge.trials import median_of
+from scoring.judge.cells import median_of
+from scoring.judge.columns import Floats
+from scoring.judge.rules import Rules
 
-Floats = npt.NDArray[np.float64]
 REPLICATES = 2000
 SEED = 0
 
@@ -64,7 +63,8 @@ def group(
     """
     draws = resample(cells, rules, replicates, seed)
     names = score.grid(cells, rules).submissions
-    values = score.exact(score.ratios(draws, rules, None if unit is None else unit(draws)))
+    ratio = score.ratios(draws, rules, None if unit is None else unit(draws))
+    values = score.exact(ratio) if unit is None else score.relative(ratio)
     # Equal scores share the better rank.
     ranks = 1.0 + (values[:, None, :] > values[:, :, None]).sum(axis=-1)
     low, high = interval(values)
@@ -95,3 +95,9 @@ def speedup_interval(
     other = draws[:, [names.index(reference)], :]
     low, high = interval(score.speedups(draws, other, penalty[: len(rules.base)]))
     return pd.DataFrame({"speedup_low": low, "speedup_high": high}, index=list(names))
+
+
+def single(cells: pd.DataFrame) -> set[str]:
+    """The submissions with a workload they ran in one study only: from one study no interval can be drawn."""
+    present = cells[cells["present"] > 0]
+    return set(present.loc[present["present"] == 1, "submission"])

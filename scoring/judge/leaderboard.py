@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
 from scoring.errors import InputError
-from scoring.frames import lookup, records
-from scoring.judge import bootstrap, parity, report, score, trials
-from scoring.judge.lint import lint, step_outliers
-from scoring.judge.targets import Rules, rules_for
+from scoring.judge import bootstrap, cells, parity, published, reasons, score, sweep, trials
+from scoring.judge.columns import Floats
+from scoring.judge.frameworks import labelled, named
+from scoring.judge.lint import lint
+from scoring.judge.rules import Rules
+from scoring.judge.versions import rules_for
 from scoring.oddities import Oddities, merge
 from scoring.read.logs import Logs
-from scoring.show import text
-from scoring.show.text import Table
 
-BASELINES = ("nadamw", "baseline", "prize_qualification_baseline")
+BASELINES = ("nadamw", "baseline", "prize_qualification_baseline", "nadamw_baselinev05")
 
 
 @dataclass(frozen=True)
@@ -25,23 +26,38 @@ class Leaderboard:
     """Everything the leaderboard shows.
 
     Attributes:
-      ranking: by submission, best first: rank, score, and, under the exact rules, the intervals and speedups.
-      cells: one row per submission and base workload: those of trials.cells, and ratio and reason ("" if credited).
+      ranking: by submission, best first: rank, score, reached (base workloads whose median study reached the
+        target), credited, framework, under the exact rules intervals and speedups, other_rank by steps or time.
+      cells: one row per submission and base workload: those of cells.cells, and ratio and reason ("" if credited).
       trials, studies: the tables the cells come from.
       profiles: the corners of each submission's performance profile.
+      speedups: the reference's cost over each submission's, submissions by base workloads; NaN where it missed.
+      reference_missed: the base workloads on which the reference itself missed and counts at the penalty.
+      sweep: scores under relaxed targets, if asked for.
+      published: the submissions whose numbers were shipped, not read.
     """
 
     ranking: pd.DataFrame
     cells: pd.DataFrame
     trials: pd.DataFrame
     studies: pd.DataFrame
-    profiles: dict[str, tuple[score.Floats, score.Floats]]
+    profiles: Mapping[str, tuple[Floats, Floats]]
+    speedups: pd.DataFrame
+    reference_missed: tuple[str, ...]
     rules: Rules
     reference: str
     relative: bool
     cost: str
     official: bool
     oddities: pd.DataFrame
+    sweep: sweep.Sweep | None = None
+    published: frozenset[str] = frozenset()
+    inputs: tuple[str, ...] = ()
+
+    @property
+    def procedure(self) -> str:
+        """Which rules made the score."""
+        return "official procedure" if self.official else "exact rules"
 
 
 def build(
@@ -54,244 +70,240 @@ def build(
     relative: bool = False,
     official: bool = False,
     replicates: int = bootstrap.REPLICATES,
+    studies: int = 0,
+    relaxations: Mapping[str, float] | None = None,
+    against: str = "",
+    shares: Sequence[float] = (),
 ) -> Leaderboard:
-    """Score all submissions as one group, or (``relative``) against the fixed costs of ``reference``."""
+    """Score all submissions as one group, or (``relative``) against the fixed costs of ``reference``.
+
+    Args:
+      logs: what was read.
+      version, ruleset, studies: see ``versions.rules_for``.
+      workloads: ``base``, ``qualification``, ``present``, or names separated by commas.
+      cost: ``time``, ``steps``, ``normalised``, or a numeric column of the evaluations.
+      reference: the submission speedups are over; by default a baseline, if there is one; "" for none.
+      official: the official procedure instead of the exact rules.
+      replicates: of the bootstrap.
+      relaxations: share by which targets are made easier, see ``Rules.relaxed``.
+      against: ``published`` puts the shipped numbers of published submissions into the group.
+      shares: relaxations of all targets under which the group is scored as well.
+
+    Raises:
+      InputError: a name is unknown, nothing is left to score, or two wishes exclude each other.
+    """
+    if relative and official:
+        raise InputError("--relative_to=reference is not part of the official procedure: leave out --parity")
+    if against and official:
+        raise InputError("--against=published scores by the exact rules: leave out --parity, or give the logs")
     odd = Oddities()
-    rules = select(rules_for(logs.trials, version, ruleset, odd), workloads, logs)
-    names = sorted(logs.trials["submission"].unique())
-    chosen = _reference(names, reference, logs.trials[logs.trials["workload"].isin(list(rules.scored))])
+    rules = select(rules_for(logs.trials, version, ruleset, odd, studies), workloads, logs)
+    if relaxations:
+        rules = rules.relaxed(relaxations)
+    names = sorted(labelled(logs.trials)["submission"].unique())
+    unpriced: frozenset[str] = frozenset()
+    extra = _published(rules, cost, names) if against else None
+    everyone = names if extra is None else sorted({*names, *extra["submission"]})
+    chosen = _reference(everyone, reference, _with_trials(logs, rules, extra))
     if relative and not chosen:
         raise InputError("--relative_to=reference needs --reference=NAME")
     if cost == "normalised":
-        logs = trials.with_normalised(logs, rules, chosen)
+        logs, unpriced = trials.with_normalised(logs, rules, chosen)
     reached = trials.reach(logs, rules, cost)
     if not reached["workload"].isin(list(rules.scored)).any():
-        raise InputError(f"no trial of any of {', '.join(rules.scored)}: nothing to score")
-    scored = reached[reached["workload"].isin(list(rules.scored))]
-    if cost != "time":
-        odd.rows += step_outliers(scored)
-    by_study = trials.studies(scored, rules)
-    cells = trials.completed(trials.cells(by_study, rules), names, rules)
-    penalty = score.penalties(scored, rules, cost)
-    unit = score.reference_unit(cells, rules, chosen, penalty) if relative else None
-    if official:
-        found_cells = parity.cells(parity.studies(logs, rules, cost), rules)
-        raw_cells = cells.drop(columns="cost").merge(found_cells, on=["submission", "workload"], how="left")
-        raw_cells["cost"] = raw_cells["cost"].fillna(np.inf)
-        ranking = parity.scores(logs, rules, cost).to_frame()
-        details = explain(raw_cells, rules, None)
-        profiles = score.profiles(raw_cells, rules)
-    else:
-        ranking = _ranking(cells, rules, unit, penalty, chosen, replicates)
-        details = explain(cells, rules, unit)
-        profiles = score.profiles(cells, rules, unit)
-    ranking.insert(0, "rank", ranking["score"].rank(ascending=False, method="min").astype(int))
+        raise InputError(
+            f"no trial of any of {', '.join(rules.scored)}: nothing to score; --workloads=present takes all"
+        )
     found = merge(lint(logs, rules, reached), odd.table())
-    return Leaderboard(ranking, details, scored, by_study, profiles, rules, chosen, relative, cost, official, found)
+    if extra is not None:
+        reached = pd.concat([reached, extra], ignore_index=True)
+    scored = reached[reached["workload"].isin(list(rules.scored))]
+    judged = _judge(logs, rules, cost, scored, everyone, official)
+    penalty = score.penalties(scored, rules, cost)
+    unit = score.reference_unit(judged.cells, rules, chosen, penalty) if relative else None
+    values = parity.of_cells(judged.cells, rules) if official else score.scores(judged.cells, rules, unit)
+    details = reasons.explain(judged.cells, rules, unit, unpriced)
+    ranking = _ranking(values, details)
+    if not official:
+        ranking = ranking.join(_intervals(judged.cells, rules, unit, penalty, chosen, replicates))
+    speedups, missed = _speedups(details, rules, chosen, penalty)
+    if chosen and not official:
+        ranking = ranking.join(_mean_speedups(judged.cells, rules, chosen, penalty, replicates))
+    if cost in ("time", "steps") and not relative:
+        ranking["other_rank"] = _other_rank(logs, rules, cost, scored, everyone, official)
+    swept = None
+    if shares:
+        if against or relative or cost == "normalised":
+            raise InputError("--sweep goes with none of --against, --relative_to=reference, --cost=normalised")
+        swept = sweep.sweep(rules, lambda easier: _rescored(logs, easier, cost, everyone, official), shares)
+    return Leaderboard(
+        ranking,
+        details,
+        scored,
+        judged.studies,
+        score.profiles(judged.cells, rules, unit),
+        speedups.reindex(ranking.index),
+        missed,
+        rules,
+        chosen,
+        relative,
+        cost,
+        official,
+        found,
+        swept,
+        frozenset() if extra is None else frozenset(extra["submission"]),
+        logs.inputs,
+    )
 
 
-def raw(board: Leaderboard) -> report.Report:
-    """The report on the same trials: steps, time and best metric per workload and submission, without profiles."""
-    summary = report.summarise(board.trials, board.rules, board.reference)
-    return report.Report(summary, board.studies, board.trials, board.rules, board.reference, board.oddities)
+@dataclass(frozen=True)
+class _Judged:
+    studies: pd.DataFrame
+    cells: pd.DataFrame
+
+
+def _judge(
+    logs: Logs, rules: Rules, cost: str, scored: pd.DataFrame, names: Sequence[str], official: bool
+) -> _Judged:
+    """Studies and cells under one of the two procedures; every submission has a cell for every workload."""
+    if official:
+        by_study = parity.studies(logs, rules, cost, reached=scored)
+        table = parity.cells(by_study, rules)
+    else:
+        by_study = cells.studies(scored, rules)
+        table = cells.cells(by_study, rules)
+    return _Judged(by_study, cells.completed(table, names, rules))
+
+
+def _rescored(
+    logs: Logs, rules: Rules, cost: str, names: Sequence[str], official: bool
+) -> tuple[pd.Series, pd.DataFrame]:
+    reached = trials.reach(logs, rules, cost)
+    scored = reached[reached["workload"].isin(list(rules.scored))]
+    table = _judge(logs, rules, cost, scored, names, official).cells
+    return (parity.of_cells(table, rules) if official else score.scores(table, rules)), table
+
+
+def _other_rank(
+    logs: Logs, rules: Rules, cost: str, scored: pd.DataFrame, names: Sequence[str], official: bool
+) -> pd.Series:
+    """The rank by steps if the cost is time, and the other way round."""
+    other = "steps" if cost == "time" else "time"
+    table = _judge(logs, rules, other, scored.assign(cost=scored[other]), names, official).cells
+    values = parity.of_cells(table, rules) if official else score.scores(table, rules)
+    return values.rank(ascending=False, method="min").astype(int)
+
+
+def _published(rules: Rules, cost: str, names: Sequence[str]) -> pd.DataFrame:
+    table = published.load(rules, cost)
+    table = table[table["workload"].isin(list(rules.scored))]
+    clash = table["submission"].isin(names)
+    return table.assign(submission=table["submission"].where(~clash, table["submission"] + " (published)"))
 
 
 def select(rules: Rules, workloads: str, logs: Logs) -> Rules:
-    """The rules over a named subset: base, qualification, present, or a list of workloads separated by commas."""
+    """The rules over a named subset: base, qualification, present, or a list of workloads separated by commas.
+
+    ``present`` are all workloads that occur and have a target, but for held-out variants, which only decide credit.
+
+    Raises:
+      InputError: a name is unknown, or the version has no qualification set.
+    """
     if workloads == "base":
         return rules
     if workloads == "qualification":
         if not rules.qualification:
-            raise InputError("these workloads have no qualification set")
+            raise InputError("these workloads have no qualification set: name workloads, or --workloads=present")
         return rules.restricted(rules.qualification)
-    present = set(logs.trials["workload"])
     if workloads == "present":
-        return rules.restricted(name for name in rules.base if name in present)
-    names = [name.strip() for name in workloads.split(",") if name.strip()]
+        there = set(logs.trials["workload"]) - set(rules.held_out) - set(rules.unscored)
+        names = [name for name in rules.targets if name in there]
+        if not names:
+            raise InputError("no workload that occurs has a target: name a data file with --benchmark")
+    else:
+        names = [name.strip() for name in workloads.split(",") if name.strip()]
     # A workload of our own, known from meta_data only, may be scored beside the official ones.
     extra = tuple(name for name in names if name in rules.targets and name not in rules.base)
     return replace(rules, base=rules.base + extra).restricted(names)
 
 
-def _reference(names: list[str], wanted: str | None, scored: pd.DataFrame) -> str:
-    if wanted and wanted not in names:
-        raise InputError(f"--reference={wanted}: no such submission; there are {', '.join(names)}")
-    return wanted or next((name for name in BASELINES if name in set(scored["submission"])), "")
+def _with_trials(logs: Logs, rules: Rules, extra: pd.DataFrame | None) -> set[str]:
+    table = labelled(logs.trials)
+    mine = set(table.loc[table["workload"].isin(list(rules.scored)), "submission"])
+    return mine | (set() if extra is None else set(extra["submission"]))
 
 
-def _ranking(
-    cells: pd.DataFrame,
+def _reference(names: list[str], wanted: str | None, scored: set[str]) -> str:
+    if wanted:
+        return named(wanted, names, "--reference")
+    return "" if wanted == "" else next((name for name in BASELINES if name in scored), "")
+
+
+def _ranking(values: pd.Series, details: pd.DataFrame) -> pd.DataFrame:
+    ranking = values.to_frame()
+    ranking.insert(0, "rank", ranking["score"].rank(ascending=False, method="min").astype(int))
+    by_name = details.groupby("submission")
+    ranking["reached"] = details["cost"].lt(np.inf).groupby(details["submission"]).sum()
+    ranking["credited"] = details["reason"].eq("").groupby(details["submission"]).sum()
+    ranking["present"] = details["present"].gt(0).groupby(details["submission"]).sum()
+    ranking["framework"] = by_name["framework"].agg(
+        lambda column: ", ".join(sorted({part for name in column for part in str(name).split(", ") if part}))
+    )
+    return ranking
+
+
+def _intervals(
+    table: pd.DataFrame,
     rules: Rules,
-    unit: score.Floats | None,
+    unit: Floats | None,
     penalty: pd.Series,
     reference: str,
     replicates: int,
 ) -> pd.DataFrame:
-    ranking = score.scores(cells, rules, unit).to_frame()
-    grid = score.grid(cells, rules)
+    grid = score.grid(table, rules)
     filled = penalty.reindex(list(rules.scored)).to_numpy(dtype=float)
 
-    def drawn_unit(draws: score.Floats) -> score.Floats:
+    def drawn_unit(draws: Floats) -> Floats:
         own = draws[:, [grid.submissions.index(reference)], :]
         return np.where(np.isfinite(own), own, filled)
 
-    intervals = bootstrap.group(cells, rules, None if unit is None else drawn_unit, replicates)
-    ranking = ranking.join(intervals)
-    if reference:
-        base = grid.values[:, : len(rules.base)]
-        own = base[grid.submissions.index(reference)]
-        gain = score.speedups(base, own, filled[: len(rules.base)])
-        ranking["speedup"] = pd.Series(gain, index=list(grid.submissions))
-        ranking = ranking.join(bootstrap.speedup_interval(cells, rules, reference, filled, replicates))
-    return ranking
+    found = bootstrap.group(table, rules, None if unit is None else drawn_unit, replicates)
+    # One study says nothing about the spread of studies.
+    found = found.astype(float)
+    found.loc[sorted(bootstrap.single(table) & set(found.index))] = np.nan
+    return found
 
 
-def explain(cells: pd.DataFrame, rules: Rules, unit: score.Floats | None) -> pd.DataFrame:
-    """Each submission on each base workload: its ratio, or the reason why it has no credit there."""
-    grid = score.grid(cells, rules)
-    ratio = score.ratios(grid.values, rules, unit)
-    best = grid.values.min(axis=0) if unit is None else unit[0]
-    indexed = cells.set_index(["submission", "workload"])
-    variants = {base: name for name, base in rules.held_out.items()}
-    order = list(rules.scored)
-    rows = []
-    for i, submission in enumerate(grid.submissions):
-        for j, workload in enumerate(rules.base):
-            reason = _reason(grid.values[i, j], best[j], (submission, workload), indexed)
-            if not reason and not np.isfinite(ratio[i, j]):
-                variant = variants.get(workload, "")
-                k = order.index(variant) if variant else -1
-                inner = _reason(grid.values[i, k], best[k], (submission, variant), indexed) if variant else ""
-                reason = (
-                    f"held-out {variant}: {inner or 'over 4 times the best'}"
-                    if variant
-                    else "over 4 times the best"
-                )
-            row = {"submission": submission, "workload": workload, "ratio": ratio[i, j], "reason": reason}
-            rows.append(row)
-    table = pd.DataFrame(rows)
-    return table.merge(cells, on=["submission", "workload"], how="left")
-
-
-def _reason(cost: float, best: float, key: tuple[str, str], cells: pd.DataFrame) -> str:
-    if np.isfinite(cost):
-        return "" if not cost > score.MAX_TAU * best else "over 4 times the best"
-    if key not in cells.index or not lookup(cells, key)["present"]:
-        return "no data"
-    cell = lookup(cells, key)
-    reason = "never reached" if cell["state"] in ("missed", "hit") else str(cell["state"])
-    if cell["hits"]:
-        part = f"reached in {cell['hits']} of {len(cell['values'])} studies"
-        reason = part if reason == "never reached" else f"{part}; {reason}"
-    if cell["present"] < len(cell["values"]):
-        reason += f"; {len(cell['values']) - cell['present']} studies missing"
-    return reason
-
-
-def speedup_table(board: Leaderboard) -> pd.DataFrame:
-    """Reference's cost over each submission's, submissions by base workloads; NaN where the submission misses."""
-    costs = board.cells.pivot(index="submission", columns="workload", values="cost")[list(board.rules.base)]
-    if board.reference not in costs.index:
-        return pd.DataFrame()
-    penalty = score.penalties(board.trials, board.rules, board.cost)
-    own = costs.loc[board.reference].to_numpy(dtype=float)
+def _speedups(
+    details: pd.DataFrame, rules: Rules, reference: str, penalty: pd.Series
+) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    """By submission and base workload, and the workloads on which the reference counts at the penalty."""
+    costs = details.pivot(index="submission", columns="workload", values="cost")[list(rules.base)]
+    if not reference:
+        return pd.DataFrame(index=costs.index), ()
+    own = costs.loc[reference].to_numpy(dtype=float)
+    missed = tuple(name for name, cost in zip(rules.base, own, strict=True) if not np.isfinite(cost))
     own = np.where(np.isfinite(own), own, penalty.reindex(list(costs.columns)).to_numpy(dtype=float))
-    gains = pd.DataFrame(own / costs.to_numpy(), index=costs.index, columns=costs.columns)
-    return gains.where(np.isfinite(costs)).reindex(board.ranking.index)
+    gains = pd.DataFrame(own / costs.to_numpy(dtype=float), index=costs.index, columns=costs.columns)
+    return gains.where(np.isfinite(costs)), missed
 
 
-def ranking_table(board: Leaderboard) -> Table:
-    """The ranked table."""
-    headers = ["submission", "rank", "score"]
-    intervals = "score_low" in board.ranking
-    if intervals:
-        headers += ["95 % interval", "rank interval", "first in"]
-    if "speedup" in board.ranking:
-        headers += [f"speedup over {board.reference}", "95 % interval"]
-    what = {"time": "time to target", "steps": "steps to target"}.get(board.cost, board.cost)
-    rule = "official procedure" if board.official else "exact rules"
-    against = f"against {board.reference}" if board.relative else "within the group"
-    base = ", ".join(board.rules.base)
-    caption = f"AlgoPerf {board.rules.version}, {board.rules.ruleset} tuning, {what}, {rule}, {against}"
-    table = Table(caption, headers, left=(0,))
-    for name, row in board.ranking.iterrows():
-        cells = [str(name), f"{row['rank']:.0f}", f"{row['score']:.4f}"]
-        if intervals:
-            cells += [f"{row['score_low']:.2f} to {row['score_high']:.2f}"]
-            cells += [f"{row['rank_low']:.0f} to {row['rank_high']:.0f}", text.percent(row["first"])]
-        if "speedup" in board.ranking:
-            cells += [f"{row['speedup']:.2f}", f"{row['speedup_low']:.2f} to {row['speedup_high']:.2f}"]
-        table.rows.append(cells)
-    table.note = f"Workloads: {base}."
-    if intervals:
-        table.note += " Intervals are 95 % bootstrap intervals over studies; 'first in' is a share of replicates."
-    return table
-
-
-def heat_texts(board: Leaderboard) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Ratios and short words for the heat map, submissions by base workloads in order of rank."""
-    short = board.cells.assign(
-        text=[
-            f"{ratio:.2f}" if np.isfinite(ratio) else _short(reason)
-            for ratio, reason in zip(board.cells["ratio"], board.cells["reason"], strict=True)
-        ]
+def _mean_speedups(
+    table: pd.DataFrame, rules: Rules, reference: str, penalty: pd.Series, replicates: int
+) -> pd.DataFrame:
+    """Geometric means with intervals; a submission that ran none of the workloads has none."""
+    grid = score.grid(table, rules)
+    filled = penalty.reindex(list(rules.base)).to_numpy(dtype=float)
+    base = grid.values[:, : len(rules.base)]
+    gain = score.speedups(base, base[grid.submissions.index(reference)], filled)
+    found = bootstrap.speedup_interval(
+        table, rules, reference, penalty.reindex(list(rules.scored)).to_numpy(dtype=float), replicates
     )
-    order = list(board.ranking.index)
-    found = [
-        short.pivot(index="submission", columns="workload", values=column).loc[order, list(board.rules.base)]
-        for column in ("ratio", "text")
-    ]
-    return found[0], found[1]
-
-
-def _short(reason: str) -> str:
-    for start, word in (("held-out", "held-out"), ("over 4", "> 4x"), ("no data", "no data")):
-        if reason.startswith(start):
-            return word
-    if reason.startswith("reached in"):
-        return reason.split(" studies")[0].removeprefix("reached in ")
-    return {"over budget": "budget", "unfinished": "unfinished"}.get(reason.split(";")[0], "miss")
-
-
-def misses_table(board: Leaderboard) -> Table:
-    """Every base workload a submission gets no credit for, and why."""
-    headers = ["submission", "workload", "reason", "reached", "best", "to target", "budget used"]
-    table = Table("Misses and their reasons", headers, left=(0, 1, 2))
-    shares = board.trials.groupby(["submission", "workload"])[["distance", "share"]].agg(
-        {"distance": "min", "share": "max"}
-    )
-    for name in board.ranking.index:
-        for row in records(board.cells[(board.cells["submission"] == name) & (board.cells["reason"] != "")]):
-            key = (name, row.workload)
-            distance, share = shares.loc[key] if key in shares.index else (np.nan, np.nan)
-            hits = getattr(row, "hits", np.nan)
-            best = getattr(row, "best", np.nan)
-            reached = f"{hits:.0f} of {len(row.values)}" if isinstance(getattr(row, "values", None), tuple) else "–"
-            numbers = [text.number(best), text.number(max(distance, 0.0)), text.percent(share)]
-            table.rows.append([str(name), row.workload, row.reason, reached, *numbers])
-    table.note = "The distance to the target is that of the best trial; 0 means that some trial reached it."
-    return table
-
-
-def cost_table(board: Leaderboard) -> Table:
-    """Medians of all submissions on all base workloads."""
-    what = {"time": "Seconds to target", "steps": "Steps to target"}.get(board.cost, f"{board.cost} to target")
-    table = Table(f"{what}, median over studies", ["submission", *board.rules.base], left=(0,))
-    costs = board.cells.pivot(index="submission", columns="workload", values="cost")
-    for name in board.ranking.index:
-        table.rows.append([str(name), *(text.number(costs.loc[name, w]) for w in board.rules.base)])
-    return table
-
-
-def comparison_tables(logs: Logs, rules: Rules, cost: str) -> list[Table]:
-    """Official and exact scores with what each difference of procedure adds, and the medians that change."""
-    found = parity.compare(logs, rules, cost)
-    table = Table("Official procedure against exact rules", ["submission", *found.columns], left=(0,))
-    for name, row in found.iterrows():
-        steps = [f"{value:+.4f}" if abs(value) >= 5e-5 else "·" for value in row.iloc[1:-1]]
-        table.rows.append([str(name), f"{row['official']:.4f}", *steps, f"{row['exact']:.4f}"])
-    changed = Table("Medians that differ", ["submission", "workload", "official", "exact", "why"], left=(0, 1, 4))
-    for row in records(parity.changed_cells(logs, rules, cost)):
-        changed.rows.append([row.submission, row.workload, f"{row.official:.1f}", f"{row.exact:.1f}", row.why])
-    changed.note = "" if changed.rows else "No median differs."
-    return [table, changed]
+    found.insert(0, "speedup", pd.Series(gain, index=list(grid.submissions)))
+    single = bootstrap.single(table)
+    if reference in single:
+        single = set(grid.submissions)
+    found.loc[sorted(single), ["speedup_low", "speedup_high"]] = np.nan
+    present = table[table["workload"].isin(list(rules.base))].groupby("submission")["present"].sum()
+    found.loc[[name for name in found.index if not present[name]]] = np.nan
+    return found

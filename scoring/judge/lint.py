@@ -6,9 +6,11 @@ import numpy as np
 import pandas as pd
 
 from scoring.frames import records
-from scoring.judge.targets import Rules
+from scoring.judge.frameworks import labelled, mixed
+from scoring.judge.rules import Rules
 from scoring.oddities import Oddities, merge
 from scoring.read.logs import Logs
+from scoring.read.sanity import missing_metrics
 
 STEP_TIME = 1.5  # a trial's ms per step against the median of its submission on the workload
 STEP_SIZE = 5.0  # a submission's ms per step against the median submission
@@ -16,61 +18,78 @@ PERIOD = 2.0  # the median time between evaluations against the period the bench
 
 
 def lint(logs: Logs, rules: Rules, reached: pd.DataFrame) -> pd.DataFrame:
-    """All findings on the logs: those met while reading and those seen only side by side."""
+    """All findings on the logs: those met while reading and those seen only side by side.
+
+    Args:
+      logs: what was read.
+      rules: what it is judged by.
+      reached: the table of ``trials.reach``.
+    """
     odd = Oddities()
-    _frameworks(logs, odd)
-    _completeness(logs, rules, odd)
-    _meta_data(logs, rules, odd)
+    _frameworks(logs.trials, odd)
+    table = labelled(logs.trials)
+    _completeness(table, rules, odd)
+    _unscored(table, rules, odd)
+    _meta_data(table, rules, odd)
+    _metrics(logs, rules, odd)
     _trials(logs, rules, reached, odd)
     _clocks(rules, reached, odd)
-    _seeds(logs, odd)
+    _seeds(table, odd)
     odd.rows += step_outliers(reached)
     return merge(logs.oddities, odd.table())
 
 
-def _frameworks(logs: Logs, odd: Oddities) -> None:
-    for (submission, workload), part in logs.trials.groupby(["submission", "workload"])["framework"]:
-        counts = part.value_counts().sort_index()
-        if len(counts) > 1:
-            detail = f"{workload}: " + ", ".join(f"{count} trials in {name}" for name, count in counts.items())
-            odd.add("warning", str(submission), "mixed frameworks", detail, "the one with more studies is scored")
-    pairs = logs.trials.drop_duplicates(["submission", "framework"])["submission"]
-    alike = logs.trials.drop_duplicates(["submission", "workload", "framework"])
-    double = set(alike.loc[alike.duplicated(["submission", "workload"]), "submission"])
-    for name in sorted(set(pairs[pairs.duplicated()]) - double):
+def _frameworks(table: pd.DataFrame, odd: Oddities) -> None:
+    double = mixed(table)
+    for name in double:
+        action = "each framework is a row of its own; --framework chooses one"
+        odd.add("note", name, "mixed frameworks", "one workload in two frameworks", action)
+    pairs = table.drop_duplicates(["submission", "framework"])["submission"]
+    for name in sorted(set(pairs[pairs.duplicated()]) - set(double)):
         odd.add("note", str(name), "mixed frameworks", "workloads differ in framework", "scored as they are")
 
 
-def _completeness(logs: Logs, rules: Rules, odd: Oddities) -> None:
+def _completeness(table: pd.DataFrame, rules: Rules, odd: Oddities) -> None:
     keys = ["submission", "workload", "study"]
-    counts = logs.trials.groupby(keys)["trial"].nunique().reset_index()
+    counts = table.groupby(keys)["trial"].nunique().reset_index()
     studies = counts.groupby(["submission", "workload"]).size()
-    for name in sorted(set(logs.trials["submission"])):
+    most = studies.groupby("workload").max()
+    for name in sorted(set(table["submission"])):
         for workload in rules.scored:
             present = int(studies.get((name, workload), 0))
+            due = rules.studies or int(most.get(workload, 0))
             if present == 0:
                 odd.add("warning", name, "missing workload", workload, "a miss")
-            elif present < rules.studies:
-                detail = f"{workload}: {present} of {rules.studies}"
-                odd.add("warning", name, "missing study", detail, "each is a miss", rules.studies - present)
+            elif present < due:
+                action = "each is a miss" if rules.studies else "the median is over those present"
+                odd.add("warning", name, "missing study", f"{workload}: {present} of {due}", action, due - present)
     counts = counts[counts["workload"].isin(list(rules.scored)) & (rules.trials > 0)]
     for row in records(counts[counts["trial"] != rules.trials]):
         place, detail = f"{row.submission}/{row.study}", f"{row.workload}: {row.trial} of {rules.trials}"
         if row.trial < rules.trials:
-            odd.add("note", place, "missing trial", detail, "the others count", rules.trials - row.trial)
+            odd.add("warning", place, "missing trial", detail, "the others count", rules.trials - row.trial)
         else:
             odd.add("warning", place, "extra trials", detail, "those of the lowest numbers count")
-    others = logs.trials[~logs.trials["workload"].isin(list(rules.scored))]
+
+
+def _unscored(table: pd.DataFrame, rules: Rules, odd: Oddities) -> None:
+    others = table[~table["workload"].isin(list(rules.scored))]
     for (one, other), part in others.groupby(["submission", "workload"]):
-        known = other in rules.unscored or other in rules.targets
-        what = "workload without credit" if known else "unknown workload"
-        odd.add("note" if known else "warning", str(one), what, str(other), "not scored", len(part))
+        name, workload = str(one), str(other)
+        if workload in rules.targets:
+            action = "not scored: --workloads=present scores all that occur"
+            odd.add("warning", name, "workload without credit", workload, action, len(part))
+        elif workload in rules.unscored:
+            odd.add("note", name, "workload without credit", workload, "not scored", len(part))
+        else:
+            odd.add("warning", name, "unknown workload", workload, "not scored", len(part))
 
 
-def _meta_data(logs: Logs, rules: Rules, odd: Oddities) -> None:
-    table = logs.trials[logs.trials["workload"].isin(list(rules.targets))]
+def _meta_data(trials: pd.DataFrame, rules: Rules, odd: Oddities) -> None:
+    table = trials[trials["workload"].isin(list(rules.targets))]
+    same = {name: target for name, target in rules.targets.items() if name not in rules.relaxations}
     known = {
-        "target": {name: target.value for name, target in rules.targets.items()},
+        "target": {name: target.value for name, target in same.items()},
         "budget": {name: target.budget for name, target in rules.targets.items()},
         "step_hint": {name: target.step_hint for name, target in rules.targets.items()},
     }
@@ -84,6 +103,13 @@ def _meta_data(logs: Logs, rules: Rules, odd: Oddities) -> None:
     for row in records(table[(table["metric"] != "") & (table["metric"] != ours)]):
         detail = f"meta_data says {row.metric}, the rules say {rules.targets[row.workload].metric}"
         odd.add("warning", row.where, "metric disagrees", detail, "the rules are used")
+
+
+def _metrics(logs: Logs, rules: Rules, odd: Oddities) -> None:
+    """The rules' metric where reading could not know it: without meta_data, or where those name another."""
+    ours = logs.trials["workload"].map({name: target.metric for name, target in rules.targets.items()}).fillna("")
+    unchecked = logs.trials[ours != logs.trials["metric"]]
+    missing_metrics(logs.evals, unchecked, ours[unchecked.index], odd)
 
 
 def _trials(logs: Logs, rules: Rules, reached: pd.DataFrame, odd: Oddities) -> None:
@@ -127,8 +153,8 @@ def _clocks(rules: Rules, reached: pd.DataFrame, odd: Oddities) -> None:
             odd.add("warning", row.submission, "outlying evaluation period", detail, "times are quantised by it")
 
 
-def _seeds(logs: Logs, odd: Oddities) -> None:
-    known = logs.trials[logs.trials["seed"].fillna("") != ""]
+def _seeds(table: pd.DataFrame, odd: Oddities) -> None:
+    known = table[table["seed"].fillna("") != ""]
     again = known[known.duplicated(["submission", "workload", "framework", "trial", "seed"])]
     for (submission, workload), part in again.groupby(["submission", "workload"]):
         detail = f"{workload}: studies share a seed"
@@ -139,6 +165,7 @@ def step_outliers(reached: pd.DataFrame) -> list[tuple[str, str, str, str, str, 
     """Submissions whose steps are no updates of the usual size, by time per step or by batch size."""
     odd = Oddities()
     typical = reached.groupby(["workload", "submission"])[["ms_per_step", "batch_size"]].median().reset_index()
+    action = "its steps-to-target is not comparable"
     for workload, part in typical.groupby("workload"):
         if len(part) < 3:
             continue
@@ -147,12 +174,8 @@ def step_outliers(reached: pd.DataFrame) -> list[tuple[str, str, str, str, str, 
         for row in records(part):
             if row.ms_per_step > STEP_SIZE * usual or row.ms_per_step < usual / STEP_SIZE:
                 detail = f"{workload}: {row.ms_per_step:.3g} ms per step, the median submission needs {usual:.3g}"
-                odd.add(
-                    "warning", row.submission, "inner-loop steps", detail, "its steps-to-target is not comparable"
-                )
+                odd.add("warning", row.submission, "inner-loop steps", detail, action)
             elif row.batch_size > 2 * batch or row.batch_size < batch / 2:
                 detail = f"{workload}: batch size {row.batch_size:g}, the median is {batch:g}"
-                odd.add(
-                    "warning", row.submission, "other batch size", detail, "its steps-to-target is not comparable"
-                )
+                odd.add("warning", row.submission, "other batch size", detail, action)
     return odd.rows

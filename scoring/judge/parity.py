@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
+from scoring.judge import cells as cells_module
 from scoring.judge import score, trials
-from scoring.judge.targets import Rules
+from scoring.judge.columns import Floats
+from scoring.judge.rules import Rules
 from scoring.read.logs import Logs
 
 POINTS = 100
@@ -43,16 +45,43 @@ STEPS = {
 }
 
 
-def studies(logs: Logs, rules: Rules, cost: str = "time", how: Procedure = OFFICIAL) -> pd.DataFrame:
-    """One row per study: its best trial and the cost of that trial's first hit, infinite without one."""
+def studies(
+    logs: Logs, rules: Rules, cost: str = "time", how: Procedure = OFFICIAL, reached: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """One row per study: its best trial, with the cost of its first hit (infinite without one) and its columns.
+
+    ``reached`` is the table of ``trials.reach``, if it is there already.
+    """
+    reached = trials.reach(logs, rules, cost) if reached is None else reached
+    first = _first_hits(logs, rules, cost, how)
+    keys = ["submission", "workload", "study"]
+    table = reached[reached["workload"].isin(list(rules.scored))]
+    if how.believed and rules.trials:
+        table = table[table.groupby(keys)["trial"].rank(method="first") <= rules.trials]
+    if not how.missing:
+        # A trial without a readable log does not exist for the official scorer, nor does a study of such trials.
+        table = table[table["evaluations"] > 0]
+    table = table.drop(columns=["cost", "time"]).merge(first, on="trial_id", how="left")
+    order = ["cost", "time"] if how.by_time else ["index", "time"]
+    table = table.sort_values([*keys, *order], kind="stable")  # NaN, no hit, comes last
+    best = table.drop_duplicates(keys).reset_index(drop=True)
+    hit = best["index"].notna()
+    # Other outcomes than reached and not reached do not exist there.
+    best["state"] = np.where(hit, "hit", np.where(best["evaluations"] > 0, "missed", "no data"))
+    best["cost"] = best["cost"].where(hit, np.inf)
+    best["trials"] = 1
+    return best.drop(columns="index")
+
+
+def _first_hits(logs: Logs, rules: Rules, cost: str, how: Procedure) -> pd.DataFrame:
+    """The first hit of each trial that has one: trial_id, its index among the evaluations, cost, time."""
     price = "score" if cost == "time" and not how.believed else trials.COSTS.get(cost, cost)
     known = logs.evals["workload"].isin(list(rules.scored)).to_numpy()
     if how.believed:
-        known = known & logs.evals["believed"].to_numpy()
-        evals = logs.evals[known]
+        evals = logs.evals[known & logs.evals["believed"].to_numpy()]
     else:
         evals = logs.evals[known].sort_values(["trial_id", "row"], kind="stable")
-    first: list[pd.DataFrame] = []
+    first = [pd.DataFrame({name: pd.Series(dtype=float) for name in ("trial_id", "index", "cost", "time")})]
     for workload, part in evals.groupby("workload", observed=True):
         target = rules.targets[str(workload)]
         if target.column not in part:
@@ -64,79 +93,77 @@ def studies(logs: Logs, rules: Rules, cost: str = "time", how: Procedure = OFFIC
         if how.budget:
             hits = hits[hits["time"] <= rules.budget(str(workload))]
         first.append(hits[["trial_id", "index", "cost", "time"]])
-    keys = ["submission", "workload", "study"]
-    table = logs.trials[logs.trials["workload"].isin(list(rules.scored))]
-    if how.believed and rules.trials:
-        table = table[table.groupby([*keys, "framework"])["trial"].rank(method="first") <= rules.trials]
-    if not how.missing:
-        # A trial without a readable log does not exist for the official scorer, nor does a study of such trials.
-        table = table[table["evaluations"] > 0]
-    none = pd.DataFrame({"trial_id": [], "index": [], "cost": [], "time": []})
-    found = table[[*keys, "trial_id"]].merge(pd.concat(first) if first else none, on="trial_id", how="left")
-    order = ["cost", "time"] if how.by_time else ["index", "time"]
-    found = found.sort_values([*keys, *order], kind="stable")  # NaN, no hit, comes last
-    best = found.groupby(keys, sort=True).head(1).reset_index(drop=True)
-    best["cost"] = best["cost"].fillna(np.inf)
-    return best[[*keys, "trial_id", "cost"]]
+    return pd.concat([part for part in first if len(part)] or first)
 
 
 def cells(by_study: pd.DataFrame, rules: Rules, how: Procedure = OFFICIAL) -> pd.DataFrame:
-    """One row per submission and workload: the median over the studies."""
-    rows = []
-    for (submission, workload), part in by_study.groupby(["submission", "workload"], sort=True)["cost"]:
-        values = part.to_numpy(dtype=float)
-        if how.missing:
-            values = np.concatenate([values, np.full(max(rules.studies - len(values), 0), np.inf)])
-        rows.append({"submission": submission, "workload": workload, "cost": float(trials.median_of(values))})
-    return pd.DataFrame(rows, columns=["submission", "workload", "cost"])
+    """One row per submission and workload, as ``cells.cells``: the median over the studies."""
+    return cells_module.cells(by_study, rules if how.missing else replace(rules, studies=0))
 
 
-def scores(logs: Logs, rules: Rules, cost: str = "time", how: Procedure = OFFICIAL) -> pd.Series:
+def scores(
+    logs: Logs, rules: Rules, cost: str = "time", how: Procedure = OFFICIAL, reached: pd.DataFrame | None = None
+) -> pd.Series:
     """The score of each submission, best first."""
-    table = score.grid(cells(studies(logs, rules, cost, how), rules, how), rules)
-    ratio = score.ratios(table.values, rules)
+    return of_cells(cells(studies(logs, rules, cost, how, reached), rules, how), rules, how)
+
+
+def of_cells(table: pd.DataFrame, rules: Rules, how: Procedure = OFFICIAL) -> pd.Series:
+    """The score of each submission with cells, best first."""
+    grid = score.grid(table, rules)
+    ratio = score.ratios(grid.values, rules)
     area = score.exact(ratio) if how.integral else trapezoid(ratio)
-    result = pd.Series(area, index=list(table.submissions), name="score")
+    result = pd.Series(area, index=list(grid.submissions), name="score")
     return result.sort_index().sort_values(ascending=False, kind="stable")
 
 
-def trapezoid(ratio: score.Floats) -> score.Floats:
+def trapezoid(ratio: Floats) -> Floats:
     """The profile integrated over a grid of 100 values of tau on [1, 4], divided by 3."""
     tau = np.linspace(1.0, score.MAX_TAU, POINTS)
     share = (ratio[..., None] <= tau).mean(axis=-2)
-    area: score.Floats = np.trapezoid(share, tau, axis=-1) / (score.MAX_TAU - 1.0)
+    area: Floats = np.trapezoid(share, tau, axis=-1) / (score.MAX_TAU - 1.0)
     return area
 
 
-def compare(logs: Logs, rules: Rules, cost: str = "time") -> pd.DataFrame:
-    """Official score, what each step to the exact rules adds, and the exact score; best official score first."""
+@dataclass(frozen=True)
+class Comparison:
+    """The way from the official procedure to the exact rules.
+
+    Attributes:
+      scores: by submission, best official score first: official, what each step adds, exact.
+      medians: every submission and workload whose median differs: official, exact, and why.
+    """
+
+    scores: pd.DataFrame
+    medians: pd.DataFrame
+
+
+def compare(logs: Logs, rules: Rules, cost: str = "time") -> Comparison:
+    """Take the steps from the official procedure to the exact rules one after the other."""
+    reached = trials.reach(logs, rules, cost)
     how = OFFICIAL
-    official = before = scores(logs, rules, cost, how)
-    table = pd.DataFrame({"official": official})
+    table = cells(studies(logs, rules, cost, how, reached), rules, how)
+    before = of_cells(table, rules, how)
+    index = ["submission", "workload"]
+    medians = table.set_index(index)["cost"].to_frame("official")
+    medians["exact"], medians["why"] = medians["official"], ""
+    found = pd.DataFrame({"official": before})
     for name, step in STEPS.items():
         how = replace(how, **{step: True})
-        after = scores(logs, rules, cost, how).reindex(table.index)
-        table[name] = after - before.reindex(table.index)
+        table = cells(studies(logs, rules, cost, how, reached), rules, how)
+        after = of_cells(table, rules, how).reindex(found.index)
+        found[name] = after - before.reindex(found.index)
         before = after
-    table["exact"] = before
-    return table
+        medians = _changed(medians, table.set_index(index)["cost"], name)
+    found["exact"] = before
+    return Comparison(found, medians[medians["why"] != ""].reset_index())
 
 
-def changed_cells(logs: Logs, rules: Rules, cost: str = "time") -> pd.DataFrame:
-    """Every submission and workload whose median differs between the two, and by which steps."""
-    how = OFFICIAL
-    before = cells(studies(logs, rules, cost, how), rules, how).set_index(["submission", "workload"])["cost"]
-    table = pd.DataFrame({"official": before, "exact": before, "why": ""})
-    for name, step in list(STEPS.items())[1:]:
-        how = replace(how, **{step: True})
-        after = cells(studies(logs, rules, cost, how), rules, how).set_index(["submission", "workload"])["cost"]
-        table = table.reindex(table.index.union(after.index))
-        old = table["exact"].fillna(np.inf)
-        new = after.reindex(table.index).fillna(np.inf)
-        differs = ~np.isclose(new, old, rtol=1e-12, atol=0) & (new != old)
-        table.loc[differs, "why"] = (
-            table.loc[differs, "why"].fillna("").map(lambda why: f"{why}; " if why else "") + name
-        )
-        table["exact"] = new
-    table = table[(table["why"].fillna("") != "")]
-    return table.reset_index()
+def _changed(medians: pd.DataFrame, after: pd.Series, name: str) -> pd.DataFrame:
+    medians = medians.reindex(medians.index.union(after.index))
+    old, new = medians["exact"].fillna(np.inf), after.reindex(medians.index).fillna(np.inf)
+    differs = ~np.isclose(new, old, rtol=1e-12, atol=0) & (new != old)
+    why = medians["why"].fillna("")
+    medians["why"] = why.where(~differs, [f"{one}; {name}" if one else name for one in why])
+    medians["exact"] = new
+    return medians

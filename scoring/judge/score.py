@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from scoring.errors import InputError
-from scoring.judge.targets import Rules
+from scoring.judge.columns import Floats
+from scoring.judge.rules import Rules
 
-Floats = npt.NDArray[np.float64]
 MAX_TAU = 4.0
 
 
@@ -71,6 +70,15 @@ def exact(ratio: Floats) -> Floats:
     return result
 
 
+def relative(ratio: Floats) -> Floats:
+    """The same against a fixed reference, whose ratios may be below 1: the integral over [0, 4], divided by 3.
+
+    A workload still adds (4 - r) / 3, so that the reference itself scores 1 and one twice as fast 7 / 6.
+    """
+    result: Floats = (np.clip(MAX_TAU - ratio, 0.0, MAX_TAU) / (MAX_TAU - 1.0)).mean(axis=-1)
+    return result
+
+
 def reference_unit(cells: pd.DataFrame, rules: Rules, reference: str, penalty: pd.Series) -> Floats:
     """The reference's costs [1, workload], its misses at the penalty, as a fixed measure for all others."""
     table = grid(cells, rules)
@@ -84,19 +92,23 @@ def reference_unit(cells: pd.DataFrame, rules: Rules, reference: str, penalty: p
 def scores(cells: pd.DataFrame, rules: Rules, unit: Floats | None = None) -> pd.Series:
     """The exact score of each submission, best first; relative to the group, or to ``unit``."""
     table = grid(cells, rules)
-    result = pd.Series(exact(ratios(table.values, rules, unit)), index=list(table.submissions), name="score")
+    integral = exact if unit is None else relative
+    result = pd.Series(integral(ratios(table.values, rules, unit)), index=list(table.submissions), name="score")
     return result.sort_index().sort_values(ascending=False, kind="stable")
 
 
 def profiles(cells: pd.DataFrame, rules: Rules, unit: Floats | None = None) -> dict[str, tuple[Floats, Floats]]:
-    """For each submission the corners of its profile: tau from 1 to 4 and the share of workloads from there on."""
+    """For each submission the corners of its profile: tau up to 4 and the share of workloads from there on.
+
+    Tau starts at 1, or at the least ratio against a fixed reference if that is less.
+    """
     table = grid(cells, rules)
+    ratio = ratios(table.values, rules, unit)
+    start = min(1.0, float(ratio.min(initial=1.0)))
     found = {}
-    for name, ratio in zip(table.submissions, ratios(table.values, rules, unit), strict=True):
-        jumps = np.unique(np.clip(ratio[ratio <= MAX_TAU], 1.0, MAX_TAU))
-        tau = np.unique(np.concatenate([[1.0], jumps, [MAX_TAU]]))
-        share = (np.maximum(ratio, 1.0)[None, :] <= tau[:, None]).mean(axis=1)
-        found[name] = (tau, share)
+    for name, own in zip(table.submissions, ratio, strict=True):
+        tau = np.unique(np.concatenate([[start, 1.0], own[own <= MAX_TAU], [MAX_TAU]]))
+        found[name] = (tau, (own[None, :] <= tau[:, None]).mean(axis=1))
     return found
 
 

@@ -1,116 +1,157 @@
-"""A self-contained page: light and dark, for screen, keyboard and print; nothing is loaded from anywhere."""
+"""A self-contained page: light and dark, for screen, keyboard, telephone and print; nothing is loaded or run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from html import escape
 
-from scoring.show.figures import COLOURS, ON_LIGHT
+from scoring.pages.page import Figure, Page, Section
+from scoring.show import palette, svg
 from scoring.show.text import Table
 
-
-@dataclass
-class Section:
-    """One part of the page: a heading, then paragraphs, figures (svg, caption) and tables, in this order."""
-
-    title: str
-    paragraphs: list[str] = field(default_factory=list)
-    figures: list[tuple[str, str]] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-
-
-def _variables(light: bool) -> str:
-    used = [ON_LIGHT.get(colour, colour) if light else colour for colour in COLOURS]
-    return " ".join(f"--c{k}: {colour};" for k, colour in enumerate(used))
-
-
-_LIGHT = "--paper: #ffffff; --ink: #1b1c1e; --soft: #f1f3f5; --line: #c9ced4; --link: #0057a3; --grid: #d4d8dc; "
-_LIGHT += _variables(light=True)
-_DARK = "--paper: #16181c; --ink: #e8e9eb; --soft: #22262c; --line: #454b54; --link: #7cc0ff; --grid: #3a3f47; "
-_DARK += _variables(light=False)
+_LIGHT = f"--paper: {palette.PAPER['light']}; --soft: #f1f3f5; --edge: #c9ced4; --link: #0057a3; --grid: #d4d8dc; "
+_LIGHT += "--grey: #a9adb2; --good: 26, 140, 255; " + palette.variables("light")
+_DARK = f"--paper: {palette.PAPER['dark']}; --soft: #22262c; --edge: #454b54; --link: #7cc0ff; --grid: #3a3f47; "
+_DARK += "--grey: #6b727b; --good: 60, 130, 255; " + palette.variables("dark")
+SHADES = 8
 _STYLE = f"""
 :root {{ color-scheme: light dark; {_LIGHT} }}
 @media screen and (prefers-color-scheme: dark) {{ :root {{ {_DARK} }} }}
 * {{ box-sizing: border-box; }}
-body {{ margin: 0 auto; max-width: 76rem; padding: 1rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }}
-h1 {{ font-size: 1.7rem; line-height: 1.2; margin: 1rem 0 .5rem; }}
-h2 {{ font-size: 1.25rem; margin: 2.5rem 0 .75rem; padding-top: .75rem; border-top: 1px solid var(--line); }}
+body {{ margin: 0 auto; max-width: 82rem; padding: .75rem .75rem 4rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }}
+h1 {{ font-size: 1.6rem; line-height: 1.2; margin: .75rem 0 .5rem; }}
+h2 {{ font-size: 1.25rem; margin: 2.5rem 0 .75rem; padding-top: .75rem; border-top: 1px solid var(--edge); }}
 p, li {{ max-width: 48rem; }}
+.verdict {{ font-size: 1.15rem; font-weight: 600; }}
 a {{ color: var(--link); }}
 nav ul {{ display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; list-style: none; padding: 0; margin: 0; }}
 .skip {{ position: absolute; left: -99rem; }}
 .skip:focus {{ position: static; }}
+.hidden {{ position: absolute; }}
 :focus-visible {{ outline: 3px solid var(--link); outline-offset: 3px; }}
-.scroll {{ overflow-x: auto; margin: 1rem 0 1.5rem; }}
-table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }}
-caption {{ text-align: left; font-weight: 600; padding: .25rem 0 .5rem; }}
-th, td {{ padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }}
-thead th {{ background: var(--soft); vertical-align: bottom; white-space: normal; }}
+.scroll {{ overflow-x: auto; margin: 1rem 0 .5rem; }}
+table {{ border-collapse: separate; border-spacing: 0; font-size: .9rem; font-variant-numeric: tabular-nums; }}
+.caption {{ font-weight: 600; margin: 1.5rem 0 0; max-width: 60rem; }}
+th, td {{ padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--edge); white-space: nowrap; }}
+thead th {{ background: var(--soft); vertical-align: bottom; white-space: normal; overflow-wrap: normal; }}
 th.l, td.l {{ text-align: left; }}
-td.w {{ white-space: normal; min-width: 16rem; overflow-wrap: anywhere; }}
-tbody th {{ font-weight: 600; white-space: nowrap; }}
+td.w {{ white-space: normal; min-width: 16rem; }}
+tbody th {{ font-weight: 600; background: var(--paper); white-space: normal; min-width: 8.5rem;
+  overflow-wrap: normal; }}
+.s0, .s1 {{ position: sticky; z-index: 1; }}
+.s0 {{ left: 0; width: 13rem; min-width: 13rem; max-width: 13rem; }}
+.s1 {{ left: 13rem; }}
+td.s1 {{ background: var(--paper); }}
+{" ".join(f".h{k} {{ background: rgba(var(--good), {0.5 * (1 - k / (SHADES - 1)):.2f}); }}" for k in range(SHADES))}
 figure {{ margin: 1rem 0 2rem; }}
-figure svg {{ display: block; width: 100%; height: auto; }}
+.panels {{ display: grid; gap: .75rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 23rem), 1fr)); }}
+.panels.small {{ grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); }}
+.panels.one {{ grid-template-columns: minmax(0, 38rem); }}
+.panels svg {{ display: block; width: 100%; height: auto; }}
 figcaption, .note {{ font-size: .9rem; max-width: 60rem; }}
+summary {{ cursor: pointer; font-weight: 600; padding: .4rem 0; }}
+{svg.STYLE}
+@media (max-width: 34rem) {{
+  table {{ font-size: .82rem; }}
+  th, td {{ padding: .25rem .4rem; }}
+  tbody th {{ min-width: 7rem; }}
+  .s0 {{ width: 8rem; min-width: 8rem; max-width: 8rem; overflow-wrap: anywhere; }}
+  .s1 {{ left: 8rem; }}
+  .panels.small {{ grid-template-columns: minmax(0, 1fr); }}
+}}
 @media print {{
   body {{ max-width: none; padding: 0; font-size: 10pt; }}
   nav, .skip {{ display: none; }}
   .scroll {{ overflow: visible; }}
-  table {{ font-size: 7.5pt; }}
-  th, td {{ padding: .15rem .3rem; white-space: normal; }}
-  tr, figure {{ break-inside: avoid; }}
-  h2 {{ break-after: avoid; }}
+  table {{ font-size: 7pt; }}
+  th, td {{ padding: .1rem .25rem; white-space: normal; position: static; }}
+  .s0 {{ width: auto; min-width: 0; max-width: none; }}
+  td.w, tbody th {{ min-width: 0; }}
+  thead {{ display: table-header-group; }}
+  tr, .panel {{ break-inside: avoid; }}
+  .panels.small {{ grid-template-columns: repeat(4, 1fr); }}
+  h1, h2, .caption, figcaption, summary {{ break-after: avoid; }}
+  .block {{ break-inside: avoid; }}
+  details::details-content {{ content-visibility: visible; }}
+  * {{ print-color-adjust: exact; }}
 }}
 """
 
 
-def page(title: str, lead: Sequence[str], sections: Sequence[Section]) -> str:
+def render(page: Page) -> str:
     """The whole document."""
-    links = "".join(f'<li><a href="#s{k}">{escape(part.title)}</a></li>' for k, part in enumerate(sections))
-    body = "".join(_section(k, part) for k, part in enumerate(sections))
-    intro = "".join(f"<p>{escape(text)}</p>" for text in lead)
+    links = "".join(f'<li><a href="#s{k}">{escape(part.title)}</a></li>' for k, part in enumerate(page.sections))
+    body = "".join(_section(k, part) for k, part in enumerate(page.sections))
+    intro = f'<p class="verdict">{escape(page.verdict)}</p>' + "".join(
+        f"<p>{escape(text)}</p>" for text in page.lead
+    )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body>"
+        f"<title>{escape(page.title)}</title><style>{_STYLE}</style></head>\n<body>"
         '<a class="skip" href="#main">Skip to the results</a>'
-        f'<header><h1>{escape(title)}</h1>{intro}<nav aria-label="Sections"><ul>{links}</ul></nav></header>'
+        f'<header><h1>{escape(page.title)}</h1>{intro}<nav aria-label="Sections"><ul>{links}</ul></nav></header>'
         f'<main id="main">{body}</main></body></html>\n'
     )
 
 
 def _section(number: int, part: Section) -> str:
     text = "".join(f"<p>{escape(paragraph)}</p>" for paragraph in part.paragraphs)
-    figures = "".join(
-        f'<figure tabindex="0" aria-label="{escape(caption)}">{svg}'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-        for svg, caption in part.figures
+    figures = [_figure(figure, f"f{number}-{k}") for k, figure in enumerate(part.figures)]
+    tables = [_table(table) for table in part.tables]
+    # Printed, a heading stays with what follows it.
+    first, *rest = [*figures, *tables] or [""]
+    title = f"<h2>{escape(part.title)}</h2>{text}"
+    return f'<section id="s{number}">{title}{first}{"".join(rest)}</section>\n'
+
+
+def _figure(figure: Figure, name: str) -> str:
+    panels = list(figure.panels)
+    small = panels[0].small
+    shared = f"{name}-b" if small and panels[0].background else ""
+    drawn = "".join(
+        f'<div class="panel">{svg.draw(panel, f"{name}-{k}", shared)}</div>' for k, panel in enumerate(panels)
     )
-    tables = "".join(_table(table) for table in part.tables)
-    return f'<section id="s{number}"><h2>{escape(part.title)}</h2>{text}{figures}{tables}</section>\n'
+    symbol = svg.symbol(panels[0], shared) if shared else ""
+    kind = "small" if small else "one" if len(panels) == 1 else ""
+    caption = escape(figure.caption)
+    inner = f'<div class="panels {kind}">{drawn}</div>'
+    if figure.folded:
+        inner = f"<details><summary>{caption}</summary>{inner}</details>"
+        return f'<figure aria-label="{caption}" tabindex="0">{symbol}{inner}</figure>'
+    return f'<figure aria-label="{caption}" tabindex="0">{symbol}<figcaption>{caption}</figcaption>{inner}</figure>'
 
 
 def _table(table: Table) -> str:
-    def cell(k: int, text: str, tag: str, scope: str) -> str:
-        kind = ("l" if k in table.left else "") + (" w" if len(text) > 40 else "")
-        shown = f' class="{kind.strip()}"' if kind.strip() else ""
-        return f"<{tag}{scope}{shown}>{escape(text)}</{tag}>"
-
-    head = "".join(cell(k, text, "th", ' scope="col"') for k, text in enumerate(table.headers))
-    head = head.replace("_", "_<wbr>")  # long names may break at their underscores
-    rows = "".join(
-        "<tr>"
-        + "".join(
-            cell(k, text, "th" if k == 0 else "td", ' scope="row"' if k == 0 else "") for k, text in enumerate(row)
-        )
-        + "</tr>"
-        for row in table.rows
-    )
+    head = "".join(_cell(table, k, text, "th", ' scope="col"', None) for k, text in enumerate(table.headers))
+    rows = []
+    for i, row in enumerate(table.rows):
+        shades = table.shades[i] if table.shades else [None] * len(row)
+        cells = [
+            _cell(table, k, text, "th" if k == 0 else "td", ' scope="row"' if k == 0 else "", shades[k])
+            for k, text in enumerate(row)
+        ]
+        rows.append(f"<tr>{''.join(cells)}</tr>")
     note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
     label = escape(table.caption)
     return (
-        f'<div class="scroll" role="region" aria-label="{label}" tabindex="0"><table><caption>{label}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{note}"
+        f'<p class="caption">{label}</p><div class="scroll" role="region" aria-label="{label}" tabindex="0"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{note}"
     )
+
+
+def _cell(table: Table, k: int, text: str, tag: str, scope: str, shade: float | None) -> str:
+    kinds = []
+    if k in table.left:
+        kinds.append("l")
+    if len(text) > 40:
+        kinds.append("w")
+    if k < table.sticky:
+        kinds.append(f"s{k}")
+    if shade is not None:
+        kinds.append(f"h{min(int(shade * SHADES), SHADES - 1)}")
+    shown = f' class="{" ".join(kinds)}"' if kinds else ""
+    content = escape(text)
+    if tag == "th":
+        content = content.replace("_", "_<wbr>")  # long names may break at their underscores
+    return f"<{tag}{scope}{shown}>{content}</{tag}>"

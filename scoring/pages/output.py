@@ -1,185 +1,176 @@
-"""What the commands write: tables as Markdown and CSV, pages with figures. The same logs give the same bytes."""
+"""What the commands write: pages, figures, and every table behind them as CSV, JSON and LaTeX."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import tempfile
+from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from scoring.errors import InputError
-from scoring.judge import leaderboard as leaderboard_module
-from scoring.judge import report as report_module
 from scoring.judge.leaderboard import Leaderboard
 from scoring.judge.report import Report
+from scoring.judge.rules import Rules
+from scoring.pages import html, latex, leaderboard_page, markdown, report_page
+from scoring.pages.write import csv, write
 from scoring.read.logs import Logs
-from scoring.show import text
+from scoring.show import leaderboard_tables, svg
 
 
-def folder(path: str) -> Path:
-    """The folder to write to, made if need be.
+def write_report(report: Report, logs: Logs, path: Path) -> None:
+    """report.html, .md and .json, curves.png, curves.svg, and the tables behind them as CSV."""
+    from scoring.show import png
 
-    Raises:
-      InputError: it cannot be made or written to.
-    """
-    try:
-        found = Path(path)
-        found.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=found):
-            return found
-    except OSError as error:
-        raise InputError(f"--output_dir={path}: {error.strerror}") from None
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """Write a file in one piece: a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: {error.strerror}") from None
-
-
-def csv(table: pd.DataFrame) -> str:
-    """A table as CSV; infinity stands for a miss, an empty field for nothing."""
-    return str(table.to_csv(index=False, lineterminator="\n"))
-
-
-def write_report(result: Report, logs: Logs, path: Path) -> None:
-    """report.md, report.html, curves.png, curves.svg, and the tables behind them as CSV."""
-    from scoring.pages import html
-    from scoring.show import figures
-
-    names = sorted(result.summary["algorithm"].unique())
-    look = figures.styles(names, result.reference)
-    order = sorted(names, key=lambda one: (result.reference_of(one), one != result.reference_of(one), one))
-    look = {name: look[name] for name in order}
-    panels = []
-    for workload in sorted(result.summary["workload"].unique()):
-        target = result.rules.targets[workload]
-        chosen = result.studies[result.studies["workload"] == workload]
-        panels.append((workload, target, figures.curves_of(logs.evals, chosen, target)))
-    found = report_module.tables(result)
-    lead = [lead_text(result)]
-    sections = []
-    for k, (table, panel) in enumerate(zip(found, panels, strict=True)):
-        drawn = figures.svg(figures.learning_curves([panel], look), f"f{k}")
-        caption = f"Learning curves on {panel[0]}: studies (thin), their median (thick), the target (dotted)."
-        sections.append(html.Section(panel[0], [], [(drawn, caption)], [table]))
-    both = report_module.framework_table(result)
-    if both is not None:
-        sections.append(html.Section("PyTorch and JAX", [], [], [both]))
-    sections.append(html.Section("Intervals", [], [], [report_module.interval_table(result)]))
-    sections.append(html.Section("Every study", [], [], [report_module.study_table(result)]))
-    sections.append(html.Section("Oddities", [], [], [report_module.oddity_table(result.oddities)]))
-    whole = figures.learning_curves(panels, look)
-    title = "Steps and time to target"
-    parts = [f"# {title}", "", lead[0], "", "![Learning curves](curves.png)", ""]
-    rest = [report_module.interval_table(result), report_module.study_table(result)]
-    rest = rest if both is None else [both, *rest]
-    for table in [*found, *rest, report_module.oddity_table(result.oddities)]:
-        parts += [text.markdown(table), ""]
-    write(path / "report.html", html.page(title, lead, sections))
-    write(path / "curves.png", figures.png(whole))
-    write(path / "curves.svg", figures.svg(whole, "curves", theme=False))
-    write(path / "report.md", "\n".join(parts))
-    write(path / "table.csv", csv(result.summary))
-    write(path / "trials.csv", csv(result.trials))
+    page = report_page.build(report, logs)
+    look = report_page.look_of(report)
+    rows = []
+    for workload in sorted(report.summary["workload"].unique()):
+        panels = report_page.panels(report, logs, str(workload), look)
+        rows += [[*panels["step"][:1], *panels["time"][:1]]] if len(panels.get("step", [])) == 1 else []
+    # With too many algorithms for one panel the file would not be legible, so there is none.
+    if rows:
+        page.pictures["curves.png"] = "Learning curves"
+        write(path / "curves.png", png.draw(rows))
+        write(path / "curves.svg", svg.alone(rows))
+    write(path / "report.html", html.render(page))
+    write(path / "report.md", markdown.render(page))
+    write(path / "report.json", _json(_head(report.rules, report.inputs, report.oddities) | _results(report)))
+    write(path / "table.csv", csv(report.summary))
+    write(path / "studies.csv", csv(report.studies))
+    write(path / "trials.csv", csv(report.trials))
     write(path / "evaluations.csv", csv(logs.evals.drop(columns="trial_id")))
-    write(path / "oddities.csv", csv(result.oddities))
+    write(path / "oddities.csv", csv(report.oddities))
 
 
-def lead_text(result: Report) -> str:
-    """One sentence on what was compared."""
-    studies = result.studies.groupby(["workload", "submission"])["study"].nunique()
-    span = f"{studies.min()}" if studies.min() == studies.max() else f"{studies.min()} to {studies.max()}"
-    span += " study" if span == "1" else " studies"
-    references = sorted(set(result.references.values()) - {""}) or [result.reference]
-    against = f", against {' and '.join(references)}" if references[0] else ""
-    names = sorted(set(result.studies["submission"]))
-    workloads = ", ".join(sorted(set(result.studies["workload"])))
-    return (
-        f"{', '.join(names)} on {workloads}, {span} each{against}. "
-        "A miss counts as infinite in every median. Brackets hold 95 % bootstrap intervals over studies."
-    )
+def _results(report: Report) -> dict[str, object]:
+    return {"reference": report.reference or dict(report.references) or None, "table": _records(report.summary)}
 
 
 def write_leaderboard(board: Leaderboard, logs: Logs, path: Path) -> None:
-    """leaderboard.html, .md, .json, and ranking, cells, per-workload table, trials and oddities as CSV."""
-    from scoring.pages import html
-    from scoring.show import figures
-
-    names = list(board.ranking.index)
-    look = figures.styles(names, board.reference)
-    look = {name: look[name] for name in names}
-    ranking = leaderboard_module.ranking_table(board)
-    costs, misses = leaderboard_module.cost_table(board), leaderboard_module.misses_table(board)
-    raw = leaderboard_module.raw(board)
-    tables = report_module.tables(raw)
-    odd = report_module.oddity_table(board.oddities)
-    drawn = figures.svg(figures.profile_figure(board.profiles, look), "profiles")
-    profile = (
-        drawn,
-        "The share of workloads on which the target is reached within tau times the best.",
-    )
-    drawn = figures.svg(figures.heat_map(*leaderboard_module.heat_texts(board)), "heat")
-    heat = (drawn, "Cost as a multiple of the best; words where there is no credit.")
-    sections = [
-        html.Section("Ranking", [], [], [ranking]),
-        html.Section("Performance profiles", [], [profile], []),
-        html.Section("Submissions by workload", [], [heat], [costs]),
-    ]
-    gains = leaderboard_module.speedup_table(board)
-    if len(gains) > 1:
-        drawn = figures.svg(figures.bars(gains, look, board.reference), "bars")
-        sections.append(
-            html.Section("Speedup by workload", [], [(drawn, f"Speedup over {board.reference} by workload.")], [])
-        )
-    sections.append(html.Section("Misses", [], [], [misses]))
-    for k, table in enumerate(tables):
-        workload = table.caption.split(":")[0]
-        target = board.rules.targets[workload]
-        chosen = board.studies[board.studies["workload"] == workload]
-        curves = figures.curves_of(logs.evals, chosen, target)
-        drawn = figures.svg(figures.learning_curves([(workload, target, curves)], look), f"f{k}")
-        caption = f"Learning curves on {workload}: the best trial of each study (thin) and their median (thick)."
-        sections.append(html.Section(workload, [], [(drawn, caption)], [table]))
-    sections.append(html.Section("Oddities", [], [], [odd]))
-    title = f"Leaderboard, AlgoPerf {board.rules.version}"
-    lead = [f"{ranking.caption}. {len(names)} submissions, {len(board.rules.base)} workloads."]
-    parts = [f"# {title}", "", *lead, ""]
-    for table in [ranking, costs, misses, *tables, odd]:
-        parts += [text.markdown(table), ""]
-    write(path / "leaderboard.html", html.page(title, lead, sections))
-    write(path / "leaderboard.md", "\n".join(parts))
+    """leaderboard.html, .md, .json and .tex, and ranking, cells, costs, profiles, speedups, ... as CSV."""
+    page = leaderboard_page.build(board, logs)
+    raw = leaderboard_page.raw(board)
+    tables = [leaderboard_tables.ranking_table(board), leaderboard_tables.ratio_table(board)]
+    write(path / "leaderboard.html", html.render(page))
+    write(path / "leaderboard.md", markdown.render(page))
     write(path / "leaderboard.json", as_json(board))
-    write(path / "ranking.csv", csv(board.ranking.rename_axis("submission").reset_index()))
-    write(path / "cells.csv", csv(board.cells.drop(columns="values", errors="ignore")))
+    write(path / "leaderboard.tex", "\n".join(map(latex.render, tables)))
+    write(path / "ranking.csv", csv(leaderboard_page.ranking_frame(board)))
+    write(path / "cells.csv", csv(board.cells.drop(columns="values")))
+    write(path / "costs.csv", csv(_matrix(board)))
+    write(path / "profiles.csv", csv(_profiles(board)))
+    write(path / "speedups.csv", csv(_speedups(board)))
     write(path / "table.csv", csv(raw.summary))
+    write(path / "studies.csv", csv(board.studies))
     write(path / "trials.csv", csv(board.trials))
     write(path / "oddities.csv", csv(board.oddities))
+    if board.sweep is not None:
+        write(path / "sweep.csv", csv(_sweep(board)))
+        write(path / "newly_reached.csv", csv(board.sweep.reached))
+
+
+def _matrix(board: Leaderboard) -> pd.DataFrame:
+    """Submissions by workloads: the median cost, infinite for a miss."""
+    costs = board.cells.pivot(index="submission", columns="workload", values="cost")
+    return costs.loc[list(board.ranking.index), list(board.rules.base)].reset_index()
+
+
+def _profiles(board: Leaderboard) -> pd.DataFrame:
+    rows = [
+        (name, float(tau), float(share))
+        for name in board.ranking.index
+        for tau, share in zip(*board.profiles[str(name)], strict=True)
+    ]
+    return pd.DataFrame(rows, columns=["submission", "tau", "share"])
+
+
+def _speedups(board: Leaderboard) -> pd.DataFrame:
+    """One row per submission and workload: the speedup over the reference, empty for a miss."""
+    rows = [
+        (name, workload, float(value), workload in board.reference_missed)
+        for name, row in board.speedups.iterrows()
+        for workload, value in row.items()
+    ]
+    return pd.DataFrame(rows, columns=["submission", "workload", "speedup", "reference_missed"])
+
+
+def _sweep(board: Leaderboard) -> pd.DataFrame:
+    if board.sweep is None:
+        return pd.DataFrame()
+    scores, ranks = board.sweep.scores, board.sweep.ranks
+    rows = [
+        (name, float(share), float(scores.loc[name, share]), int(ranks.loc[name, share]))
+        for name in scores.index
+        for share in scores.columns
+    ]
+    return pd.DataFrame(rows, columns=["submission", "share", "score", "rank"])
 
 
 def as_json(board: Leaderboard) -> str:
-    """Ranking and cells for machines. JSON has no infinity: a miss is null."""
-    ranking = board.ranking.rename_axis("submission").reset_index()
-    cells = board.cells.drop(columns="values", errors="ignore")
-    data = {
-        "benchmark": board.rules.version,
-        "ruleset": board.rules.ruleset,
+    """Ranking and cells for machines, with what they rest on. JSON has no infinity: a miss is null."""
+    data = _head(board.rules, board.inputs, board.oddities) | {
         "procedure": "official" if board.official else "exact",
         "cost": board.cost,
         "reference": board.reference or None,
+        "reference_missed": list(board.reference_missed),
         "relative_to": board.reference if board.relative else "group",
-        "workloads": list(board.rules.base),
-        "ranking": json.loads(ranking.to_json(orient="records", double_precision=15)),
-        "cells": json.loads(cells.to_json(orient="records", double_precision=15)),
-        "oddities": {
-            level: int((board.oddities["level"] == level).sum()) for level in ("error", "warning", "note")
-        },
+        "published": sorted(board.published),
+        "ranking": _records(leaderboard_page.ranking_frame(board)),
+        "cells": _records(board.cells.drop(columns="values")),
     }
+    return _json(data)
+
+
+def _head(rules: Rules, inputs: tuple[str, ...], oddities: pd.DataFrame) -> dict[str, object]:
+    targets = {
+        name: {
+            "metric": target.metric,
+            "direction": "maximize" if target.higher_is_better else "minimize",
+            "target": target.value,
+            "budget_sec": _finite(rules.budget(name)),
+            "step_hint": _finite(target.step_hint),
+            "relaxed_by": rules.relaxations.get(name, 0.0),
+        }
+        for name, target in rules.targets.items()
+    }
+    return {
+        "benchmark": rules.version,
+        "ruleset": rules.ruleset,
+        "assumed": list(rules.assumed),
+        "budget_factor": rules.budget_factor,
+        "studies": rules.studies or None,
+        "trials": rules.trials or None,
+        "workloads": list(rules.base),
+        "held_out": dict(rules.held_out),
+        "targets": targets,
+        "inputs": list(inputs),
+        "code": code_version(),
+        "oddities": {level: int((oddities["level"] == level).sum()) for level in ("error", "warning", "note")},
+    }
+
+
+def code_version() -> str:
+    """The version of the package, and a hash of the code that scores: the same hash, the same results."""
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parents[1].rglob("*")):
+        if source.suffix in (".py", ".json"):
+            digest.update(source.read_bytes())
+    try:
+        version = metadata.version("algoperf-kfac")
+    except metadata.PackageNotFoundError:
+        version = "unknown"
+    return f"{version}+{digest.hexdigest()[:12]}"
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _records(table: pd.DataFrame) -> object:
+    return json.loads(table.to_json(orient="records", double_precision=15))
+
+
+def _json(data: object) -> str:
     return json.dumps(data, indent=1) + "\n"

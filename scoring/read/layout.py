@@ -1,25 +1,40 @@
-"""Which folders are trials, and of which submission, study and workload; and what lies beside them."""
+"""Which folders are trials, and of which submission, study and workload; and what lies beside them.
+
+A workload folder is one that holds trials, whatever it is called; ``_jax`` or ``_pytorch`` at the end of its name
+is the framework. Above it stands the study and above that the submission. A folder named like a study (``study_3``)
+is one; of other names, the study is the one above the workload only if the submission lies below the input as well.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from scoring.oddities import Oddities
 from scoring.read.folders import Entry, Folder, archive_stem, is_log
 
 WORKLOAD = re.compile(r"(.+)_(jax|pytorch)")
 TRIAL = re.compile(r"trial_(\d+)")
+# A copy somebody put aside: trial_1_backup, trial_1.old, trial_1 (copy).
+BACKUP = re.compile(r"trial_(\d+)\D.*")
 STUDY = re.compile(r"(?:study|seed|rep|repetition)?[ _-]?\d+", re.IGNORECASE)
 # The official runner may append the time of start to an experiment's name; its scorer reads such folders as one.
 TIMESTAMP = re.compile(r"-\d{4}(?:-\d{2}){5}$")
-KNOWN_FILES = ("measurements.csv", "plot.png")
+
+Parts = tuple[str, ...]
+Key = tuple[str, str, str, str, int]
 
 
 @dataclass(frozen=True, slots=True)
 class TrialFolder:
-    """One trial: where it belongs, and its files."""
+    """One trial: where it belongs, and its files.
+
+    Attributes:
+      above: the folder above the submission, which names it if another input has one of the same name.
+      backup: whether the folder is a copy put aside.
+      usual: whether the study is named as studies are.
+    """
 
     submission: str
     study: str
@@ -29,10 +44,12 @@ class TrialFolder:
     where: str
     files: dict[str, Entry]
     above: str
+    backup: bool = False
+    usual: bool = True
 
     @property
-    def key(self) -> tuple[str, str, str, str, int]:
-        """What names a trial: no two may share it."""
+    def key(self) -> Key:
+        """What names a trial; folders that share it are copies."""
         return (self.submission, self.study, self.workload, self.framework, self.trial)
 
     def named(self, prefix: str) -> list[tuple[str, Entry]]:
@@ -41,38 +58,66 @@ class TrialFolder:
         return [(name, self.files[name]) for name in sorted(names, key=lambda name: (len(name), name))]
 
 
-def find_trials(found: Iterable[Folder], odd: Oddities) -> list[TrialFolder]:
-    """The trials among ``found``; everything beside them is reported and left alone."""
-    trials: list[TrialFolder] = []
+def find_trials(found: Iterable[Folder], root: Parts, odd: Oddities) -> list[TrialFolder]:
+    """The trials among the folders of one input; everything beside them is reported and left alone."""
     found = list(found)
-    homes = {folder.parts[:-1] for folder in found if WORKLOAD.fullmatch(folder.parts[-1])}
+    homes = _workload_folders(found)
+    above_workloads = {home[:-1] for home in homes}
+    trials: list[TrialFolder] = []
     for folder in found:
         name = folder.parts[-1] if folder.parts else ""
-        parent = folder.parts[-2] if len(folder.parts) > 1 else ""
-        in_workload = WORKLOAD.fullmatch(parent)
-        trial = TRIAL.fullmatch(name)
-        if trial and in_workload:
-            trials.append(_trial(folder, int(trial[1]), in_workload))
-        elif in_workload:
+        parent = folder.parts[:-1]
+        number = TRIAL.fullmatch(name) or BACKUP.fullmatch(name)
+        if parent in homes and number:
+            backup = not TRIAL.fullmatch(name)
+            if backup:
+                action = "counts only where it is the more complete copy"
+                odd.add("warning", folder.where, "backup directory", "beside the trials of a workload", action)
+            trials.append(_trial(folder, int(number[1]), root, backup))
+            continue
+        if parent in homes:
             what = "backup directory" if name.startswith("trial") else "stray directory"
             odd.add("warning", folder.where, what, "beside the trials of a workload", "ignored")
         elif "eval_measurements.csv" in folder.files:
-            odd.add("warning", folder.where, "trial outside a workload", f"its parent is {parent!r}", "ignored")
-        elif folder.parts[:-1] in homes and not WORKLOAD.fullmatch(name):
-            odd.add("note", folder.where, "stray directory", "not named <workload>_<framework>", "ignored")
-        if not (trial and in_workload):
-            _strays(folder, odd)
+            detail = f"its parent {parent[-1] if parent else ''!r} is no folder of a workload"
+            odd.add("error", folder.where, "trial outside a workload", detail, "lost: move it into one")
+        elif parent in above_workloads and folder.parts not in homes:
+            odd.add("note", folder.where, "stray directory", "holds no trial", "ignored")
+        _strays(folder, odd)
     return trials
 
 
-def _trial(folder: Folder, number: int, workload: re.Match[str]) -> TrialFolder:
-    above = folder.parts[:-2]
-    study = "study_0"
-    if above and STUDY.fullmatch(above[-1]):
-        study, above = above[-1], above[:-1]
+def _workload_folders(found: list[Folder]) -> set[Parts]:
+    """The folders that hold trials, but for those that hold workloads: a trial lying there has none."""
+    candidates: set[Parts] = set()
+    for folder in found:
+        parent = folder.parts[:-1]
+        if not parent or not TRIAL.fullmatch(folder.parts[-1]):
+            continue
+        logged = any(is_log(name) for name in folder.files)
+        if WORKLOAD.fullmatch(parent[-1]) or (logged and not STUDY.fullmatch(parent[-1])):
+            candidates.add(parent)
+    holding = {home[:depth] for home in candidates for depth in range(len(home))}
+    return candidates - holding
+
+
+def _trial(folder: Folder, number: int, root: Parts, backup: bool) -> TrialFolder:
+    *above, name = folder.parts[:-1]
+    suffixed = WORKLOAD.fullmatch(name)
+    workload, framework = (suffixed[1], suffixed[2]) if suffixed else (name, "")
+    study, usual = "study_0", True
+    last = TIMESTAMP.sub("", above[-1]) if above else ""
+    if above and STUDY.fullmatch(last):
+        study = last
+        above.pop()
+    elif len(above) - len(root) >= 2:
+        study, usual = last, False
+        above.pop()
     submission = TIMESTAMP.sub("", above[-1]) if above else "unnamed"
     parent = above[-2] if len(above) > 1 else ""
-    return TrialFolder(submission, study, workload[1], workload[2], number, folder.where, folder.files, parent)
+    return TrialFolder(
+        submission, study, workload, framework, number, folder.where, folder.files, parent, backup, usual
+    )
 
 
 def _strays(folder: Folder, odd: Oddities) -> None:
@@ -80,34 +125,3 @@ def _strays(folder: Folder, odd: Oddities) -> None:
     if names:
         shown = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
         odd.add("note", folder.where, "stray file", shown, "ignored", len(names))
-
-
-def distinct(groups: list[list[TrialFolder]], odd: Oddities) -> list[TrialFolder]:
-    """The trials of several inputs under names that differ.
-
-    The same trial twice in one input (an archive beside its unpacked folder, say) counts once; a submission of the
-    same name in another input is another submission and takes the name of the folder above it in front.
-    """
-    kept: dict[tuple[str, str, str, str, int], TrialFolder] = {}
-    places: set[str] = set()
-    for trials in groups:
-        trials = [trial for trial in trials if _place(trial) not in places]
-        clashing = {trial.submission for trial in trials if trial.key in kept}
-        for trial in sorted(trials, key=lambda trial: (trial.key, _place(trial))):
-            if trial.submission in clashing:
-                trial = replace(trial, submission=f"{trial.above}/{trial.submission}")
-            if trial.key in kept:
-                odd.add("warning", trial.where, "duplicate trial", f"also at {kept[trial.key].where}", "ignored")
-                continue
-            kept[trial.key] = trial
-        for name in sorted(clashing):
-            odd.add(
-                "note", name, "same name twice", "two inputs hold a submission of this name", "the second renamed"
-            )
-        places |= {_place(trial) for trial in trials}
-    return [kept[key] for key in sorted(kept)]
-
-
-def _place(trial: TrialFolder) -> str:
-    entry = trial.files.get("eval_measurements.csv")
-    return entry.path if entry is not None and entry.path else trial.where

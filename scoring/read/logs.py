@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 import numpy as np
 import pandas as pd
 
 from scoring.errors import InputError
+from scoring.metrics import METRIC
 from scoring.oddities import Oddities
-from scoring.read import cache, sanity
-from scoring.read.folders import Folder, folders, signature
-from scoring.read.layout import TrialFolder, distinct, find_trials
-from scoring.read.parse import METRIC, parse
+from scoring.read import cache, copies, sanity
+from scoring.read.archives import unpack
+from scoring.read.describe import describe
+from scoring.read.folders import Folder, Survey, survey
+from scoring.read.layout import TrialFolder, find_trials
+from scoring.read.parse import parse
 
 NAMES = ("submission", "study", "workload", "framework", "trial", "hyperparameters")
-META = {
-    "metric": "target_metric_name",
-    "target": "validation_target_value",
-    "test_target": "test_target_value",
-    "lower_is_better": "lower_is_better",
-    "budget": "max_allowed_runtime_sec",
-    "step_hint": "step_hint",
-    "eval_period": "eval_period_time_sec",
-    "eval_period_steps": "eval_period_steps",
-}
-FLAGS = ("max_global_steps", "tuning_ruleset")
-BATCH_SIZES = ("batch_size", "global_batch_size", "workload.batch_size", "workload.global_batch_size")
+Patterns = str | Sequence[str] | None
 
 
 @dataclass(frozen=True)
@@ -43,50 +34,114 @@ class Logs:
         as ``validation/accuracy``. Rows of one trial stand together, in the order of steps.
       trials: one row per trial folder, with what its meta_data and flags say; ``trial_id`` joins the two.
       oddities: everything odd met on the way: level, where, what, detail, action, count.
+      inputs: the directories and archives it was read from.
     """
 
     evals: pd.DataFrame
     trials: pd.DataFrame
     oddities: pd.DataFrame
+    inputs: tuple[str, ...] = ()
+
+    def select(
+        self,
+        submission: Patterns = None,
+        workload: Patterns = None,
+        framework: Patterns = None,
+        exclude: Patterns = None,
+    ) -> Logs:
+        """The trials whose names match, with their evaluations.
+
+        Each argument is a pattern such as ``muon*``, several separated by commas, or a list of patterns; None takes
+        all. ``exclude`` leaves submissions out.
+
+        Raises:
+          InputError: a pattern matches nothing, or nothing is left.
+        """
+        keep = np.ones(len(self.trials), dtype=bool)
+        wanted = {"submission": submission, "workload": workload, "framework": framework}
+        for column, patterns in wanted.items():
+            if patterns is not None:
+                keep &= _matching(self.trials[column], patterns, column)
+        if exclude is not None:
+            keep &= ~_matching(self.trials["submission"], exclude, "submission")
+        if not keep.any():
+            raise InputError("no trial is left: choose fewer or other submissions, workloads and frameworks")
+        trials = self.trials[keep].reset_index(drop=True)
+        evals = self.evals[np.isin(self.evals["trial_id"].to_numpy(), trials["trial_id"].to_numpy())]
+        return replace(self, evals=evals.reset_index(drop=True), trials=trials)
 
 
-def read(roots: Iterable[str | os.PathLike[str]], use_cache: bool = True) -> Logs:
+def _matching(names: pd.Series, patterns: str | Sequence[str], kind: str) -> np.ndarray:
+    parts = patterns.split(",") if isinstance(patterns, str) else patterns
+    known = sorted(set(names))
+    chosen: set[str] = set()
+    for pattern in (part.strip() for part in parts):
+        found = {name for name in known if name == pattern or fnmatchcase(name, pattern)}
+        if not found:
+            raise InputError(f"no {kind} is called {pattern}: there are {', '.join(known)}")
+        chosen |= found
+    return names.isin(chosen).to_numpy()
+
+
+def read(roots: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], use_cache: bool = True) -> Logs:
     """The logs below ``roots``: directories at any level from a trial up, or archives.
+
+    Args:
+      roots: one path or several.
+      use_cache: keep what was parsed, and read it again only if a file has changed; archives are then not opened.
 
     Raises:
       InputError: a root does not exist, or holds no trial.
     """
+    inputs = [roots] if isinstance(roots, (str, os.PathLike)) else list(roots)
     odd = Oddities()
-    found = [(str(root), folders(root, odd)) for root in roots]
-    key = cache.key([root for root, _ in found], [line for _, part in found for line in signature(part)])
+    found = [(str(root), survey(root, odd)) for root in inputs]
+    key = cache.key([root for root, _ in found], [line for _, part in found for line in part.signature()])
     stored = cache.load(key) if use_cache else None
     if stored is None:
         evals, trials = _read(found, odd)
         if use_cache:
             cache.store(key, evals, trials, odd.rows)
     else:
-        evals, trials, rows = stored
-        odd.rows = rows
-    return Logs(_named(evals, trials), trials, odd.table())
+        evals, trials, odd.rows = stored
+    return Logs(_named(evals, trials), trials, odd.table(), tuple(str(root) for root in inputs))
 
 
-def _read(found: list[tuple[str, list[Folder]]], odd: Oddities) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _read(found: list[tuple[str, Survey]], odd: Oddities) -> tuple[pd.DataFrame, pd.DataFrame]:
     groups = []
     for root, part in found:
         # A trial or workload given by itself is judged by its own name; only what it lies in is missing.
-        trials = find_trials(part, odd)
+        trials = _trials(part, odd)
         if not trials:
             raise InputError(f"{root}: holds no trial (<workload>_<framework>/trial_<i>/eval_measurements.csv)")
         groups.append(trials)
-    trials = distinct(groups, odd)
-    table = pd.DataFrame([_describe(trial, odd) for trial in trials])
-    table.insert(0, "trial_id", np.arange(len(table)))
-    where = [trial.where for trial in trials]
-    evals = sanity.check(parse(_contents(trials, odd), odd), where, odd)
-    counts = np.bincount(evals["trial_id"].to_numpy()[evals["believed"].to_numpy()], minlength=len(trials))
+    folders = copies.group(groups, odd)
+    table = pd.DataFrame([describe(trial, odd) for trial in folders])
+    where = [trial.where for trial in folders]
+    evals = sanity.check(parse(_contents(folders, odd), odd), where, odd)
+    counts = np.bincount(evals["trial_id"].to_numpy()[evals["believed"].to_numpy()], minlength=len(folders))
     table["evaluations"] = counts
-    _metric_columns(evals, table, odd)
+    chosen = copies.choose(folders, table, evals, odd)
+    evals, table = _only(chosen, evals, table)
+    _excuse({where[k] for k in range(len(folders))} - {where[k] for k in chosen}, odd)
+    table = _separate(table, odd)
+    sanity.missing_metrics(evals, table, table["metric"], odd)
     return evals, table
+
+
+def _trials(part: Survey, odd: Oddities) -> list[TrialFolder]:
+    found = find_trials(part.folders, part.root, odd)
+    for archive in part.archives:
+        inside = unpack(archive, odd)
+        # An archive is often packed with its one folder: what lies in there is as deep as in the folder itself.
+        root = _single_top(inside)
+        found += find_trials(inside, root, odd)
+    return found
+
+
+def _single_top(inside: list[Folder]) -> tuple[str, ...]:
+    top = inside[0]
+    return (*top.parts, top.subfolders[0]) if len(top.subfolders) == 1 and not top.files else top.parts
 
 
 def _contents(trials: list[TrialFolder], odd: Oddities) -> Iterator[tuple[int, str, bytes]]:
@@ -101,80 +156,56 @@ def _contents(trials: list[TrialFolder], odd: Oddities) -> Iterator[tuple[int, s
             odd.add("error", trial.where, "unreadable", str(error.strerror), "the trial has no data")
 
 
-def _describe(trial: TrialFolder, odd: Oddities) -> dict[str, Any]:
-    """One row of the trials table. Of several starts of a run the first file speaks: the settings are the same."""
-    meta: dict[str, Any] = {}
-    flags: dict[str, Any] = {}
-    for prefix, target in (("meta_data_", meta), ("flags_", flags)):
-        for name, entry in trial.named(prefix)[:1]:
-            target.update(_json(entry.read, trial.where, name, odd))
-    hparams: dict[str, Any] = {}
-    if "hparams.json" in trial.files:
-        hparams = _json(trial.files["hparams.json"].read, trial.where, "hparams.json", odd)
-    if not meta and "eval_measurements.csv" in trial.files:
-        odd.add(
-            "note", trial.where, "no meta_data", "target and budget must come from the data files", "read without"
-        )
-    row: dict[str, Any] = {
-        "submission": trial.submission,
-        "study": trial.study,
-        "workload": trial.workload,
-        "framework": trial.framework,
-        "trial": trial.trial,
-        "hyperparameters": json.dumps(hparams, sort_keys=True) if hparams else "",
-        "where": trial.where,
-    }
-    for column, name in META.items():
-        row[column] = meta.get(f"workload.{name}")
-    for column in ("target", "test_target", "budget", "step_hint", "eval_period", "eval_period_steps"):
-        row[column] = _number(row[column])
-    if np.isfinite(row["eval_period_steps"]):
-        row["eval_period"] = np.nan  # a run that evaluates by steps keeps no period in seconds
-    row["metric"] = row["metric"] if isinstance(row["metric"], str) else ""
-    row["lower_is_better"] = {True: "yes", False: "no"}.get(row["lower_is_better"], "")
-    row["max_global_steps"] = _number(flags.get("max_global_steps"))
-    row["ruleset"] = str(flags.get("tuning_ruleset") or "")
-    row["seed"] = str(meta.get("rng_seed", flags.get("rng_seed", "")))
-    sizes = [source[name] for source in (hparams, flags, meta) for name in BATCH_SIZES if name in source]
-    row["batch_size"] = _number(sizes[0]) if sizes else np.nan
-    return row
+def _only(chosen: list[int], evals: pd.DataFrame, table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The tables of the chosen trials, which are numbered anew."""
+    if len(chosen) < len(table):
+        number = np.full(len(table), -1, dtype=np.int32)
+        number[chosen] = np.arange(len(chosen), dtype=np.int32)
+        evals = evals.assign(trial_id=number[evals["trial_id"].to_numpy()])
+        evals = evals[evals["trial_id"] >= 0]
+        order = np.argsort(evals["trial_id"].to_numpy(), kind="stable")
+        evals = evals.iloc[order].reset_index(drop=True)
+        table = table.iloc[chosen].reset_index(drop=True)
+    table = table.copy()
+    table.insert(0, "trial_id", np.arange(len(table)))
+    return evals, table
 
 
-def _json(read_bytes: Any, where: str, name: str, odd: Oddities) -> dict[str, Any]:
-    try:
-        value = json.loads(read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        odd.add("warning", where, "unreadable JSON", f"{name}: {type(error).__name__}", "read as if absent")
-        return {}
-    if not isinstance(value, dict):
-        odd.add("warning", where, "unreadable JSON", f"{name}: not an object", "read as if absent")
-        return {}
-    return value
+def _excuse(dropped: set[str], odd: Oddities) -> None:
+    """What is wrong with a copy that does not count has cost nothing."""
+    kept = ("duplicate trial", "backup directory")
+    odd.rows = [
+        ("note", where, what, detail, "another copy of the trial counts", count)
+        if where in dropped and what not in kept
+        else (level, where, what, detail, action, count)
+        for level, where, what, detail, action, count in odd.rows
+    ]
 
 
-def _number(value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return np.nan
+def _separate(table: pd.DataFrame, odd: Oddities) -> pd.DataFrame:
+    """Studies of unusual names are submissions of their own if they were started from different files.
 
-
-def _metric_columns(evals: pd.DataFrame, trials: pd.DataFrame, odd: Oddities) -> None:
-    """Report trials whose target metric is missing, as a column or here and there."""
-    for metric, part in trials[trials["metric"] != ""].groupby("metric"):
-        ids = part["trial_id"].to_numpy()
-        column = f"validation/{metric}"
-        mine = np.isin(evals["trial_id"].to_numpy(), ids) & evals["believed"].to_numpy()
-        missing = mine.copy() if column not in evals else mine & np.isnan(evals[column].to_numpy())
-        if not missing.any():
-            continue
-        bad = np.bincount(evals["trial_id"].to_numpy()[missing], minlength=len(trials))
-        for trial_id in np.flatnonzero(bad):
-            where = trials["where"].iloc[trial_id]
-            if bad[trial_id] == trials["evaluations"].iloc[trial_id]:
-                odd.add("error", where, "no target metric", f"{column} is nowhere a number", "the trial cannot hit")
-            else:
-                odd.add("note", where, "missing metric", f"{column} is no number", "no hit there", bad[trial_id])
+    Only the flags can tell a folder of runs from a submission whose studies have names of their own.
+    """
+    odd_names = table[~table["usual"]]
+    if odd_names.empty:
+        return table.drop(columns="usual")
+    table = table.copy()
+    for name, part in odd_names.groupby("submission"):
+        paths = part.groupby("study")["submission_path"].agg(lambda column: column.iloc[0])
+        studies = ", ".join(sorted(set(part["study"]))[:5])
+        if paths.nunique() > 1:
+            table.loc[part.index, "submission"] = part["study"]
+            table.loc[part.index, "study"] = "study_0"
+            detail = f"{studies}: their flags name different submission files"
+            odd.add("note", str(name), "folder of runs", detail, "each is a submission")
+        elif part["study"].nunique() > 1 or not paths.iloc[0]:
+            action = "read as studies; if they are submissions, give this folder itself as input"
+            odd.add("warning", str(name), "unusual study names", studies, action)
+    keys = ["submission", "study", "workload", "framework", "trial"]
+    if table.duplicated(keys).any():
+        raise InputError(f"two runs are called {table[table.duplicated(keys)]['submission'].iloc[0]}: rename one")
+    return table.drop(columns="usual")
 
 
 def _named(evals: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:

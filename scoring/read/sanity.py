@@ -12,23 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from scoring.metrics import METRIC, RANGES
 from scoring.oddities import Oddities
-from scoring.read.parse import METRIC
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
-RANGES: dict[str, tuple[float, float]] = {
-    "accuracy": (0.0, 1.0),
-    "error_rate": (0.0, 1.0),
-    "mean_average_precision": (0.0, 1.0),
-    "ssim": (-1.0, 1.0),
-    "bleu": (0.0, 100.0),
-    "wer": (0.0, np.inf),
-    "ctc_loss": (0.0, np.inf),
-    "ppl": (1.0, np.inf),
-    "perplexity": (1.0, np.inf),
-}
 TIME_TOLERANCE = 1e-3  # seconds, beside one part in a thousand
 
 
@@ -191,3 +180,26 @@ def _longest_rise(values: Floats) -> npt.NDArray[np.intp]:
         chain.append(position)
         position = int(before[position])
     return np.array(chain[::-1], dtype=np.intp)
+
+
+def missing_metrics(evals: pd.DataFrame, trials: pd.DataFrame, metrics: pd.Series, odd: Oddities) -> None:
+    """Report trials whose target metric is missing, as a column or here and there.
+
+    Args:
+      evals, trials: as in ``Logs``, but that trials may be some of them only.
+      metrics: the metric of each trial, "" where it is not known.
+    """
+    counts = dict(zip(trials["trial_id"], trials["evaluations"], strict=True))
+    where = dict(zip(trials["trial_id"], trials["where"], strict=True))
+    ids, believed = evals["trial_id"].to_numpy(), evals["believed"].to_numpy()
+    for metric, part in trials[metrics != ""].groupby(metrics[metrics != ""]):
+        column = f"validation/{metric}"
+        mine = np.isin(ids, part["trial_id"].to_numpy()) & believed
+        missing = mine if column not in evals else mine & np.isnan(evals[column].to_numpy())
+        for trial_id, bad in zip(*np.unique(ids[missing], return_counts=True), strict=True):
+            if bad == counts[trial_id]:
+                detail = f"{column} is nowhere a number"
+                odd.add("error", where[trial_id], "no target metric", detail, "the trial cannot hit")
+            else:
+                detail = f"{column} is no number in {bad} of {counts[trial_id]} evaluations"
+                odd.add("error", where[trial_id], "missing metric", detail, "no hit there", bad)

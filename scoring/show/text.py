@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from scoring.judge.columns import Column
+
+NOTHING = "–"
+
 
 @dataclass
 class Table:
-    """A table of ready text. ``left`` holds the positions of columns to align left; the others are numbers."""
+    """A table of ready text.
+
+    Attributes:
+      caption: what it shows, and under which rules.
+      headers, rows: one text per column.
+      left: positions of columns to align left; the others are numbers.
+      note: how to read it.
+      sticky: how many first columns stay in sight when a page scrolls the table sideways.
+      shades: by row and column, from 0 (best) to 1 (worst), None for no shade; empty for a table without.
+    """
 
     caption: str
     headers: list[str]
     rows: list[list[str]] = field(default_factory=list)
     left: tuple[int, ...] = (0,)
     note: str = ""
+    sticky: int = 1
+    shades: list[list[float | None]] = field(default_factory=list)
 
 
 def terminal(table: Table) -> str:
@@ -55,7 +70,7 @@ def _pad(text: str, width: int, left: bool) -> str:
 def number(value: float, digits: int = 4) -> str:
     """A number with ``digits`` significant digits, thousands separated; a dash for a missing one."""
     if value is None or np.isnan(value):
-        return "–"
+        return NOTHING
     if np.isinf(value):
         return "miss" if value > 0 else "-inf"
     if value == 0:
@@ -80,14 +95,43 @@ def seconds(value: float) -> str:
     return number(value, 3) + (" s" if np.isfinite(value) else "")
 
 
-def spread(middle: float, low: float, high: float, show: object = number) -> str:
-    """``median (low to high)``, without the brackets where nothing varies."""
-    write = show if callable(show) else number
-    if low == high or np.isnan(low) or np.isnan(high):
-        return str(write(middle))
-    return f"{write(middle)} ({write(low)} to {write(high)})"
-
-
 def percent(value: float) -> str:
     """A share as a percentage."""
-    return "–" if not np.isfinite(value) else f"{100 * value:.0f} %"
+    return NOTHING if not np.isfinite(value) else f"{100 * value:.0f} %"
+
+
+def ratio(value: float) -> str:
+    """A ratio with two decimals."""
+    return f"{value:.2f}" if np.isfinite(value) else number(value)
+
+
+def between(low: float, high: float, show: Callable[[float], str] = ratio) -> str:
+    """An interval; a dash for none."""
+    return NOTHING if np.isnan(low) or np.isnan(high) else f"{show(low)} to {show(high)}"
+
+
+def spread(middle: float, low: float, high: float, show: Callable[[float], str] = number) -> str:
+    """``median (low to high)``, without the brackets where nothing varies."""
+    if low == high or np.isnan(low) or np.isnan(high):
+        return show(middle)
+    return f"{show(middle)} ({show(low)} to {show(high)})"
+
+
+def milliseconds(value: float) -> str:
+    """Milliseconds with three digits."""
+    return number(value, 3)
+
+
+# How the values of columns.COLUMNS are written, by their kind.
+KINDS: dict[str, Callable[[float], str]] = {
+    "number": number,
+    "steps": steps,
+    "seconds": seconds,
+    "ms": milliseconds,
+    "percent": percent,
+}
+
+
+def shown(column: Column, value: object) -> str:
+    """A value of a column as text."""
+    return str(value) if column.kind == "text" else KINDS[column.kind](float(value))  # type: ignore[arg-type]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from scoring.judge import leaderboard, parity, score, targets, trials
+from scoring.judge import cells as cells_module
+from scoring.judge import leaderboard, parity, score, trials, versions
 from scoring.read import logs
 from scoring.read.logs import Logs
 from tests.scoring.trees import official_meta, official_rows, write_official, write_trial
@@ -40,22 +41,25 @@ def official() -> Logs:
 
 
 def test_the_published_scores(official: Logs) -> None:
-    found = parity.scores(official, targets.rules_for(official.trials))
+    found = parity.scores(official, versions.rules_for(official.trials))
     assert found.round(4).to_dict() == PUBLISHED
     assert list(found.index) == list(PUBLISHED)
 
 
 def test_each_difference_has_a_name(official: Logs) -> None:
-    rules = targets.rules_for(official.trials)
-    table = parity.compare(official, rules)
-    exact = score.scores(trials.cells(trials.studies(trials.reach(official, rules), rules), rules), rules)
+    rules = versions.rules_for(official.trials)
+    found = parity.compare(official, rules)
+    table = found.scores
+    exact = score.scores(
+        cells_module.cells(cells_module.studies(trials.reach(official, rules), rules), rules), rules
+    )
     assert table["exact"].to_dict() == pytest.approx(exact.to_dict(), abs=1e-12)
     steps = table[list(parity.STEPS)]
     assert (table["official"] + steps.sum(axis=1)).to_dict() == pytest.approx(exact.to_dict(), abs=1e-12)
     # The grid is off by up to half a cell per workload; the trial by index costs one submission half a point.
     assert steps["exact integral"].abs().max() < 0.005
     assert steps.loc["lawa_ema", "trial by cost, not index"] > 0.004
-    assert parity.changed_cells(official, rules)["submission"].unique().tolist() == ["lawa_ema"]
+    assert found.medians["submission"].unique().tolist() == ["lawa_ema"]
 
 
 def test_what_is_odd_in_the_official_logs(official: Logs) -> None:
@@ -93,7 +97,7 @@ def test_steps_from_official_to_exact(tmp_path: Path) -> None:
         rows = official_rows("imagenet_vit", 1500.0, misses=6)
         write_trial(index / "trial_2", "imagenet_vit", rows, official_meta("imagenet_vit"))
     runs = logs.read([tmp_path])
-    changed = parity.changed_cells(runs, targets.rules_for(runs.trials)).set_index("submission")
+    changed = parity.compare(runs, versions.rules_for(runs.trials)).medians.set_index("submission")
     assert changed["why"].to_dict() == {
         "few": "missing studies",
         "index": "trial by cost, not index",

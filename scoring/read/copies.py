@@ -1,0 +1,110 @@
+"""Which folder of a trial counts where there are several: the same twice, a restart beside it, a backup.
+
+Adding a fragment must never change a score, so the most complete copy counts, whatever it is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from scoring.frames import records
+from scoring.metrics import higher_is_better
+from scoring.oddities import Oddities
+from scoring.read.layout import Key, TrialFolder
+
+
+def group(inputs: list[list[TrialFolder]], odd: Oddities) -> list[TrialFolder]:
+    """The trials of several inputs in the order of their keys, copies of one trial side by side.
+
+    The same folder given twice counts once. A submission of the same name in another input is another submission
+    and takes the name of the folder above it in front.
+    """
+    kept: list[TrialFolder] = []
+    taken: set[Key] = set()
+    places: set[str] = set()
+    for trials in inputs:
+        trials = [trial for trial in trials if _place(trial) not in places]
+        clashing = {trial.submission for trial in trials if trial.key in taken}
+        trials = [
+            replace(trial, submission=f"{trial.above}/{trial.submission}")
+            if trial.submission in clashing
+            else trial
+            for trial in trials
+        ]
+        for name in sorted(clashing):
+            detail = "two inputs hold a submission of this name"
+            odd.add("note", name, "same name twice", detail, "the second renamed")
+        kept += trials
+        taken |= {trial.key for trial in trials}
+        places |= {_place(trial) for trial in trials}
+    # The plain name before a backup, the earlier start before the later: of equal copies the first counts.
+    return sorted(kept, key=lambda trial: (trial.key, trial.backup, trial.where))
+
+
+def _place(trial: TrialFolder) -> str:
+    entry = trial.files.get("eval_measurements.csv")
+    return entry.path if entry is not None and entry.path else trial.where
+
+
+def choose(trials: Sequence[TrialFolder], table: pd.DataFrame, evals: pd.DataFrame, odd: Oddities) -> list[int]:
+    """Positions of the copies that count, one for each key, in order.
+
+    Args:
+      trials: as ``group`` returns them; the position is the trial_id.
+      table: one row per trial, with ``evaluations`` and what its meta_data state.
+      evals: one row per evaluation, of all copies.
+    """
+    copies: dict[Key, list[int]] = {}
+    for position, trial in enumerate(trials):
+        copies.setdefault(trial.key, []).append(position)
+    chosen = []
+    for positions in copies.values():
+        if len(positions) == 1:
+            if trials[positions[0]].backup:
+                trial = trials[positions[0]]
+                odd.add("warning", trial.where, "only a backup", f"there is no trial_{trial.trial}", "it counts")
+            chosen.append(positions[0])
+            continue
+        parts = {k: evals[(evals["trial_id"] == k) & evals["believed"]] for k in positions}
+        facts = dict(zip(positions, records(table.iloc[positions]), strict=True))
+        # max() keeps the first of equals.
+        best = max(positions, key=lambda k: _completeness(facts[k], parts[k]))
+        chosen.append(best)
+        for k in positions:
+            if k != best:
+                _report(trials[k].where, trials[best].where, parts[k], parts[best], odd)
+    return chosen
+
+
+def _completeness(trial: Any, evals: pd.DataFrame) -> tuple[bool, float, float]:
+    """Whether the run came to its end by what its meta_data state; then how far it came, in steps and rows."""
+    if evals.empty:
+        return (False, -1.0, 0.0)
+    last = evals.iloc[-1]
+    column = f"validation/{trial.metric}"
+    ended = last["time"] >= 0.97 * trial.budget or last["step"] >= trial.max_global_steps
+    if column in evals and np.isfinite(trial.target):
+        lower = trial.lower_is_better
+        upward = lower == "no" if lower else higher_is_better(trial.metric)
+        values = evals[column]
+        hit = values >= trial.target if upward else values <= trial.target
+        ended = ended or bool(hit.any())
+    return (bool(ended), float(last["step"]), float(len(evals)))
+
+
+def _report(here: str, other: str, mine: pd.DataFrame, theirs: pd.DataFrame, odd: Oddities) -> None:
+    one, two = (part.drop(columns=["trial_id", "row"]).to_numpy(dtype=float) for part in (mine, theirs))
+    if np.array_equal(one, two, equal_nan=True):
+        odd.add("warning", here, "duplicate trial", f"the same rows as {other}", "counted once")
+        return
+    detail = f"differs: {_extent(mine)} here, {_extent(theirs)} in {other}"
+    odd.add("warning", here, "duplicate trial", detail, "the more complete copy counts, this one does not")
+
+
+def _extent(evals: pd.DataFrame) -> str:
+    return f"{len(evals)} evaluations to step {evals['step'].iloc[-1]:.0f}" if len(evals) else "no evaluation"
