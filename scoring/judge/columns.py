@@ -97,19 +97,19 @@ class Column:
 COLUMNS = (
     Column("state", "outcome", "text", "hit, unfinished, over budget, missed or no data", lambda run: run.state),
     Column(
-        "time",
-        "time to target",
-        "seconds",
-        "accumulated submission time at the first hit within the budget; infinite without one",
-        lambda run: run.at("time", run.hit, np.inf),
-        "costs",
-    ),
-    Column(
         "steps",
         "steps to target",
         "steps",
-        "global step at that hit; infinite without one",
+        "global step at the first hit within the budget; infinite without one",
         lambda run: run.at("step", run.hit, np.inf),
+        "costs",
+    ),
+    Column(
+        "time",
+        "time to target",
+        "seconds",
+        "accumulated submission time (seconds) at that hit; infinite without one",
+        lambda run: run.at("time", run.hit, np.inf),
         "costs",
     ),
     Column(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -70,6 +71,15 @@ def available() -> list[tuple[str, str]]:
     return [(name.rpartition("_")[0], name.rpartition("_")[2]) for name in names]
 
 
+def source(rules: Rules) -> str:
+    """Where the published numbers under these rules come from, and on which hardware they were measured."""
+    return str(_data(rules)["source"])
+
+
+def _data(rules: Rules) -> Any:
+    return json.loads((DATA / f"published_{rules.version}_{rules.ruleset}.json").read_text())
+
+
 def load(rules: Rules, cost: str = "time") -> pd.DataFrame:
     """The published trials as a table like that of ``trials.reach``.
 
@@ -89,7 +99,7 @@ def load(rules: Rules, cost: str = "time") -> pd.DataFrame:
         )
     if rules.relaxations:
         raise InputError("--against=published knows no relaxed targets: give the official logs")
-    data = json.loads((DATA / f"published_{rules.version}_{rules.ruleset}.json").read_text())
+    data = _data(rules)
     tables = [
         pd.DataFrame(rows, columns=data["columns"]).assign(submission=name)
         for name, rows in data["submissions"].items()

@@ -59,7 +59,8 @@ def _reason(
         return f"{NO_PRICE}: the reference has no time per step here"
     if cell["state"] == "hit":
         return f"{NO_PRICE}: reached, but the cost is missing in the logs"
-    reason = "never reached" if cell["state"] == "missed" else str(cell["state"])
+    # A study without data is counted below as missing; what the others came to is the reason.
+    reason = "never reached" if cell["state"] in ("missed", "no data") else str(cell["state"])
     if cell["hits"]:
         part = f"reached in {cell['hits']} of {len(cell['values'])} studies"
         reason = part if reason == "never reached" else f"{part}; {reason}"

@@ -11,7 +11,7 @@ import pandas as pd
 from scoring.errors import InputError
 from scoring.frames import lookup
 from scoring.judge import bootstrap, cells, trials
-from scoring.judge.columns import OF_CELLS, Floats
+from scoring.judge.columns import OF_CELLS, Floats, placed
 from scoring.judge.frameworks import algorithm
 from scoring.judge.lint import lint
 from scoring.judge.rules import Rules
@@ -19,7 +19,7 @@ from scoring.judge.versions import rules_for
 from scoring.oddities import Oddities, merge
 from scoring.read.logs import Logs
 
-MEASURES = ("steps", "time")
+MEASURES = tuple(column.name for column in placed("costs"))
 OF_MEASURE = ("", "_low", "_high", "_ci_low", "_ci_high", "_ratio", "_ratio_ci_low", "_ratio_ci_high")
 # The columns of the summary; OF_CELLS are medians over studies.
 COLUMNS = (

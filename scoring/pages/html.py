@@ -32,7 +32,7 @@ nav ul {{ display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; list-style: none;
 .scroll {{ overflow-x: auto; margin: 1rem 0 .5rem; }}
 table {{ border-collapse: separate; border-spacing: 0; font-size: .9rem; font-variant-numeric: tabular-nums; }}
 .caption {{ font-weight: 600; margin: 1.5rem 0 0; max-width: 60rem; }}
-th, td {{ padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--edge); white-space: nowrap; }}
+th, td {{ padding: .3rem .6rem; text-align: right; overflow-wrap: normal; border-bottom: 1px solid var(--edge); white-space: nowrap; }}
 thead th {{ background: var(--soft); vertical-align: bottom; white-space: normal; overflow-wrap: normal; }}
 th.l, td.l {{ text-align: left; }}
 td.w {{ white-space: normal; min-width: 16rem; }}
@@ -44,8 +44,9 @@ tbody th {{ font-weight: 600; background: var(--paper); white-space: normal; min
 td.s1 {{ background: var(--paper); }}
 {" ".join(f".h{k} {{ background: rgba(var(--good), {0.5 * (1 - k / (SHADES - 1)):.2f}); }}" for k in range(SHADES))}
 figure {{ margin: 1rem 0 2rem; }}
-.panels {{ display: grid; gap: .75rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 23rem), 1fr)); }}
-.panels.small {{ grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); }}
+.panels {{ display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 23rem), 1fr));
+  max-width: 66rem; }}
+.panels.small {{ grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)); max-width: none; }}
 .panels.one {{ grid-template-columns: minmax(0, 38rem); }}
 .panels svg {{ display: block; width: 100%; height: auto; }}
 figcaption, .note {{ font-size: .9rem; max-width: 60rem; }}
@@ -57,7 +58,6 @@ summary {{ cursor: pointer; font-weight: 600; padding: .4rem 0; }}
   tbody th {{ min-width: 7rem; }}
   .s0 {{ width: 8rem; min-width: 8rem; max-width: 8rem; overflow-wrap: anywhere; }}
   .s1 {{ left: 8rem; }}
-  .panels.small {{ grid-template-columns: minmax(0, 1fr); }}
 }}
 @media print {{
   body {{ max-width: none; padding: 0; font-size: 10pt; }}
@@ -69,9 +69,13 @@ summary {{ cursor: pointer; font-weight: 600; padding: .4rem 0; }}
   td.w, tbody th {{ min-width: 0; }}
   thead {{ display: table-header-group; }}
   tr, .panel {{ break-inside: avoid; }}
-  .panels.small {{ grid-template-columns: repeat(4, 1fr); }}
+  /* A grid does not keep its first row beside the heading before it; lines of inline blocks do. */
+  .panels {{ display: block; max-width: none; }}
+  .panel {{ display: inline-block; width: 48%; vertical-align: top; }}
+  .panels.small .panel {{ width: 19%; }}
+  .panels.one {{ break-inside: avoid; }}
   h1, h2, .caption, figcaption, summary {{ break-after: avoid; }}
-  .block {{ break-inside: avoid; }}
+  p, figcaption {{ break-inside: avoid; orphans: 3; widows: 3; }}
   details::details-content {{ content-visibility: visible; }}
   * {{ print-color-adjust: exact; }}
 }}

@@ -101,7 +101,8 @@ def lead(report: Report) -> str:
     against = f", against {' and '.join(references)}" if references[0] else ""
     names = sorted(set(report.studies["submission"]))
     workloads = ", ".join(sorted(set(report.studies["workload"])))
+    title = report.rules.title
     return (
-        f"{report.rules.title}. {', '.join(names)} on {workloads}, {span} each{against}. "
+        f"{title[:1].upper()}{title[1:]}. {', '.join(names)} on {workloads}, {span} each{against}. "
         "A miss counts as infinite in every median. Brackets hold 95 % bootstrap intervals over studies."
     )

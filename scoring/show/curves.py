@@ -95,10 +95,13 @@ def extent(curves: Sequence[Curve], axis: str) -> tuple[float, float]:
     return (0.0, 1.02 * min(float(ends.max()), 2.0 * float(np.quantile(ends, 0.75))))
 
 
-def outside(curves: Sequence[Curve], target: Target) -> int:
-    """How many runs never come into the frame of ``window``."""
-    low, high = window(curves, target)
-    return sum(bool((curve.value < low).all() or (curve.value > high).all()) for curve in curves)
+def _outside(line: Line, target: Target, frame: tuple[float, float]) -> list[Label]:
+    """A word in the place of a line that never comes into the frame."""
+    low, high = frame
+    if ((line.y >= low) & (line.y <= high)).any():
+        return []
+    best = float(line.y.max() if target.higher_is_better else line.y.min())
+    return [Label(0.0, (low + high) / 2, f" outside: {best:.4g}")]
 
 
 def panels(
@@ -129,6 +132,7 @@ def panels(
             lines=[Line(line.x, line.y, "c0", width=line.width, opacity=line.opacity) for line in lines[name]],
             rules=[(target.value, "")],
             background=behind,
+            notes=_outside(lines[name][-1], target, shared["y_range"]),
             dots=[Label(dot.x, dot.y, dot.text, "c0") for dot in _hits(name, curves, target, look, axis)],
             description=f"{workload}, {target.column} against {AXES[axis]}. "
             + _said([curve for curve in curves if curve.algorithm == name], target, axis),
@@ -152,7 +156,9 @@ def _lines(name: str, curves: Sequence[Curve], look: Mapping[str, Style], axis: 
 def _label(name: str, line: Line, x_range: object, look: Mapping[str, Style]) -> Label:
     end = float(x_range[1])  # type: ignore[index]
     inside = line.y[line.x <= end]
-    return Label(float(line.x[-1]), float(inside[-1] if len(inside) else line.y[0]), name, look[name].colour)
+    return Label(
+        float(line.x[-1]), float(inside[-1] if len(inside) else line.y[0]), name, look[name].colour, look[name].dash
+    )
 
 
 def _hits(name: str, curves: Sequence[Curve], target: Target, look: Mapping[str, Style], axis: str) -> list[Label]:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from scoring.frames import records
-from scoring.judge import reasons
+from scoring.judge import published, reasons
 from scoring.judge.leaderboard import Leaderboard
 from scoring.judge.parity import Comparison
 from scoring.judge.score import MAX_TAU
@@ -43,7 +43,7 @@ def verdict(board: Leaderboard) -> str:
         said = f"{first}, alone in its group, scores {best:.4f} ({where})"
     if "first" not in ranking or len(ranking) == 1:
         return f"{said}."
-    if ranking[["score_low"]].isna().any(axis=None):
+    if np.isnan(ranking["score_low"].iloc[0]):
         return f"{said}; how sure that is cannot be said where a workload was run in one study only."
     share = ranking["first"].iloc[0]
     return f"{said}; with other studies drawn from these it would be first in {text.percent(share)} of cases."
@@ -106,7 +106,10 @@ def _notes(board: Leaderboard, intervals: bool) -> list[str]:
             "limit: the true speedup over it is larger."
         )
     if board.published:
-        notes.append("† Published numbers that come with this package, not read from the logs given.")
+        notes.append(
+            f"† Published numbers that come with this package ({published.source(board.rules)}). Seconds compare on the "
+            "same hardware only; steps with --cost=steps."
+        )
     if "other_rank" in board.ranking and len(board.ranking) > 2:
         ranks = board.ranking[["rank", "other_rank"]].rank()
         # Ranks that are all alike have no correlation.
@@ -215,7 +218,7 @@ def misses_table(board: Leaderboard) -> Table:
         groups: dict[str, list[str]] = {}
         for row in records(mine):
             groups.setdefault(str(row.reason), []).append(short_name(str(row.workload)))
-        said = "; ".join(f"{reason}: {', '.join(names)}" for reason, names in groups.items())
+        said = " · ".join(f"{', '.join(names)}: {reason}" for reason, names in groups.items())
         table.rows.append([str(name), f"{len(mine)} of {len(board.rules.base)}", said or NOTHING])
     table.note = "cells.csv has one row for each submission and workload."
     return table

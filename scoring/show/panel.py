@@ -37,12 +37,13 @@ class Line:
 
 @dataclass
 class Label:
-    """A text at a point of the data. ``colour`` is a name of ``palette``."""
+    """A text at a point of the data. ``colour`` is a name of ``palette``, ``dash`` that of the line it names."""
 
     x: float
     y: float
     text: str
     colour: str = "ink"
+    dash: str = ""
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Panel:
     Attributes:
       title: above it, in one or two lines.
       lines: from back to front.
-      labels: names at the right end of lines, moved apart where they would overlap.
+      labels: names right of the frame, each behind a piece of its line, as high as the line ends.
       rules: horizontal lines with a text, such as the target.
       dots: points of the data.
       background: lines in grey behind, shared by several panels of a figure.
@@ -117,7 +118,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[tuple[float, str]]:
 
 def thousands(value: float) -> str:
     """A number on an axis: 40k for 40,000."""
-    if abs(value) >= 10_000:
+    if abs(value) >= 1000:
         return f"{value / 1000:,.10g}k"
     return f"{value:.6g}"
 

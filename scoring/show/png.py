@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from scoring.show import palette
-from scoring.show.panel import Line, Panel, spaced, thousands
+from scoring.show.panel import Line, Panel, thousands
 
 _RC = {"font.family": "sans-serif", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 GREY = "#a9adb2"
@@ -52,27 +54,23 @@ def _panel(panel: Panel, axes: Axes) -> None:
     axes.set_xlim(*panel.x_range)
     axes.set_ylim(*panel.y_range)
     axes.xaxis.set_major_formatter(lambda value, _: thousands(value))
-    handles = {label.text: label.colour for label in panel.labels}
-    for (name, colour), y in zip(handles.items(), _heights(panel), strict=True):
-        axes.annotate(
-            name,
-            (1.0, y),
-            xycoords="axes fraction",
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            color=palette.colour(colour),
+    handles = [
+        Line2D(
+            [], [], color=palette.colour(one.colour), linestyle=_dash(one.dash, 2.0), linewidth=2.0, label=one.text
         )
+        for one in sorted(panel.labels, key=lambda one: one.x)
+    ]
+    if handles:
+        axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, handlelength=2.6)
 
 
-def _heights(panel: Panel) -> list[float]:
-    low, high = panel.y_range
-    return spaced([(label.y - low) / (high - low) for label in panel.labels], 0.07, 0.0, 1.0)
+def _dash(dash: str, width: float) -> Any:
+    return (0, tuple(float(part) / width for part in dash.split())) if dash else "-"
 
 
 def _line(line: Line, axes: Axes) -> None:
     colour = GREY if line.colour == "grey" else palette.colour(line.colour)
-    style = (0, tuple(float(part) / line.width for part in line.dash.split())) if line.dash else "-"
+    style = _dash(line.dash, line.width)
     drawstyle = "steps-post" if line.steps else "default"
     axes.plot(
         line.x, line.y, color=colour, linestyle=style, linewidth=line.width, alpha=line.opacity, drawstyle=drawstyle

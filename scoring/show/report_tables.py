@@ -8,13 +8,11 @@ import pandas as pd
 from scoring.frames import records
 from scoring.judge import columns
 from scoring.judge.frameworks import LABELLED
-from scoring.judge.report import MEASURES, Report
+from scoring.judge.report import Report
 from scoring.judge.rules import Rules
 from scoring.oddities import summary
 from scoring.show import text
 from scoring.show.text import NOTHING, Table
-
-SHOW = {"steps": text.steps, "time": text.seconds}
 
 
 def heading(workload: str, rules: Rules) -> str:
@@ -46,17 +44,17 @@ def costs_table(report: Report, workload: str) -> Table:
         if name == report.reference_of(name):
             name += " (reference)"
         if not row["studies"]:
-            gaps = ["no data", NOTHING] * len(MEASURES) + [NOTHING] * len(main)
+            gaps = ["no data", NOTHING] * len(columns.placed("costs")) + [NOTHING] * len(main)
             table.rows.append([name, "0 of 0", *gaps])
             continue
         cells = [name, f"{row['hits']} of {max(row['studies'], report.rules.studies)}"]
-        for measure in MEASURES:
-            if np.isfinite(row[measure]):
-                low, high = row[f"{measure}_low"], row[f"{measure}_high"]
-                cells.append(text.spread(row[measure], low, high, SHOW[measure]))
+        for column in columns.placed("costs"):
+            if np.isfinite(row[column.name]):
+                low, high = row[f"{column.name}_low"], row[f"{column.name}_high"]
+                cells.append(text.spread(row[column.name], low, high, text.KINDS[column.kind]))
             else:
                 cells.append(_miss(row, report, workload))
-            cells.append(_ratio(row, measure))
+            cells.append(_ratio(row, column.name))
         table.rows.append(cells + [text.shown(column, row[column.name]) for column in main])
     references = " and ".join(sorted(set(report.references.values()) - {""})) or report.reference or "no reference"
     each = ", each for its framework" if report.references else ""
@@ -123,8 +121,9 @@ def interval_table(report: Report) -> Table:
     table = Table("95 % bootstrap intervals over studies", headers, left=(0, 1), sticky=2)
     for _, row in report.summary[report.summary["studies"] > 0].iterrows():
         cells = [row["workload"], row["algorithm"]]
-        for measure in MEASURES:
-            for name, write in ((measure, SHOW[measure]), (f"{measure}_ratio", text.ratio)):
+        for column in columns.placed("costs"):
+            write_cost = text.KINDS[column.kind]
+            for name, write in ((column.name, write_cost), (f"{column.name}_ratio", text.ratio)):
                 cells.append(text.between(row[f"{name}_ci_low"], row[f"{name}_ci_high"], write))
         table.rows.append(cells)
     table.note = (

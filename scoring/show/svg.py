@@ -13,8 +13,9 @@ from scoring.show.panel import Label, Line, Panel, spaced, ticks, width_of, wrap
 
 # Pixels. A page shows a panel at its own size or larger, down to a screen of 400 pixels: text stays above 11.
 WIDTH, HEIGHT = 368, 270
-SMALL_WIDTH, SMALL_HEIGHT = 240, 178
+SMALL_WIDTH, SMALL_HEIGHT = 180, 160
 TEXT, SMALL_TEXT = 12.5, 12.0
+SAMPLE = 24  # the piece of a line before its name
 
 
 def draw(panel: Panel, name: str, background: str = "") -> str:
@@ -70,13 +71,13 @@ class _Frame:
         self.right_room = 8.0
         self.names = [wrapped(one.text, 0.38 * self.width, self.text) for one in panel.labels]
         if self.names:
-            self.right_room = 12 + max(width_of(line, self.text) for lines in self.names for line in lines)
+            self.right_room = 12 + SAMPLE + max(width_of(line, self.text) for lines in self.names for line in lines)
         last = width_of(self.x_ticks[-1][1], self.text) / 2 if self.x_ticks else 0.0
         self.right_room = max(self.right_room, last + 2)
         line = self.text + 3
         # Two small panels beside each other must have their axes at the same height.
         lines = max(len(self.title), 2) if small else len(self.title)
-        self.top = 6 + line * lines + (line if panel.y_label else 0)
+        self.top = 12 + line * lines + (line if panel.y_label else 0)
         self.y_label = 3 + line * (lines + 1)
         self.down = panel.tall or (SMALL_HEIGHT if small else HEIGHT) - 70
         self.height = self.top + self.down + line + 6 + (line if panel.x_label else 0)
@@ -153,22 +154,31 @@ def _dot(dot: Label, frame: _Frame) -> str:
 
 
 def _labels(panel: Panel, frame: _Frame) -> list[str]:
-    """Names at the right of the frame, each on the height of its line's end or as near as there is room."""
+    """Names at the right of the frame, each on the height of its line's end or as near as there is room.
+
+    Lines that end at one height, as at a target, are named from the first to end to the last.
+    """
     if not panel.labels:
         return []
     size = frame.text
     line = size + 1
-    wanted = [float(np.clip(frame.y(one.y), frame.top, frame.top + frame.down)) for one in panel.labels]
-    tallest = max(len(lines) for lines in frame.names)
+    order = sorted(range(len(panel.labels)), key=lambda k: panel.labels[k].x)
+    labels, names = [panel.labels[k] for k in order], [frame.names[k] for k in order]
+    wanted = [float(np.clip(frame.y(one.y), frame.top, frame.top + frame.down)) for one in labels]
+    # A pixel or two of difference is no order.
+    wanted = [round(place / 8) * 8 for place in wanted]
+    tallest = max(len(lines) for lines in names)
     gap = tallest * line + 2
     low = frame.top + 0.5 * gap - 4
     places = spaced(wanted, gap, low, max(frame.top + frame.down + 6 - 0.5 * gap, low))
     x = frame.left + frame.across + 6
     found = []
-    for one, lines, place in zip(panel.labels, frame.names, places, strict=True):
+    for one, lines, place in zip(labels, names, places, strict=True):
         start = place - 0.5 * line * (len(lines) - 1) + 0.35 * size
-        style = f"fill:var(--{one.colour})"
-        found += [_text(x, start + k * line, text, size, style=style) for k, text in enumerate(lines)]
+        dash = f' stroke-dasharray="{one.dash}"' if one.dash else ""
+        look = f'style="stroke:var(--{one.colour})" stroke-width="2.2"{dash}'
+        found.append(f'<path class="line" {look} d="M{x:.1f} {place:.1f}h{SAMPLE - 5}"/>')
+        found += [_text(x + SAMPLE, start + k * line, text, size) for k, text in enumerate(lines)]
     return found
 
 
