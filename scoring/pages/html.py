@@ -32,7 +32,8 @@ nav ul {{ display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; list-style: none;
 .scroll {{ overflow-x: auto; margin: 1rem 0 .5rem; }}
 table {{ border-collapse: separate; border-spacing: 0; font-size: .9rem; font-variant-numeric: tabular-nums; }}
 .caption {{ font-weight: 600; margin: 1.5rem 0 0; max-width: 60rem; }}
-th, td {{ padding: .3rem .6rem; text-align: right; overflow-wrap: normal; border-bottom: 1px solid var(--edge); white-space: nowrap; }}
+th, td {{ padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--edge); white-space: nowrap;
+  overflow-wrap: normal; }}
 thead th {{ background: var(--soft); vertical-align: bottom; white-space: normal; overflow-wrap: normal; }}
 th.l, td.l {{ text-align: left; }}
 td.w {{ white-space: normal; min-width: 16rem; }}

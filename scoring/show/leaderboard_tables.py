@@ -107,8 +107,8 @@ def _notes(board: Leaderboard, intervals: bool) -> list[str]:
         )
     if board.published:
         notes.append(
-            f"† Published numbers that come with this package ({published.source(board.rules)}). Seconds compare on the "
-            "same hardware only; steps with --cost=steps."
+            f"† Published numbers that come with this package ({published.source(board.rules)}). Seconds compare "
+            "on the same hardware only; steps with --cost=steps."
         )
     if "other_rank" in board.ranking and len(board.ranking) > 2:
         ranks = board.ranking[["rank", "other_rank"]].rank()

@@ -53,7 +53,7 @@ def costs_table(report: Report, workload: str) -> Table:
                 low, high = row[f"{column.name}_low"], row[f"{column.name}_high"]
                 cells.append(text.spread(row[column.name], low, high, text.KINDS[column.kind]))
             else:
-                cells.append(_miss(row, report, workload))
+                cells.append(_miss(row, report, workload, column))
             cells.append(_ratio(row, column.name))
         table.rows.append(cells + [text.shown(column, row[column.name]) for column in main])
     references = " and ".join(sorted(set(report.references.values()) - {""})) or report.reference or "no reference"
@@ -63,7 +63,9 @@ def costs_table(report: Report, workload: str) -> Table:
         "The metric is the median best value."
     )
     if report.rules.studies:
-        table.note += f" {report.rules.studies} studies are due: one that is missing counts as a miss."
+        table.note += f" {report.rules.studies} studies are due: one that is missing counts as a miss"
+        fewer = part["studies"].max() < report.rules.studies
+        table.note += f" (--studies={part['studies'].max()} judges by those there are)." if fewer else "."
     return table
 
 
@@ -85,8 +87,12 @@ def details_table(report: Report, workload: str) -> Table:
     return table
 
 
-def _miss(row: pd.Series, report: Report, workload: str) -> str:
+def _miss(row: pd.Series, report: Report, workload: str, column: columns.Column) -> str:
     """Why the median study did not reach the target."""
+    missing = report.rules.studies - int(row["studies"])
+    if row["hits"] and missing > 0:
+        low = text.KINDS[column.kind](row[f"{column.name}_low"])
+        return f"{low} in {_studies(row['hits'])}; {_studies(missing)} missing"
     mine = report.studies[
         (report.studies["submission"] == row["algorithm"]) & (report.studies["workload"] == workload)
     ]
@@ -97,10 +103,11 @@ def _miss(row: pd.Series, report: Report, workload: str) -> str:
         return f"over budget (best {best})"
     if row["state"] == "no data":
         return "no data"
-    missing = report.rules.studies - int(row["studies"])
-    if row["hits"] and missing > 0:
-        return f"{missing} {'study' if missing == 1 else 'studies'} missing (best {best})"
     return f"not reached (best {best})"
+
+
+def _studies(count: int) -> str:
+    return f"{count} {'study' if count == 1 else 'studies'}"
 
 
 def _ratio(row: pd.Series, measure: str) -> str:
