@@ -1,4 +1,4 @@
-"""The command line: report, leaderboard, lint, published."""
+"""The command line: report, leaderboard, lint, standing, published."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import pandas as pd
@@ -30,7 +31,9 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m scoring", description=__doc__, epilog=EPILOG)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{report,leaderboard,lint,published}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="{report,leaderboard,lint,standing,published}"
+    )
     report = commands.add_parser("report", help="steps and time to target of a few runs", epilog=EPILOG)
     report.add_argument("logs", nargs="+", metavar="RUN_DIR")
     report.add_argument("--output_dir", default="report", help="where to write (default: %(default)s)")
@@ -88,6 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     lint.add_argument("--all", action="store_true", help="print each finding, not one line per kind")
     lint.add_argument("--strict", action="store_true", help="exit with 1 on warnings as well as on errors")
     _common(lint)
+    standing = commands.add_parser("standing", help="where official submissions stand, as one page", epilog=EPILOG)
+    standing.add_argument("logs", nargs="+", metavar="LOGS")
+    standing.add_argument("--output", required=True, metavar="FILE.md", help="the Markdown file to write")
+    _common(standing)
     published = commands.add_parser("published", help="make the data files of published numbers", epilog=EPILOG)
     published.add_argument("logs", nargs="+", metavar="LOGS")
     published.add_argument("--output_dir", required=True, help="where to write published_<version>_<ruleset>.json")
@@ -288,6 +295,19 @@ def _published(flags: argparse.Namespace) -> int:
     return 0
 
 
+def _standing(flags: argparse.Namespace) -> int:
+    from scoring.pages import markdown, standing_page, write
+
+    path = Path(flags.output)
+    write.folder(str(path.parent))
+    names = " ".join(Path(name).name for name in flags.logs)
+    command = f"python -m scoring standing {names} --output={path}"
+    page = standing_page.build(_logs(flags), flags.benchmark, flags.ruleset, command)
+    write.write(path, markdown.render(page))
+    print(f"Written: {path}")
+    return 0
+
+
 def _say_assumed(assumed: Sequence[str]) -> None:
     for said in assumed:
         print(f"assumed: {said}")
@@ -301,7 +321,13 @@ def _say_oddities(found: pd.DataFrame) -> None:
         print(f"{row.level}: {row.what} ({row.places}x), such as {row.example}")
 
 
-COMMANDS = {"report": _report, "leaderboard": _leaderboard, "lint": _lint, "published": _published}
+COMMANDS = {
+    "report": _report,
+    "leaderboard": _leaderboard,
+    "lint": _lint,
+    "standing": _standing,
+    "published": _published,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,8 +9,7 @@ import pandas as pd
 
 from scoring.frames import records
 from scoring.judge import score
-from scoring.judge.cells import median_of
-from scoring.judge.columns import Floats
+from scoring.judge.columns import Floats, median_of
 from scoring.judge.rules import Rules
 
 REPLICATES = 2000

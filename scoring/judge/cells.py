@@ -6,10 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
-from scoring.judge.columns import OF_CELLS, Floats
+from scoring.judge.columns import OF_CELLS, Floats, median_of
 from scoring.judge.rules import Rules
 from scoring.judge.trials import STATES
 
@@ -100,12 +99,3 @@ def _state(counts: Mapping[str, int], studies: int) -> str:
     others = {state: counts[state] for state in STATES[1:] if state in counts}
     # Studies that are missing altogether decide only where there is nothing else.
     return max(others, key=lambda state: others[state], default="no data")
-
-
-def median_of(values: npt.NDArray[np.float64], axis: int = -1) -> npt.NDArray[np.float64]:
-    """The median with infinity for a miss: the mean of infinity and a number, or of two, is infinity."""
-    ordered = np.sort(values, axis=axis)
-    n = ordered.shape[axis]
-    middle = np.take(ordered, [(n - 1) // 2, n // 2], axis=axis)
-    result: npt.NDArray[np.float64] = middle.mean(axis=axis)
-    return result

@@ -17,6 +17,15 @@ from scoring.judge.rules import Target
 Floats = npt.NDArray[np.float64]
 
 
+def median_of(values: npt.NDArray[np.float64], axis: int = -1) -> npt.NDArray[np.float64]:
+    """The median with infinity for a miss: the mean of infinity and a number, or of two, is infinity."""
+    ordered = np.sort(values, axis=axis)
+    n = ordered.shape[axis]
+    middle = np.take(ordered, [(n - 1) // 2, n // 2], axis=axis)
+    result: npt.NDArray[np.float64] = middle.mean(axis=axis)
+    return result
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """One trial as its columns see it: its believed evaluations, its target, and the evaluations that matter.
@@ -27,6 +36,7 @@ class Run:
       best: which evaluation has the best metric, -1 if it is nowhere a number.
       state: see ``trials.STATES``.
       price: the column that is the cost.
+      period: median seconds between two evaluations, NaN for one evaluation.
     """
 
     target: Target
@@ -38,6 +48,7 @@ class Run:
     best: int
     state: str
     price: str
+    period: float
 
     def at(self, column: str, position: int, missing: float = np.nan) -> float:
         """A column at one evaluation (-1 is none); ``missing`` without the evaluation, the column or a number."""
@@ -55,11 +66,6 @@ class Run:
         """Milliseconds per step from the first evaluation on: what comes before it holds compilation."""
         steps = self.last("step") - self.at("step", 0)
         return 1e3 * (self.last("time") - self.at("time", 0)) / steps if steps > 0 else np.nan
-
-    def eval_period(self) -> float:
-        """Median seconds between two evaluations."""
-        time = self.table["time"][self.rows]
-        return float(np.median(np.diff(time))) if len(time) > 1 else np.nan
 
     def split(self, name: str) -> float:
         """The target's metric on another split of the data where the target was reached."""
@@ -171,7 +177,7 @@ COLUMNS = (
         "evaluation period",
         "seconds",
         "median time between evaluations: a time to target is known no better",
-        Run.eval_period,
+        lambda run: run.period,
         "details",
     ),
     Column(
@@ -179,7 +185,7 @@ COLUMNS = (
         "period of time",
         "percent",
         "evaluation period as a share of the time to target",
-        lambda run: share(run.eval_period(), run.at("time", run.hit)),
+        lambda run: share(run.period, run.at("time", run.hit)),
         "details",
     ),
     Column(

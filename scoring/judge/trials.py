@@ -10,7 +10,7 @@ import pandas as pd
 
 from scoring.errors import InputError
 from scoring.frames import records
-from scoring.judge.columns import COLUMNS, NAMES, Floats, Run
+from scoring.judge.columns import COLUMNS, NAMES, Floats, Run, median_of
 from scoring.judge.frameworks import labelled
 from scoring.judge.rules import Rules
 from scoring.read.logs import Logs
@@ -64,23 +64,25 @@ def _run(rules: Rules, trial: object, arrays: dict[str, Floats], rows: slice, pr
     inside = len(hits) > 0 and time[hits[0]] <= budget
     # A run ends by itself at its flags' limit, or at the hint, which is the embedded runner's.
     limits = (trial.max_global_steps, target.step_hint)  # type: ignore[attr-defined]
+    period = float(median_of(np.diff(time))) if count > 1 else np.nan
     limit = next((one for one in limits if not np.isnan(one)), np.inf)
     if not count:
         state = "no data"
     elif len(hits):
         state = "hit" if inside else "over budget"
     else:
-        state = "missed" if _ended(time, step, known, budget, limit) else "unfinished"
+        state = "missed" if _ended(time, step, known, budget, limit, period) else "unfinished"
     batch = float(trial.batch_size)  # type: ignore[attr-defined]
-    return Run(target, budget, batch, arrays, rows, int(hits[0]) if inside else -1, best, state, price)
+    return Run(target, budget, batch, arrays, rows, int(hits[0]) if inside else -1, best, state, price, period)
 
 
-def _ended(time: Floats, step: Floats, known: npt.NDArray[np.bool_], budget: float, limit: float) -> bool:
+def _ended(
+    time: Floats, step: Floats, known: npt.NDArray[np.bool_], budget: float, limit: float, period: float
+) -> bool:
     """Whether a run without a hit had ended: at its limits, with less than one evaluation to go, or on NaN."""
     if not known.any() and len(known) > 1:
         return True
-    period = float(np.median(np.diff(time))) if len(time) > 1 else 0.0
-    return bool(time[-1] + period >= budget or step[-1] >= limit or not known[-1])
+    return bool(time[-1] + (0.0 if np.isnan(period) else period) >= budget or step[-1] >= limit or not known[-1])
 
 
 def with_normalised(logs: Logs, rules: Rules, reference: str) -> tuple[Logs, frozenset[str]]:

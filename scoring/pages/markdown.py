@@ -18,5 +18,5 @@ def render(page: Page) -> str:
         for paragraph in section.paragraphs:
             parts += [paragraph, ""]
         for table in section.tables:
-            parts += [text.markdown(table), ""]
+            parts += [text.markdown(table, level=3), ""]
     return "\n".join(parts)

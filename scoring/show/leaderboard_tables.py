@@ -129,7 +129,7 @@ def ratio_table(board: Leaderboard) -> Table:
     ratios, why = _grid(board, "ratio"), _grid(board, "reason")
     unit = board.reference if board.relative else "the best"
     what = COSTS.get(board.cost, board.cost)
-    table = Table(f"{what.capitalize()} as a multiple of {unit}; {board.rules.title}", _headers(board))
+    table = Table(f"{what.capitalize()} as a multiple of {unit}; {board.rules.title}", headers(board))
     table.note = "Words say why there is no credit; 1 of 3 is how many studies reached the target."
     for name in ratios.index:
         row = [str(name)]
@@ -144,7 +144,8 @@ def ratio_table(board: Leaderboard) -> Table:
     return table
 
 
-def _headers(board: Leaderboard) -> list[str]:
+def headers(board: Leaderboard) -> list[str]:
+    """The headings of a table of submissions by workloads."""
     return ["submission", *(short_name(name) for name in board.rules.base)]
 
 
@@ -156,7 +157,7 @@ def short_name(workload: str) -> str:
 def cost_table(board: Leaderboard) -> Table:
     """Medians of all submissions on all base workloads."""
     what = UNITS.get(board.cost, f"{board.cost} to target")
-    table = Table(f"{what}, median over studies; {board.rules.title}", _headers(board))
+    table = Table(f"{what}, median over studies; {board.rules.title}", headers(board))
     costs = _grid(board, "cost")
     for name in costs.index:
         table.rows.append([str(name), *(text.number(float(costs.loc[name, w])) for w in costs.columns)])
@@ -186,7 +187,7 @@ def speedup_table(board: Leaderboard) -> Table | None:
 
 def distance_table(board: Leaderboard) -> Table:
     """How far each miss was from the target: of the best trial, as a share of the target."""
-    table = Table("Distance to the target where it was missed, in per cent of the target", _headers(board))
+    table = Table("Distance to the target where it was missed, in per cent of the target", headers(board))
     table.note = (
         "Of the best trial; 0 means that some trial reached it, but not the median study or not within the budget. "
         "A dot is a hit, a dash no data."

@@ -47,14 +47,14 @@ def terminal(table: Table) -> str:
     return "\n".join(parts)
 
 
-def markdown(table: Table) -> str:
-    """The table in Markdown, the caption as a heading."""
+def markdown(table: Table, level: int = 2) -> str:
+    """The table in Markdown, the caption as a heading of a level."""
 
     def row(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
     ruler = ["---" if k in table.left else "---:" for k in range(len(table.headers))]
-    lines = [f"## {table.caption}", "", row(table.headers), row(ruler), *map(row, table.rows)]
+    lines = [f"{'#' * level} {table.caption}", "", row(table.headers), row(ruler), *map(row, table.rows)]
     return "\n".join(lines + (["", table.note] if table.note else []))
 
 

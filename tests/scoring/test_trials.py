@@ -11,7 +11,7 @@ import pytest
 
 from scoring.errors import InputError
 from scoring.judge import cells as cells_module
-from scoring.judge import lint, parity, score, trials, versions
+from scoring.judge import columns, lint, parity, score, trials, versions
 from scoring.read import logs
 from tests.scoring.trees import META, official_meta, official_rows, plain, write_official, write_trial
 
@@ -140,9 +140,9 @@ def test_a_missing_study_is_a_miss_and_does_not_help(tmp_path: Path) -> None:
 
 
 def test_an_even_number_of_studies(tmp_path: Path) -> None:
-    assert cells_module.median_of(np.array([1.0, 3.0, 5.0, np.inf])) == 4.0
-    assert cells_module.median_of(np.array([1.0, 3.0, np.inf, np.inf])) == np.inf
-    assert cells_module.median_of(np.array([np.inf])) == np.inf
+    assert columns.median_of(np.array([1.0, 3.0, 5.0, np.inf])) == 4.0
+    assert columns.median_of(np.array([1.0, 3.0, np.inf, np.inf])) == np.inf
+    assert columns.median_of(np.array([np.inf])) == np.inf
 
 
 def test_costs(tmp_path: Path) -> None:
