@@ -1,4 +1,4 @@
-"""The command line: report, leaderboard, lint, standing, published."""
+"""The command line: report, leaderboard, lint, standing, columns, published."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m scoring", description=__doc__, epilog=EPILOG)
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="{report,leaderboard,lint,standing,published}"
+        dest="command", required=True, metavar="{report,leaderboard,lint,standing,columns,published}"
     )
     report = commands.add_parser("report", help="steps and time to target of a few runs", epilog=EPILOG)
     report.add_argument("logs", nargs="+", metavar="RUN_DIR")
@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     standing.add_argument("logs", nargs="+", metavar="LOGS")
     standing.add_argument("--output", required=True, metavar="FILE.md", help="the Markdown file to write")
     _common(standing)
+    commands.add_parser("columns", help="the columns of trials, cells and CSV files, and what they mean")
     published = commands.add_parser("published", help="make the data files of published numbers", epilog=EPILOG)
     published.add_argument("logs", nargs="+", metavar="LOGS")
     published.add_argument("--output_dir", required=True, help="where to write published_<version>_<ruleset>.json")
@@ -308,6 +309,13 @@ def _standing(flags: argparse.Namespace) -> int:
     return 0
 
 
+def _columns(flags: argparse.Namespace) -> int:
+    from scoring.show import report_tables, text
+
+    print(text.markdown(report_tables.columns_table()))
+    return 0
+
+
 def _say_assumed(assumed: Sequence[str]) -> None:
     for said in assumed:
         print(f"assumed: {said}")
@@ -326,6 +334,7 @@ COMMANDS = {
     "leaderboard": _leaderboard,
     "lint": _lint,
     "standing": _standing,
+    "columns": _columns,
     "published": _published,
 }
 
