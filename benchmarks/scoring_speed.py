@@ -3,8 +3,8 @@
     python benchmarks/scoring_speed.py LOGS
 
 LOGS is a directory of submissions, such as the unpacked official logs of AlgoPerf 0.5 (3,718 files), or an archive
-of one. The loop reads every column of every file, as the official scorer does before it scores, and scores nothing; an
-archive is unpacked for it beforehand. Every figure is the median over --repeats of a fresh process each, imports
+of one. The loop reads every column of every file, as the official scorer does before it scores, and scores nothing;
+an archive is unpacked for it beforehand. Every figure is the median over --repeats of a fresh process each, imports
 included; memory is the peak of the process. On a busy machine the processor time says more than the clock.
 """
 

@@ -59,8 +59,9 @@ def _reason(
         return f"{NO_PRICE}: the reference has no time per step here"
     if cell["state"] == "hit":
         return f"{NO_PRICE}: reached, but the cost is missing in the logs"
-    # A study without data is counted below as missing; what the others came to is the reason.
-    reason = "never reached" if cell["state"] in ("missed", "no data") else str(cell["state"])
+    # Where some study reached the target, others that are missing or without data are no reason of their own.
+    plain = ("missed", "no data") if cell["hits"] else ("missed",)
+    reason = "never reached" if cell["state"] in plain else str(cell["state"])
     if cell["hits"]:
         part = f"reached in {cell['hits']} of {len(cell['values'])} studies"
         reason = part if reason == "never reached" else f"{part}; {reason}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pandas as pd
 
 from scoring.judge import report
-from scoring.judge.leaderboard import Leaderboard
+from scoring.judge.frameworks import algorithm
+from scoring.judge.leaderboard import BASELINES, Leaderboard
 from scoring.pages import report_page
 from scoring.pages.page import Figure, Page, Section
 from scoring.read.logs import Logs
@@ -57,7 +58,10 @@ def build(board: Leaderboard, logs: Logs) -> Page:
 
 def _look(board: Leaderboard) -> dict[str, Style]:
     names = [str(name) for name in board.ranking.index]
-    return styles(names, board.reference, dict(zip(names, board.ranking["framework"], strict=True)))
+    there = {algorithm(name) for name in names}
+    # A baseline that was run in two frameworks is no reference of speedups, but looks like one in both.
+    reference = board.reference or next((name for name in BASELINES if name in there), "")
+    return styles(names, reference, dict(zip(names, board.ranking["framework"], strict=True)))
 
 
 def _relaxed(board: Leaderboard, look: dict[str, Style], one_each: str) -> list[Section]:

@@ -103,6 +103,6 @@ def lead(report: Report) -> str:
     workloads = ", ".join(sorted(set(report.studies["workload"])))
     title = report.rules.title
     return (
-        f"{title[:1].upper()}{title[1:]}. {', '.join(names)} on {workloads}, {span} each{against}. "
+        f"{text.sentence(title)}. {', '.join(names)} on {workloads}, {span} each{against}. "
         "A miss counts as infinite in every median. Brackets hold 95 % bootstrap intervals over studies."
     )

@@ -76,21 +76,23 @@ def _ranks(official: Leaderboard, by_time: Leaderboard, by_steps: Leaderboard) -
         ],
         left=(0, 1),
     )
+    odd = leaderboard_tables.odd_steps(by_steps)
     for name in official.ranking.index:
         time, steps = by_time.ranking.loc[name], by_steps.ranking.loc[name]
         cells = [str(name), str(time["framework"])]
         cells += [f"{row['score']:.4f} ({row['rank']:.0f})" for row in (official.ranking.loc[name], time)]
         cells += [
             text.between(time["score_low"], time["score_high"]),
-            f"{steps['score']:.4f} ({steps['rank']:.0f})",
+            f"{steps['score']:.4f} ({steps['rank']:.0f}{'‡' if name in odd else ''})",
         ]
         table.rows.append([*cells, f"{time['reached']:.0f}", f"{time['credited']:.0f}"])
+    flagged = " ‡ Its steps are not of the usual size: steps do not compare." if odd else ""
     ranks = pd.DataFrame({"time": by_time.ranking["rank"], "steps": by_steps.ranking["rank"]}).rank()
+    correlation = float(ranks.corr().to_numpy()[0, 1])
     table.note = (
         "Official: the published procedure, to the digit. Exact: a missing study is a miss, no grid, budgets "
         "checked. Reached: workloads whose median study reached the target; credited: of those, within 4 times the "
-        "best. "
-        f"Spearman correlation of the exact ranks by time and by steps: {float(ranks.corr().to_numpy()[0, 1]):.2f}."
+        f"best. Spearman correlation of the exact ranks by time and by steps: {correlation:.2f}.{flagged}"
     )
     return table
 

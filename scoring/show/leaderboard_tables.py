@@ -22,7 +22,14 @@ UNITS = {"time": "Seconds to target", "steps": "Steps to target"}
 def heading(board: Leaderboard) -> str:
     """Under which rules the score stands."""
     against = f"against {board.reference}" if board.relative else "within the group"
-    return f"{board.rules.title}, {COSTS.get(board.cost, board.cost)}, {board.procedure}, {against}"
+    cost = COSTS.get(board.cost, board.cost)
+    return text.sentence(f"{board.rules.title}, {cost}, {board.procedure}, {against}")
+
+
+def odd_steps(board: Leaderboard) -> set[str]:
+    """The submissions whose steps are no updates of the usual size: their ranks by steps mean little."""
+    kinds = board.oddities["what"].isin(["inner-loop steps", "other batch size"])
+    return set(board.oddities.loc[kinds, "where"]) & set(board.ranking.index)
 
 
 def verdict(board: Leaderboard) -> str:
@@ -67,17 +74,19 @@ def ranking_table(board: Leaderboard) -> Table:
         mark = "*" if board.reference_missed else ""
         headers += [f"speedup over {board.reference}{mark}", "95 % interval"]
     table = Table(heading(board), headers, left=(0,), sticky=2)
+    odd = odd_steps(board)
     for name, row in ranking.iterrows():
+        mark = "‡" if name in odd else ""
         cells = [_marked(str(name), board), f"{row['score']:.4f}"]
         if intervals:
             cells += [text.between(row["score_low"], row["score_high"])]
-        cells += [f"{row['rank']:.0f}"]
+        cells += [f"{row['rank']:.0f}{mark if board.cost == 'steps' else ''}"]
         if intervals:
             known = not np.isnan(row["rank_low"])
             cells += [f"{row['rank_low']:.0f} to {row['rank_high']:.0f}" if known else NOTHING]
             cells += [text.percent(row["first"])]
         if "other_rank" in ranking:
-            cells += [f"{row['other_rank']:.0f}"]
+            cells += [f"{row['other_rank']:.0f}{mark if board.cost == 'time' else ''}"]
         cells += [f"{row['reached']:.0f}", f"{row['credited']:.0f}"]
         if "speedup" in ranking:
             cells += [text.ratio(row["speedup"]), text.between(row["speedup_low"], row["speedup_high"])]
@@ -105,6 +114,8 @@ def _notes(board: Leaderboard, intervals: bool) -> list[str]:
             f"* {board.reference} missed {', '.join(board.reference_missed)} and counts there as just over its "
             "limit: the true speedup over it is larger."
         )
+    if odd_steps(board) and ("other_rank" in board.ranking or board.cost == "steps"):
+        notes.append("‡ Its steps are not of the usual size (see the oddities): steps do not compare.")
     if board.published:
         notes.append(
             f"† Published numbers that come with this package ({published.source(board.rules)}). Seconds compare "

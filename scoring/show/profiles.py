@@ -94,7 +94,8 @@ def _multiples(
     if len(lines) <= FEW:
         drawn = [_in(line, look[name].colour, look[name].dash) for name, line in lines.items()]
         labels = [
-            Label(float(x_range[1]), float(line.y[-1]), name, look[name].colour) for name, line in lines.items()
+            Label(float(x_range[1]), float(line.y[-1]), name, look[name].colour, look[name].dash)
+            for name, line in lines.items()
         ]
         description = "; ".join(f"{name}: {words}" for name, words in said.items())
         return [Panel(title, x_range, y_range, x_label, lines=drawn, labels=labels, description=description)]

@@ -95,6 +95,11 @@ def seconds(value: float) -> str:
     return number(value, 3) + (" s" if np.isfinite(value) else "")
 
 
+def sentence(text: str) -> str:
+    """A text that begins with a capital, whatever it is made of."""
+    return text[:1].upper() + text[1:]
+
+
 def percent(value: float) -> str:
     """A share as a percentage."""
     return NOTHING if not np.isfinite(value) else f"{100 * value:.0f} %"

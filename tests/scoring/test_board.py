@@ -12,7 +12,7 @@ import pytest
 
 from scoring.cli import main
 from scoring.errors import InputError
-from scoring.judge import leaderboard, published, report, sweep, versions
+from scoring.judge import columns, leaderboard, parity, published, report, sweep, versions
 from scoring.judge.leaderboard import Leaderboard
 from scoring.pages import latex, output
 from scoring.read import logs
@@ -406,3 +406,37 @@ def test_findings_keep_their_places(tmp_path: Path) -> None:
     found = logs.read(tmp_path).oddities
     assert isinstance(found, pd.DataFrame)
     assert list(found.columns) == ["level", "where", "what", "detail", "action", "count"]
+
+
+def test_steps_of_an_inner_loop_are_marked(tmp_path: Path) -> None:
+    """One submission takes a hundredth of the steps, each a hundred times as long: the others miss by steps."""
+    for name, steps in (("a", 3000), ("b", 2900), ("loop", 30)):
+        for study in range(3):
+            rows = official_rows("ogbg", 2000.0, "1.0")
+            rows["global_step"] = (np.arange(1, len(rows) + 1) * steps) // len(rows)
+            folder = tmp_path / name / f"study_{study}" / "ogbg_jax" / "trial_1"
+            write_trial(folder, "ogbg", rows, official_meta("ogbg", "1.0"))
+    found = leaderboard.build(logs.read(tmp_path), workloads="ogbg", replicates=20)
+    table = leaderboard_tables.ranking_table(found)
+    shown = {row[0]: row[table.headers.index("rank by steps")] for row in table.rows}
+    assert shown == {"loop": "1‡", "b": "2", "a": "2"}
+    assert "steps do not compare" in table.note
+
+
+def test_where_submissions_stand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The page of one command: scores by both procedures, time, steps, relaxed targets."""
+    write_official(tmp_path / "logs", TWO, "1.0")
+    path = tmp_path / "docs" / "standing.md"
+    assert main(["standing", str(tmp_path / "logs"), f"--output={path}"]) == 0
+    page = path.read_text()
+    assert "python -m scoring standing logs --output=" in page
+    official = parity.scores(logs.read(tmp_path / "logs"), versions.load("1.0"))
+    assert f"| fast | jax | {official['fast']:.4f} (1) |" in page
+    for heading in ("## By time", "## By steps", "## Under relaxed targets", "### Milliseconds per step"):
+        assert heading in page
+    assert "nobody" in page  # most workloads were run by none
+
+
+def test_the_columns_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["columns"]) == 0
+    assert capsys.readouterr().out.count("\n| ") == 2 + len(columns.COLUMNS)
