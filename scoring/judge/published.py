@@ -92,7 +92,8 @@ def load(rules: Rules, cost: str = "time") -> pd.DataFrame:
     """
     if (rules.version, rules.ruleset) not in available():
         there = " and ".join(f"{version} {ruleset}" for version, ruleset in available())
-        raise InputError(f"--against=published: there are {there}, not {rules.version} {rules.ruleset}")
+        wanted = f"{rules.version} {rules.ruleset}: set --benchmark or --ruleset, or give official logs"
+        raise InputError(f"--against=published: there are {there}, not {wanted}")
     if cost not in ("time", "steps"):
         raise InputError(
             f"--against=published knows time and steps, not --cost={cost}: give the official logs instead"

@@ -10,7 +10,7 @@ from scoring.judge.leaderboard import BASELINES, Leaderboard
 from scoring.pages import report_page
 from scoring.pages.page import Figure, Page, Section
 from scoring.read.logs import Logs
-from scoring.show import leaderboard_tables, profiles, report_tables
+from scoring.show import leaderboard_tables, profiles, report_tables, text
 from scoring.show.palette import Style, styles
 from scoring.show.text import Table
 
@@ -50,7 +50,7 @@ def build(board: Leaderboard, logs: Logs) -> Page:
     sections.append(Section("Oddities", tables=[report_tables.oddity_table(board.oddities)]))
     title = f"Leaderboard, {board.rules.title.split(',')[0]}"
     lead = [
-        *board.rules.assumed,
+        *map(text.sentence, board.rules.assumed),
         f"{ranking.caption}. {len(board.ranking)} submissions on {len(board.rules.base)} workloads.",
     ]
     return Page(title, leaderboard_tables.verdict(board), lead, sections)

@@ -28,7 +28,12 @@ def build(report: Report, logs: Logs) -> Page:
     sections.append(Section("Intervals", tables=[report_tables.interval_table(report)]))
     sections.append(Section("Every study", tables=[report_tables.study_table(report)]))
     sections.append(Section("Oddities", tables=[report_tables.oddity_table(report.oddities)]))
-    return Page("Steps and time to target", verdict(report), [*report.rules.assumed, lead(report)], sections)
+    return Page(
+        "Steps and time to target",
+        verdict(report),
+        [*map(text.sentence, report.rules.assumed), lead(report)],
+        sections,
+    )
 
 
 def look_of(report: Report) -> dict[str, Style]:

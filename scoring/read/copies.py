@@ -67,7 +67,8 @@ def choose(trials: Sequence[TrialFolder], table: pd.DataFrame, evals: pd.DataFra
         if len(positions) == 1:
             if trials[positions[0]].backup:
                 trial = trials[positions[0]]
-                odd.add("warning", trial.where, "only a backup", f"there is no trial_{trial.trial}", "it counts")
+                detail = f"there is no trial_{trial.trial} but this copy"
+                odd.add("warning", trial.where, "only a backup", detail, "it counts")
             chosen.append(positions[0])
             continue
         parts = {k: evals[(evals["trial_id"] == k) & evals["believed"]] for k in positions}

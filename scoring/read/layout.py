@@ -19,6 +19,9 @@ TRIAL = re.compile(r"trial_(\d+)")
 # A copy somebody put aside: trial_1_backup, trial_1.old, trial_1 (copy).
 BACKUP = re.compile(r"trial_(\d+)\D.*")
 STUDY = re.compile(r"(?:study|seed|rep|repetition)?[ _-]?\d+", re.IGNORECASE)
+# The same of a whole study: study_1_backup, study_1.old, study_1 (copy). Other endings name studies of their own.
+_ASIDE = "backup|bak|old|copy|orig|saved?|tmp|broken|failed|crashed|aborted|partial"
+STUDY_BACKUP = re.compile(rf"((?:study|seed|rep|repetition)[ _-]?\d+)[ _.(-]+(?:{_ASIDE})\b.*", re.IGNORECASE)
 # The official runner may append the time of start to an experiment's name; its scorer reads such folders as one.
 TIMESTAMP = re.compile(r"-\d{4}(?:-\d{2}){5}$")
 
@@ -77,7 +80,10 @@ def find_trials(found: Iterable[Folder], root: Parts, odd: Oddities) -> list[Tri
             continue
         if parent in homes:
             what = "backup directory" if name.startswith("trial") else "stray directory"
-            odd.add("warning", folder.where, what, "beside the trials of a workload", "ignored")
+            if "eval_measurements.csv" in folder.files:
+                odd.add("error", folder.where, what, "holds a trial", "lost: name it trial_<number>")
+            else:
+                odd.add("warning", folder.where, what, "beside the trials of a workload", "ignored")
         elif "eval_measurements.csv" in folder.files:
             detail = f"its parent {parent[-1] if parent else ''!r} is no folder of a workload"
             odd.add("error", folder.where, "trial outside a workload", detail, "lost: move it into one")
@@ -107,8 +113,9 @@ def _trial(folder: Folder, number: int, root: Parts, backup: bool) -> TrialFolde
     workload, framework = (suffixed[1], suffixed[2]) if suffixed else (name, "")
     study, usual = "study_0", True
     last = TIMESTAMP.sub("", above[-1]) if above else ""
-    if above and STUDY.fullmatch(last):
-        study = last
+    copy = STUDY_BACKUP.fullmatch(last)
+    if above and (STUDY.fullmatch(last) or copy):
+        study, backup = (copy[1], True) if copy else (last, backup)
         above.pop()
     elif len(above) - len(root) >= 2:
         study, usual = last, False

@@ -144,6 +144,7 @@ def rows_of(count: int, hit: bool) -> pd.DataFrame:
 
 
 PLACES = {
+    "study put aside": "kfac-2024-01-02-10-00-00/study_0_backup/ogbg_jax/trial_1",
     "restart before": "kfac-2024-01-01-10-00-00/ogbg_jax/trial_1",
     "restart after": "kfac-2024-01-03-10-00-00/ogbg_jax/trial_1",
     "backup": "kfac-2024-01-02-10-00-00/ogbg_jax/trial_1_backup",
@@ -172,6 +173,22 @@ def test_a_fragment_never_changes_a_score(
     assert len(mine) == 1
     assert "differs" in mine["detail"].iloc[0]
     assert "to step 80" in mine["detail"].iloc[0]
+
+
+def test_only_known_endings_make_a_study_a_copy(tmp_path: Path) -> None:
+    """Slices of a sweep are studies of their own, whatever they have in common."""
+    meta = official_meta("ogbg", "1.0")
+    for study in ("study_1", "study_1.old", "study_1 (copy)", "seed_1_lr_0.1", "seed_1_lr_0.01"):
+        write_trial(tmp_path / "kfac" / study / "ogbg_jax" / "trial_1", "ogbg", rows_of(4, True), meta)
+    assert {row[1] for row in names(tmp_path)} == {"study_1", "seed_1_lr_0.1", "seed_1_lr_0.01"}
+
+
+def test_a_trial_of_another_name_is_lost(tmp_path: Path) -> None:
+    root = write_official(tmp_path, {"a": {"ogbg": [900.0] * 2}}, "1.0")
+    write_trial(root / "a" / "study_0" / "ogbg_jax" / "trial_x", "ogbg", rows_of(4, True))
+    found = logs.read(root).oddities
+    assert found.loc[found["what"] == "backup directory", "level"].tolist() == ["error"]
+    assert main(["lint", str(root)]) == 1
 
 
 def test_the_complete_copy_counts_even_if_it_is_the_backup(tmp_path: Path) -> None:
