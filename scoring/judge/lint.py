@@ -161,6 +161,12 @@ def _seeds(table: pd.DataFrame, odd: Oddities) -> None:
         odd.add("note", str(submission), "same seed", detail, "studies may not be independent", len(part))
 
 
+def odd_steps(findings: pd.DataFrame) -> set[tuple[str, str]]:
+    """Submission and workload of every finding that steps there do not compare with those of others."""
+    mine = findings[findings["what"].isin(["inner-loop steps", "other batch size"])]
+    return {(row.where, row.detail.partition(":")[0]) for row in records(mine)}
+
+
 def step_outliers(reached: pd.DataFrame) -> list[tuple[str, str, str, str, str, int]]:
     """Submissions whose steps are no updates of the usual size, by time per step or by batch size."""
     odd = Oddities()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from scoring.judge.frameworks import algorithm
+from scoring.judge.lint import odd_steps
 from scoring.judge.report import Report
 from scoring.pages.page import Figure, Page, Section
 from scoring.read.logs import Logs
@@ -84,6 +85,9 @@ def verdict(report: Report) -> str:
 
 def _winner(report: Report, workload: str) -> str:
     part = report.summary[(report.summary["workload"] == workload) & np.isfinite(report.summary["steps"])]
+    # A step that is a loop of updates wins nothing.
+    odd = {name for name, where in odd_steps(report.oddities) if where == workload}
+    part = part[~part["algorithm"].isin(odd)]
     if part.empty:
         return ""
     best = part.sort_values(["steps", "time"], kind="stable").iloc[0]

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from scoring.frames import records
-from scoring.judge import published, reasons
+from scoring.judge import lint, published, reasons
 from scoring.judge.leaderboard import Leaderboard
 from scoring.judge.parity import Comparison
 from scoring.judge.score import MAX_TAU
@@ -28,8 +28,8 @@ def heading(board: Leaderboard) -> str:
 
 def odd_steps(board: Leaderboard) -> set[str]:
     """The submissions whose steps are no updates of the usual size: their ranks by steps mean little."""
-    kinds = board.oddities["what"].isin(["inner-loop steps", "other batch size"])
-    return set(board.oddities.loc[kinds, "where"]) & set(board.ranking.index)
+    scored = set(board.rules.scored)
+    return {name for name, workload in lint.odd_steps(board.oddities) if workload in scored}
 
 
 def verdict(board: Leaderboard) -> str:

@@ -8,6 +8,7 @@ import pandas as pd
 from scoring.frames import records
 from scoring.judge import columns
 from scoring.judge.frameworks import LABELLED
+from scoring.judge.lint import odd_steps
 from scoring.judge.report import Report
 from scoring.judge.rules import Rules
 from scoring.oddities import summary
@@ -39,6 +40,7 @@ def costs_table(report: Report, workload: str) -> Table:
         headers += [column.heading, "ratio"]
     headers += [column.heading.format(metric=metric) for column in main]
     table = Table(heading(workload, report.rules), headers, left=(0,))
+    odd = odd_steps(report.oddities)
     for _, row in part.iterrows():
         name = row["algorithm"]
         if name == report.reference_of(name):
@@ -51,7 +53,8 @@ def costs_table(report: Report, workload: str) -> Table:
         for column in columns.placed("costs"):
             if np.isfinite(row[column.name]):
                 low, high = row[f"{column.name}_low"], row[f"{column.name}_high"]
-                cells.append(text.spread(row[column.name], low, high, text.KINDS[column.kind]))
+                mark = " ‡" if column.kind == "steps" and (row["algorithm"], workload) in odd else ""
+                cells.append(text.spread(row[column.name], low, high, text.KINDS[column.kind]) + mark)
             else:
                 cells.append(_miss(row, report, workload, column))
             cells.append(_ratio(row, column.name))
@@ -62,6 +65,8 @@ def costs_table(report: Report, workload: str) -> Table:
         f"Medians over studies (least to most). Ratios are to {references}{each}; below 1 is better. "
         "The metric is the median best value."
     )
+    if any(name == workload for _, name in odd):
+        table.note += " ‡ Its steps are not of the usual size (see the oddities): steps do not compare."
     if report.rules.studies:
         table.note += f" {report.rules.studies} studies are due: one that is missing counts as a miss"
         fewer = part["studies"].max() < report.rules.studies

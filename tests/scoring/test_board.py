@@ -14,7 +14,7 @@ from scoring.cli import main
 from scoring.errors import InputError
 from scoring.judge import columns, leaderboard, parity, published, report, sweep, versions
 from scoring.judge.leaderboard import Leaderboard
-from scoring.pages import latex, output
+from scoring.pages import latex, output, report_page
 from scoring.read import logs
 from scoring.show import leaderboard_tables, report_tables, text
 from tests.scoring.trees import curve, official_meta, official_rows, plain, write_official, write_runs, write_trial
@@ -440,3 +440,20 @@ def test_where_submissions_stand(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_the_columns_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["columns"]) == 0
     assert capsys.readouterr().out.count("\n| ") == 2 + len(columns.COLUMNS)
+
+
+def test_a_loop_of_updates_wins_no_report(tmp_path: Path) -> None:
+    for name, ms in (("a", 1000.0), ("b", 1100.0), ("loop", 100_000.0)):
+        rows = plain(ms=ms)
+        if name == "loop":
+            rows["global_step"] = np.arange(1, len(rows) + 1)
+            rows["score"] = rows["accumulated_submission_time"] = rows["total_duration"] = (
+                10.0 * rows["global_step"]
+            )
+        write_trial(tmp_path / name / "study_0" / "bible_lm_pytorch" / "trial_1", "bible_lm", rows)
+    found = report.build(logs.read(tmp_path))
+    assert found.summary.set_index("algorithm")["steps"].idxmin() == "loop"
+    assert report_page.verdict(found).startswith("Fewest steps to target: a on bible_lm (70)")
+    table = report_tables.costs_table(found, "bible_lm")
+    assert {row[0]: row[2] for row in table.rows} == {"a": "70", "b": "70", "loop": "7 ‡"}
+    assert "steps do not compare" in table.note
