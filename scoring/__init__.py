@@ -19,6 +19,7 @@ The rooms: ``read`` (files to tables), ``judge`` (tables to results), ``show`` (
 from __future__ import annotations
 
 from scoring.errors import InputError
+from scoring.facts import versions
 from scoring.judge.cells import cells, studies
 from scoring.judge.leaderboard import Leaderboard
 from scoring.judge.leaderboard import build as leaderboard
@@ -29,7 +30,6 @@ from scoring.judge.score import scores
 from scoring.judge.trials import reach
 from scoring.judge.versions import load as load_version
 from scoring.judge.versions import rules_for as _rules_for
-from scoring.judge.versions import versions
 from scoring.read.logs import Logs, read
 
 __all__ = [

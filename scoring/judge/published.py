@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 
 from scoring.errors import InputError
+from scoring.facts import DATA
 from scoring.judge.columns import COLUMNS
 from scoring.judge.rules import Rules
 from scoring.judge.trials import KEEP
-from scoring.judge.versions import DATA
 
 STORED = ("workload", "framework", "study", "trial", "evaluations")
 VALUES = tuple(column.name for column in COLUMNS if column.name != "cost")

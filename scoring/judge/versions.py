@@ -5,27 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from scoring.errors import InputError
+from scoring.facts import DATA, versions
 from scoring.judge.rules import Rules, Target
 from scoring.metrics import higher_is_better
 from scoring.oddities import Oddities
 
-DATA = Path(__file__).parents[1] / "data"
 DIRECTIONS = ("minimize", "maximize")
 SELF_TUNING_FACTOR = 1.5  # since 0.6, and for targets files that do not say
-
-
-@cache
-def versions() -> tuple[str, ...]:
-    """The versions there are data files for, oldest first."""
-    names = [path.stem.removeprefix("algoperf_") for path in DATA.glob("algoperf_*.json")]
-    return tuple(sorted(names, key=lambda name: [int(part) for part in name.split(".")]))
 
 
 def load(version: str, ruleset: str = "external") -> Rules:

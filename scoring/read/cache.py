@@ -34,7 +34,9 @@ def folder() -> Path:
 def key(roots: Iterable[str], lines: Iterable[str]) -> str:
     """A name that changes with the inputs, with any file below them, and with the code that reads them."""
     digest = hashlib.sha256(FORMAT.encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    package = Path(__file__).parents[1]
+    sources = [*package.glob("read/*.py"), *package.glob("*.py"), *package.glob("data/algoperf_*.json")]
+    for source in sorted(sources):
         digest.update(source.read_bytes())
     for text in ("\n".join(roots), "\n".join(lines)):
         digest.update(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest())

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from scoring import facts
 from scoring.frames import records
 from scoring.metrics import higher_is_better
 from scoring.oddities import Oddities
@@ -83,19 +84,26 @@ def choose(trials: Sequence[TrialFolder], table: pd.DataFrame, evals: pd.DataFra
 
 
 def _completeness(trial: Any, evals: pd.DataFrame) -> tuple[bool, float, float]:
-    """Whether the run came to its end by what its meta_data state; then how far it came, in steps and rows."""
+    """Whether the run came to its end, by its meta_data or else the benchmark's target; if not, how far it came.
+
+    Of several runs that came to their end none is more complete: the first in order counts, not the best.
+    """
     if evals.empty:
         return (False, -1.0, 0.0)
     last = evals.iloc[-1]
-    column = f"validation/{trial.metric}"
-    ended = last["time"] >= 0.97 * trial.budget or last["step"] >= trial.max_global_steps
-    if column in evals and np.isfinite(trial.target):
+    # Self-tuning has up to three times the budget; where no flags exclude it, less is no end.
+    budget = trial.budget * (1.0 if trial.ruleset == "external" else 3.0)
+    ended = last["time"] >= 0.97 * budget or last["step"] >= trial.max_global_steps
+    known = facts.targets().get(trial.workload)
+    if trial.metric and np.isfinite(trial.target):
         lower = trial.lower_is_better
-        upward = lower == "no" if lower else higher_is_better(trial.metric)
-        values = evals[column]
-        hit = values >= trial.target if upward else values <= trial.target
+        known = (trial.metric, trial.target, lower == "no" if lower else higher_is_better(trial.metric))
+    if known and f"validation/{known[0]}" in evals:
+        metric, target, upward = known
+        values = evals[f"validation/{metric}"]
+        hit = values >= target if upward else values <= target
         ended = ended or bool(hit.any())
-    return (bool(ended), float(last["step"]), float(len(evals)))
+    return (True, 0.0, 0.0) if ended else (False, float(last["step"]), float(len(evals)))
 
 
 def _report(here: str, other: str, mine: pd.DataFrame, theirs: pd.DataFrame, odd: Oddities) -> None:

@@ -153,13 +153,13 @@ PLACES = {
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.sampled_from(sorted(PLACES)), st.integers(1, 7), st.booleans())
+@given(st.sampled_from(sorted(PLACES)), st.integers(1, 12), st.booleans(), st.booleans())
 def test_a_fragment_never_changes_a_score(
-    tmp_path_factory: pytest.TempPathFactory, place: str, count: int, damaged: bool
+    tmp_path_factory: pytest.TempPathFactory, place: str, count: int, damaged: bool, stated: bool
 ) -> None:
-    """The whole run hits at its eighth evaluation; a fragment of any length lies beside it, or in front of it."""
+    """The whole run hits at its eighth evaluation; beside it lies a fragment, even a longer one without a hit."""
     root = tmp_path_factory.mktemp("copies")
-    meta = official_meta("ogbg", "1.0")
+    meta = official_meta("ogbg", "1.0") if stated else {}
     write_trial(root / "kfac-2024-01-02-10-00-00" / "ogbg_jax" / "trial_1", "ogbg", rows_of(8, True), meta)
     before = scores(root)
     assert before == {("kfac", "ogbg"): 800.0}
@@ -204,6 +204,23 @@ def test_a_run_that_hit_is_complete_before_a_longer_one_that_did_not(tmp_path: P
     meta = official_meta("ogbg", "1.0")
     write_trial(tmp_path / "k-2024-01-01-10-00-00" / "ogbg_jax" / "trial_1", "ogbg", rows_of(4, True), meta)
     write_trial(tmp_path / "k-2024-01-02-10-00-00" / "ogbg_jax" / "trial_1", "ogbg", rows_of(20, False), meta)
+    assert scores(tmp_path) == {("k", "ogbg"): 400.0}
+
+
+def test_of_two_whole_runs_the_first_counts_not_the_better(tmp_path: Path) -> None:
+    """Two tries are not worth the better of them."""
+    meta = official_meta("ogbg", "1.0")
+    write_trial(tmp_path / "k-2024-01-01-10-00-00" / "ogbg_jax" / "trial_1", "ogbg", rows_of(9, True), meta)
+    write_trial(tmp_path / "k-2024-01-02-10-00-00" / "ogbg_jax" / "trial_1", "ogbg", rows_of(4, True), meta)
+    assert scores(tmp_path) == {("k", "ogbg"): 900.0}
+
+
+def test_a_long_fragment_of_a_self_tuning_run_is_none_the_less_one(tmp_path: Path) -> None:
+    """It passed the budget of external tuning without a hit, and crashed before its own."""
+    meta = official_meta("ogbg", "1.0") | {"max_allowed_runtime_sec": 1000}
+    for name, rows in (("k-2024-01-01-10-00-00", rows_of(12, False)), ("k-2024-01-02-10-00-00", rows_of(4, True))):
+        folder = write_trial(tmp_path / name / "ogbg_jax" / "trial_1", "ogbg", rows, meta)
+        (folder / "flags_0.json").write_text(json.dumps({"tuning_ruleset": "self"}))
     assert scores(tmp_path) == {("k", "ogbg"): 400.0}
 
 

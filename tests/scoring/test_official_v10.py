@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from scoring import facts
 from scoring.judge import leaderboard, parity, published, report, trials, versions
 from scoring.judge.leaderboard import Leaderboard
 from scoring.read import logs
@@ -83,7 +84,7 @@ def test_the_report_judges_by_the_same_rules(official: Logs) -> None:
 def test_the_shipped_numbers_are_those_of_the_logs(official: Logs) -> None:
     rules = versions.rules_for(official.trials)
     text = published.make(trials.reach(official, rules), rules, SOURCE)
-    shipped = Path(versions.DATA, "published_1.0_self.json").read_text()
+    shipped = Path(facts.DATA, "published_1.0_self.json").read_text()
     assert text == shipped
     own = leaderboard.build(official, replicates=20)
     alone = official.select(submission="lion")

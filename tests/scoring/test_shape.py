@@ -42,7 +42,7 @@ def test_imports_go_one_way(room: str) -> None:
 
 
 def test_what_every_room_uses_knows_no_room() -> None:
-    for name in ("errors", "frames", "metrics", "oddities"):
+    for name in ("errors", "facts", "frames", "metrics", "oddities"):
         assert not imported(PACKAGE / f"{name}.py")
 
 
