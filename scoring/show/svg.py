@@ -15,6 +15,8 @@ from scoring.show.panel import Label, Line, Panel, spaced, ticks, width_of, wrap
 WIDTH, HEIGHT = 368, 270
 SMALL_WIDTH, SMALL_HEIGHT = 180, 160
 TEXT, SMALL_TEXT = 12.5, 12.0
+# Keeps a text legible where lines run behind it.
+HALO = "paint-order:stroke;stroke:var(--paper);stroke-width:3px"
 SAMPLE = 24  # the piece of a line before its name
 
 
@@ -38,7 +40,7 @@ def draw(panel: Panel, name: str, background: str = "") -> str:
         *(_line(line, frame) for line in panel.lines),
         *(_dot(dot, frame) for dot in panel.dots),
         "</g>",
-        *(_text(float(frame.x(one.x)), float(frame.y(one.y)), one.text, frame.text) for one in panel.notes),
+        *_notes(panel, frame),
         *_labels(panel, frame),
     ]
     return (
@@ -119,11 +121,22 @@ def _axes(panel: Panel, frame: _Frame) -> list[str]:
     if panel.x_label:
         found.append(_text(frame.left, bottom + 2 * size + 6, panel.x_label, size))
     found.append(f'<path class="axis" d="M{frame.left:.1f} {frame.top:.1f}V{bottom:.1f}H{right:.1f}"/>')
-    for value, text in panel.rules:
+    for value, _ in panel.rules:
         y = float(frame.y(value))
         if frame.top <= y <= bottom:
             found.append(f'<path class="rule" d="M{frame.left:.1f} {y:.1f}H{right:.1f}"/>')
-            found.append(_text(frame.left + 4, y - 4 if y > frame.top + size + 4 else y + size + 2, text, size))
+    return found
+
+
+def _notes(panel: Panel, frame: _Frame) -> list[str]:
+    """Texts within the frame, over the lines: what the rules are, and notes."""
+    size = frame.text
+    found = [_text(float(frame.x(one.x)), float(frame.y(one.y)), one.text, size, style=HALO) for one in panel.notes]
+    for value, text in panel.rules:
+        y = float(frame.y(value))
+        if frame.top <= y <= frame.top + frame.down and text:
+            place = y - 4 if y > frame.top + size + 4 else y + size + 2
+            found.append(_text(frame.left + 4, place, text, size, style=HALO))
     return found
 
 
@@ -193,7 +206,7 @@ def alone(panels: Sequence[Sequence[Panel]]) -> str:
             place = f'<svg x="{k * (WIDTH + 12)}" y="{top:.0f}" width="{frame.width}" height="{frame.height:.0f}" '
             drawn.append(draw(panel, f"p{i}-{k}").replace("<svg ", place, 1))
         top += max((frame.height for frame in frames), default=0.0) + 14
-    style = f":root {{ {palette.variables('light')} --grey: #a9adb2; --grid: #d4d8dc; }} {STYLE}"
+    style = f":root {{ {palette.variables('light')} --paper: #ffffff; --grey: #a9adb2; --grid: #d4d8dc; }} {STYLE}"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {top:.0f}" '
         f'width="{width}" height="{top:.0f}">'

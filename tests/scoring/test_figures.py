@@ -285,6 +285,18 @@ def test_a_line_outside_the_frame_says_so() -> None:
     assert notes["a0"] == []
 
 
+def test_the_target_is_named_over_the_lines() -> None:
+    look = palette.styles(["a"])
+    (one,) = curves.panels("w", TARGET, [curve(100, [0.1, 0.5, 0.8, 0.91])], look, "time")
+    drawn = svg.draw(one, "x")
+    words = [words for words, *_ in texts(drawn)]
+    assert "target 0.9" in words
+    assert drawn.rindex('class="line"') > drawn.index('class="rule"')
+    assert drawn.index("target 0.9</text>") > drawn.index(
+        "</g>"
+    )  # behind it in the file is in front of it in sight
+
+
 def test_ticks_are_round() -> None:
     assert [text for _, text in panel.ticks(0.0, 98000.0)] == ["0", "20k", "40k", "60k", "80k"]
     assert [value for value, _ in panel.ticks(0.7, 0.78)] == pytest.approx([0.7, 0.72, 0.74, 0.76, 0.78])
