@@ -94,7 +94,8 @@ class Rules:
         names = tuple(dict.fromkeys(workloads))
         unknown = [name for name in names if name not in self.base]
         if unknown or not names:
-            raise InputError(f"unknown workload {', '.join(unknown)}: known are {', '.join(self.base)}")
+            what = f"unknown workload {', '.join(unknown)}" if unknown else "no workload is named"
+            raise InputError(f"{what}: known are {', '.join(self.base)}")
         held_out = {name: base for name, base in self.held_out.items() if base in names}
         return replace(self, base=names, held_out=held_out)
 

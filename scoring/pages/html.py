@@ -104,10 +104,7 @@ def _section(number: int, part: Section) -> str:
     text = "".join(f"<p>{escape(paragraph)}</p>" for paragraph in part.paragraphs)
     figures = [_figure(figure, f"f{number}-{k}") for k, figure in enumerate(part.figures)]
     tables = [_table(table) for table in part.tables]
-    # Printed, a heading stays with what follows it.
-    first, *rest = [*figures, *tables] or [""]
-    title = f"<h2>{escape(part.title)}</h2>{text}"
-    return f'<section id="s{number}">{title}{first}{"".join(rest)}</section>\n'
+    return f'<section id="s{number}"><h2>{escape(part.title)}</h2>{text}{"".join([*figures, *tables])}</section>\n'
 
 
 def _figure(figure: Figure, name: str) -> str:

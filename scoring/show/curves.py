@@ -111,33 +111,35 @@ def panels(
     names = [name for name in look if any(curve.algorithm == name for curve in curves)]
     lines = {name: _lines(name, curves, look, axis) for name in names}
     arrow = "higher is better" if target.higher_is_better else "lower is better"
-    shared = {"x_range": extent(curves, axis), "y_range": window(curves, target)}
+    x_range, y_range = extent(curves, axis), window(curves, target)
     goal = (target.value, f"target {target.value:g}")
     if len(names) <= FEW:
         panel = Panel(
             f"{workload}: {target.column} ({arrow})",
+            x_range,
+            y_range,
             x_label=AXES[axis],
             lines=[line for name in names for line in lines[name]],
-            labels=[_label(name, lines[name][-1], shared["x_range"], look) for name in names],
+            labels=[_label(name, lines[name][-1], x_range, look) for name in names],
             rules=[goal],
             dots=[dot for name in names for dot in _hits(name, curves, target, look, axis)],
             description=f"The target is {target.value:g}. {_said(curves, target, axis)}",
-            **shared,  # type: ignore[arg-type]
         )
         return [panel]
     behind = [Line(line.x, line.y, "grey", width=1.0, opacity=0.6) for name in names for line in lines[name][-1:]]
     return [
         Panel(
             name,
+            x_range,
+            y_range,
             lines=[Line(line.x, line.y, "c0", width=line.width, opacity=line.opacity) for line in lines[name]],
             rules=[(target.value, "")],
             background=behind,
-            notes=_outside(lines[name][-1], target, shared["y_range"]),
+            notes=_outside(lines[name][-1], target, y_range),
             dots=[Label(dot.x, dot.y, dot.text, "c0") for dot in _hits(name, curves, target, look, axis)],
             description=f"{workload}, {target.column} against {AXES[axis]}. "
             + _said([curve for curve in curves if curve.algorithm == name], target, axis),
             small=True,
-            **shared,  # type: ignore[arg-type]
         )
         for name in names
     ]
@@ -153,12 +155,11 @@ def _lines(name: str, curves: Sequence[Curve], look: Mapping[str, Style], axis: 
     return [*found, Line(*thinned(*median_curve(mine)), style.colour, style.dash, 2.2, name=name)]
 
 
-def _label(name: str, line: Line, x_range: object, look: Mapping[str, Style]) -> Label:
-    end = float(x_range[1])  # type: ignore[index]
-    inside = line.y[line.x <= end]
-    return Label(
-        float(line.x[-1]), float(inside[-1] if len(inside) else line.y[0]), name, look[name].colour, look[name].dash
-    )
+def _label(name: str, line: Line, x_range: tuple[float, float], look: Mapping[str, Style]) -> Label:
+    """The name of a line, as high as it leaves the frame or ends."""
+    inside = line.y[line.x <= x_range[1]]
+    height = float(inside[-1] if len(inside) else line.y[0])
+    return Label(float(line.x[-1]), height, name, look[name].colour, look[name].dash)
 
 
 def _hits(name: str, curves: Sequence[Curve], target: Target, look: Mapping[str, Style], axis: str) -> list[Label]:
