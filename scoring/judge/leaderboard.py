@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -11,14 +11,13 @@ import pandas as pd
 from scoring.errors import InputError
 from scoring.judge import bootstrap, cells, parity, published, reasons, score, sweep, trials
 from scoring.judge.columns import Floats
-from scoring.judge.frameworks import labelled, named
+from scoring.judge.frameworks import labelled
 from scoring.judge.lint import lint
 from scoring.judge.rules import Rules
+from scoring.judge.selection import choose_reference, select
 from scoring.judge.versions import rules_for
 from scoring.oddities import Oddities, merge
 from scoring.read.logs import Logs
-
-BASELINES = ("nadamw", "baseline", "prize_qualification_baseline", "nadamw_baselinev05")
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def build(
     unpriced: frozenset[str] = frozenset()
     extra = _published(rules, cost, names) if against else None
     everyone = names if extra is None else sorted({*names, *extra["submission"]})
-    chosen = _reference(everyone, reference, _with_trials(logs, rules, extra))
+    chosen = choose_reference(everyone, reference, _with_trials(logs, rules, extra))
     if relative and not chosen:
         raise InputError("--relative_to=reference needs --reference=NAME")
     if cost == "normalised":
@@ -201,42 +200,10 @@ def _published(rules: Rules, cost: str, names: Sequence[str]) -> pd.DataFrame:
     return table.assign(submission=table["submission"].where(~clash, table["submission"] + " (published)"))
 
 
-def select(rules: Rules, workloads: str, logs: Logs) -> Rules:
-    """The rules over a named subset: base, qualification, present, or a list of workloads separated by commas.
-
-    ``present`` are all workloads that occur and have a target, but for held-out variants, which only decide credit.
-
-    Raises:
-      InputError: a name is unknown, or the version has no qualification set.
-    """
-    if workloads == "base":
-        return rules
-    if workloads == "qualification":
-        if not rules.qualification:
-            raise InputError("these workloads have no qualification set: name workloads, or --workloads=present")
-        return rules.restricted(rules.qualification)
-    if workloads == "present":
-        there = set(logs.trials["workload"]) - set(rules.held_out) - set(rules.unscored)
-        names = [name for name in rules.targets if name in there]
-        if not names:
-            raise InputError("no workload that occurs has a target: name a data file with --benchmark")
-    else:
-        names = [name.strip() for name in workloads.split(",") if name.strip()]
-    # A workload of our own, known from meta_data only, may be scored beside the official ones.
-    extra = tuple(name for name in names if name in rules.targets and name not in rules.base)
-    return replace(rules, base=rules.base + extra).restricted(names)
-
-
 def _with_trials(logs: Logs, rules: Rules, extra: pd.DataFrame | None) -> set[str]:
     table = labelled(logs.trials)
     mine = set(table.loc[table["workload"].isin(list(rules.scored)), "submission"])
     return mine | (set() if extra is None else set(extra["submission"]))
-
-
-def _reference(names: list[str], wanted: str | None, scored: set[str]) -> str:
-    if wanted:
-        return named(wanted, names, "--reference")
-    return "" if wanted == "" else next((name for name in BASELINES if name in scored), "")
 
 
 def _ranking(values: pd.Series, details: pd.DataFrame) -> pd.DataFrame:

@@ -6,11 +6,12 @@ import pandas as pd
 
 from scoring.judge import report
 from scoring.judge.frameworks import algorithm
-from scoring.judge.leaderboard import BASELINES, Leaderboard
+from scoring.judge.leaderboard import Leaderboard
+from scoring.judge.selection import BASELINES
 from scoring.pages import report_page
 from scoring.pages.page import Figure, Page, Section
 from scoring.read.logs import Logs
-from scoring.show import leaderboard_tables, profiles, report_tables, text
+from scoring.show import leaderboard_tables, profiles, report_tables, sweep_tables, text
 from scoring.show.palette import Style, styles
 from scoring.show.text import Table
 
@@ -65,7 +66,7 @@ def _look(board: Leaderboard) -> dict[str, Style]:
 
 
 def _relaxed(board: Leaderboard, look: dict[str, Style], one_each: str) -> list[Section]:
-    tables = [leaderboard_tables.sweep_table(board), leaderboard_tables.newly_reached_table(board)]
+    tables = [sweep_tables.sweep_table(board), sweep_tables.newly_reached_table(board)]
     if board.sweep is None:
         return []
     figure = Figure(

@@ -10,7 +10,7 @@ from scoring.judge.columns import BY_NAME
 from scoring.judge.leaderboard import Leaderboard
 from scoring.pages.page import Page, Section
 from scoring.read.logs import Logs
-from scoring.show import leaderboard_tables, text
+from scoring.show import leaderboard_tables, sweep_tables, text
 from scoring.show.text import NOTHING, Table
 
 
@@ -35,7 +35,7 @@ def build(logs: Logs, version: str = "auto", ruleset: str = "auto", command: str
         "`python -m scoring leaderboard RUNS --against=published` (`--cost=steps` where the hardware differs, "
         "`--workloads=present` where it ran some of the workloads).",
     ]
-    relaxed = [leaderboard_tables.sweep_table(board), leaderboard_tables.newly_reached_table(board)]
+    relaxed = [sweep_tables.sweep_table(board), sweep_tables.newly_reached_table(board)]
     sections = [
         Section("Scores", tables=[_ranks(official, by_time, by_steps)]),
         Section(

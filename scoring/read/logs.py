@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 
 from scoring.errors import InputError
-from scoring.metrics import METRIC
 from scoring.oddities import Oddities
 from scoring.read import cache, copies, sanity
 from scoring.read.archives import unpack
@@ -219,8 +218,3 @@ def _named(evals: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
             whole = pd.Categorical(trials[name])
             names[name] = pd.Series(pd.Categorical.from_codes(whole.codes[ids], dtype=whole.dtype))
     return pd.concat([pd.DataFrame(names), evals], axis=1)
-
-
-def metrics_of(evals: pd.DataFrame) -> list[str]:
-    """The metric columns of a table of evaluations."""
-    return [name for name in evals.columns if METRIC.fullmatch(str(name))]

@@ -16,7 +16,7 @@ from scoring.judge import columns, leaderboard, parity, published, report, sweep
 from scoring.judge.leaderboard import Leaderboard
 from scoring.pages import latex, output, report_page
 from scoring.read import logs
-from scoring.show import leaderboard_tables, report_tables, text
+from scoring.show import leaderboard_tables, report_tables, sweep_tables, text
 from tests.scoring.trees import curve, official_meta, official_rows, plain, write_official, write_runs, write_trial
 
 Hits = dict[str, dict[str, list[float | None]]]
@@ -204,7 +204,7 @@ def test_a_sweep_of_relaxations(tmp_path: Path) -> None:
         )
         assert list(relaxed.ranking.index) == ["near", "hit", "far"]
         assert "relaxed by 5 %" in leaderboard_tables.heading(relaxed)
-    table = leaderboard_tables.newly_reached_table(found)
+    table = sweep_tables.newly_reached_table(found)
     assert table is not None
     assert table.rows == [["ogbg", "4 %", "near"], ["ogbg", "15 %", "far"]]
 
