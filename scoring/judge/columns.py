@@ -126,6 +126,14 @@ COLUMNS = (
         lambda run: run.at(run.price, run.hit, np.nan if run.hit >= 0 else np.inf),
     ),
     Column(
+        "eval_period",
+        "evaluation period",
+        "seconds",
+        "median time between evaluations: a time to target is known no better",
+        lambda run: run.period,
+        "main",
+    ),
+    Column(
         "best",
         "best {metric}",
         "number",
@@ -171,14 +179,6 @@ COLUMNS = (
         "batch size, if hparams, flags or meta_data state it",
         lambda run: run.batch_size,
         "main",
-    ),
-    Column(
-        "eval_period",
-        "evaluation period",
-        "seconds",
-        "median time between evaluations: a time to target is known no better",
-        lambda run: run.period,
-        "details",
     ),
     Column(
         "coarseness",

@@ -195,7 +195,9 @@ def speedup_table(board: Leaderboard) -> Table | None:
 
 def distance_table(board: Leaderboard) -> Table:
     """How far each miss was from the target: of the best trial, as a share of the target."""
-    table = Table("Distance to the target where it was missed, in per cent of the target", headers(board))
+    table = Table(
+        f"Distance to the target where it was missed, in per cent of it; {board.rules.title}", headers(board)
+    )
     table.note = (
         "Of the best trial; 0 means that some trial reached it, but not the median study or not within the budget. "
         "A dot is a hit, a dash no data."
@@ -221,7 +223,9 @@ def distance_table(board: Leaderboard) -> Table:
 
 def misses_table(board: Leaderboard) -> Table:
     """For each submission the workloads without credit, grouped by the reason."""
-    table = Table("Why there is no credit", ["submission", "without credit", "reasons"], left=(0, 2))
+    table = Table(
+        f"Why there is no credit; {board.rules.title}", ["submission", "without credit", "reasons"], left=(0, 2)
+    )
     for name in board.ranking.index:
         mine = board.cells[(board.cells["submission"] == name) & (board.cells["reason"] != "")]
         groups: dict[str, list[str]] = {}
@@ -236,7 +240,8 @@ def misses_table(board: Leaderboard) -> Table:
 def profile_table(board: Leaderboard) -> Table:
     """The performance profiles as numbers: the share of workloads reached within tau times the best."""
     taus = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 4.0)
-    table = Table("Share of workloads reached within tau times the best", ["submission", *(f"{t:g}" for t in taus)])
+    caption = f"Share of workloads reached within tau times the best; {board.rules.title}"
+    table = Table(caption, ["submission", *(f"{t:g}" for t in taus)])
     for name in board.ranking.index:
         tau, share = board.profiles[name]
         values = [share[np.searchsorted(tau, t, side="right") - 1] if t >= tau[0] else 0.0 for t in taus]

@@ -80,14 +80,14 @@ def details_table(report: Report, workload: str) -> Table:
     shown = [column for column in columns.placed("details") if part[column.name].notna().any()]
     metric = report.rules.targets[workload].metric
     headers = ["algorithm", *(column.heading.format(metric=metric) for column in shown)]
-    table = Table(f"{workload}: clocks, and the metrics at the target", headers)
+    table = Table(f"{heading(workload, report.rules)}; clocks, and the metrics at the target", headers)
     table.rows = [
         [row["algorithm"], *(text.shown(column, row[column.name]) for column in shown)]
         for _, row in part.iterrows()
     ]
     table.note = (
-        "Medians over studies. A time to target is known no better than the evaluation period: a gain below it is "
-        "invisible."
+        "Medians over studies. A time to target is known no better than the evaluation period: a gain below "
+        "that is invisible."
     )
     return table
 
@@ -130,7 +130,7 @@ def _ratio(row: pd.Series, measure: str) -> str:
 def interval_table(report: Report) -> Table:
     """How far the medians and ratios would move with other studies."""
     headers = ["workload", "algorithm", "steps", "ratio of steps", "time", "ratio of time"]
-    table = Table("95 % bootstrap intervals over studies", headers, left=(0, 1), sticky=2)
+    table = Table(f"95 % bootstrap intervals over studies; {report.rules.title}", headers, left=(0, 1), sticky=2)
     for _, row in report.summary[report.summary["studies"] > 0].iterrows():
         cells = [row["workload"], row["algorithm"]]
         for column in columns.placed("costs"):
@@ -160,7 +160,7 @@ def study_table(report: Report) -> Table:
         "last step",
         "ms/step",
     ]
-    table = Table("Studies, each with its best trial", headers, left=(0, 1, 2, 4), sticky=2)
+    table = Table(f"Studies, each with its best trial; {report.rules.title}", headers, left=(0, 1, 2, 4), sticky=2)
     rows = report.studies.sort_values(["workload", "submission", "study"])
     named = [columns.BY_NAME[name] for name in ("state", "steps", "time", "best", "last_step", "ms_per_step")]
     for _, row in rows.iterrows():
@@ -173,7 +173,7 @@ def framework_table(report: Report) -> Table | None:
     """PyTorch and JAX side by side for what was run in both, None if nothing was."""
     headers = ["workload", "algorithm", "steps, PyTorch", "steps, JAX", "JAX / PyTorch"]
     headers += ["best, PyTorch", "best, JAX", "ms/step, PyTorch", "ms/step, JAX"]
-    table = Table("PyTorch and JAX", headers, left=(0, 1), sticky=2)
+    table = Table(f"PyTorch and JAX; {report.rules.title}", headers, left=(0, 1), sticky=2)
     rows = {(row["workload"], row["algorithm"]): row for _, row in report.summary.iterrows() if row["studies"]}
     for (workload, name), torch in rows.items():
         match = LABELLED.fullmatch(name)

@@ -19,7 +19,8 @@ def sweep_table(board: Leaderboard) -> Table | None:
     shares = [share for share in scores.columns if round(100 * float(share)) in SHOWN]
     shares = shares if len(shares) > 1 else list(scores.columns)
     headers = ["submission", *(_share(share) for share in shares)]
-    table = Table("Score (and rank) if every target is relaxed by a share of its value", headers)
+    caption = f"Score (and rank) if every target is relaxed by a share of its value; {board.rules.title}"
+    table = Table(caption, headers)
     for name in scores.index:
         cells = [f"{scores.loc[name, share]:.4f} ({ranks.loc[name, share]})" for share in shares]
         table.rows.append([str(name), *cells])
@@ -47,9 +48,8 @@ def newly_reached_table(board: Leaderboard) -> Table | None:
     """The workloads that are reached under relaxed targets only, by the least relaxation that does it."""
     if board.sweep is None:
         return None
-    table = Table(
-        "Workloads reached under relaxed targets only", ["workload", "relaxed by", "submissions"], left=(0, 2)
-    )
+    caption = f"Workloads reached under relaxed targets only; {board.rules.title}"
+    table = Table(caption, ["workload", "relaxed by", "submissions"], left=(0, 2))
     for (workload, share), part in board.sweep.reached.groupby(["workload", "share"], sort=True):
         table.rows.append([str(workload), _share(share), ", ".join(map(str, part["submission"]))])
     table.note = "Each submission at the least share of the sweep at which its median study reaches the target."
