@@ -57,6 +57,7 @@ summary {{ cursor: pointer; font-weight: 600; padding: .4rem 0; }}
   table {{ font-size: .82rem; }}
   th, td {{ padding: .25rem .4rem; }}
   tbody th {{ min-width: 7rem; }}
+  td.w {{ min-width: 10rem; }}
   .s0 {{ width: 8rem; min-width: 8rem; max-width: 8rem; overflow-wrap: anywhere; }}
   .s1 {{ left: 8rem; }}
 }}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from scoring.errors import InputError
@@ -51,7 +52,7 @@ class Logs:
         """The trials whose names match, with their evaluations.
 
         Each argument is a pattern such as ``muon*``, several separated by commas, or a list of patterns; None takes
-        all. ``exclude`` leaves submissions out.
+        all. ``exclude`` leaves submissions out. A submission may be named with its framework, ``nadamw (jax)``.
 
         Raises:
           InputError: a pattern matches nothing, or nothing is left.
@@ -60,9 +61,9 @@ class Logs:
         wanted = {"submission": submission, "workload": workload, "framework": framework}
         for column, patterns in wanted.items():
             if patterns is not None:
-                keep &= _matching(self.trials[column], patterns, column)
+                keep &= _matching(self.trials, patterns, column)
         if exclude is not None:
-            keep &= ~_matching(self.trials["submission"], exclude, "submission")
+            keep &= ~_matching(self.trials, exclude, "submission")
         if not keep.any():
             raise InputError("no trial is left: choose fewer or other submissions, workloads and frameworks")
         trials = self.trials[keep].reset_index(drop=True)
@@ -70,16 +71,23 @@ class Logs:
         return replace(self, evals=evals.reset_index(drop=True), trials=trials)
 
 
-def _matching(names: pd.Series, patterns: str | Sequence[str], kind: str) -> np.ndarray:
+def _matching(trials: pd.DataFrame, patterns: str | Sequence[str], kind: str) -> npt.NDArray[np.bool_]:
+    """Which trials have a name that matches one of the patterns; a name in full matches itself, whatever is in it."""
     parts = patterns.split(",") if isinstance(patterns, str) else patterns
-    known = sorted(set(names))
-    chosen: set[str] = set()
+    columns = [trials[kind]]
+    if kind == "submission":
+        columns.append(trials["submission"] + " (" + trials["framework"] + ")")
+    keep = np.zeros(len(trials), dtype=bool)
     for pattern in (part.strip() for part in parts):
-        found = {name for name in known if name == pattern or fnmatchcase(name, pattern)}
-        if not found:
-            raise InputError(f"no {kind} is called {pattern}: there are {', '.join(known)}")
-        chosen |= found
-    return names.isin(chosen).to_numpy()
+        mine = np.any([[_matches(name, pattern) for name in column] for column in columns], axis=0)
+        if not mine.any():
+            raise InputError(f"no {kind} is called {pattern}: there are {', '.join(sorted(set(trials[kind])))}")
+        keep |= mine
+    return keep
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or fnmatchcase(name, pattern)
 
 
 def read(roots: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], use_cache: bool = True) -> Logs:

@@ -380,6 +380,7 @@ def test_filtering_is_one_call(tmp_path: Path) -> None:
     assert kept(runs.select(submission="muon*")) == {("muon", "ogbg"), ("muon_v2", "wmt")}
     assert kept(runs.select(submission="muon,lion", workload="ogbg")) == {("muon", "ogbg"), ("lion", "ogbg")}
     assert kept(runs.select(framework="pytorch")) == {("lion", "wmt")}
+    assert kept(runs.select(submission="lion (jax)")) == {("lion", "ogbg")}
     assert kept(runs.select(exclude=["muon*"])) == {("lion", "ogbg"), ("lion", "wmt")}
     assert leaderboard.build(runs.select(workload="ogbg"), workloads="ogbg", replicates=20).ranking.index.size == 2
     with pytest.raises(InputError, match="no submission is called adam: there are lion, muon, muon_v2"):
