@@ -72,7 +72,7 @@ class Logs:
 
 
 def _matching(trials: pd.DataFrame, patterns: str | Sequence[str], kind: str) -> npt.NDArray[np.bool_]:
-    """Which trials have a name that matches one of the patterns; a name in full matches itself, whatever is in it."""
+    """Which trials have a name that matches one of the patterns; a name in full matches itself."""
     parts = patterns.split(",") if isinstance(patterns, str) else patterns
     columns = [trials[kind]]
     if kind == "submission":
