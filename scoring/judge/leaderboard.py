@@ -95,6 +95,8 @@ def build(
         raise InputError("--relative_to=reference is not part of the official procedure: leave out --parity")
     if against and official:
         raise InputError("--against=published scores by the exact rules: leave out --parity, or give the logs")
+    if shares and (against or relative or cost == "normalised"):
+        raise InputError("--sweep goes with none of --against, --relative_to=reference, --cost=normalised")
     odd = Oddities()
     rules = select(rules_for(logs.trials, version, ruleset, odd, studies), workloads, logs)
     if relaxations:
@@ -132,8 +134,6 @@ def build(
         ranking["other_rank"] = _other_rank(logs, rules, cost, scored, everyone, official)
     swept = None
     if shares:
-        if against or relative or cost == "normalised":
-            raise InputError("--sweep goes with none of --against, --relative_to=reference, --cost=normalised")
         swept = sweep.sweep(rules, lambda easier: _rescored(logs, easier, cost, everyone, official), shares)
     return Leaderboard(
         ranking,

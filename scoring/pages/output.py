@@ -14,7 +14,7 @@ from scoring.judge.leaderboard import Leaderboard
 from scoring.judge.report import Report
 from scoring.judge.rules import Rules
 from scoring.pages import html, latex, leaderboard_page, markdown, report_page
-from scoring.pages.write import csv, write
+from scoring.pages.write import csv, remove, write
 from scoring.read.logs import Logs
 from scoring.show import leaderboard_tables, svg
 
@@ -34,6 +34,8 @@ def write_report(report: Report, logs: Logs, path: Path) -> None:
         page.pictures["curves.png"] = "Learning curves"
         write(path / "curves.png", png.draw(rows))
         write(path / "curves.svg", svg.alone(rows))
+    else:
+        remove(path, ("curves.png", "curves.svg"))
     write(path / "report.html", html.render(page))
     write(path / "report.md", markdown.render(page))
     write(path / "report.json", _json(_head(report.rules, report.inputs, report.oddities) | _results(report)))
@@ -69,6 +71,8 @@ def write_leaderboard(board: Leaderboard, logs: Logs, path: Path) -> None:
     if board.sweep is not None:
         write(path / "sweep.csv", csv(_sweep(board)))
         write(path / "newly_reached.csv", csv(board.sweep.reached))
+    else:
+        remove(path, ("sweep.csv", "newly_reached.csv"))
 
 
 def _matrix(board: Leaderboard) -> pd.DataFrame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -39,6 +40,12 @@ def write(path: Path, content: str | bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise InputError(f"{path}: {error.strerror}") from None
+
+
+def remove(path: Path, names: Iterable[str]) -> None:
+    """Files of an earlier run that this one does not write: they would pass for its own."""
+    for name in names:
+        (path / name).unlink(missing_ok=True)
 
 
 def csv(table: pd.DataFrame) -> str:

@@ -459,3 +459,19 @@ def test_a_loop_of_updates_wins_no_report(tmp_path: Path) -> None:
     table = report_tables.costs_table(found, "bible_lm")
     assert {row[0]: row[2] for row in table.rows} == {"a": "70", "b": "70", "loop": "7 ‡"}
     assert "steps do not compare" in table.note
+
+
+def test_no_file_of_an_earlier_run_stays(tmp_path: Path) -> None:
+    found = board(tmp_path / "logs", TWO, workloads="ogbg,wmt", shares=(0.1,))
+    runs = logs.read(tmp_path / "logs")
+    (tmp_path / "out").mkdir()
+    output.write_leaderboard(found, runs, tmp_path / "out")
+    assert (tmp_path / "out" / "sweep.csv").exists()
+    output.write_leaderboard(leaderboard.build(runs, replicates=20), runs, tmp_path / "out")
+    assert not (tmp_path / "out" / "sweep.csv").exists()
+    write_runs(tmp_path / "many", {f"a{k}": 1.0 for k in range(7)}, studies=1, workloads=("bible_lm",))
+    few, all_of_them = (logs.read(tmp_path / "many").select(submission=names) for names in ("a0,a1", "a*"))
+    output.write_report(report.build(few), few, tmp_path / "out")
+    assert (tmp_path / "out" / "curves.png").exists()
+    output.write_report(report.build(all_of_them), all_of_them, tmp_path / "out")
+    assert not (tmp_path / "out" / "curves.png").exists()
