@@ -12,12 +12,11 @@ import pandas as pd
 
 from scoring.errors import InputError
 from scoring.facts import DATA, versions
+from scoring.judge import targets_file
 from scoring.judge.rules import Rules, Target
+from scoring.judge.targets_file import SELF_TUNING_FACTOR, number, upward
 from scoring.metrics import higher_is_better
 from scoring.oddities import Oddities
-
-DIRECTIONS = ("minimize", "maximize")
-SELF_TUNING_FACTOR = 1.5  # since 0.6, and for targets files that do not say
 
 
 def load(version: str, ruleset: str = "external") -> Rules:
@@ -35,7 +34,8 @@ def load(version: str, ruleset: str = "external") -> Rules:
     try:
         data = json.loads(path.read_text())
         if "base_workloads" in data:
-            return _official(data, ruleset)
+            newest_first = [load(name, ruleset) for name in reversed(versions())]
+            return targets_file.rules(data, ruleset, newest_first)
         return Rules(
             version=data["version"],
             targets={name: _target(one) for name, one in data["workloads"].items()},
@@ -60,84 +60,13 @@ def load(version: str, ruleset: str = "external") -> Rules:
 def _target(one: Mapping[str, object]) -> Target:
     return Target(
         metric=str(one["metric"]),
-        value=_float(one["target"]),
-        higher_is_better=_upward(one["direction"]),
-        budget=_float(one["budget"]),
-        step_hint=_float(one["step_hint"]),
-        eval_period=_float(one["eval_period"]),
-        test_value=_float(one["test_target"]),
+        value=number(one["target"]),
+        higher_is_better=upward(one["direction"]),
+        budget=number(one["budget"]),
+        step_hint=number(one["step_hint"]),
+        eval_period=number(one["eval_period"]),
+        test_value=number(one["test_target"]),
     )
-
-
-def _float(value: object) -> float:
-    return np.nan if value is None else float(value)  # type: ignore[arg-type]
-
-
-def _upward(direction: object) -> bool:
-    if direction not in DIRECTIONS:
-        raise ValueError(f"direction {direction!r} is none of {', '.join(DIRECTIONS)}")
-    return direction == "maximize"
-
-
-def _official(data: Mapping[str, object], ruleset: str) -> Rules:
-    """An official workload_targets.json, whose version is told by its base workloads and hints, not by its label.
-
-    What such files may lack (direction, budget, evaluation period) comes from the version they agree with.
-    """
-    stated: Mapping[str, Mapping[str, object]] = data["workloads"]  # type: ignore[assignment]
-    base = tuple(map(str, data["base_workloads"]))  # type: ignore[call-overload]
-    variants = tuple(map(str, data["held_out_workloads"]))  # type: ignore[call-overload]
-    alike = [
-        rules
-        for rules in (load(version, ruleset) for version in reversed(versions()))
-        if set(rules.base) == set(base) and set(rules.held_out) == set(variants)
-    ]
-    # 0.5's own official file carries the hints of 0.6: of several versions the hints decide, but need not agree.
-    alike.sort(key=lambda rules: -sum(_agrees(rules, name, stated[name]) for name in base))
-    known = alike[0] if alike else None
-    targets = {}
-    for name, one in stated.items():
-        metric = str(one["target_metric_name"])
-        before = known.targets.get(name) if known else None
-        goal = one.get("target_metric_goal")
-        budget = one.get("max_allowed_runtime_sec")
-        targets[name] = Target(
-            metric,
-            _float(one["validation_target_value"]),
-            _upward(goal) if goal is not None else higher_is_better(metric),
-            _float(budget) if budget is not None else before.budget if before else np.inf,
-            _float(one["step_hint"]),
-            before.eval_period if before else np.nan,
-            before.test_value if before else np.nan,
-        )
-    held_out = {name: next(one for one in base if name.startswith(one)) for name in variants}
-    label = f"{data['benchmark_version']} (file)" if known is None else known.version
-    unscored = tuple(name for name in targets if name not in (*base, *variants))
-    assumed = []
-    without = [name for name in (*base, *variants) if not np.isfinite(targets[name].budget)]
-    if without:
-        assumed.append(f"the targets file states no budget for {', '.join(without)}: none is applied there")
-    if known is None:
-        assumed.append("the targets file fits no known version: 3 studies are due, budgets as it states")
-    return Rules(
-        version=label,
-        targets=targets,
-        base=base,
-        held_out=held_out,
-        studies=known.studies if known else 3,
-        trials=(known.trials if known else 5) if ruleset == "external" else 1,
-        ruleset=ruleset,
-        budget_factor=known.budget_factor if known else SELF_TUNING_FACTOR if ruleset == "self" else 1.0,
-        unscored=unscored,
-        qualification=tuple(name for name in (known.qualification if known else ()) if name in base),
-        assumed=tuple(assumed),
-    )
-
-
-def _agrees(rules: Rules, name: str, one: Mapping[str, object]) -> bool:
-    target = rules.targets[name]
-    budget = one.get("max_allowed_runtime_sec", target.budget)
-    return target.step_hint == one["step_hint"] and target.budget == budget
 
 
 def agreement(trials: pd.DataFrame, rules: Rules) -> int:

@@ -137,6 +137,15 @@ def test_an_official_file_of_other_targets(tmp_path: Path) -> None:
     path = official_file(tmp_path / "u.json", "1.0", True, ogbg={"target_metric_goal": "upwards"})
     with pytest.raises(InputError, match="direction 'upwards'"):
         versions.load(str(path))
+    data = json.loads(path.read_text()) | {"held_out_workloads": ["mnist"]}
+    data["workloads"]["ogbg"]["target_metric_goal"] = "maximize"
+    path.write_text(json.dumps(data))
+    with pytest.raises(InputError, match="not a benchmark data file"):
+        versions.load(str(path))  # a held-out workload that is not in the file
+    data["workloads"]["mnist"] = data["workloads"]["ogbg"]
+    path.write_text(json.dumps(data))
+    with pytest.raises(InputError, match="held-out workload mnist has no base workload"):
+        versions.load(str(path))
     (tmp_path / "v.json").write_text("{")
     with pytest.raises(InputError, match=r"not a benchmark data file, nor a workload_targets\.json"):
         versions.load(str(tmp_path / "v.json"))
