@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import doctest
+import json
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ from scoring.judge import cells, columns, leaderboard, report, trials, versions
 from scoring.read import logs
 from scoring.show import report_tables, text
 from tests.scoring.official import ROOT
-from tests.scoring.trees import write_official
+from tests.scoring.trees import official_meta, official_rows, write_official, write_trial
 
 PACKAGE = ROOT / "scoring"
 # Each room may import itself and those before it.
@@ -103,6 +104,21 @@ def test_a_column_is_one_entry(tmp_path: Path) -> None:
     for name in ("report.html", "report.md"):
         assert "first step" in (tmp_path / "out" / name).read_text()
     assert "first_step" in (tmp_path / "out" / "report.json").read_text()
+
+
+def test_a_version_is_one_file(tmp_path: Path) -> None:
+    """A data file beside the others is a version: listed, loaded, and told by its budgets."""
+    shutil.copytree(PACKAGE, tmp_path / "scoring", ignore=shutil.ignore_patterns("__pycache__"))
+    data = json.loads((PACKAGE / "data" / "algoperf_1.0.json").read_text()) | {"version": "1.10"}
+    data["workloads"]["ogbg"] |= {"budget": 777, "step_hint": 88}
+    (tmp_path / "scoring" / "data" / "algoperf_1.10.json").write_text(json.dumps(data))
+    meta = official_meta("ogbg", "1.0") | {"max_allowed_runtime_sec": 777, "step_hint": 88}
+    write_trial(tmp_path / "logs" / "a" / "ogbg_jax" / "trial_1", "ogbg", official_rows("ogbg", 90.0, "1.0"), meta)
+    code = "import scoring; print(*scoring.versions(), scoring.rules_for(scoring.read('logs')).version)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    line = [sys.executable, "-c", code]
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["0.5", "0.6", "1.0", "1.10", "1.10"], done.stderr
 
 
 def test_medians_on_the_tidy_table(runs: logs.Logs) -> None:
