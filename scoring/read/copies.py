@@ -5,7 +5,7 @@ Adding a fragment must never change a score, so the most complete copy counts, w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,35 +16,62 @@ from scoring import facts
 from scoring.frames import records
 from scoring.metrics import higher_is_better
 from scoring.oddities import Oddities
-from scoring.read.layout import Key, TrialFolder
+from scoring.read.layout import ANYWHERE, Key, Parts, TrialFolder
 
 
 def group(inputs: list[list[TrialFolder]], odd: Oddities) -> list[TrialFolder]:
     """The trials of several inputs in the order of their keys, copies of one trial side by side.
 
-    The same folder given twice counts once. A submission of the same name in another input is another submission
-    and takes the name of the folder above it in front.
+    The same folder given twice counts once. A submission of the same name in another folder is another submission
+    and takes the name of that folder in front. In the same folder they are time-stamped starts of one.
     """
     kept: list[TrialFolder] = []
-    taken: set[Key] = set()
+    taken: dict[Key, Parts] = {}
     places: set[str] = set()
-    for trials in inputs:
+    for trials in _by_home(inputs):
         trials = [trial for trial in trials if _place(trial) not in places]
-        clashing = {trial.submission for trial in trials if trial.key in taken}
-        trials = [
-            replace(trial, submission=f"{trial.above}/{trial.submission}")
-            if trial.submission in clashing
-            else trial
-            for trial in trials
-        ]
+        clashing = {trial.submission for trial in trials if _apart(trial.home, taken.get(trial.key, ANYWHERE))}
+        trials = [_renamed(trial) if trial.submission in clashing else trial for trial in trials]
         for name in sorted(clashing):
-            detail = "two inputs hold a submission of this name"
+            detail = "two folders hold a submission of this name"
             odd.add("note", name, "same name twice", detail, "the second renamed")
         kept += trials
-        taken |= {trial.key for trial in trials}
+        taken |= {trial.key: trial.home for trial in trials}
         places |= {_place(trial) for trial in trials}
+    _note_merged(kept, odd)
     # The plain name before a backup, the earlier start before the later: of equal copies the first counts.
     return sorted(kept, key=lambda trial: (trial.key, trial.backup, trial.where))
+
+
+def _by_home(inputs: list[list[TrialFolder]]) -> Iterator[list[TrialFolder]]:
+    """The trials of each input, those of one folder of submissions together; what may lie anywhere comes last."""
+    for trials in inputs:
+        homes = sorted({trial.home for trial in trials}, key=lambda home: (home == ANYWHERE, home))
+        for home in homes:
+            yield [trial for trial in trials if trial.home == home]
+
+
+def _apart(one: Parts, other: Parts) -> bool:
+    return one != other and ANYWHERE not in (one, other)
+
+
+def _renamed(trial: TrialFolder) -> TrialFolder:
+    above = trial.home[-1] if trial.home else ""
+    return replace(trial, submission=f"{above}/{trial.submission}")
+
+
+def _note_merged(trials: list[TrialFolder], odd: Oddities) -> None:
+    """One name in two folders whose trials do not clash is read as one submission, and said."""
+    homes: dict[str, set[Parts]] = {}
+    for trial in trials:
+        if trial.home != ANYWHERE:
+            homes.setdefault(trial.submission, set()).add(trial.home)
+    for name, found in sorted(homes.items()):
+        if len(found) > 1:
+            detail = f"its trials lie in {len(found)} folders"
+            odd.add(
+                "warning", name, "one name in several folders", detail, "read as one: rename one if they are two"
+            )
 
 
 def _place(trial: TrialFolder) -> str:

@@ -26,6 +26,8 @@ STUDY_BACKUP = re.compile(rf"((?:study|seed|rep|repetition)[ _-]?\d+)[ _.(-]+(?:
 TIMESTAMP = re.compile(r"-\d{4}(?:-\d{2}){5}$")
 
 Parts = tuple[str, ...]
+# The home of what an archive among other files holds: it is packed from what may well lie beside it.
+ANYWHERE: Parts = ()
 Key = tuple[str, str, str, str, int]
 
 
@@ -34,7 +36,7 @@ class TrialFolder:
     """One trial: where it belongs, and its files.
 
     Attributes:
-      above: the folder above the submission, which names it if another input has one of the same name.
+      home: the folder above the submission, by all its parts; its name tells submissions of one name apart.
       backup: whether the folder is a copy put aside.
       usual: whether the study is named as studies are.
     """
@@ -46,7 +48,7 @@ class TrialFolder:
     trial: int
     where: str
     files: dict[str, Entry]
-    above: str
+    home: Parts
     backup: bool = False
     usual: bool = True
 
@@ -121,9 +123,8 @@ def _trial(folder: Folder, number: int, root: Parts, backup: bool) -> TrialFolde
         study, usual = last, False
         above.pop()
     submission = TIMESTAMP.sub("", above[-1]) if above else "unnamed"
-    parent = above[-2] if len(above) > 1 else ""
     return TrialFolder(
-        submission, study, workload, framework, number, folder.where, folder.files, parent, backup, usual
+        submission, study, workload, framework, number, folder.where, folder.files, tuple(above[:-1]), backup, usual
     )
 
 

@@ -17,7 +17,7 @@ from scoring.read import cache, copies, sanity
 from scoring.read.archives import unpack
 from scoring.read.describe import describe
 from scoring.read.folders import Folder, Survey, survey
-from scoring.read.layout import TrialFolder, find_trials
+from scoring.read.layout import ANYWHERE, TrialFolder, find_trials
 from scoring.read.parse import parse
 
 NAMES = ("submission", "study", "workload", "framework", "trial", "hyperparameters")
@@ -142,7 +142,8 @@ def _trials(part: Survey, odd: Oddities) -> list[TrialFolder]:
         inside = unpack(archive, odd)
         # An archive is often packed with its one folder: what lies in there is as deep as in the folder itself.
         root = _single_top(inside)
-        found += find_trials(inside, root, odd)
+        packed = find_trials(inside, root, odd)
+        found += [replace(trial, home=ANYWHERE) for trial in packed] if part.folders else packed
     return found
 
 

@@ -207,6 +207,39 @@ def test_a_run_that_hit_is_complete_before_a_longer_one_that_did_not(tmp_path: P
     assert scores(tmp_path) == {("k", "ogbg"): 400.0}
 
 
+def test_starts_given_one_by_one_are_still_one_submission(tmp_path: Path) -> None:
+    """As a shell expands kfac-*; the same name in another folder is another submission."""
+    meta = official_meta("ogbg", "1.0")
+    inputs = [tmp_path / "x" / f"k-2024-01-0{day}-10-00-00" for day in (1, 2)]
+    for folder, rows in zip(inputs, (rows_of(9, False), rows_of(4, True)), strict=True):
+        write_trial(folder / "ogbg_jax" / "trial_1", "ogbg", rows, meta)
+    other = tmp_path / "y" / "k"
+    write_trial(other / "ogbg_jax" / "trial_1", "ogbg", rows_of(5, True), meta)
+    runs = logs.read([*inputs, other])
+    assert runs.trials["submission"].tolist() == ["k", "y/k"]
+    assert (runs.oddities["what"] == "duplicate trial").sum() == 1
+    assert runs.trials["evaluations"].tolist() == [4, 5]
+
+
+def test_one_name_in_two_folders_of_one_input_is_two_submissions(tmp_path: Path) -> None:
+    meta = official_meta("ogbg", "1.0")
+    for home, count in (("x", 4), ("y", 6)):
+        folder = tmp_path / home / "k" / "study_0" / "ogbg_jax" / "trial_1"
+        write_trial(folder, "ogbg", rows_of(count, True), meta)
+    assert scores(tmp_path) == {("k", "ogbg"): 400.0, ("y/k", "ogbg"): 600.0}
+
+
+def test_one_name_in_two_folders_is_said(tmp_path: Path) -> None:
+    """Workloads that ran on two machines; or two submissions that happen to be called alike."""
+    for home, workload in (("x", "ogbg"), ("y", "wmt")):
+        folder = tmp_path / home / "k" / "study_0" / f"{workload}_jax" / "trial_1"
+        write_trial(folder, workload, official_rows(workload, 900.0, "1.0"), official_meta(workload, "1.0"))
+    runs = logs.read([tmp_path / "x", tmp_path / "y"])
+    assert set(runs.trials["submission"]) == {"k"}
+    found = runs.oddities.set_index("what")
+    assert found.loc["one name in several folders", "level"] == "warning"
+
+
 def test_of_two_whole_runs_the_first_counts_not_the_better(tmp_path: Path) -> None:
     """Two tries are not worth the better of them."""
     meta = official_meta("ogbg", "1.0")
