@@ -13,8 +13,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from scoring import folders, layout, logs
-from scoring.folders import InputError
+from scoring.errors import InputError
+from scoring.read import folders, layout, logs
 from tests.scoring.trees import META, curve, plain, write_runs, write_trial
 
 KEYS = ["submission", "study", "workload", "framework", "trial"]
@@ -220,7 +220,7 @@ def test_a_trial_without_measurements_is_kept_as_such(runs: Path) -> None:
 
 def test_cache(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An unchanged tree is not parsed again; any change is seen; a torn cache file is no harm."""
-    from scoring import cache
+    from scoring.read import cache
 
     first = logs.read([runs])
     with monkeypatch.context() as patch:
