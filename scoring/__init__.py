@@ -18,7 +18,7 @@ The rooms: ``read`` (files to tables), ``judge`` (tables to results), ``show`` (
 
 from __future__ import annotations
 
-from scoring.errors import InputError
+from commands.errors import UserError
 from scoring.facts import versions
 from scoring.judge.cells import cells, studies
 from scoring.judge.leaderboard import Leaderboard
@@ -33,12 +33,12 @@ from scoring.judge.versions import rules_for as _rules_for
 from scoring.read.logs import Logs, read
 
 __all__ = [
-    "InputError",
     "Leaderboard",
     "Logs",
     "Report",
     "Rules",
     "Target",
+    "UserError",
     "cells",
     "leaderboard",
     "load_version",

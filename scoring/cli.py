@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from scoring.errors import InputError
+from commands.errors import UserError, run
 from scoring.flags import goals, parser
 from scoring.frames import records
 from scoring.judge.rules import parse_relaxations
@@ -52,7 +50,7 @@ def _leaderboard(flags: argparse.Namespace) -> int:
     from scoring.show import leaderboard_tables, sweep_tables, text
 
     if flags.replicates < 1:
-        raise InputError("--replicates must be at least 1")
+        raise UserError("--replicates must be at least 1")
     relaxations = parse_relaxations(flags.target_relaxations)
     path = write.folder(flags.output_dir) if flags.output_dir else None
     if flags.parity == "compare":
@@ -100,9 +98,9 @@ def _compare(flags: argparse.Namespace) -> int:
     from scoring.show import comparison_tables, text
 
     if flags.relative_to == "reference" or flags.against or flags.sweep:
-        raise InputError("--parity=compare goes with none of --relative_to, --against, --sweep: leave those out")
+        raise UserError("--parity=compare goes with none of --relative_to, --against, --sweep: leave those out")
     if flags.cost == "normalised":
-        raise InputError("--parity=compare knows no --cost=normalised: compare by time, steps or a column")
+        raise UserError("--parity=compare knows no --cost=normalised: compare by time, steps or a column")
     path = write.folder(flags.output_dir) if flags.output_dir else None
     runs = _logs(flags)
     rules = rules_for(runs.trials, flags.benchmark, flags.ruleset, None, flags.studies)
@@ -207,17 +205,9 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; a user's mistake is one line on stderr and exit code 2."""
-    # A name in the logs may hold characters that the terminal cannot show; that is no reason to stop.
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    try:
+
+    def command() -> int:
         flags = parser().parse_args(argv)
         return COMMANDS[flags.command](flags)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        # The reader of the pipe, such as head, has seen enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+
+    return run(command)

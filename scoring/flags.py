@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
-from scoring.errors import InputError
+from commands.errors import UserError
 
 DESCRIPTION = "Scores of AlgoPerf runs: steps and time to target, leaderboards, what is odd in logs."
 EPILOG = (
@@ -19,7 +19,7 @@ class _Parser(argparse.ArgumentParser):
     """A mistake on the command line is one line, as every other."""
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} ({self.prog} --help lists what there is)")
+        raise UserError(f"{message} ({self.prog} --help lists what there is)")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -138,7 +138,7 @@ def goals(values: Sequence[str]) -> dict[str, float]:
     """``WORKLOAD=VALUE`` of each ``--target``.
 
     Raises:
-      InputError: a value is not of this form.
+      UserError: a value is not of this form.
     """
     found = {}
     for value in values:
@@ -146,5 +146,5 @@ def goals(values: Sequence[str]) -> dict[str, float]:
         try:
             found[name] = float(number)
         except ValueError:
-            raise InputError(f"--target={value}: write WORKLOAD=VALUE, such as mnist_vit=0.95") from None
+            raise UserError(f"--target={value}: write WORKLOAD=VALUE, such as mnist_vit=0.95") from None
     return found

@@ -6,7 +6,7 @@ import re
 
 import pandas as pd
 
-from scoring.errors import InputError
+from commands.errors import UserError
 
 LABELLED = re.compile(r"(?P<submission>.+) \((?P<framework>jax|pytorch|unknown framework)\)")
 
@@ -37,7 +37,7 @@ def named(wanted: str, names: list[str], flag: str) -> str:
     """The row a user means by a name.
 
     Raises:
-      InputError: there is none of this name, or one for each framework.
+      UserError: there is none of this name, or one for each framework.
     """
     if wanted in names:
         return wanted
@@ -45,5 +45,5 @@ def named(wanted: str, names: list[str], flag: str) -> str:
     if len(both) == 1:
         return both[0]
     if both:
-        raise InputError(f"{flag}={wanted}: was run in two frameworks, name one of {', '.join(both)}")
-    raise InputError(f"{flag}={wanted}: no such submission; there are {', '.join(names)}")
+        raise UserError(f"{flag}={wanted}: was run in two frameworks, name one of {', '.join(both)}")
+    raise UserError(f"{flag}={wanted}: no such submission; there are {', '.join(names)}")

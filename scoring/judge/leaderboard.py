@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from scoring.errors import InputError
+from commands.errors import UserError
 from scoring.judge import bootstrap, cells, parity, published, reasons, score, sweep, trials
 from scoring.judge.columns import Floats
 from scoring.judge.frameworks import labelled
@@ -89,14 +89,14 @@ def build(
       shares: relaxations of all targets under which the group is scored as well.
 
     Raises:
-      InputError: a name is unknown, nothing is left to score, or two wishes exclude each other.
+      UserError: a name is unknown, nothing is left to score, or two wishes exclude each other.
     """
     if relative and official:
-        raise InputError("--relative_to=reference is not part of the official procedure: leave out --parity")
+        raise UserError("--relative_to=reference is not part of the official procedure: leave out --parity")
     if against and official:
-        raise InputError("--against=published scores by the exact rules: leave out --parity, or give the logs")
+        raise UserError("--against=published scores by the exact rules: leave out --parity, or give the logs")
     if shares and (against or relative or cost == "normalised"):
-        raise InputError("--sweep goes with none of --against, --relative_to=reference, --cost=normalised")
+        raise UserError("--sweep goes with none of --against, --relative_to=reference, --cost=normalised")
     odd = Oddities()
     rules = select(rules_for(logs.trials, version, ruleset, odd, studies), workloads, logs)
     if relaxations:
@@ -107,12 +107,12 @@ def build(
     everyone = names if extra is None else sorted({*names, *extra["submission"]})
     chosen = choose_reference(everyone, reference, _with_trials(logs, rules, extra))
     if relative and not chosen:
-        raise InputError("--relative_to=reference needs --reference=NAME")
+        raise UserError("--relative_to=reference needs --reference=NAME")
     if cost == "normalised":
         logs, unpriced = trials.with_normalised(logs, rules, chosen)
     reached = trials.reach(logs, rules, cost)
     if not reached["workload"].isin(list(rules.scored)).any():
-        raise InputError(
+        raise UserError(
             f"no trial of any of {', '.join(rules.scored)}: nothing to score; --workloads=present takes all"
         )
     found = merge(lint(logs, rules, reached), odd.table())

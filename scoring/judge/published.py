@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from scoring.errors import InputError
+from commands.errors import UserError
 from scoring.facts import DATA
 from scoring.judge.columns import COLUMNS
 from scoring.judge.rules import Rules
@@ -88,18 +88,18 @@ def load(rules: Rules, cost: str = "time") -> pd.DataFrame:
       cost: "time" or "steps".
 
     Raises:
-      InputError: nothing is published under these rules, or not this cost.
+      UserError: nothing is published under these rules, or not this cost.
     """
     if (rules.version, rules.ruleset) not in available():
         there = " and ".join(f"{version} {ruleset}" for version, ruleset in available())
         wanted = f"{rules.version} {rules.ruleset}: set --benchmark or --ruleset, or give official logs"
-        raise InputError(f"--against=published: there are {there}, not {wanted}")
+        raise UserError(f"--against=published: there are {there}, not {wanted}")
     if cost not in ("time", "steps"):
-        raise InputError(
+        raise UserError(
             f"--against=published knows time and steps, not --cost={cost}: give the official logs instead"
         )
     if rules.relaxations:
-        raise InputError("--against=published knows no relaxed targets: give the official logs")
+        raise UserError("--against=published knows no relaxed targets: give the official logs")
     data = _data(rules)
     tables = [
         pd.DataFrame(rows, columns=data["columns"]).assign(submission=name)

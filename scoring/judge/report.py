@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from scoring.errors import InputError
+from commands.errors import UserError
 from scoring.frames import lookup
 from scoring.judge import bootstrap, cells, trials
 from scoring.judge.columns import OF_CELLS, Floats, placed
@@ -76,7 +76,7 @@ def build(
       relaxations: share by which targets are made easier, see ``Rules.relaxed``.
 
     Raises:
-      InputError: no workload has a target, or a name is unknown.
+      UserError: no workload has a target, or a name is unknown.
     """
     odd = Oddities()
     rules = rules_for(logs.trials, version, ruleset, odd, studies)
@@ -86,7 +86,7 @@ def build(
         rules = rules.relaxed(relaxations)
     reached = trials.reach(logs, rules)
     if reached.empty:
-        raise InputError("no trial of a workload with a known target: name a data file with --benchmark")
+        raise UserError("no trial of a workload with a known target: name a data file with --benchmark")
     best = cells.studies(reached, rules)
     names = sorted(best["submission"].unique())
     own = _references(best, names, reference)
@@ -101,7 +101,7 @@ def _reference(names: list[str], wanted: str | None) -> str:
         like = [name for name in names if "nadamw" in name.lower()]
         return "nadamw" if "nadamw" in names else like[0] if len(like) == 1 else ""
     if wanted and wanted not in names:
-        raise InputError(f"--reference={wanted}: no such algorithm; there are {', '.join(names)}")
+        raise UserError(f"--reference={wanted}: no such algorithm; there are {', '.join(names)}")
     return wanted
 
 

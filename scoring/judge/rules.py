@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from scoring.errors import InputError
+from commands.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,13 @@ class Rules:
         """The same rules over some base workloads only, with their held-out variants.
 
         Raises:
-          InputError: a name is no base workload of this version.
+          UserError: a name is no base workload of this version.
         """
         names = tuple(dict.fromkeys(workloads))
         unknown = [name for name in names if name not in self.base]
         if unknown or not names:
             what = f"unknown workload {', '.join(unknown)}" if unknown else "no workload is named"
-            raise InputError(f"{what}: known are {', '.join(self.base)}")
+            raise UserError(f"{what}: known are {', '.join(self.base)}")
         held_out = {name: base for name, base in self.held_out.items() if base in names}
         return replace(self, base=names, held_out=held_out)
 
@@ -103,7 +103,7 @@ class Rules:
         """The same rules with other target values for some workloads.
 
         Raises:
-          InputError: a workload has no target.
+          UserError: a workload has no target.
         """
         self._known(values)
         changed = {name: replace(self.targets[name], value=value) for name, value in values.items()}
@@ -115,7 +115,7 @@ class Rules:
         A base workload's share holds for its held-out variant as well.
 
         Raises:
-          InputError: a workload has no target.
+          UserError: a workload has no target.
         """
         self._known(name for name in shares if name != "all")
         chosen: dict[str, float] = {}
@@ -131,14 +131,14 @@ class Rules:
     def _known(self, names: Iterable[str]) -> None:
         unknown = [name for name in names if name not in self.targets]
         if unknown:
-            raise InputError(f"unknown workload {', '.join(unknown)}: known are {', '.join(self.targets)}")
+            raise UserError(f"unknown workload {', '.join(unknown)}: known are {', '.join(self.targets)}")
 
 
 def parse_relaxations(text: str) -> dict[str, float]:
     """``all=0.05,imagenet_resnet=0.10`` as a mapping, in the order given.
 
     Raises:
-      InputError: a part is not NAME=SHARE with a share from 0 to below 1, or names a workload twice.
+      UserError: a part is not NAME=SHARE with a share from 0 to below 1, or names a workload twice.
     """
     found: dict[str, float] = {}
     for part in filter(None, (one.strip() for one in text.split(","))):
@@ -149,6 +149,6 @@ def parse_relaxations(text: str) -> dict[str, float]:
         except ValueError:
             value = np.nan
         if not name or name in found or not 0.0 <= value < 1.0:
-            raise InputError(f"--target_relaxations: {part!r}: write NAME=SHARE once, a share from 0 to below 1")
+            raise UserError(f"--target_relaxations: {part!r}: write NAME=SHARE once, a share from 0 to below 1")
         found[name] = value
     return found

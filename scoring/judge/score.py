@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from scoring.errors import InputError
+from commands.errors import UserError
 from scoring.judge.columns import Floats
 from scoring.judge.rules import Rules
 
@@ -83,7 +83,7 @@ def reference_unit(cells: pd.DataFrame, rules: Rules, reference: str, penalty: p
     """The reference's costs [1, workload], its misses at the penalty, as a fixed measure for all others."""
     table = grid(cells, rules)
     if reference not in table.submissions:
-        raise InputError(f"no submission {reference!r}: there are {', '.join(table.submissions)}")
+        raise UserError(f"no submission {reference!r}: there are {', '.join(table.submissions)}")
     own = table.values[table.submissions.index(reference)]
     filled: Floats = np.where(np.isfinite(own), own, penalty.reindex(list(rules.scored)).to_numpy(dtype=float))
     return filled[None, :]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from scoring.errors import InputError
+from commands.errors import UserError
 from scoring.judge.frameworks import named
 from scoring.judge.rules import Rules
 from scoring.read.logs import Logs
@@ -18,19 +18,19 @@ def select(rules: Rules, workloads: str, logs: Logs) -> Rules:
     ``present`` are all workloads that occur and have a target, but for held-out variants, which only decide credit.
 
     Raises:
-      InputError: a name is unknown, or the version has no qualification set.
+      UserError: a name is unknown, or the version has no qualification set.
     """
     if workloads == "base":
         return rules
     if workloads == "qualification":
         if not rules.qualification:
-            raise InputError("these workloads have no qualification set: name workloads, or --workloads=present")
+            raise UserError("these workloads have no qualification set: name workloads, or --workloads=present")
         return rules.restricted(rules.qualification)
     if workloads == "present":
         there = set(logs.trials["workload"]) - set(rules.held_out) - set(rules.unscored)
         names = [name for name in rules.targets if name in there]
         if not names:
-            raise InputError("no workload that occurs has a target: name a data file with --benchmark")
+            raise UserError("no workload that occurs has a target: name a data file with --benchmark")
     else:
         names = [name.strip() for name in workloads.split(",") if name.strip()]
     # A workload of our own, known from meta_data only, may be scored beside the official ones.
@@ -47,7 +47,7 @@ def choose_reference(names: list[str], wanted: str | None, scored: set[str]) -> 
       scored: the rows with a trial of a scored workload.
 
     Raises:
-      InputError: there is no such row, or one for each framework.
+      UserError: there is no such row, or one for each framework.
     """
     if wanted:
         return named(wanted, names, "--reference")

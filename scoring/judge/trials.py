@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from scoring.errors import InputError
+from commands.errors import UserError
 from scoring.frames import records
 from scoring.judge.columns import COLUMNS, NAMES, Floats, Run, median_of
 from scoring.judge.frameworks import labelled
@@ -30,12 +30,12 @@ def reach(logs: Logs, rules: Rules, cost: str = "time") -> pd.DataFrame:
       cost: ``time``, ``steps``, or any numeric column of the evaluations.
 
     Raises:
-      InputError: there is no such column.
+      UserError: there is no such column.
     """
     price = COSTS.get(cost, cost)
     numeric = {str(name) for name in logs.evals.columns if logs.evals[name].dtype == "float64"}
     if price not in numeric:
-        raise InputError(f"no column {price!r} to use as the cost: {', '.join(map(str, logs.evals.columns[6:]))}")
+        raise UserError(f"no column {price!r} to use as the cost: {', '.join(map(str, logs.evals.columns[6:]))}")
     trials = labelled(logs.trials)
     table = trials[trials["workload"].isin(list(rules.targets))].reset_index(drop=True)
     evals = logs.evals[logs.evals["believed"].to_numpy()]
@@ -92,12 +92,12 @@ def with_normalised(logs: Logs, rules: Rules, reference: str) -> tuple[Logs, fro
     per step come second: there nobody has a price.
 
     Raises:
-      InputError: the reference has no trial at all.
+      UserError: the reference has no trial at all.
     """
     reached = reach(logs, rules)
     pace = reached[reached["submission"] == reference].groupby("workload")["ms_per_step"].median().dropna()
     if pace.empty:
-        raise InputError(f"no submission {reference!r} to take the time of a step from: name one with --reference")
+        raise UserError(f"no submission {reference!r} to take the time of a step from: name one with --reference")
     seconds = logs.evals["workload"].astype(object).map(pace / 1e3).astype(float)
     priced = replace(logs, evals=logs.evals.assign(normalised=logs.evals["step"] * seconds))
     return priced, frozenset(rules.scored) - set(pace.index)

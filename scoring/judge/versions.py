@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from scoring.errors import InputError
+from commands.errors import UserError
 from scoring.facts import DATA, versions
 from scoring.judge import targets_file
 from scoring.judge.rules import Rules, Target
@@ -27,7 +27,7 @@ def load(version: str, ruleset: str = "external") -> Rules:
       ruleset: "external" or "self".
 
     Raises:
-      InputError: there is no such version or file, or the file is neither of the two.
+      UserError: there is no such version or file, or the file is neither of the two.
     """
     known = version in versions()
     path = DATA / f"algoperf_{version}.json" if known else Path(version)
@@ -49,12 +49,12 @@ def load(version: str, ruleset: str = "external") -> Rules:
             qualification=tuple(data["qualification"]),
         )
     except OSError:
-        raise InputError(
+        raise UserError(
             f"{version}: neither a known version ({', '.join(versions())}) nor a data file that can be read"
         ) from None
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         message = f"{type(error).__name__}: {error}"
-        raise InputError(f"{path}: not a benchmark data file, nor a workload_targets.json ({message})") from None
+        raise UserError(f"{path}: not a benchmark data file, nor a workload_targets.json ({message})") from None
 
 
 def _target(one: Mapping[str, object]) -> Target:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
 
-from scoring.errors import InputError
+from commands import atomic
+from commands.errors import UserError
 
 
 def folder(path: str) -> Path:
     """The folder to write to, made if need be.
 
     Raises:
-      InputError: it cannot be made or written to.
+      UserError: it cannot be made or written to.
     """
     try:
         found = Path(path)
@@ -24,22 +24,19 @@ def folder(path: str) -> Path:
         with tempfile.TemporaryFile(dir=found):
             return found
     except OSError as error:
-        raise InputError(f"--output_dir={path}: {error.strerror}: name a folder that can be written to") from None
+        raise UserError(f"--output_dir={path}: {error.strerror}: name a folder that can be written to") from None
 
 
 def write(path: Path, content: str | bytes) -> None:
     """Write a file in one piece: a reader never sees half of it.
 
     Raises:
-      InputError: it cannot be written.
+      UserError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
-        os.replace(temporary, path)
+        atomic.write_bytes(path, content if isinstance(content, bytes) else content.encode())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: {error.strerror}") from None
+        raise UserError(f"{path}: {error.strerror}") from None
 
 
 def remove(path: Path, names: Iterable[str]) -> None:

@@ -11,13 +11,14 @@ import hashlib
 import io
 import json
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+
+from commands import atomic
 
 FORMAT = "2"
 KEEP = 8
@@ -73,14 +74,9 @@ def store(name: str, evals: pd.DataFrame, trials: pd.DataFrame, oddities: list[R
     arrays["names"] = np.frombuffer(json.dumps(names).encode(), dtype=np.uint8)
     with contextlib.suppress(OSError, ValueError):
         folder().mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder(), suffix=".part")
-        try:
-            with io.FileIO(handle, "wb") as out:
-                np.savez(out, **arrays)
-            os.replace(temporary, folder() / f"{name}.npz")
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        content = io.BytesIO()
+        np.savez(content, **arrays)
+        atomic.write_bytes(folder() / f"{name}.npz", content.getvalue())
         kept = sorted(folder().glob("*.npz"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
         for path in kept[KEEP:]:
             path.unlink()

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scoring.errors import InputError
+from commands.errors import UserError
 from scoring.oddities import Oddities
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".zip")
@@ -106,15 +106,15 @@ def survey(root: str | os.PathLike[str], odd: Oddities) -> Survey:
     """All folders at and below ``root`` (a directory or an archive), in the order of their names.
 
     Raises:
-      InputError: ``root`` does not exist, or is a file and no archive.
+      UserError: ``root`` does not exist, or is a file and no archive.
     """
     path = Path(root)
     if not path.exists():
-        raise InputError(f"{root}: no such file or directory")
+        raise UserError(f"{root}: no such file or directory")
     if path.is_file():
         stem = archive_stem(path.name)
         if stem is None:
-            raise InputError(f"{root}: neither a directory nor an archive ({', '.join(ARCHIVES)})")
+            raise UserError(f"{root}: neither a directory nor an archive ({', '.join(ARCHIVES)})")
         status = path.stat()
         # An archive is packed in one go, so that its own size and time stand for all it holds.
         full = path.resolve()

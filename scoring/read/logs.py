@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from scoring.errors import InputError
+from commands.errors import UserError
 from scoring.oddities import Oddities
 from scoring.read import cache, copies, sanity
 from scoring.read.archives import unpack
@@ -55,7 +55,7 @@ class Logs:
         all. ``exclude`` leaves submissions out. A submission may be named with its framework, ``nadamw (jax)``.
 
         Raises:
-          InputError: a pattern matches nothing, or nothing is left.
+          UserError: a pattern matches nothing, or nothing is left.
         """
         keep = np.ones(len(self.trials), dtype=bool)
         wanted = {"submission": submission, "workload": workload, "framework": framework}
@@ -65,7 +65,7 @@ class Logs:
         if exclude is not None:
             keep &= ~_matching(self.trials, exclude, "submission")
         if not keep.any():
-            raise InputError("no trial is left: choose fewer or other submissions, workloads and frameworks")
+            raise UserError("no trial is left: choose fewer or other submissions, workloads and frameworks")
         trials = self.trials[keep].reset_index(drop=True)
         evals = self.evals[np.isin(self.evals["trial_id"].to_numpy(), trials["trial_id"].to_numpy())]
         return replace(self, evals=evals.reset_index(drop=True), trials=trials)
@@ -81,7 +81,7 @@ def _matching(trials: pd.DataFrame, patterns: str | Sequence[str], kind: str) ->
     for pattern in (part.strip() for part in parts):
         mine = np.any([[_matches(name, pattern) for name in column] for column in columns], axis=0)
         if not mine.any():
-            raise InputError(f"no {kind} is called {pattern}: there are {', '.join(sorted(set(trials[kind])))}")
+            raise UserError(f"no {kind} is called {pattern}: there are {', '.join(sorted(set(trials[kind])))}")
         keep |= mine
     return keep
 
@@ -98,7 +98,7 @@ def read(roots: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], use_c
       use_cache: keep what was parsed, and read it again only if a file has changed; archives are then not opened.
 
     Raises:
-      InputError: a root does not exist, or holds no trial.
+      UserError: a root does not exist, or holds no trial.
     """
     inputs = [roots] if isinstance(roots, (str, os.PathLike)) else list(roots)
     odd = Oddities()
@@ -120,7 +120,7 @@ def _read(found: list[tuple[str, Survey]], odd: Oddities) -> tuple[pd.DataFrame,
         # A trial or workload given by itself is judged by its own name; only what it lies in is missing.
         trials = _trials(part, odd)
         if not trials:
-            raise InputError(f"{root}: holds no trial (<workload>_<framework>/trial_<i>/eval_measurements.csv)")
+            raise UserError(f"{root}: holds no trial (<workload>_<framework>/trial_<i>/eval_measurements.csv)")
         groups.append(trials)
     folders = copies.group(groups, odd)
     table = pd.DataFrame([describe(trial, odd) for trial in folders])
@@ -212,7 +212,7 @@ def _separate(table: pd.DataFrame, odd: Oddities) -> pd.DataFrame:
             odd.add("warning", str(name), "unusual study names", studies, action)
     keys = ["submission", "study", "workload", "framework", "trial"]
     if table.duplicated(keys).any():
-        raise InputError(f"two runs are called {table[table.duplicated(keys)]['submission'].iloc[0]}: rename one")
+        raise UserError(f"two runs are called {table[table.duplicated(keys)]['submission'].iloc[0]}: rename one")
     return table.drop(columns="usual")
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from commands.errors import UserError
 from scoring.cli import main
-from scoring.errors import InputError
 from scoring.judge import columns, leaderboard, parity, published, report, sweep, versions
 from scoring.judge.leaderboard import Leaderboard
 from scoring.pages import latex, output, report_page
@@ -62,7 +62,7 @@ def test_normalised_cost_without_a_price_says_so(tmp_path: Path) -> None:
     assert "never reached" not in set(reasons(found).values())
     shown = text.terminal(leaderboard_tables.ratio_table(found))
     assert "no price" in shown
-    with pytest.raises(InputError, match="name one with --reference"):
+    with pytest.raises(UserError, match="name one with --reference"):
         leaderboard.build(logs.read(tmp_path), cost="normalised", reference="")
 
 
@@ -90,7 +90,7 @@ def test_ratios_to_a_reference_are_not_cut_below_1(tmp_path: Path) -> None:
     ],
 )
 def test_wishes_that_exclude_each_other(tmp_path: Path, wishes: dict[str, object], message: str) -> None:
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(UserError, match=message):
         board(tmp_path, TWO, **({"ruleset": "self"} | wishes))
 
 
@@ -105,7 +105,7 @@ def test_two_frameworks_are_two_rows_unless_one_is_chosen(
     assert costs == {"baseline": 4000.0, "fast (jax)": 2000.0, "fast (pytorch)": 6000.0}
     official = leaderboard.build(runs, workloads="ogbg", official=True)
     assert official.cells.set_index("submission")["cost"].to_dict() == costs
-    with pytest.raises(InputError, match=r"two frameworks, name one of fast \(jax\), fast \(pytorch\)"):
+    with pytest.raises(UserError, match=r"two frameworks, name one of fast \(jax\), fast \(pytorch\)"):
         leaderboard.build(runs, workloads="ogbg", reference="fast")
     assert main(["leaderboard", str(tmp_path), "--workloads=ogbg", "--framework=jax", "--replicates=20"]) == 0
     shown = capsys.readouterr().out

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from commands.errors import UserError
 from scoring.cli import main
-from scoring.errors import InputError
 from scoring.judge import cells, leaderboard, lint, trials, versions
 from scoring.read import logs
 from scoring.read.logs import Logs
@@ -416,5 +416,5 @@ def test_filtering_is_one_call(tmp_path: Path) -> None:
     assert kept(runs.select(submission="lion (jax)")) == {("lion", "ogbg")}
     assert kept(runs.select(exclude=["muon*"])) == {("lion", "ogbg"), ("lion", "wmt")}
     assert leaderboard.build(runs.select(workload="ogbg"), workloads="ogbg", replicates=20).ranking.index.size == 2
-    with pytest.raises(InputError, match="no submission is called adam: there are lion, muon, muon_v2"):
+    with pytest.raises(UserError, match="no submission is called adam: there are lion, muon, muon_v2"):
         runs.select(submission="adam")

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scoring.errors import InputError
+from commands.errors import UserError
 from scoring.judge import leaderboard, report
 from scoring.judge.report import Report
 from scoring.pages import output, write
@@ -96,7 +96,7 @@ def test_reference(runs: Path, result: Report) -> None:
     assert other.loc["bible_lm", "nadamw"]["steps_ratio"] > 1.5
     missed = report.build(loaded, reference="sgd").summary.set_index(["workload", "algorithm"])
     assert missed["steps_ratio"].loc["bible_lm"].isna().all()
-    with pytest.raises(InputError, match="no such algorithm; there are early, erratic"):
+    with pytest.raises(UserError, match="no such algorithm; there are early, erratic"):
         report.build(loaded, reference="adam")
 
 
@@ -372,7 +372,7 @@ def test_a_reference_named_in_full_is_that_of_both_frameworks(both: logs.Logs) -
     )
     by_kfac = report.build(both, reference="kfac").summary.set_index("algorithm")
     assert by_kfac.loc["nadamw (pytorch)", "steps_ratio"] > 1
-    with pytest.raises(InputError, match="adam"):
+    with pytest.raises(UserError, match="adam"):
         report.build(both, reference="adam")
 
 

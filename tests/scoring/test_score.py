@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scoring.errors import InputError
+from commands.errors import UserError
 from scoring.judge import bootstrap, parity, score, versions
 from scoring.judge import rules as rules_module
 from scoring.judge.rules import Rules
@@ -121,7 +121,7 @@ def test_a_fixed_reference_makes_scores_absolute() -> None:
         == pytest.approx((2.5 / 3 + 3.5 / 3) / 2)
     )
     assert score.scores(table, two)["a"] == pytest.approx(0.0)
-    with pytest.raises(InputError, match="no submission"):
+    with pytest.raises(UserError, match="no submission"):
         score.reference_unit(table, two, "nobody", penalty)
 
 
@@ -218,12 +218,12 @@ def test_data_files() -> None:
         assert set(rule.scored) <= set(rule.targets)
         assert set(rule.qualification) == {"criteo1tb", "ogbg", "wmt"}
     assert five.restricted(["ogbg"]).scored == ("ogbg", "ogbg_model_size")
-    with pytest.raises(InputError, match="unknown workload"):
+    with pytest.raises(UserError, match="unknown workload"):
         five.restricted(["mnist"])
 
 
 def test_a_broken_data_file_is_one_line() -> None:
-    with pytest.raises(InputError, match="neither a known version"):
+    with pytest.raises(UserError, match="neither a known version"):
         versions.load("0.7")
 
 
@@ -231,5 +231,5 @@ def test_other_targets() -> None:
     changed = RULES.with_targets({"wmt": 20.0})
     assert changed.targets["wmt"].value == 20.0
     assert replace(changed.targets["wmt"], value=RULES.targets["wmt"].value) == RULES.targets["wmt"]
-    with pytest.raises(InputError, match="unknown workload"):
+    with pytest.raises(UserError, match="unknown workload"):
         RULES.with_targets({"x": 1.0})

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scoring.errors import InputError
+from commands.errors import UserError
 from scoring.judge import cells as cells_module
 from scoring.judge import columns, lint, parity, score, trials, versions
 from scoring.read import logs
@@ -150,7 +150,7 @@ def test_costs(tmp_path: Path) -> None:
     steps = cells(root, "steps")["cost"].iloc[0]
     assert steps == round(1000 / 18477 * 80000)
     assert cells(root, "total_time")["cost"].iloc[0] == 2000.0
-    with pytest.raises(InputError, match="no column 'nonsense'"):
+    with pytest.raises(UserError, match="no column 'nonsense'"):
         cells(root, "nonsense")
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import scoring
+from commands.errors import UserError
 from scoring.cli import main
-from scoring.errors import InputError
 from scoring.judge import leaderboard, lint, trials, versions
 from scoring.judge.rules import parse_relaxations
 from scoring.oddities import Oddities
@@ -135,19 +135,19 @@ def test_an_official_file_of_other_targets(tmp_path: Path) -> None:
     found = versions.load(str(official_file(tmp_path / "t.json", "1.0", True, **changed)))
     assert (found.targets["ogbg"].value, found.budget("ogbg")) == (0.1, 50.0)
     path = official_file(tmp_path / "u.json", "1.0", True, ogbg={"target_metric_goal": "upwards"})
-    with pytest.raises(InputError, match="direction 'upwards'"):
+    with pytest.raises(UserError, match="direction 'upwards'"):
         versions.load(str(path))
     data = json.loads(path.read_text()) | {"held_out_workloads": ["mnist"]}
     data["workloads"]["ogbg"]["target_metric_goal"] = "maximize"
     path.write_text(json.dumps(data))
-    with pytest.raises(InputError, match="not a benchmark data file"):
+    with pytest.raises(UserError, match="not a benchmark data file"):
         versions.load(str(path))  # a held-out workload that is not in the file
     data["workloads"]["mnist"] = data["workloads"]["ogbg"]
     path.write_text(json.dumps(data))
-    with pytest.raises(InputError, match="held-out workload mnist has no base workload"):
+    with pytest.raises(UserError, match="held-out workload mnist has no base workload"):
         versions.load(str(path))
     (tmp_path / "v.json").write_text("{")
-    with pytest.raises(InputError, match=r"not a benchmark data file, nor a workload_targets\.json"):
+    with pytest.raises(UserError, match=r"not a benchmark data file, nor a workload_targets\.json"):
         versions.load(str(tmp_path / "v.json"))
 
 
@@ -198,9 +198,9 @@ def test_relaxed_targets() -> None:
 
 @pytest.mark.parametrize("text", ["all", "all=1", "all=-0.1", "=0.1", "all=x", "ogbg=0.1,ogbg=0.2"])
 def test_relaxations_that_are_none(text: str) -> None:
-    with pytest.raises(InputError, match="write NAME=SHARE"):
+    with pytest.raises(UserError, match="write NAME=SHARE"):
         parse_relaxations(text)
-    with pytest.raises(InputError, match="unknown workload mnist"):
+    with pytest.raises(UserError, match="unknown workload mnist"):
         versions.load("1.0").relaxed({"mnist": 0.1})
 
 
