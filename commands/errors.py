@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Callable
 
@@ -23,8 +25,16 @@ def run(command: Callable[[], int | None], *, interrupted: str = "interrupted") 
     Returns:
         The exit code.
     """
+    # A name may hold characters that the terminal cannot show; that is no reason to stop.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         return command() or 0
+    except BrokenPipeError:
+        # The reader of the pipe, such as head, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return MISTAKE

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scoring import logs, targets, trials
-from scoring.logs import Logs
+from scoring.judge import trials, versions
+from scoring.read import logs
+from scoring.read.logs import Logs
 from tests.scoring.trees import plain, write_trial
 
 HIT = 70  # the step at which plain() reaches its target
@@ -33,7 +34,7 @@ def tree(root: Path, content: str | bytes) -> Path:
 
 
 def judged(runs: Logs) -> pd.DataFrame:
-    table = trials.reach(runs, targets.rules_for(runs.trials)).set_index("submission")
+    table = trials.reach(runs, versions.rules_for(runs.trials)).set_index("submission")
     assert table.loc["sound", "state"] == "hit"
     assert table.loc["sound", "steps"] == HIT
     assert table.loc["sound", "time"] == float(HIT)
@@ -173,7 +174,7 @@ def test_impossible_accuracy_is_no_hit(tmp_path: Path) -> None:
     rows.loc[1, "validation/accuracy"] = 97.0
     write_trial(tmp_path / "a" / "mnist_vit_pytorch" / "trial_1", "mnist_vit", rows)
     runs = logs.read([tmp_path])
-    reached = trials.reach(runs, targets.rules_for(runs.trials))
+    reached = trials.reach(runs, versions.rules_for(runs.trials))
     assert reached["steps"].tolist() == [100.0]
     assert "impossible metric" in found(runs)
 

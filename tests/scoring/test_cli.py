@@ -42,8 +42,9 @@ def test_leaderboard_with_ours(runs: Path, tmp_path: Path) -> None:
     done = command("leaderboard", logs, "--ours", runs, "--workloads=ogbg", "--cost=steps", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert "AlgoPerf 0.6, external tuning, steps to target, exact rules" in lines[0]
-    assert [line.split()[0] for line in lines[3:7]] == ["fast", "baseline", "kfac", "nadamw"]
+    assert lines[0].startswith("fast is first with a score of 1.0000 (1 of 1 workloads credited), 0.1665 ahead of")
+    assert "AlgoPerf 0.6, external tuning, steps to target, exact rules" in lines[2]
+    assert [line.split()[0] for line in lines[5:9]] == ["fast", "baseline", "kfac", "nadamw"]
     assert not (tmp_path / "report").exists()
 
 
@@ -51,8 +52,10 @@ def test_no_framework_is_imported(tmp_path: Path) -> None:
     """Scoring works without torch, jax, and the rest of the repository."""
     code = (
         "import pathlib, sys, scoring\n"
-        "for path in pathlib.Path(scoring.__file__).parent.glob('*.py'):\n"
-        "    if path.stem != '__main__': __import__('scoring.' + path.stem)\n"
+        "root = pathlib.Path(scoring.__file__).parent\n"
+        "for path in root.rglob('*.py'):\n"
+        "    name = '.'.join(path.relative_to(root.parent).with_suffix('').parts)\n"
+        "    if path.stem != '__main__': __import__(name.removesuffix('.__init__'))\n"
         "print({'torch', 'jax', 'algoperf_kfac', 'submissions', 'workloads', 'absl'} & set(sys.modules))"
     )
     done = subprocess.run(
@@ -90,6 +93,18 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         (["leaderboard", "{runs}", "--reference=adam"], "there are kfac, nadamw"),
         (["leaderboard", "{runs}", "--cost=nonsense"], "no column 'nonsense'"),
         (["leaderboard", "{runs}", "--replicates=0"], "at least 1"),
+        (["leaderboard", "{runs}", "--studies=-1"], "'-1' is no whole number"),
+        (["leaderboard", "{runs}", "--workloads=,"], "no workload is named"),
+        (["leaderboard", "{runs}", "--nonsense"], "unrecognized arguments: --nonsense"),
+        (["leaderboard", "{runs}", "--parity=compare", "--sweep"], "goes with none of"),
+        (["leaderboard", "{runs}", "--target_relaxations=all"], "write NAME=SHARE"),
+        (["leaderboard", "{runs}", "--include_submissions=adam*"], "no submission is called adam*"),
+        (["leaderboard", "{runs}", "--exclude_submissions=*"], "no trial is left"),
+        (["leaderboard", "{runs}", "--framework=jax"], "no framework is called jax: there are pytorch"),
+        (["standing", "{runs}", "--output={tmp}/x.md", "--benchmark=2.0"], "neither a known version"),
+        (["published", "{runs}", "--output_dir={tmp}"], "--source"),
+        (["nonsense"], "invalid choice"),
+        ([], "--help lists what there is"),
         (["lint", "nowhere"], "no such file"),
     ],
 )
@@ -100,7 +115,7 @@ def test_mistakes_are_one_line(
     empty.mkdir()
     code = main([argument.format(tmp=empty, runs=runs) for argument in arguments])
     shown = capsys.readouterr()
-    assert code == 1
+    assert code == 2
     assert shown.out == ""
     assert shown.err.startswith("error: ")
     assert shown.err.count("\n") == 1
@@ -109,7 +124,7 @@ def test_mistakes_are_one_line(
 
 def test_mistake_as_typed(tmp_path: Path) -> None:
     done = command("report", "nowhere", cwd=tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr == "error: nowhere: no such file or directory\n"
 
 

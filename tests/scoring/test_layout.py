@@ -13,8 +13,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from scoring import folders, layout, logs
-from scoring.folders import InputError
+from commands.errors import UserError
+from scoring.read import folders, layout, logs
 from tests.scoring.trees import META, curve, plain, write_runs, write_trial
 
 KEYS = ["submission", "study", "workload", "framework", "trial"]
@@ -110,7 +110,7 @@ def test_nothing_is_unpacked_outside(tmp_path: Path) -> None:
         info = tarfile.TarInfo("../../evil/mnist_vit_jax/trial_1/eval_measurements.csv")
         out.addfile(info)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(InputError, match="holds no trial"):
+    with pytest.raises(UserError, match="holds no trial"):
         logs.read([archive])
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -201,13 +201,13 @@ def test_links_do_not_loop(runs: Path) -> None:
 
 
 def test_no_such_directory_and_no_trial(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         logs.read([tmp_path / "nowhere"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="holds no trial"):
+    with pytest.raises(UserError, match="holds no trial"):
         logs.read([tmp_path / "empty"])
     (tmp_path / "file.txt").write_text("x")
-    with pytest.raises(InputError, match="neither a directory nor an archive"):
+    with pytest.raises(UserError, match="neither a directory nor an archive"):
         logs.read([tmp_path / "file.txt"])
 
 
@@ -220,7 +220,7 @@ def test_a_trial_without_measurements_is_kept_as_such(runs: Path) -> None:
 
 def test_cache(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An unchanged tree is not parsed again; any change is seen; a torn cache file is no harm."""
-    from scoring import cache
+    from scoring.read import cache
 
     first = logs.read([runs])
     with monkeypatch.context() as patch:

@@ -2,59 +2,43 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
-from scoring import leaderboard, logs, parity, score, targets, trials
-from scoring.logs import Logs
+from scoring.judge import cells as cells_module
+from scoring.judge import leaderboard, parity, score, trials, versions
+from scoring.read import logs
+from scoring.read.logs import Logs
+from tests.scoring.official import PUBLISHED_05, logs_at
 from tests.scoring.trees import official_meta, official_rows, write_official, write_trial
-
-# Published on the AlgoPerf 0.5 leaderboard, external tuning.
-PUBLISHED = {
-    "shampoo_submission": 0.7784,
-    "schedule_free_adamw": 0.7077,
-    "generalized_adam": 0.6383,
-    "cyclic_lr": 0.6301,
-    "nadamp": 0.5909,
-    "baseline": 0.5707,
-    "amos": 0.4918,
-    "caspr_adaptive": 0.4722,
-    "lawa_queue": 0.3699,
-    "lawa_ema": 0.3384,
-    "schedule_free_prodigy": 0.0,
-}
-VARIABLE = "ALGOPERF_V05_LOGS"
 
 
 @pytest.fixture(scope="module")
 def official() -> Logs:
-    """The official logs: an archive or a directory, named by the variable or found beside the repository."""
-    beside = Path(__file__).resolve().parents[3] / "shared" / "leaderboard" / "algoperf_v05_external_tuning.tar.xz"
-    path = Path(os.environ.get(VARIABLE, beside))
-    if not path.exists():
-        pytest.skip(f"the official logs are not at {path}; name another place in {VARIABLE}")
-    return logs.read([path], use_cache=False)
+    return logs.read([logs_at("ALGOPERF_V05_LOGS")], use_cache=False)
 
 
 def test_the_published_scores(official: Logs) -> None:
-    found = parity.scores(official, targets.rules_for(official.trials))
-    assert found.round(4).to_dict() == PUBLISHED
-    assert list(found.index) == list(PUBLISHED)
+    found = parity.scores(official, versions.rules_for(official.trials))
+    assert found.round(4).to_dict() == PUBLISHED_05
+    assert list(found.index) == list(PUBLISHED_05)
 
 
 def test_each_difference_has_a_name(official: Logs) -> None:
-    rules = targets.rules_for(official.trials)
-    table = parity.compare(official, rules)
-    exact = score.scores(trials.cells(trials.studies(trials.reach(official, rules), rules), rules), rules)
+    rules = versions.rules_for(official.trials)
+    found = parity.compare(official, rules)
+    table = found.scores
+    exact = score.scores(
+        cells_module.cells(cells_module.studies(trials.reach(official, rules), rules), rules), rules
+    )
     assert table["exact"].to_dict() == pytest.approx(exact.to_dict(), abs=1e-12)
     steps = table[list(parity.STEPS)]
     assert (table["official"] + steps.sum(axis=1)).to_dict() == pytest.approx(exact.to_dict(), abs=1e-12)
     # The grid is off by up to half a cell per workload; the trial by index costs one submission half a point.
     assert steps["exact integral"].abs().max() < 0.005
     assert steps.loc["lawa_ema", "trial by cost, not index"] > 0.004
-    assert parity.changed_cells(official, rules)["submission"].unique().tolist() == ["lawa_ema"]
+    assert found.medians["submission"].unique().tolist() == ["lawa_ema"]
 
 
 def test_what_is_odd_in_the_official_logs(official: Logs) -> None:
@@ -69,7 +53,7 @@ def test_what_is_odd_in_the_official_logs(official: Logs) -> None:
 def test_the_leaderboard_of_the_official_logs(official: Logs) -> None:
     board = leaderboard.build(official, replicates=200)
     assert board.reference == "baseline"
-    assert set(board.ranking.index) == set(PUBLISHED)
+    assert set(board.ranking.index) == set(PUBLISHED_05)
     assert len(board.cells) == 11 * 8
     assert ((board.cells["reason"] == "") == board.cells["ratio"].between(1.0, 4.0)).all()
     reasons = board.cells.set_index(["submission", "workload"])["reason"]
@@ -92,7 +76,7 @@ def test_steps_from_official_to_exact(tmp_path: Path) -> None:
         rows = official_rows("imagenet_vit", 1500.0, misses=6)
         write_trial(index / "trial_2", "imagenet_vit", rows, official_meta("imagenet_vit"))
     runs = logs.read([tmp_path])
-    changed = parity.changed_cells(runs, targets.rules_for(runs.trials)).set_index("submission")
+    changed = parity.compare(runs, versions.rules_for(runs.trials)).medians.set_index("submission")
     assert changed["why"].to_dict() == {
         "few": "missing studies",
         "index": "trial by cost, not index",

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scoring import bootstrap, parity, score, targets
-from scoring.folders import InputError
-from scoring.targets import Rules
+from commands.errors import UserError
+from scoring.judge import bootstrap, parity, score, versions
+from scoring.judge import rules as rules_module
+from scoring.judge.rules import Rules
 
-RULES = targets.load("0.5")
+RULES = versions.load("0.5")
 COSTS = st.one_of(st.just(np.inf), st.floats(0.5, 50.0))
 
 
@@ -38,7 +39,7 @@ def cells(values: dict[str, dict[str, list[float]]]) -> pd.DataFrame:
 def rules(*workloads: str, held_out: dict[str, str] | None = None) -> Rules:
     """Rules over made-up workloads."""
     variants = held_out or {}
-    known = {name: targets.Target("loss", 1.0, False, 100.0, 1000.0) for name in (*workloads, *variants)}
+    known = {name: rules_module.Target("loss", 1.0, False, 100.0, 1000.0) for name in (*workloads, *variants)}
     return Rules("test", known, workloads, variants, studies=0)
 
 
@@ -117,17 +118,17 @@ def test_a_fixed_reference_makes_scores_absolute() -> None:
     assert (
         score.scores(table, two, unit)["a"]
         == score.scores(alone, two, unit)["a"]
-        == pytest.approx((2.5 / 3 + 1) / 2)
+        == pytest.approx((2.5 / 3 + 3.5 / 3) / 2)
     )
     assert score.scores(table, two)["a"] == pytest.approx(0.0)
-    with pytest.raises(InputError, match="no submission"):
+    with pytest.raises(UserError, match="no submission"):
         score.reference_unit(table, two, "nobody", penalty)
 
 
 def test_a_reference_that_misses_counts_at_the_penalty() -> None:
     table, two = even({"ref": [10.0, np.inf], "a": [10.0, 50.0]})
     unit = score.reference_unit(table, two, "ref", pd.Series(101.0, index=["w0", "w1"]))
-    assert score.scores(table, two, unit)["a"] == 1.0
+    assert score.scores(table, two, unit)["a"] == pytest.approx((1.0 + (4 - 50 / 101) / 3) / 2)
     assert score.scores(table, two, unit)["ref"] == 0.5
 
 
@@ -203,10 +204,10 @@ def test_interval_orders_infinities() -> None:
 
 
 def test_data_files() -> None:
-    five, six = targets.load("0.5"), targets.load("0.6", "self")
+    five, six = versions.load("0.5"), versions.load("0.6", "self")
     assert (five.studies, five.trials, five.budget_factor) == (5, 5, 1.0)
     assert (six.studies, six.trials, six.budget_factor) == (3, 1, 1.5)
-    assert targets.load("0.5", "self").budget_factor == 3.0
+    assert versions.load("0.5", "self").budget_factor == 3.0
     assert len(five.base) == len(six.base) == 8
     assert len(five.held_out) == 6
     assert not six.held_out
@@ -217,18 +218,18 @@ def test_data_files() -> None:
         assert set(rule.scored) <= set(rule.targets)
         assert set(rule.qualification) == {"criteo1tb", "ogbg", "wmt"}
     assert five.restricted(["ogbg"]).scored == ("ogbg", "ogbg_model_size")
-    with pytest.raises(InputError, match="unknown workload"):
+    with pytest.raises(UserError, match="unknown workload"):
         five.restricted(["mnist"])
 
 
 def test_a_broken_data_file_is_one_line() -> None:
-    with pytest.raises(InputError, match="neither a known version"):
-        targets.load("0.7")
+    with pytest.raises(UserError, match="neither a known version"):
+        versions.load("0.7")
 
 
 def test_other_targets() -> None:
-    changed = targets.with_targets(RULES, {"wmt": 20.0})
+    changed = RULES.with_targets({"wmt": 20.0})
     assert changed.targets["wmt"].value == 20.0
     assert replace(changed.targets["wmt"], value=RULES.targets["wmt"].value) == RULES.targets["wmt"]
-    with pytest.raises(InputError, match="unknown workload"):
-        targets.with_targets(RULES, {"x": 1.0})
+    with pytest.raises(UserError, match="unknown workload"):
+        RULES.with_targets({"x": 1.0})

@@ -9,14 +9,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scoring import lint, logs, parity, score, targets, trials
-from scoring.folders import InputError
+from commands.errors import UserError
+from scoring.judge import cells as cells_module
+from scoring.judge import columns, lint, parity, score, trials, versions
+from scoring.read import logs
 from tests.scoring.trees import META, official_meta, official_rows, plain, write_official, write_trial
 
 
 def reach(root: Path, **keywords: Any) -> pd.DataFrame:
     runs = logs.read([root])
-    return trials.reach(runs, targets.rules_for(runs.trials), **keywords)
+    return trials.reach(runs, versions.rules_for(runs.trials), **keywords)
 
 
 def one(root: Path, rows: pd.DataFrame | None, meta: dict[str, Any] | None = None) -> pd.Series:
@@ -80,7 +82,7 @@ def test_self_tuning_has_a_longer_budget(tmp_path: Path) -> None:
     write_trial(folder, "ogbg", rows, official_meta("ogbg", "0.6"))
     runs = logs.read([tmp_path])
     states = {
-        ruleset: trials.reach(runs, targets.rules_for(runs.trials, "auto", ruleset))["state"].iloc[0]
+        ruleset: trials.reach(runs, versions.rules_for(runs.trials, "auto", ruleset))["state"].iloc[0]
         for ruleset in ("external", "self")
     }
     assert states == {"external": "over budget", "self": "hit"}
@@ -96,8 +98,8 @@ def two_trials(root: Path) -> Path:
 
 def test_the_best_trial_is_best_by_time_not_by_index(tmp_path: Path) -> None:
     runs = logs.read([two_trials(tmp_path)])
-    rules = targets.rules_for(runs.trials)
-    exact = trials.studies(trials.reach(runs, rules), rules)
+    rules = versions.rules_for(runs.trials)
+    exact = cells_module.studies(trials.reach(runs, rules), rules)
     assert exact[["trial", "cost", "trials"]].values.tolist() == [[2, 200.0, 2]]
     assert parity.studies(runs, rules)["cost"].tolist() == [300.0]
 
@@ -107,16 +109,16 @@ def test_trials_beyond_the_ruleset_do_not_count(tmp_path: Path) -> None:
     for number in range(1, 7):
         write_trial(home / f"trial_{number}", "ogbg", official_rows("ogbg", 100.0 - number), official_meta("ogbg"))
     runs = logs.read([tmp_path])
-    rules = targets.rules_for(runs.trials)
+    rules = versions.rules_for(runs.trials)
     reached = trials.reach(runs, rules)
-    assert trials.studies(reached, rules)["cost"].tolist() == [95.0]
+    assert cells_module.studies(reached, rules)["cost"].tolist() == [95.0]
     assert "extra trials" in set(lint.lint(runs, rules, reached)["what"])
 
 
 def cells(root: Path, cost: str = "time") -> pd.DataFrame:
     runs = logs.read([root])
-    rules = targets.rules_for(runs.trials)
-    return trials.cells(trials.studies(trials.reach(runs, rules, cost), rules), rules).set_index(
+    rules = versions.rules_for(runs.trials)
+    return cells_module.cells(cells_module.studies(trials.reach(runs, rules, cost), rules), rules).set_index(
         ["submission", "workload"]
     )
 
@@ -132,15 +134,15 @@ def test_a_missing_study_is_a_miss_and_does_not_help(tmp_path: Path) -> None:
     assert found["cost"].to_dict() == {("part", "ogbg"): np.inf, ("three", "ogbg"): 300.0, ("whole", "ogbg"): 300.0}
     assert found.loc[("part", "ogbg"), ["present", "hits", "state"]].tolist() == [2, 2, "no data"]
     runs = logs.read([root])
-    rules = targets.rules_for(runs.trials)
+    rules = versions.rules_for(runs.trials)
     official = parity.cells(parity.studies(runs, rules), rules).set_index("submission")["cost"]
     assert official["part"] == 150.0  # the median over those present
 
 
 def test_an_even_number_of_studies(tmp_path: Path) -> None:
-    assert trials.median_of(np.array([1.0, 3.0, 5.0, np.inf])) == 4.0
-    assert trials.median_of(np.array([1.0, 3.0, np.inf, np.inf])) == np.inf
-    assert trials.median_of(np.array([np.inf])) == np.inf
+    assert columns.median_of(np.array([1.0, 3.0, 5.0, np.inf])) == 4.0
+    assert columns.median_of(np.array([1.0, 3.0, np.inf, np.inf])) == np.inf
+    assert columns.median_of(np.array([np.inf])) == np.inf
 
 
 def test_costs(tmp_path: Path) -> None:
@@ -148,7 +150,7 @@ def test_costs(tmp_path: Path) -> None:
     steps = cells(root, "steps")["cost"].iloc[0]
     assert steps == round(1000 / 18477 * 80000)
     assert cells(root, "total_time")["cost"].iloc[0] == 2000.0
-    with pytest.raises(InputError, match="no column 'nonsense'"):
+    with pytest.raises(UserError, match="no column 'nonsense'"):
         cells(root, "nonsense")
 
 
@@ -159,19 +161,22 @@ def test_normalised_time_is_steps_at_the_pace_of_the_reference(tmp_path: Path) -
             folder = tmp_path / name / f"study_{study}" / "bible_lm_pytorch" / "trial_1"
             write_trial(folder, "bible_lm", plain(ms=ms))
     runs = logs.read([tmp_path])
-    rules = targets.rules_for(runs.trials)
-    priced = trials.with_normalised(runs, rules, "a")
+    rules = versions.rules_for(runs.trials)
+    priced, unpriced = trials.with_normalised(runs, rules, "a")
+    assert not unpriced
     reached = trials.reach(priced, rules, "normalised")
     assert reached["time"].unique().tolist() == [70.0, 140.0]
     assert reached["cost"].tolist() == pytest.approx([70.0] * 10)
 
 
-def test_mixed_frameworks_are_judged_by_the_fuller_one(tmp_path: Path) -> None:
+def test_two_frameworks_of_a_submission_are_two_rows(tmp_path: Path) -> None:
     write_official(tmp_path, {"a": {"ogbg": [100.0] * 5}})
     write_official(tmp_path, {"a": {"ogbg": [1.0]}}, framework="pytorch")
-    assert cells(tmp_path)["cost"].tolist() == [100.0]
+    assert cells(tmp_path)["cost"].to_dict() == {("a (jax)", "ogbg"): 100.0, ("a (pytorch)", "ogbg"): np.inf}
+    one = logs.read([tmp_path]).select(framework="jax")
+    assert trials.reach(one, versions.rules_for(one.trials))["submission"].unique().tolist() == ["a"]
     runs = logs.read([tmp_path])
-    rules = targets.rules_for(runs.trials)
+    rules = versions.rules_for(runs.trials)
     assert "mixed frameworks" in set(lint.lint(runs, rules, trials.reach(runs, rules))["what"])
 
 
@@ -180,7 +185,7 @@ def test_an_unknown_workload_is_reported_and_not_scored(tmp_path: Path) -> None:
     write_trial(tmp_path / "a" / "study_0" / "mystery_jax" / "trial_1", "mystery", plain(), {})
     assert list(cells(tmp_path).index) == [("a", "ogbg")]
     runs = logs.read([tmp_path])
-    rules = targets.rules_for(runs.trials)
+    rules = versions.rules_for(runs.trials)
     assert "unknown workload" in set(lint.lint(runs, rules, trials.reach(runs, rules))["what"])
 
 
@@ -189,7 +194,7 @@ def test_meta_data_that_disagree(tmp_path: Path) -> None:
         meta = META["bible_lm"] | {"validation_target_value": target}
         write_trial(tmp_path / "a" / f"study_{number}" / "bible_lm_pytorch" / "trial_1", "bible_lm", plain(), meta)
     runs = logs.read([tmp_path])
-    rules = targets.rules_for(runs.trials)
+    rules = versions.rules_for(runs.trials)
     assert rules.targets["bible_lm"].value == 1.7
     found = lint.lint(runs, rules, trials.reach(runs, rules))
     assert (found["what"] == "target disagrees").sum() == 1
@@ -198,7 +203,7 @@ def test_meta_data_that_disagree(tmp_path: Path) -> None:
 def test_version_and_ruleset_are_found(tmp_path: Path) -> None:
     for version in ("0.5", "0.6"):
         root = write_official(tmp_path / version, {"a": {"ogbg": [100.0], "wmt": [100.0]}}, version)
-        rules = targets.rules_for(logs.read([root]).trials)
+        rules = versions.rules_for(logs.read([root]).trials)
         assert (rules.version, rules.ruleset) == (version, "external")
 
 
@@ -206,11 +211,11 @@ def test_one_single_submission(tmp_path: Path) -> None:
     """Alone, it is its own best: every workload it reaches counts in full."""
     write_official(tmp_path, {"a": {"ogbg": [100.0] * 5, "ogbg_model_size": [1.0] * 5, "imagenet_vit": [9.0] * 5}})
     found = cells(tmp_path).reset_index()
-    assert score.scores(found, targets.load("0.5")).to_dict() == {"a": 2 / 8}
+    assert score.scores(found, versions.load("0.5")).to_dict() == {"a": 2 / 8}
 
 
 def test_a_target_nobody_reaches(tmp_path: Path) -> None:
     write_official(tmp_path, {"a": {"ogbg": [None] * 5}, "b": {"ogbg": [None] * 5}})
-    assert score.scores(cells(tmp_path).reset_index(), targets.load("0.5")).to_dict() == {"a": 0.0, "b": 0.0}
+    assert score.scores(cells(tmp_path).reset_index(), versions.load("0.5")).to_dict() == {"a": 0.0, "b": 0.0}
     runs = logs.read([tmp_path])
-    assert parity.scores(runs, targets.rules_for(runs.trials)).to_dict() == {"a": 0.0, "b": 0.0}
+    assert parity.scores(runs, versions.rules_for(runs.trials)).to_dict() == {"a": 0.0, "b": 0.0}

@@ -1,0 +1,1 @@
+"""From directories and archives to one tidy table of evaluations: nothing is judged here."""

@@ -1,0 +1,1 @@
+"""From judged tables to what people look at: tables of text and figures."""
