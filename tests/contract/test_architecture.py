@@ -92,6 +92,28 @@ def test_no_import_closes_a_circle() -> None:
     assert list(graphlib.TopologicalSorter(graph).static_order())
 
 
+def rooms() -> list[set[str]]:
+    """The rooms of a half in the page's order: names of files and of folders."""
+    section = PAGE.read_text().partition("## What each room may know")[2].partition("\n## ")[0]
+    cells = [line.split("|")[1] for line in section.splitlines() if line[:1] == "|"][3:]  # head, rule, ground floor
+    return [{name.rstrip("/") for name in re.findall(r"`([^`]+)`", cell)} for cell in cells]
+
+
+@pytest.mark.parametrize("framework", NAMES)
+def test_a_room_knows_those_above_it(framework: str) -> None:
+    number = {name: i for i, names in enumerate(rooms()) for name in names}
+    half = f"algoperf_kfac.{framework}."
+    files = modules()
+
+    def room(module: str) -> int:
+        return number[module.removeprefix(half).partition(".")[0]]
+
+    for name, path in files.items():
+        for other in imported(path):
+            if name.startswith(half) and other.startswith(half) and other in files:
+                assert room(other) <= room(name), f"{name} imports {other}"
+
+
 @pytest.mark.parametrize("framework", NAMES)
 def test_no_half_knows_the_other(framework: str) -> None:
     other = {"pytorch": ("jax", "algoperf_kfac.jax"), "jax": ("torch", "algoperf_kfac.pytorch")}[framework]
