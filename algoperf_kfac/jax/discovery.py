@@ -122,7 +122,7 @@ class _Discovery:
         if weight in self._notes.other_uses:
             return also_read_by(self._notes.other_uses[weight])
         if any(call.view != first.view or call.kind != first.kind for call in calls.values()):
-            return "tied weight: its calls read it in different layouts"
+            return "read in different layouts by its calls"
         if not all(shape):
             return "empty"
         return kind_for(self._notes.uses(weight)).misfit(first.view, shape)

@@ -256,7 +256,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         if spec.name not in self.recorders:
             dtype = torch.promote_types(weight.dtype, torch.float32)
             one_pass = self._options.config.fisher == "empirical"
-            self.recorders[spec.name] = self.layers.recorder(spec, dtype, one_pass)
+            self.recorders[spec.name] = self.layers.recorder(spec, dtype, one_pass=one_pass)
             self._weights[spec.name] = weight
         return self.recorders[spec.name]
 

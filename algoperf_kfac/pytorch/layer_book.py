@@ -83,12 +83,12 @@ class Layers:
         """What the kinds of layers have to do within a capture."""
         return [watch for kind in self._kinds if (watch := kind.watch(capture)) is not None]
 
-    def recorder(self, spec: LayerSpec, dtype: torch.dtype, one_pass: bool) -> AnyRecorder:
+    def recorder(self, spec: LayerSpec, dtype: torch.dtype, *, one_pass: bool) -> AnyRecorder:
         """What gathers the statistics of a layer; arguments as for `Recorder`."""
         for kind in self._kinds:
             if spec.kind in kind.names:
-                return kind.recorder(spec, dtype, one_pass)
-        return Recorder(spec, dtype, one_pass)
+                return kind.recorder(spec, dtype, one_pass=one_pass)
+        return Recorder(spec, dtype, one_pass=one_pass)
 
     # Joining.
 

@@ -22,6 +22,7 @@ from algoperf_kfac.pytorch.meta import META, on_meta
 from algoperf_kfac.pytorch.operations import LOOKUPS, RULES, Function
 from algoperf_kfac.pytorch.optimizer import KFAC
 from algoperf_kfac.pytorch.scalings import scaling_of
+from algoperf_kfac.pytorch.statistics import AnyRecorder, Recorder
 
 if TYPE_CHECKING:
     Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -170,14 +171,31 @@ def _step(subject: Subject, make_optimizer: Callable[[nn.Module], KFAC], batch_s
                 raise ValueError("the model's outputs do not depend on its parameters")
             for tensor in capture.kept_inputs():
                 captured.add(tensor)
+            recorded = _recorded_loads(capture.recorders.values())
             torch.stack([t.sum() for t in outputs]).sum().backward()
     loads = {
         name: load.of_examples(subject.segments[int(load.examples)]) if load.examples in subject.segments else load
-        for name, load in _with_lstms(recorder.loads, model, batch_size).items()
+        for name, load in (recorded | _with_lstms(recorder.loads, model, batch_size)).items()
     }
     extra = max(captured.bytes - plain.bytes, 0)
     coverage = _as_seen(optimizer.coverage())
     return Sighting(coverage, optimizer.config, loads, float(plain.bytes), float(extra), batch_size)
+
+
+def _recorded_loads(recorders: Iterable[AnyRecorder]) -> dict[str, Load]:
+    """By weight, what was recorded of each layer; the only source for operations that no rule reads (`kinds`)."""
+    loads: dict[str, Load] = {}
+    for recorder in recorders:
+        if not isinstance(recorder, Recorder):
+            continue
+        spec = recorder.spec
+        for call in recorder.calls:
+            layout = call.layout
+            rows = layout.num_examples * layout.positions
+            inputs = 0 if call.input is None else call.input.numel()
+            load = Load(layout.num_examples, layout.positions, rows, inputs, rows * spec.groups * spec.out_dim)
+            loads[spec.weight] = loads[spec.weight] + load if spec.weight in loads else load
+    return loads
 
 
 def _with_lstms(loads: Mapping[str, Load], model: nn.Module, batch_size: int) -> dict[str, Load]:

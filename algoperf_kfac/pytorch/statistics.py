@@ -100,7 +100,7 @@ class Recorder:
             exact Fisher; inputs kept for their mask are then let go as soon as the gradient has come.
     """
 
-    def __init__(self, spec: LayerSpec, dtype: torch.dtype, one_pass: bool = True) -> None:
+    def __init__(self, spec: LayerSpec, dtype: torch.dtype, *, one_pass: bool = True) -> None:
         self.spec = spec
         self.dtype = dtype
         self.one_pass = one_pass

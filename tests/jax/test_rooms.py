@@ -1,27 +1,19 @@
-"""A scaling and a kind of layer of one's own: what stands here is all that each takes."""
+"""A scaling of one's own, given as a class; tests/contract/test_rooms.py has one that is a file, and a kind."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax import Array
-from jax.extend.core import JaxprEqn
 from jax.typing import DTypeLike
 
 from algoperf_kfac import plan
-from algoperf_kfac.jax import KFAC, kinds
-from algoperf_kfac.jax.kinds.shared_weight import SharedWeight
-from algoperf_kfac.jax.operations import Call, Read, WeightView, shape_of
+from algoperf_kfac.jax import KFAC
 from algoperf_kfac.jax.preconditioner import LayerState, from_eigenvalues
 from algoperf_kfac.jax.scalings import Kept, Operators, Scaling
-from algoperf_kfac.jax.sources import Source, sources_of
 from algoperf_kfac.jax.transform import find_state
 from algoperf_kfac.layers import LayerSpec
-from tests.jax.support import assert_equal, factors, normal
 from tests.jax.toys import OPTIONS, batch, cross_entropy, mlp, mlp_params, steps
 
 
@@ -59,54 +51,3 @@ def test_a_scaling_of_ones_own() -> None:
     float32 = jax.tree.map(lambda t: t.astype(jnp.float32), mlp_params())
     narrow = KFAC(mlp, cross_entropy, float32, *batch(), config=ours.config)
     assert planned.memory.state == sum(leaf.nbytes for leaf in jax.tree.leaves(find_state(narrow.init(float32))))
-
-
-def read_mul(eqn: JaxprEqn, tags: Sequence[object]) -> Read | None:
-    """Data times a vector along their last dimension: as many groups of one feature."""
-    for position in (0, 1):
-        weight, shape = tags[position], shape_of(eqn.outvars[0])
-        if isinstance(weight, Source) and len(weight.shape) == 1 and not sources_of(tags[1 - position]):
-            stored = Source(weight.name, weight.shape)
-            (features,) = weight.shape
-            # The vector may have been spread over the data in one way only.
-            spread = weight.apply(np.arange(features))
-            if not (np.broadcast_to(spread, shape) == np.broadcast_to(np.arange(features), shape)).all():
-                return None
-            dims = tuple(range(len(shape)))
-            return Read(
-                Call("scale", WeightView(stored, (0,), features, 1, 1), shape[:-1], features, dims, dims),
-                1 - position,
-            )
-    return None
-
-
-class Scale(SharedWeight):
-    """Features multiplied by weights of their own, without more."""
-
-    names = frozenset({"scale"})
-    rules = {"mul": read_mul}  # noqa: RUF012  # as in the library
-
-
-def scaled(p: dict[str, Array], x: Array) -> Array:
-    return jnp.sin(x * p["scale"] + p["shift"])
-
-
-@pytest.mark.parametrize("approximation", ["expand", "reduce"])
-def test_a_kind_of_ones_own(approximation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line in the list, and it is found, with its bias, and has the factors of a group for each feature."""
-    params, x = {"scale": normal(0, 3), "shift": normal(1, 3)}, normal(2, 4, 5, 3)
-
-    def loss(f: Array, x: Array) -> Array:
-        return jnp.square(f).sum()
-
-    assert not KFAC(scaled, loss, params, x).coverage().layers
-    monkeypatch.setattr(kinds, "KINDS", (*kinds.KINDS, Scale()))
-    (layer,) = KFAC(scaled, loss, params, x).coverage().layers
-    assert (layer.kind, layer.groups, layer.bias) == ("scale", 3, "shift")
-    g = 2 * jnp.sin(x * params["scale"] + params["shift"]) * jnp.cos(x * params["scale"] + params["shift"])
-    rows = jnp.stack([x, jnp.ones_like(x)], -1)  # (N, R, groups, P_in + 1)
-    if approximation == "reduce":
-        rows, g = rows.mean(1, keepdims=True), g.sum(1, keepdims=True)
-    a = jnp.einsum("nrgi,nrgj->gij", rows, rows) / (rows.shape[0] * rows.shape[1])
-    b = jnp.square(g).sum((0, 1)).reshape(3, 1, 1)
-    assert_equal(factors(scaled, loss, params, x, approximation=approximation)["scale"], (a, b))

@@ -1,4 +1,4 @@
-"""A weight with two readers takes the fallback, and the reason names the tie; not so a table as output layer."""
+"""A weight with two readers takes the fallback, and the reason names them; not so a table as output layer."""
 
 from __future__ import annotations
 

@@ -99,6 +99,6 @@ class Kind:
         """What the kind does within a capture that is about to begin; None for nothing."""
         return None
 
-    def recorder(self, spec: LayerSpec, dtype: torch.dtype, one_pass: bool) -> AnyRecorder:
+    def recorder(self, spec: LayerSpec, dtype: torch.dtype, *, one_pass: bool) -> AnyRecorder:
         """What gathers the statistics of a layer whose kind is one of `names`; arguments as for `Recorder`."""
-        return Recorder(spec, dtype, one_pass)
+        return Recorder(spec, dtype, one_pass=one_pass)

@@ -165,7 +165,7 @@ class LSTMCall:
         ids = examples.repeat_interleave(steps) if self.batch_first else examples.repeat(steps)
         return Steps(leading, ids, n)
 
-    def previous(self, output: Tensor, state: Tensor, rows: Steps, reverse: bool) -> Tensor:
+    def previous(self, output: Tensor, state: Tensor, rows: Steps, *, reverse: bool) -> Tensor:
         """(rows, H): the hidden state that each step of one direction started from.
 
         Args:
@@ -261,7 +261,7 @@ def run(call: LSTMCall, record: Callable[[Operation, Tensor, Steps], Tensor]) ->
         with torch.no_grad():
             outputs = x.detach().chunk(len(directions), -1)
             before = [
-                call.previous(h, state.detach(), rows, bool(k))
+                call.previous(h, state.detach(), rows, reverse=bool(k))
                 for k, (h, state) in enumerate(zip(outputs, states[0], strict=True))
             ]
         for d, h, u in zip(directions, before, gates, strict=True):

@@ -73,8 +73,8 @@ class TiedTable(Kind):
         }
         return _TableWatch(capture, open_tables, self.untied) if open_tables else None
 
-    def recorder(self, spec: LayerSpec, dtype: torch.dtype, one_pass: bool) -> AnyRecorder:
-        return TiedRecorder(spec, dtype, one_pass)
+    def recorder(self, spec: LayerSpec, dtype: torch.dtype, *, one_pass: bool) -> AnyRecorder:
+        return TiedRecorder(spec, dtype, one_pass=one_pass)
 
 
 def find_tables(
@@ -274,10 +274,10 @@ class TableStatistics(Statistics):
 class TiedRecorder:
     """Gathers the statistics of a tied table."""
 
-    def __init__(self, spec: LayerSpec, dtype: torch.dtype, one_pass: bool = True) -> None:
+    def __init__(self, spec: LayerSpec, dtype: torch.dtype, *, one_pass: bool = True) -> None:
         self.spec = spec
-        self.output = OutputUse(spec, dtype, one_pass)
-        self.lookups = Lookups(spec, dtype, one_pass)
+        self.output = OutputUse(spec, dtype, one_pass=one_pass)
+        self.lookups = Lookups(spec, dtype, one_pass=one_pass)
         self.is_output = False  # the table was read as output layer
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from algoperf_kfac.config import KFACConfig
@@ -55,16 +56,18 @@ class Scaling:
         return {}
 
     def num_bytes(self, spec: LayerSpec, itemsize: int) -> StateBytes:
-        """Bytes that a layer keeps beside its factors after its first refresh."""
+        """Bytes that a layer keeps beside its factors after its first refresh; see `cost.Scaling`."""
         bases = squares(spec) + (widths(spec) if self.uses_bases else 0)
-        return StateBytes(itemsize * bases, itemsize * self.operator_elements(spec), itemsize * COUNTS_PER_LAYER)
+        kept = self.keeps(spec, torch.empty(0, device="meta")).values()
+        operators = self.operator_elements(spec) + sum(t.numel() for t in kept if isinstance(t, Tensor))
+        return StateBytes(itemsize * bases, itemsize * operators, itemsize * COUNTS_PER_LAYER)
 
     def operator_elements(self, spec: LayerSpec) -> int:
-        """Entries of a layer's operators, and of what is kept in their place."""
+        """Entries of a layer's operators."""
         return squares(spec)
 
     def flops(self, spec: LayerSpec) -> ScalingFlops:
-        """Of a refresh, and of the direction at every step."""
+        """Of a refresh, and of the direction at every step; see `cost.Scaling`."""
         each = EIGH_FLOPS if self.uses_bases else INVERSE_FLOPS
         return ScalingFlops(each * cubes(spec), product_flops(spec))
 

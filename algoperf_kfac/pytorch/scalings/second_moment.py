@@ -24,7 +24,7 @@ class Scaling(_base.Scaling):
         return {"second_moment": moment, "second_moment_steps": 0}
 
     def operator_elements(self, spec: LayerSpec) -> int:
-        return spec.num_parameters
+        return 0
 
     def flops(self, spec: LayerSpec) -> ScalingFlops:
         of_base = super().flops(spec)
