@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterable, Mapping
+
+OURS = ("algoperf_kfac.", "torch.", "jax.", "contextlib")
 
 
 class MissingStatisticsError(RuntimeError):
     """A declared layer did not receive its inputs or its output gradients on a statistics step."""
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """Some names, and how many more there are."""
+    names = list(names)
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def warn(text: str) -> None:
+    """A warning that points at the caller's line, not at one of the library's or the framework's."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and f"{frame.f_globals.get('__name__', '')}.".startswith(OURS):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(f"K-FAC: {text}", stacklevel=level + 1)
 
 
 def missing_statistics(missing: Mapping[str, str], total: int, remedy: str) -> MissingStatisticsError:
@@ -17,7 +36,7 @@ def missing_statistics(missing: Mapping[str, str], total: int, remedy: str) -> M
         total: number of covered layers.
         remedy: what to do about it, a clause that begins with a capital.
     """
-    parts = ", ".join(f"{name} (missed {what})" for name, what in missing.items())
+    parts = listed(f"{name} (missed {what})" for name, what in missing.items())
     return MissingStatisticsError(f"{len(missing)} of {total} layers missed their statistics: {parts}. {remedy}")
 
 

@@ -26,6 +26,23 @@ def also_read_by(operation: str) -> str:
     return f"also read by {operation}: K-FAC would miss that use"
 
 
+def no_rule(operation: str) -> str:
+    """The reason of a parameter that an operation without a rule reads."""
+    return f"read by {operation}, which has no rule"
+
+
+def computed_before(operation: str) -> str:
+    """The reason of a weight that an operation reads as a function of itself (scaled, normalised, masked)."""
+    return f"{operation} reads a function of it, not the parameter itself"
+
+
+def not_its_gradient(share: float) -> str:
+    """The reason of a layer whose captured inputs and output gradients do not make up its weight's gradient."""
+    return (
+        f"its captured inputs and output gradients miss {100 * share:.0f} % of its gradient: a use is not recorded"
+    )
+
+
 def one_parameter(names: Sequence[str]) -> str:
     """The reason of a parameter that several modules share."""
     return f"tied weight: {' and '.join(names)} are one parameter"

@@ -8,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, Self, TypeAlias
+
+from algoperf_kfac.errors import listed
 
 BY_GRADIENT = "gradient"
 READOUTS = ("mean", "sum")
@@ -186,6 +188,41 @@ def choose(name: str, candidates: Candidates, rows: Rows) -> Positions | None:
             f"({numbers}) nor one per segment ({segmented[0].num_segments}): {by_name}"
         )
     return None
+
+
+def check_used(candidates: Candidates, calls: Mapping[str, Sequence[Rows]], names: Iterable[str]) -> None:
+    """Raises ValueError if what a caller said of positions fits no layer at all: it would be ignored.
+
+    Args:
+        candidates: from `as_candidates`.
+        calls: the rows of every call, by layer.
+        names: of all layers, whether or not they were called.
+    """
+    given = list(candidates.items()) if isinstance(candidates, Mapping) else [("*", candidates)]
+    known = list(names)
+    for pattern, descriptions in given:
+        if known and not fnmatch.filter(known, pattern):
+            raise ValueError(f"positions: no layer matches {pattern!r}: there are {listed(known)}")
+        called = fnmatch.filter(calls, pattern)
+        if not descriptions or not called:
+            continue
+        if not any(_is_used(p, rows) for p in descriptions for name in called for rows in calls[name]):
+            kinds = ", ".join(_shape_of(p) for p in descriptions)
+            shapes = listed(f"{name} {rows.leading}" for name in called for rows in calls[name][:1])
+            raise ValueError(f"positions: {kinds} fits no layer, and would be ignored; the layers have {shapes}")
+
+
+def _is_used(positions: Positions, rows: Rows) -> bool:
+    """Whether a description says something of these rows: of their own, or as one row per segment."""
+    return rows.fits(positions) or rows.sizes(positions)[0] == positions.num_segments
+
+
+def _shape_of(positions: Positions) -> str:
+    mask = positions.array_mask
+    parts = [] if mask is None else [f"a mask of shape {tuple(mask.shape)}"]
+    if positions.segment_ids is not None:
+        parts.append(f"segment_ids of shape {tuple(positions.segment_ids.shape)}")
+    return " with ".join(parts) or "the description"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -20,16 +21,24 @@ from torch.overrides import TorchFunctionMode
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.errors import MissingStatisticsError
-from algoperf_kfac.layers import LayerSpec
-from algoperf_kfac.positions import Candidates, Positions, candidates_for, choose
+from algoperf_kfac.layers import LayerSpec, also_read_by, computed_before, not_its_gradient
+from algoperf_kfac.positions import Candidates, Positions, Rows, candidates_for, check_used, choose
 from algoperf_kfac.pytorch import fisher
-from algoperf_kfac.pytorch.operations import RULES, WEIGHT_READS, Called, Function, Operation
+from algoperf_kfac.pytorch.factors import to_matrix
+from algoperf_kfac.pytorch.operations import LOSSES, RULES, Called, Function, Operation, is_mean
 from algoperf_kfac.pytorch.statistics import AnyRecorder, Call, Recorder, Scalar, Statistics
+from algoperf_kfac.pytorch.uses import Uses
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from torch.utils.hooks import RemovableHandle
+
     from algoperf_kfac.pytorch.layer_book import Layers
+
+# How far the captured pairs may be from a weight's gradient: a share of it, and rounding units of what was summed.
+MAX_ERROR = 0.02
+ROUNDING = 16.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +50,14 @@ class Options:
         active: whether this is a statistics step; if not, nothing is watched and entering costs nothing.
         positions: which positions count and to which example they belong.
         generator: of the label draws of fisher="mc".
+        checks: whether to compare what was captured with the weights' gradients.
     """
 
     config: KFACConfig
     active: bool
     positions: Candidates
     generator: torch.Generator | None = None
+    checks: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +67,23 @@ class Gathered:
     Attributes:
         statistics: by layer.
         missing: layers without, and what they missed.
-        also_read: layers whose weight something without a rule reads, too, and what that was.
+        wrong: layers whose statistics would not be the whole of them, and why.
+        backward: whether there was a backward pass.
+        rows: examples that each layer with statistics was taken to see.
+        errors: by layer, how far what was captured is from the weight's gradient, relative to it; of a checked
+            capture.
+        readers: by identity of a parameter: the operation without a rule in which it met data.
+        strangers: parameters with a gradient that operations with a rule read, and the optimizer does not have.
     """
 
     statistics: dict[str, Statistics]
     missing: dict[str, str]
-    also_read: dict[str, str]
+    wrong: dict[str, str]
+    backward: bool
+    rows: dict[str, int]
+    errors: dict[str, float]
+    readers: dict[int, str]
+    strangers: list[Tensor]
 
 
 class Capture(contextlib.AbstractContextManager["Capture"]):
@@ -80,6 +102,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             that B belongs to the summed, per-example loss. May be set until the context is left.
         layers: the book of layers.
         recorders: what gathers the statistics of the layers seen so far, by name.
+        uses: what becomes of parameters in operations without a rule.
     """
 
     def __init__(
@@ -96,13 +119,24 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         self._finish = finish
         self._options = options
         self._watches = layers.watches(self) if options.active else []
+        self.uses = Uses()
         self._weights: dict[str, Tensor] = {}
-        self._other_uses: dict[int, str] = {}
+        self._gradients: dict[str, Tensor] = {}  # of the weights, where they are checked
+        self._strangers: dict[int, Tensor] = {}
+        self._calls: dict[str, list[Rows]] = {}
+        self._handles: list[RemovableHandle] = []
         self._record_gradients = options.config.fisher == "empirical"
+        self._aside = False
+        self._entered = False
+        self._backward = False
+        self._loss_gradient: Tensor | None = None
         self._passes = 0
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Capture:
+        if self._entered:
+            raise RuntimeError("a capture() is for one pass: call optimizer.capture() again")
+        self._entered = True
         if self.active:
             # A compiled graph hides its operations: statistics steps run the same model eagerly.
             if "torch._dynamo" in sys.modules:
@@ -122,23 +156,35 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             if exc_type is None:
                 self._collect()
         finally:
+            # Nothing hangs on the graph any more, which a kept loss keeps alive.
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
             self.recorders.clear()
             self._weights.clear()
+            self._gradients.clear()
 
     def backward_fisher(
         self,
         outputs: Tensor | tuple[Tensor, Tensor],
         loss_type: enum.Enum | str,
         mask: Tensor | None = None,
+        *,
+        class_dim: int = -1,
     ) -> None:
         """The extra backward passes of `fisher="mc"` and "exact", through the forward pass just made.
 
         Does nothing for the empirical Fisher and outside statistics steps, so it may always be called; call it
-        before `loss.backward()`, which frees the graph. Arguments as in `fisher.sampled_loss`.
+        before `loss.backward()`, which frees the graph. A model with several heads: once for each.
+
+        Args:
+            outputs, loss_type, mask: as in `fisher.sampled_loss`.
+            class_dim: dimension of the logits over classes; 1 for (N, C, H, W).
         """
         config = self._options.config
         if not self.active or config.fisher == "empirical":
             return
+        outputs = fisher.classes_last(outputs, loss_type, class_dim)
         if config.fisher == "mc":
             losses: Iterator[Tensor] = (
                 fisher.sampled_loss(outputs, loss_type, mask, self._options.generator)
@@ -168,11 +214,49 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         output = called.run()
         rule = RULES.get(called.func)
         if rule is not None:
-            return self._operation(rule(*called.args, **called.kwargs), output)
-        if called.name in WEIGHT_READS and torch.is_grad_enabled():
-            for leaf in called.leaves():
-                self.note_use(leaf, called.name)
+            operation = rule(*called.args, **called.kwargs)
+            if isinstance(operation.weight, torch.nn.Parameter):
+                return self._operation(operation, output)
+        if torch.is_grad_enabled():
+            self.uses.follow(called, output)
+            if called.func in LOSSES and is_mean(called) and output.requires_grad:
+                self._handles.append(output.register_hook(self._note_loss))
         return output
+
+    def backward(self, run: Callable[[], object], inputs: Iterable[object] | None, *, again: bool) -> object:
+        """Run a backward pass.
+
+        Args:
+            run: the pass.
+            inputs: what gradients are taken with respect to, None for all parameters.
+            again: whether gradients of the gradients are to follow (create_graph).
+        """
+        weights = None if inputs is None else [p for p in inputs if isinstance(p, torch.nn.Parameter)]
+        self._aside = inputs is not None and not weights
+        if self._aside and again and self.recorders:
+            raise RuntimeError(
+                "autograd.grad(..., create_graph=True) inside capture(): K-FAC has no statistics for the gradient "
+                "of a gradient. Take the statistics of the plain loss alone inside capture(), and call backward() "
+                "on the penalty outside of it: gradients add up"
+            )
+        self._loss_gradient = None
+        try:
+            return run()
+        finally:
+            if self._aside:
+                for recorder in self.recorders.values():
+                    recorder.set_aside()
+            else:
+                self._backward = True
+            self._aside = False
+
+    def _note_loss(self, gradient: Tensor) -> None:
+        """The gradient that the mean of a loss function gets; of several in one pass the largest."""
+        if self._aside:
+            return
+        gradient = gradient.detach()
+        before = self._loss_gradient
+        self._loss_gradient = gradient if before is None else torch.maximum(before, gradient)
 
     def _operation(self, operation: Operation, output: Tensor) -> Tensor:
         """Record a weighted operation; returns the output to hand on in its place.
@@ -184,22 +268,27 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         spec = self.spec_of(operation.weight)
         known = None if spec is None else self.recorders.get(spec.name)
         if isinstance(known, Recorder) and not _in_backward():
-            known.next_forward()
-        if not output.requires_grad:
+            self._next_forward(known)
+        if not output.requires_grad or not output.numel():
             return output
-        self.note_use(operation.input, f"{operation.kind} as its input")
+        self.uses.miss(operation.input, f"{operation.kind} as its input")
         spec = spec or self.layers.promote(operation)
         if spec is None:
+            if operation.weight.requires_grad and not self.layers.knows(operation.weight):
+                self._strangers[id(operation.weight)] = operation.weight
+            self.uses.miss(operation.weight, operation.kind)
             return output
         return self.record(spec, operation, output, self.choose(spec, operation, output))
 
     def record(self, spec: LayerSpec, operation: Operation, output: Tensor, positions: Positions | None) -> Tensor:
         """Record a call of a covered layer; returns the output to hand on in its place."""
-        if spec.bias is not None and operation.bias is None:
-            self.note_use(operation.weight, "a call without its bias")
+        if spec.bias is not None and operation.bias is not self.layers.params[spec.bias]:
+            self.uses.miss(operation.weight, "a call without its bias")
+        elif spec.bias is None:
+            self.uses.miss(operation.bias, f"{operation.kind} as its bias")
         recorder = self.recorder(spec, operation.weight)
         if not isinstance(recorder, Recorder):  # a kind's, and not for operations of this sort
-            self.note_use(operation.weight, operation.kind)
+            self.uses.miss(operation.weight, operation.kind)
             return output
         return self.attach(recorder, operation, output, positions)
 
@@ -209,7 +298,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         """Record a call's input now (or when its layer is run again), and its output gradient when it comes."""
         again = _in_backward()
         if not again:
-            recorder.next_forward()
+            self._next_forward(recorder)
         geometry, rows = operation.geometry(output), operation.rows(output)
         device = output.device.type
 
@@ -222,11 +311,15 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         if producer is not None and output._base is not None and output._base.numel() == output.numel():
             # An in-place operation on a view rewrites its history, and a hook on it would never fire; the operation
             # that made what it is a view of stays in the graph.
-            producer.register_prehook(lambda grads: hook(grads[0]))
+            self._handles.append(producer.register_prehook(lambda grads: hook(grads[0])))
         else:
             output = output.clone() if output._is_view() else output
-            output.register_hook(hook)
+            self._handles.append(output.register_hook(hook))
         return output
+
+    def _next_forward(self, recorder: Recorder) -> None:
+        recorder.note_loss(self._loss_gradient)
+        recorder.next_forward()
 
     def _gradient_hook(
         self, recorder: Recorder, call: Call | Callable[[], Call], output: Tensor
@@ -236,8 +329,13 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
 
         def hook(grad: Tensor | None) -> None:
             nonlocal call
+            if self._aside:
+                if isinstance(call, Call):
+                    call.aside = True
+                return
             if not self._record_gradients:
                 return
+            self._backward = True  # of a capture around this one, which handles backward() alone
             with torch._C.DisableTorchFunction(), torch.no_grad(), torch.autocast(device.type, enabled=False):
                 # None is what an autograd.Function may return for zero.
                 grad = torch.zeros(shape, device=device) if grad is None else grad.reshape(shape)
@@ -255,31 +353,39 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         """What gathers the statistics of a layer; made at its first call."""
         if spec.name not in self.recorders:
             dtype = torch.promote_types(weight.dtype, torch.float32)
-            one_pass = self._options.config.fisher == "empirical"
-            self.recorders[spec.name] = self.layers.recorder(spec, dtype, one_pass=one_pass)
+            one_pass, checks = self._options.config.fisher == "empirical", self._options.checks
+            self.recorders[spec.name] = self.layers.recorder(spec, dtype, one_pass=one_pass, checks=checks)
             self._weights[spec.name] = weight
+            if checks:
+                self._handles.append(weight.register_hook(lambda grad: self._add_gradient(spec.name, grad)))
         return self.recorders[spec.name]
+
+    def _add_gradient(self, name: str, grad: Tensor) -> None:
+        """What a backward pass adds to a weight's gradient in this process, all its uses together."""
+        if not self._aside:
+            # A copy: the tensor becomes the parameter's .grad, which processes average and callers clip in place.
+            grad = grad.detach().clone()
+            self._gradients[name] = self._gradients[name] + grad if name in self._gradients else grad
 
     def forget(self, name: str) -> None:
         """Drop what was gathered for a layer."""
         self.recorders.pop(name, None)
 
-    def candidates(self, name: str) -> list[Positions]:
-        """The descriptions of positions that a layer may take, in order."""
-        return candidates_for(name, self._options.positions)
+    def candidates(self, spec: LayerSpec, rows: Rows) -> list[Positions]:
+        """The descriptions of positions that a layer may take, in order.
+
+        Args:
+            spec: the layer.
+            rows: of the call at hand.
+        """
+        self._calls.setdefault(spec.name, []).append(rows)
+        return candidates_for(spec.name, self._options.positions)
 
     def choose(self, spec: LayerSpec, operation: Operation, output: Tensor) -> Positions | None:
         """The description of positions that a call takes."""
-        return choose(spec.name, self._options.positions, operation.rows(output))
-
-    def note_use(self, value: object, what: str) -> None:
-        """Remember that something without a rule used a parameter; other values are passed over."""
-        if isinstance(value, torch.nn.Parameter):
-            self._other_uses.setdefault(id(value), what)
-
-    def is_used_otherwise(self, weight_id: int) -> bool:
-        """Whether something without a rule used the parameter of this identity."""
-        return weight_id in self._other_uses
+        rows = operation.rows(output)
+        self.candidates(spec, rows)
+        return choose(spec.name, self._options.positions, rows)
 
     def kept_inputs(self) -> Iterator[Tensor]:
         """Inputs that are kept until their gradients come, most of them kept by autograd as well."""
@@ -291,37 +397,87 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
     def _collect(self) -> None:
         for watch in self._watches:
             watch.settle()
-        fisher_kind = self._options.config.fisher
+        calls = {name: rows for name, rows in self._calls.items() if name in self.layers.covered}
+        check_used(self._options.positions, calls, self.layers.covered)
         missing: dict[str, str] = {}
-        also_read: dict[str, str] = {}
-        for weight_id, spec in self.layers.by_weight.items():
-            if weight_id in self._other_uses:
-                also_read[spec.name] = self._other_uses[weight_id]
-                continue
+        wrong: dict[str, str] = {}
+        for spec in self.layers.by_weight.values():
+            use = self._missed_use(spec)
             recorder = self.recorders.get(spec.name)
             if recorder is None:
-                missing[spec.name] = "its inputs"
-            elif not recorder.backward_done:
-                if fisher_kind != "empirical" and not self._passes:
-                    raise MissingStatisticsError(
-                        f"fisher={fisher_kind!r} needs capture.backward_fisher(outputs, loss_type) "
-                        "between the forward pass and loss.backward()"
-                    )
+                if use is None:
+                    missing[spec.name] = "its inputs"
+                else:
+                    wrong[spec.name] = computed_before(use)
+            elif use is not None:
+                wrong[spec.name] = also_read_by(use)
+            elif not recorder.is_complete:
                 missing[spec.name] = "its output gradients"
-        statistics = {}
-        for name, recorder in self.recorders.items():
-            if name not in missing and name not in also_read:
-                recorder.end_group()
-                statistics[name] = recorder.statistics(self._scale(recorder.examples))
-        self._finish(Gathered(statistics, missing, also_read))
+        kind = self._options.config.fisher
+        if (
+            kind != "empirical"
+            and self._backward
+            and not self._passes
+            and "its output gradients" in missing.values()
+        ):
+            raise MissingStatisticsError(
+                f"fisher={kind!r} needs capture.backward_fisher(outputs, loss_type) between the forward pass and "
+                "loss.backward()"
+            )
+        counted = {n: r for n, r in self.recorders.items() if n not in missing and n not in wrong}
+        for recorder in counted.values():
+            recorder.note_loss(self._loss_gradient)
+            recorder.end_group()
+        errors, too_far = self._check(counted)
+        wrong |= too_far
+        counted = {name: recorder for name, recorder in counted.items() if name not in too_far}
+        factor = self._factor(counted)
+        by_loss = self.loss_normalizer is None and self._options.config.fisher == "empirical"
+        statistics = {name: recorder.statistics(factor, by_loss=by_loss) for name, recorder in counted.items()}
+        rows = {name: recorder.rows for name, recorder in counted.items()}
+        strangers = list(self._strangers.values())
+        readers = self.uses.missed
+        self._finish(Gathered(statistics, missing, wrong, self._backward, rows, errors, readers, strangers))
 
-    def _scale(self, examples: Scalar) -> Scalar:
-        """What squares of output gradients are multiplied by to belong to the per-example loss."""
+    def _missed_use(self, spec: LayerSpec) -> str | None:
+        """An operation that reads the weight or bias of a layer and is not recorded."""
+        names = (spec.weight, spec.bias) if spec.bias is not None else (spec.weight,)
+        uses = (self.uses.missed.get(id(self.layers.params[name])) for name in names)
+        return next((use for use in uses if use is not None), None)
+
+    def _factor(self, recorders: Mapping[str, AnyRecorder]) -> Scalar:
+        """What squares of output gradients are multiplied by to belong to the per-example loss.
+
+        One number for all layers: by default the examples of the layer that was called first, whose rows are those
+        of the batch. Others may see a part of it (experts) or cut it up (windows).
+        """
         config = self._options.config
-        if config.fisher == "empirical":
-            scale = examples if self.loss_normalizer is None else self.loss_normalizer
-            return scale * scale
-        return 1.0 / config.fisher_samples if config.fisher == "mc" else 1.0
+        if config.fisher != "empirical":
+            return 1.0 / config.fisher_samples if config.fisher == "mc" else 1.0
+        scale = self.loss_normalizer
+        if scale is None:
+            scale = next((recorder.examples for recorder in recorders.values()), 1.0)
+        return scale * scale
+
+    def _check(self, recorders: Mapping[str, AnyRecorder]) -> tuple[dict[str, float], dict[str, str]]:
+        """By layer, how far the captured pairs are from the weight's gradient; and the layers that are too far."""
+        shares, excesses = {}, {}
+        for name, recorder in recorders.items():
+            spec, product, gradient = self.layers.covered[name].spec, recorder.product, self._gradients.get(name)
+            if product is None or gradient is None or id(self._weights[name]) in self.uses.penalised:
+                continue
+            difference = product.matrix - to_matrix(gradient.to(product.matrix), None, spec)
+            norm = gradient.to(product.matrix).norm()
+            shares[name] = difference.norm() / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+            allowed = MAX_ERROR * norm + ROUNDING * product.eps * product.bound
+            excesses[name] = difference.norm() - allowed
+        if not shares:
+            return {}, {}
+        device = next(iter(shares.values())).device
+        table = torch.stack([torch.stack([shares[n].to(device), excesses[n].to(device)]) for n in shares]).tolist()
+        errors = {name: share for name, (share, _) in zip(shares, table, strict=True)}
+        far = {name: share for name, (share, excess) in zip(shares, table, strict=True) if excess > 0}
+        return errors, {name: not_its_gradient(share) for name, share in far.items()}
 
 
 class _Interceptor(TorchFunctionMode):
@@ -338,12 +494,25 @@ class _Interceptor(TorchFunctionMode):
         if func is Tensor.backward:
             with self:
                 return _tensor_backward(*args, **kwargs)
-        if func is torch.autograd.backward and (edges := _edges(*args, **kwargs)):
+        if func is torch.autograd.backward or func is torch.autograd.grad:
+            return self._backward(func, list(args), kwargs)
+        return self._capture.called(Called(func, list(args), kwargs))
+
+    def _backward(self, func: Function, args: list[Any], kwargs: Mapping[str, Any]) -> Any:
+        bound = inspect.signature(func).bind(*args, **kwargs).arguments
+        inputs = bound.get("inputs")
+        inputs = [inputs] if isinstance(inputs, Tensor) else inputs
+        edges = [] if func is torch.autograd.grad else _edges(*args, **kwargs)
+
+        def run() -> Any:
             # A mode is off while it handles a function, and this one may run layers again (reentrant
             # checkpointing). Unlike for tensors, backward from gradient edges does not ask the mode again.
-            with self:
-                return func(edges, *list(args)[1:], **kwargs)
-        return self._capture.called(Called(func, list(args), kwargs))
+            if edges:
+                with self:
+                    return func(edges, *args[1:], **kwargs)
+            return func(*args, **kwargs)
+
+        return self._capture.backward(run, inputs, again=bool(bound.get("create_graph")))
 
 
 def _tensor_backward(

@@ -54,6 +54,20 @@ def to_dict(
     }
 
 
+def take_apart(state_dict: dict[str, Any]) -> tuple[Entry, dict[str, Any]]:
+    """The entry "kfac" of a state_dict, and groups and moments without it.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    states = {key: dict(value) for key, value in state_dict["state"].items()}
+    beside = [entry for value in states.values() if (entry := value.pop("kfac", None)) is not None]
+    kfac = state_dict.get("kfac", beside[0] if beside else None)
+    if kfac is None:
+        raise ValueError("this state_dict is not KFAC's: it has no entry 'kfac'")
+    return kfac, {**{k: v for k, v in state_dict.items() if k != "kfac"}, "state": states}
+
+
 def check(
     kfac: Entry,
     config: KFACConfig,

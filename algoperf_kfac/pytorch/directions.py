@@ -63,10 +63,16 @@ def first_order(
         for p in group["params"]:
             if p.grad is None:
                 continue
+            if p.grad.is_sparse:
+                # Moments and decay move every row anyway.
+                p.grad = p.grad.to_dense()
             state = states[p]
             if not state:
                 state["step"] = 0
                 state["exp_avg"] = torch.zeros_like(p)
+            for key in ("exp_avg", "exp_avg_sq"):
+                if key in state and (state[key].dtype, state[key].device) != (p.dtype, p.device):
+                    state[key] = state[key].to(p)  # the model was moved or cast
             if "exp_avg_sq" not in state and id(p) not in plain:
                 state["exp_avg_sq"] = torch.zeros_like(p)
             state["step"] += 1

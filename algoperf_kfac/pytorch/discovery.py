@@ -49,6 +49,31 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def check_model(model: nn.Module) -> None:
+    """Raises ValueError if parts of a model are flat parameters that layers are cut from (FSDP)."""
+    for path, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            where = f"module {path}" if path else "the model"
+            raise ValueError(f"{where} is sharded (FSDP): K-FAC needs whole layers, use DistributedDataParallel")
+
+
+def check_parameter(param: Tensor, name: str | None) -> None:
+    """Raises ValueError if K-FAC cannot train a parameter, None being the name of one that is not the model's."""
+    if name is None:
+        raise ValueError(f"a parameter of shape {tuple(param.shape)} in params does not belong to the model")
+    if param.is_complex():
+        raise ValueError(
+            f"parameter {name} is complex: train its real and imaginary parts as two parameters "
+            "(torch.view_as_complex in the model), or leave it to another optimizer"
+        )
+    if "DTensor" in (type(param).__name__, type(param.data).__name__):
+        raise ValueError(
+            f"parameter {name} is sharded (FSDP2): K-FAC needs whole layers, use DistributedDataParallel"
+        )
+    if not param.is_floating_point():
+        raise ValueError(f"parameter {name} of dtype {param.dtype} cannot be trained")
+
+
 def discover(
     model: nn.Module,
     config: KFACConfig,

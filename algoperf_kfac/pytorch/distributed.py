@@ -5,13 +5,16 @@ Every function here is a collective operation: all processes call it with the sa
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from algoperf_kfac.cost import assign, cubes
 from algoperf_kfac.layers import LayerSpec
@@ -22,46 +25,123 @@ from algoperf_kfac.pytorch.scalings import Scaling
 from algoperf_kfac.pytorch.statistics import Statistics
 
 T = TypeVar("T")
+SAME_NUMBER = (
+    "all processes must make the same number of steps, give each the same number of batches (DistributedSampler, "
+    "drop_last=True)"
+)
 
 
-def is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+class Processes:
+    """The processes that train one model on parts of a batch; this one alone, without a group.
+
+    Args:
+        group: their group, None for this process alone.
+        parallel: DistributedDataParallel around the model, if it gave the group.
+    """
+
+    def __init__(
+        self, group: ProcessGroup | None = None, parallel: nn.parallel.DistributedDataParallel | None = None
+    ) -> None:
+        self._group, self._parallel = group, parallel
+
+    @classmethod
+    def of(cls, model: nn.Module, group: ProcessGroup | None = None) -> Processes:
+        """Those of a model: a group that is given, else that of DistributedDataParallel around it.
+
+        That other processes exist is no reason to share with them: their models may be others.
+        """
+        while group is None:
+            if isinstance(model, nn.parallel.DistributedDataParallel):
+                return cls(model.process_group, model)
+            inner = getattr(model, "_orig_mod", None)
+            if inner is None:
+                break
+            model = inner
+        return cls(group)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Processes:
+        return self
+
+    def __reduce__(self) -> tuple[type[Processes], tuple[()]]:
+        """A group cannot be pickled: a copy from a pickle is alone."""
+        return (Processes, ())
+
+    @property
+    def size(self) -> int:
+        return 1 if self._group is None else dist.get_world_size(self._group)
+
+    @property
+    def rank(self) -> int:
+        """This process's number among them."""
+        return 0 if self._group is None else dist.get_rank(self._group)
+
+    def all_gather(self, value: T) -> list[T]:
+        """A small picklable value of every process, by rank."""
+        if self.size == 1:
+            return [value]
+        joining = getattr(self._parallel, "_join_config", None)
+        if joining is not None and joining.enable:
+            raise RuntimeError(f"torch's Join is not supported: {SAME_NUMBER}")
+        gathered = [value] * self.size
+        with _explained():
+            dist.all_gather_object(gathered, value, group=self._group)
+        return gathered
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """The sum over the processes, in place."""
+        if self.size > 1:
+            with _explained():
+                dist.all_reduce(tensor, group=self._group)
+
+    def broadcast(self, tensor: Tensor, rank: int) -> Callable[[], None]:
+        """Begin to send a tensor of one process to all; returns what waits for it."""
+        assert self._group is not None
+        with _explained():
+            source = dist.get_global_rank(self._group, rank)
+            work = dist.broadcast(tensor, src=source, group=self._group, async_op=True)
+
+        def wait() -> None:
+            with _explained():
+                work.wait()
+
+        return wait
 
 
-def rank() -> int:
-    """This process's number, 0 without others."""
-    return dist.get_rank() if is_distributed() else 0
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Names what is usually behind a collective operation that does not come to its end."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"a process did not take part in K-FAC's exchange of statistics: {SAME_NUMBER}. "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
-def all_gather(value: T) -> list[T]:
-    """A small picklable value of every process, by rank."""
-    if not is_distributed():
-        return [value]
-    gathered = [value] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
-
-
-def generator_for(seed: int, step: int, capture: int, device: torch.device) -> torch.Generator:
+def generator_for(
+    seed: int, step: int, capture: int, device: torch.device, processes: Processes
+) -> torch.Generator:
     """The label draws of a step's n-th capture, independent between steps, captures and processes.
 
     A function of its arguments and the rank, so that processes continue each with its own draws from a state
     that only one of them saved.
     """
     generator = torch.Generator(device=device)
-    digest = hashlib.blake2b(f"{seed} {step} {capture} {rank()}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed} {step} {capture} {processes.rank}".encode(), digest_size=8).digest()
     return generator.manual_seed(int.from_bytes(digest, "little"))
 
 
-def all_reduce_statistics(statistics: list[Statistics]) -> None:
+def all_reduce_statistics(statistics: list[Statistics], processes: Processes) -> None:
     """Sum statistics over all processes, in place, with one flat all-reduce per dtype.
 
     Sums and their counts travel together, so that processes may hold different numbers of examples.
 
     Args:
         statistics: the same layers in the same order on every process.
+        processes: all of them.
     """
-    if not statistics or not is_distributed():
+    if not statistics or processes.size == 1:
         return
     pieces: list[Tensor] = []
     for s in statistics:
@@ -70,7 +150,7 @@ def all_reduce_statistics(statistics: list[Statistics]) -> None:
     for dtype in sorted({p.dtype for p in pieces}, key=str):
         group = [p for p in pieces if p.dtype == dtype]
         flat = torch.cat([p.reshape(-1) for p in group])
-        dist.all_reduce(flat)
+        processes.all_reduce(flat)
         parts = iter(flat.split([p.numel() for p in group]))
         for p in group:
             p.data = next(parts).view(p.shape)
@@ -81,39 +161,43 @@ def all_reduce_statistics(statistics: list[Statistics]) -> None:
         s.a_count, s.examples = next(summed), next(summed)
 
 
-def refresh(layers: list[tuple[LayerSpec, LayerState]], scaling: Scaling) -> None:
+def refresh(layers: list[tuple[LayerSpec, LayerState]], scaling: Scaling, processes: Processes) -> None:
     """Recompute the preconditioners of `layers`, each in one of the processes; afterwards all have them all.
 
     The outcomes travel first (one small all-reduce), so that every process knows the sizes of what follows: one
     broadcast per process, of what it renewed. Balanced work is not balanced size, and a staggered refresh may
     leave most processes without work: an all-gather would pad all of them to the largest.
     """
-    if not is_distributed():
+    if processes.size == 1:
         here.refresh(layers, scaling)
         return
-    owners = assign([cubes(spec) for spec, _ in layers], dist.get_world_size())
-    mine = [i for i, owner in enumerate(owners) if owner == rank()]
+    owners = assign([cubes(spec) for spec, _ in layers], processes.size)
+    mine = [i for i, owner in enumerate(owners) if owner == processes.rank]
     results = [Refresh() for _ in layers]
     for i, result in zip(mine, here.decompose([layers[i][1] for i in mine], scaling), strict=True):
         results[i] = result
-    _share_outcomes(results, layers[0][1].weight.device)
-    _share_matrices(layers, results, owners, scaling)
+    _share_outcomes(results, layers[0][1].weight.device, processes)
+    _share_matrices(layers, results, owners, scaling, processes)
     for (_, state), result in zip(layers, results, strict=True):
         here.install(state, result, scaling)
 
 
-def _share_outcomes(results: list[Refresh], device: torch.device) -> None:
+def _share_outcomes(results: list[Refresh], device: torch.device, processes: Processes) -> None:
     """Counts and drift of every layer, from its owner to all: the others hold zeros, so a sum is a copy."""
     rows = [[float(r.renewed), float(r.skipped), float(r.failures), r.drift] for r in results]
     table = torch.tensor(rows, dtype=torch.float64, device=device)
-    dist.all_reduce(table)
+    processes.all_reduce(table)
     for result, (renewed, skipped, failures, drift) in zip(results, table.tolist(), strict=True):
         result.renewed, result.skipped = bool(renewed), bool(skipped)
         result.failures, result.drift = int(failures), drift
 
 
 def _share_matrices(
-    layers: list[tuple[LayerSpec, LayerState]], results: list[Refresh], owners: list[int], scaling: Scaling
+    layers: list[tuple[LayerSpec, LayerState]],
+    results: list[Refresh],
+    owners: list[int],
+    scaling: Scaling,
+    processes: Processes,
 ) -> None:
     """Bases and values of every layer, from its owner to all, as bytes whatever their dtypes.
 
@@ -133,12 +217,12 @@ def _share_matrices(
         if not size:
             continue
         buffer = torch.empty(size, dtype=torch.uint8, device=device)
-        if owner == rank():
+        if owner == processes.rank:
             matrices = [m for i in theirs for field in shapes[i] for m in getattr(results[i], field)]
             torch.cat([_as_bytes(m).to(device) for m in matrices], out=buffer)
-        sent.append((theirs, buffer, dist.broadcast(buffer, src=owner, async_op=True)))
-    for theirs, buffer, work in sent:
-        work.wait()
+        sent.append((theirs, buffer, processes.broadcast(buffer, owner)))
+    for theirs, buffer, wait in sent:
+        wait()
         start = 0
         for i in theirs:
             like = layers[i][1].weight

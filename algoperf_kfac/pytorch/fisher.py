@@ -69,6 +69,25 @@ def sampled_loss(
     return _masked(per_label, mask).sum()
 
 
+def classes_last(
+    outputs: Tensor | tuple[Tensor, Tensor], loss_type: enum.Enum | str, class_dim: int
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Logits with their dimension over classes last.
+
+    Raises:
+        ValueError: for several outputs where the loss takes one.
+    """
+    is_ctc = loss_type_of(loss_type) is LossType.CTC_LOSS
+    if isinstance(outputs, Tensor):
+        return outputs.movedim(class_dim, -1)
+    if not is_ctc or len(outputs) != 2:
+        raise ValueError(
+            f"outputs are a {type(outputs).__name__} of {len(outputs)}: only CTC takes a pair (logits, paddings). "
+            "For a model with several heads call backward_fisher once for each"
+        )
+    return outputs
+
+
 def exact_losses(
     outputs: Tensor | tuple[Tensor, Tensor], loss_type: enum.Enum | str, mask: Tensor | None = None
 ) -> Iterator[Tensor]:

@@ -82,6 +82,21 @@ class ConvGeometry:
         order = (0, *range(3, 3 + dims), 1, 2, *range(3 + dims, 3 + 2 * dims))
         return grouped.permute(order).reshape(n, math.prod(self.out_size), groups, -1)
 
+    def weight_gradient(self, x: Tensor, grad: Tensor, groups: int) -> Tensor:
+        """(N, C, *in_size), (N, C_out, *out_size) -> (groups, P_out, P): the weight's gradient as a matrix.
+
+        From input and output gradient, by the convolution's own backward pass: patches are not built.
+        """
+        padded, dims = self.padded(x), len(self.kernel)
+        zeros, stride = [0] * dims, [self._read_stride(dim) for dim in range(dims)]
+        like = padded.new_empty(grad.shape[1], x.shape[1] // groups, *self.kernel)
+        _, weight, _ = torch.ops.aten.convolution_backward(
+            grad, padded, like, None, stride, zeros, self.dilation, False, zeros, groups, (False, True, False)
+        )
+        if self.transposed:
+            weight = weight.flip(tuple(range(2, 2 + dims)))
+        return weight.reshape(groups, grad.shape[1] // groups, -1)
+
     def indicator(self, dim: int, like: Tensor) -> Tensor:
         """(kernel, in_size): entry (i, h) counts the outputs at which kernel offset i reads input index h."""
         h = torch.arange(self.in_size[dim], device=like.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,17 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from algoperf_kfac.config import KFACConfig
-from algoperf_kfac.layers import Coverage, FallbackSpec, LayerSpec, also_read_by, missed_statistics
+from algoperf_kfac.errors import listed, warn
+from algoperf_kfac.layers import UNREAD, Coverage, FallbackSpec, LayerSpec, missed_statistics, no_rule
 from algoperf_kfac.pytorch.covered_layer import CoveredLayer
 from algoperf_kfac.pytorch.discovery import RAW, discover, spec_of_operation
-from algoperf_kfac.pytorch.kinds import KINDS, Watch
+from algoperf_kfac.pytorch.kinds import KINDS, Kind, Watch
 from algoperf_kfac.pytorch.operations import Operation
 from algoperf_kfac.pytorch.preconditioner import LayerState
 from algoperf_kfac.pytorch.scalings import Scaling
-from algoperf_kfac.pytorch.statistics import AnyRecorder, Recorder
+from algoperf_kfac.pytorch.statistics import AnyRecorder, Statistics
 
 if TYPE_CHECKING:
     from algoperf_kfac.pytorch.capture import Capture
+
+
+_PLAIN = Kind()
 
 
 class Layers:
@@ -34,6 +37,10 @@ class Layers:
         by_weight: the layers' specs, by identity of the weight.
         fallbacks: every other trainable parameter, with the reason.
         missed: what the layers that left had missed, by name.
+        left: names of the layers that left for the fallback.
+        left_parameters: names of their parameters.
+        seen: names of the layers that some statistics step has seen.
+        missed_steps: the statistics steps in a row that went by without a layer, by name.
 
     Args:
         model: the bare model.
@@ -53,25 +60,52 @@ class Layers:
         exclude: Iterable[str],
         output_splits: Mapping[str, int],
     ) -> None:
-        exclude = list(exclude)
-        self.params = dict(params)
+        self._exclude = list(exclude)
         self._config, self._scaling, self._output_splits = config, scaling, dict(output_splits)
         self._kinds = [kind() for kind in KINDS]
-        found, self.fallbacks = discover(
-            model, config, list(params.values()), exclude, self._output_splits, self._kinds
-        )
-        for kind in self._kinds:
-            kind.begin(model, config, self.fallbacks, exclude)
+        self.params: dict[str, Tensor] = {}
+        self.fallbacks: list[FallbackSpec] = []
+        self._raw: set[str] = set()  # parameters that an operation with a rule may prove to read
+        self.left_parameters: set[str] = set()
         self.missed: dict[str, str] = {}
+        self.left: set[str] = set()
+        self.seen: set[str] = set()
+        self.missed_steps: dict[str, int] = {}
         self.covered: dict[str, CoveredLayer] = {}
         self.states: dict[str, LayerState] = {}
         self.by_weight: dict[int, LayerSpec] = {}
+        self.extend(model, params)
+
+    def extend(self, model: nn.Module, params: Mapping[str, Tensor]) -> None:
+        """Take in the parameters that are new; what is known stays as it is."""
+        new = {name: p for name, p in params.items() if name not in self.params}
+        self.params = dict(params)
+        self._identities = {id(p) for p in params.values()}
+        found, fallbacks = discover(
+            model, self._config, list(new.values()), self._exclude, self._output_splits, self._kinds
+        )
+        self.fallbacks += fallbacks
+        self._raw |= {f.name for f in fallbacks if f.reason == RAW}
+        for kind in self._kinds:
+            kind.begin(model, self._config, self.fallbacks, self._exclude)
         for layer in found:
             self._add(layer)
 
     def coverage(self) -> Coverage:
         """The covered layers, and every other trainable parameter with the reason why it is not covered."""
         return Coverage(tuple(layer.spec for layer in self.covered.values()), tuple(self.fallbacks))
+
+    def idle(self, names: Iterable[str]) -> dict[str, int]:
+        """Count a statistics step that saw these layers.
+
+        Returns:
+            The layers that no step has seen yet, and how many there were.
+        """
+        names = set(names)
+        self.seen |= names
+        for name in self.covered:
+            self.missed_steps[name] = 0 if name in names else self.missed_steps.get(name, 0) + 1
+        return {name: count for name, count in self.missed_steps.items() if name not in self.seen}
 
     def order(self, names: Iterable[str]) -> None:
         """Let these layers come first, in this order."""
@@ -83,18 +117,42 @@ class Layers:
         """What the kinds of layers have to do within a capture."""
         return [watch for kind in self._kinds if (watch := kind.watch(capture)) is not None]
 
-    def recorder(self, spec: LayerSpec, dtype: torch.dtype, *, one_pass: bool) -> AnyRecorder:
+    def recorder(self, spec: LayerSpec, dtype: torch.dtype, *, one_pass: bool, checks: bool) -> AnyRecorder:
         """What gathers the statistics of a layer; arguments as for `Recorder`."""
-        for kind in self._kinds:
-            if spec.kind in kind.names:
-                return kind.recorder(spec, dtype, one_pass=one_pass)
-        return Recorder(spec, dtype, one_pass=one_pass)
+        return self._kind_of(spec).recorder(spec, dtype, one_pass=one_pass, checks=checks)
+
+    def no_statistics(self, name: str) -> Statistics:
+        """The statistics of a covered layer that saw nothing."""
+        layer = self.covered[name]
+        return self._kind_of(layer.spec).zeros(layer.spec, layer.factor_like)
+
+    def _kind_of(self, spec: LayerSpec) -> Kind:
+        """What knows how a layer is recorded; the base class for all that is linear."""
+        return next((kind for kind in self._kinds if spec.kind in kind.names), _PLAIN)
+
+    def note_readers(self, readers: Mapping[int, str]) -> None:
+        """Say of parameters that operations with a rule might have read what did, or that nothing did.
+
+        Args:
+            readers: by identity of a parameter: the operation without a rule in which it met data.
+        """
+        revised = []
+        for f in self.fallbacks:
+            if f.name in self._raw and f.reason in (RAW, UNREAD):
+                reader = readers.get(id(self.params[f.name]))
+                f = dataclasses.replace(f, reason=UNREAD if reader is None else no_rule(reader))
+            revised.append(f)
+        self.fallbacks = revised
+
+    def knows(self, weight: Tensor) -> bool:
+        """Whether a parameter is one of those to train."""
+        return id(weight) in self._identities
 
     # Joining.
 
     def promote(self, operation: Operation) -> LayerSpec | None:
         """Cover a raw parameter that an operation with a rule reads."""
-        candidates = {f.name for f in self.fallbacks if f.reason == RAW}
+        candidates = self._raw & {f.name for f in self.fallbacks} - self.left_parameters
         names = {id(p): n for n, p in self.params.items() if n in candidates}
         spec = spec_of_operation(operation, names, self._config, self._output_splits)
         if spec is None:
@@ -121,28 +179,36 @@ class Layers:
         """A layer's state before its first statistics."""
         return LayerState.zeros(layer.spec, layer.factor_like, self._scaling.keeps(layer.spec, layer.factor_like))
 
-    # Leaving. Warnings name the line that ended the capture.
+    # Leaving.
 
-    def leave_out(self, name: str, what: str) -> None:
-        """Move a layer that missed something to the fallback."""
-        self.missed[name] = what
-        self._demote(name, missed_statistics(what))
-        warnings.warn(f"K-FAC: layer {name} missed {what}; it takes the fallback from now on", stacklevel=5)
+    def leave_out(self, missing: Mapping[str, str]) -> None:
+        """Move layers that missed something to the fallback."""
+        self.missed |= missing
+        self._leave({name: missed_statistics(what) for name, what in missing.items()})
 
-    def give_up(self, name: str, operation: str) -> None:
-        """Move a layer whose weight an operation without a rule reads, too, to the fallback."""
-        self._demote(name, also_read_by(operation))
-        warnings.warn(
-            f"K-FAC: the weight of {name} is also read by {operation}; it takes the fallback", stacklevel=5
-        )
+    def give_up(self, reasons: Mapping[str, str]) -> None:
+        """Move layers to the fallback whose statistics would not be the whole of them."""
+        self._leave(reasons)
+
+    def _leave(self, reasons: Mapping[str, str]) -> None:
+        self.left |= set(reasons)
+        alike: dict[str, list[str]] = {}
+        for name, reason in reasons.items():
+            self._demote(name, reason)
+            alike.setdefault(reason, []).append(name)
+        for reason, names in alike.items():
+            text = f"layer {names[0]} takes" if len(names) == 1 else f"layers {listed(names)} take"
+            warn(f"{text} the fallback from now on: {reason}")
 
     def _demote(self, name: str, reason: str) -> None:
         layer = self.covered.pop(name)
         del self.states[name], self.by_weight[id(layer.weight)]
+        self.missed_steps.pop(name, None)
         for param_name in (layer.spec.weight, layer.spec.bias):
             if param_name is not None:
                 shape = tuple(self.params[param_name].shape)
                 self.fallbacks.append(FallbackSpec(param_name, shape, reason))
+                self.left_parameters.add(param_name)
 
     # State.
 
@@ -151,6 +217,9 @@ class Layers:
     ) -> None:
         """Cover exactly these layers, in this order, with states as at the beginning."""
         self.fallbacks, self.missed = list(fallbacks), dict(missed)
+        # Whatever was given up or left out stays so.
+        open_to = {RAW, UNREAD}
+        self.left_parameters = {f.name for f in self.fallbacks if f.name in self._raw and f.reason not in open_to}
         old = self.covered
         self.covered, self.states, self.by_weight = {}, {}, {}
         for name, spec in specs.items():
@@ -161,8 +230,9 @@ class Layers:
 
     def __getstate__(self) -> dict[str, Any]:
         """For deepcopy and pickle, together with the model: all but what hangs on identities."""
-        return {name: value for name, value in vars(self).items() if name != "by_weight"}
+        return {name: value for name, value in vars(self).items() if name not in ("by_weight", "_identities")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.by_weight = {id(layer.weight): layer.spec for layer in self.covered.values()}
+        self._identities = {id(p) for p in self.params.values()}

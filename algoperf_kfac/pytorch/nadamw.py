@@ -95,6 +95,8 @@ class NadamW(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
+                if p.grad is not None and p.grad.is_sparse:
+                    p.grad = p.grad.to_dense()  # moments and decay move every row anyway
                 if not self.state[p]:
                     self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p), step=0)
                 self.state[p]["step"] += 1

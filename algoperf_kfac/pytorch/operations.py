@@ -169,11 +169,25 @@ LOOKUPS: dict[Function, Callable[..., Operation]] = {
     torch.embedding: _torch_embedding,
 }
 
-# Operations that read a weight as a weight. Others (norms, penalties) leave the layer's statistics complete.
-WEIGHT_READS = frozenset(
-    """
-    T H mT mH t transpose swapaxes permute movedim view reshape flatten chunk split narrow unbind __getitem__
-    matmul mm bmm addmm einsum tensordot embedding embedding_bag index_select gather
-    cat stack lstm gru rnn_tanh rnn_relu multi_head_attention_forward
-    """.split()  # noqa: SIM905
+# Loss functions that average by default: the gradient they get says how a loss was scaled before backward().
+LOSSES: frozenset[Function] = frozenset(
+    {
+        F.cross_entropy,
+        F.nll_loss,
+        F.binary_cross_entropy,
+        F.binary_cross_entropy_with_logits,
+        F.mse_loss,
+        F.l1_loss,
+        F.smooth_l1_loss,
+        F.huber_loss,
+        F.ctc_loss,
+        F.kl_div,
+        F.gaussian_nll_loss,
+        F.poisson_nll_loss,
+    }
 )
+
+
+def is_mean(called: Called) -> bool:
+    """Whether a loss function of `LOSSES` was asked for its mean."""
+    return called.kwargs.get("reduction", "mean") in ("mean", "batchmean")

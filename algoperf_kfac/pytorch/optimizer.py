@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from algoperf_kfac import cadence
-from algoperf_kfac.config import TABLE, KFACConfig
-from algoperf_kfac.errors import MissingStatisticsError, check_reduction, missing_statistics, no_statistics
-from algoperf_kfac.layers import Coverage
+from algoperf_kfac.config import KFACConfig
+from algoperf_kfac.errors import (
+    MissingStatisticsError,
+    missing_statistics,
+)
+from algoperf_kfac.layers import Coverage, LayerSpec
 from algoperf_kfac.positions import PositionsLike, as_candidates
-from algoperf_kfac.pytorch import checkpoint, distributed
+from algoperf_kfac.pytorch import checkpoint, distributed, monitoring
 from algoperf_kfac.pytorch.capture import Capture, Gathered, Options
 from algoperf_kfac.pytorch.directions import Direction, first_order, second_order
-from algoperf_kfac.pytorch.discovery import unwrap
+from algoperf_kfac.pytorch.discovery import check_model, check_parameter, unwrap
 from algoperf_kfac.pytorch.layer_book import Layers
+from algoperf_kfac.pytorch.mistakes import Mistakes
+from algoperf_kfac.pytorch.monitoring import FactorPair
+from algoperf_kfac.pytorch.pending import Pending
 from algoperf_kfac.pytorch.scalings import Scaling, scaling_of
-from algoperf_kfac.pytorch.statistics import Scalar, Statistics
+from algoperf_kfac.pytorch.statistics import Scalar
 
-
-class FactorPair(NamedTuple):
-    """A and B of a layer: (P, P), or (groups, P, P) for grouped convolutions; a tuple of diagonal blocks above
-    `max_factor_dim` (empty where the factor is taken as the identity)."""
-
-    A: Tensor | tuple[Tensor, ...]
-    B: Tensor | tuple[Tensor, ...]
+REMEDY = (
+    "Run the forward and the backward pass inside capture(), leave unused layers out with exclude=[...], or pass "
+    "allow_partial_coverage=True to move them to the fallback"
+)
+# Statistics steps after which a layer that none of them has seen is taken for a mistake.
+NEVER_SEEN = 10
+# Updates at which directions are judged, which waits for the device.
+WHEN_JUDGED = (20, 100)
 
 
 class KFAC(torch.optim.Optimizer):
@@ -60,12 +68,14 @@ class KFAC(torch.optim.Optimizer):
         allow_partial_coverage: move a layer that misses its statistics to the fallback, with a warning, instead
             of stopping.
         seed: of the label draws of fisher="mc".
+        process_group: processes that train the same model on parts of a batch, and share statistics and refreshes.
+            Default: those of DistributedDataParallel around the model; without it every process is on its own.
         lr: the learning rate by torch's name, for `learning_rate`.
         betas: decays of the first and second moment by torch's name, for `one_minus_beta1` and `beta2`.
         **hyperparameters: fields of `KFACConfig`; `eps` and `weight_decay` have torch's names anyway.
 
     Raises:
-        TypeError: if it is given parameters in place of the model.
+        TypeError: if it is given parameters in place of the model, or a number in place of parameters.
         ValueError: for a hyperparameter out of range or given twice, a parameter that is not the model's, or a
             model without trainable parameters.
     """
@@ -77,12 +87,16 @@ class KFAC(torch.optim.Optimizer):
     _allow_partial_coverage: bool
     _layers: Layers
     _steps: int
-    _pending: dict[str, Statistics]
+    _pending: Pending
     _graft: dict[str, Tensor]
     _cosine: dict[str, Tensor]
     _stand_ins: Tensor
     _seed: int
-    _captures: int
+    _model: nn.Module
+    _mistakes: Mistakes
+    _unchecked: bool
+    _gradient_errors: dict[str, float]
+    _processes: distributed.Processes
 
     def __init__(
         self,
@@ -94,6 +108,7 @@ class KFAC(torch.optim.Optimizer):
         output_splits: Mapping[str, int] | None = None,
         allow_partial_coverage: bool = False,
         seed: int = 0,
+        process_group: ProcessGroup | None = None,
         lr: float | None = None,
         betas: tuple[float, float] | None = None,
         **hyperparameters: object,
@@ -103,12 +118,16 @@ class KFAC(torch.optim.Optimizer):
                 f"KFAC takes the model itself, not {type(model).__name__}: KFAC(model, ...), parameters or groups "
                 "of them as params=[...]"
             )
+        processes = distributed.Processes.of(model, process_group)
         config = KFACConfig.updated(config, hyperparameters | _by_torch_names(lr, betas, hyperparameters))
+        self._complete = False
         self.config = config
         self.scaling = scaling_of(config)
-        self._complete = False
         model = unwrap(model)
+        check_model(model)
         names = {id(p): name for name, p in model.named_parameters()}  # the first of several
+        if isinstance(params, int | float):
+            raise TypeError(f"params={params!r} are no parameters: the learning rate is lr={params!r}")
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
             if not params:
@@ -121,22 +140,26 @@ class KFAC(torch.optim.Optimizer):
         }
         super().__init__(params, group_defaults)
         self._complete = True
-        trainable = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        for p in trainable:
-            if id(p) not in names:
-                raise ValueError(f"a parameter of shape {tuple(p.shape)} in params does not belong to the model")
-        if not trainable:
+        given = [p for group in self.param_groups for p in group["params"]]
+        for p in given:
+            check_parameter(p, names.get(id(p)))
+        if not any(p.requires_grad for p in given):
             raise ValueError("the model has no trainable parameter")
-        self._params = {names[id(p)]: p for p in trainable}
+        self._params = {names[id(p)]: p for p in given}
+        self._model = model
+        self._mistakes = Mistakes(model, self._params)
         self._allow_partial_coverage = allow_partial_coverage
         self._layers = Layers(model, config, self.scaling, self._params, exclude, output_splits or {})
         self._steps = 0
-        self._pending: dict[str, Statistics] = {}
-        self._graft: dict[str, Tensor] = {}
-        self._cosine: dict[str, Tensor] = {}
-        self._stand_ins = torch.zeros((), device=trainable[0].device)
+        self._pending = Pending()
+        self._graft = {}
+        self._cosine = {}
+        self._gradient_errors = {}
+        self._stand_ins = torch.zeros((), device=given[0].device)
         self._seed = seed
-        self._captures = 0  # of the coming step
+        self._unchecked = True
+        self._processes = processes
+        self._keep_entries()
 
     def coverage(self) -> Coverage:
         """The covered layers, and every other trainable parameter with the reason why it is not covered."""
@@ -186,75 +209,118 @@ class KFAC(torch.optim.Optimizer):
         generator = None
         if active and self.config.fisher == "mc":
             device = self._stand_ins.device
-            generator = distributed.generator_for(self._seed, self._steps, self._captures, device)
-            self._captures += 1
-        options = Options(self.config, active, as_candidates(positions), generator)
-        return Capture(self._layers, self._finish_capture, options, loss_normalizer)
+            generator = distributed.generator_for(
+                self._seed, self._steps, self._pending.captures, device, self._processes
+            )
+            self._pending.captures += 1
+        layers, pending = self._layers, self._pending
+        pending.forget_stale(layers.covered)
+        if active and not pending.statistics:
+            self._mistakes.gradients_before(layer.weight for layer in layers.covered.values())
+        checks = active and self._unchecked and self.config.fisher == "empirical"
+        options = Options(self.config, active, as_candidates(positions), generator, checks)
+        return Capture(layers, self._finish_capture, options, loss_normalizer)
+
+    def check(self) -> None:
+        """Compare, at the next capture, what is captured of each layer with its weight's gradient.
+
+        The sum of output gradients times inputs, G^T A, is the gradient of a weight whose uses are all recorded. A
+        layer that falls short of it takes the fallback, with a warning. This is done at the first statistics step
+        anyway; `metrics()` gives the relative errors as "<layer>/gradient_error".
+        """
+        self._unchecked = True
 
     def _finish_capture(self, gathered: Gathered) -> None:
-        layers, missing = self._layers, gathered.missing
-        if missing and not self._allow_partial_coverage:
-            remedy = (
-                "Run the forward and the backward pass inside capture(), leave unused layers out with "
-                "exclude=[...], or pass allow_partial_coverage=True to move them to the fallback"
-            )
-            raise missing_statistics(missing, len(layers.covered), remedy)
-        for name, what in missing.items():
-            layers.leave_out(name, what)
-        for name, operation in gathered.also_read.items():
-            layers.give_up(name, operation)
-        for name in (*missing, *gathered.also_read):
-            self._pending.pop(name, None)
-        for name, new in gathered.statistics.items():
-            if name in self._pending:
-                self._pending[name].add(new)
-            else:
-                self._pending[name] = new
+        layers, pending, missing = self._layers, self._pending, gathered.missing
+        self._mistakes.strangers(gathered.strangers)
+        layers.note_readers(gathered.readers)
+        layers.give_up(gathered.wrong)
+        for name in gathered.wrong:
+            pending.drop(name)
+        pending.unfinished = {} if gathered.backward else dict(missing)
+        if not gathered.backward:
+            return  # a batch that was given up before its backward pass
+        # A layer that is called and whose gradient does not come back, or that no layer's statistics stand beside.
+        lost = {name: what for name, what in missing.items() if what != "its inputs"}
+        if not gathered.statistics and not pending.statistics and self._processes.size == 1:
+            lost = missing
+        if lost and not self._allow_partial_coverage:
+            raise missing_statistics(lost, len(layers.covered), REMEDY)
+        layers.leave_out(lost)
+        for name in lost:
+            pending.drop(name)
+        pending.add(gathered.statistics, layers.covered)
+        self._gradient_errors |= gathered.errors
+        self._unchecked = self._unchecked and not gathered.errors
+        self._mistakes.rows(gathered.rows)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, and the statistics captured with them."""
         super().zero_grad(set_to_none)
-        self._pending.clear()
+        self._pending.forget()
 
     def _update_statistics(self) -> None:
-        if not self._pending and not self.is_statistics_step:
+        if not self._pending.statistics and not self.is_statistics_step:
             return
+        layers = self._layers
         names = self._agree_on_layers()
-        covered, states = self._layers.covered, self._layers.states
-        distributed.all_reduce_statistics([self._pending[name] for name in names])
-        for name in names:
-            s = self._pending[name]
+        mine = self._pending.statistics
+        shared = [mine[n] if n in mine else layers.no_statistics(n) for n in names]
+        distributed.all_reduce_statistics(shared, self._processes)
+        for name, s in zip(names, shared, strict=True):
             a, b = s.averages()
-            states[name].update(a, b, s.examples, self.config.factor_decay)
-        self._pending.clear()
-        due = self._due()
+            layers.states[name].update(a, b, s.examples, self.config.factor_decay)
+        self._pending.forget()
+        self._stop_at_unseen(layers.idle(names))
+        due = [name for name in self._due() if name in layers.seen]
         if due:
-            distributed.refresh([(covered[name].spec, states[name]) for name in due], self.scaling)
+            pairs = [(layers.covered[name].spec, layers.states[name]) for name in due]
+            distributed.refresh(pairs, self.scaling, self._processes)
+
+    def _stop_at_unseen(self, unseen: Mapping[str, int]) -> None:
+        """Stop at layers that no statistics step has seen so far.
+
+        Raises:
+            MissingStatisticsError: naming them, unless partial coverage is allowed.
+        """
+        lost = {name: "its inputs" for name, count in unseen.items() if count >= NEVER_SEEN}
+        if lost and not self._allow_partial_coverage:
+            raise missing_statistics(lost, len(self._layers.covered), REMEDY)
+        self._layers.leave_out(lost)
 
     def _agree_on_layers(self) -> list[str]:
-        """The layers with statistics on every process, in one order; the others are left out everywhere.
+        """The layers with statistics on some process, in one order on all.
+
+        A process whose model did not call a layer (dropped, an expert without tokens) adds nothing to it. What one
+        of them left out is left out by all.
 
         Raises:
             MissingStatisticsError: on every process, if one has layers and captured nothing.
         """
         layers = self._layers
-        mine = [name for name in layers.covered if name in self._pending]
-        gathered = distributed.all_gather(None if layers.covered and not mine else mine)
-        silent = [rank for rank, names in enumerate(gathered) if names is None]
-        if silent:
-            where = f" on process {silent[0]}" if len(gathered) > 1 else ""
+        pending = self._pending
+        mine = {name: layers.covered[name].spec for name in layers.covered if name in pending.statistics}
+        gathered = self._processes.all_gather((pending.captured or not layers.covered, mine, sorted(layers.left)))
+        silent = [rank for rank, (captured, _, _) in enumerate(gathered) if not captured]
+        if silent or (layers.covered and not any(specs for _, specs, _ in gathered)):
+            where = f" on process {silent[0]}" if silent and len(gathered) > 1 else ""
+            missed = pending.unfinished
+            lost = f" ({missing_statistics(missed, len(layers.covered), '')})" if missed else ""
             raise MissingStatisticsError(
-                f"step {self._steps} is a statistics step and nothing was captured{where}: run the forward and "
-                "the backward pass inside `with optimizer.capture():` on every step"
+                f"step {self._steps} is a statistics step and nothing was captured{where}{lost}: run the forward "
+                "and the backward pass inside `with optimizer.capture():` on every step"
             )
-        everywhere = set.intersection(*(set(names or ()) for names in gathered))
-        for name in mine:
-            if name not in everywhere:
-                layers.leave_out(name, "its statistics on another process")
-        names = [name for name in gathered[0] or () if name in everywhere]
+        left = {name for _, _, names in gathered for name in names}
+        layers.leave_out({name: "its statistics on another process" for name in left if name in layers.covered})
+        everywhere: dict[str, LayerSpec] = {}
+        for _, specs, _ in gathered:
+            everywhere |= {n: spec for n, spec in specs.items() if n not in everywhere and n not in left}
+        for name, spec in everywhere.items():
+            if name not in layers.covered:  # a raw parameter that only another process has used so far
+                layers.adopt(spec)
         # Raw parameters joined in the order of their use, which may differ; refreshes take turns in this one.
-        layers.order(names)
-        return names
+        layers.order(everywhere)
+        return list(everywhere)
 
     def _due(self) -> list[str]:
         """Layers to refresh at this statistics step: staggered, but all of them while the statistics are young."""
@@ -276,20 +342,7 @@ class KFAC(torch.optim.Optimizer):
             RuntimeError: before the first statistics step.
             ValueError: for an unknown reduction.
         """
-        check_reduction(reduction)
-        states = self._layers.states
-        if states and not any(float(state.weight) for state in states.values()):
-            raise no_statistics()
-        pairs = {}
-        for name, state in states.items():
-            a, b = state.corrected()
-            if reduction == "sum":
-                examples = state.examples / state.weight.clamp(min=torch.finfo(state.weight.dtype).tiny)
-                if self._layers.covered[name].spec.kind == TABLE:  # one factor for both
-                    a = [m * examples for m in a]
-                b = [m * examples for m in b]
-            pairs[name] = FactorPair(_present(a), _present(b))
-        return pairs
+        return monitoring.factors(self._layers, reduction)
 
     # The update --------------------------------------------------------------------------------------------
 
@@ -300,6 +353,8 @@ class KFAC(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad(), self.capture():
                 loss = closure()
+        for name, layer in self._layers.covered.items():
+            self._layers.states[name].move(layer.factor_like)
         self._update_statistics()
         directions = first_order(self.param_groups, self.state, self._without_second_moment())
         self._second_order(directions)
@@ -307,12 +362,13 @@ class KFAC(torch.optim.Optimizer):
             params = [p for p in group["params"] if id(p) in directions]
             if not params:
                 continue
+            lr = group["lr"].item() if isinstance(group["lr"], Tensor) else group["lr"]
             if group["weight_decay"]:
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             steps = [directions[id(p)].step.to(p.dtype) for p in params]
-            torch._foreach_add_(params, steps, alpha=-group["lr"])
+            torch._foreach_add_(params, steps, alpha=-lr)
         self._steps += 1
-        self._captures = 0
+        self._pending.forget()
         return loss
 
     def _without_second_moment(self) -> set[int]:
@@ -333,6 +389,8 @@ class KFAC(torch.optim.Optimizer):
             monitor=self.is_statistics_step,
         )
         self._stand_ins += outcome.stand_ins
+        if self.config.grafting and self._steps in WHEN_JUDGED:
+            self._mistakes.directions(outcome.ratios)
         if self.is_statistics_step and outcome.cosines:
             self._cosine = outcome.cosines
             if self.config.grafting:
@@ -348,44 +406,50 @@ class KFAC(torch.optim.Optimizer):
         and the cosine between K-FAC direction and momentum gradient, both at the last statistics step; and
         their totals or means over layers.
         """
-        states = self._layers.states
-        out: dict[str, float] = {
-            "steps": float(self._steps),
-            "coverage": self.coverage().fraction,
-            "missed_layers": float(len(self._layers.missed)),
-        }
-        for key in ("refreshes", "failures", "skipped"):
-            out[key] = float(sum(getattr(state, key) for state in states.values()))
-        out["stand_ins"] = float(self._stand_ins)
-        out["dropped"] = sum(float(state.dropped) for state in states.values())
-        for key, values in (("graft_ratio", self._graft), ("cosine", self._cosine)):
-            numbers = {name: float(value) for name, value in values.items() if name in states}
-            if numbers:
-                out[key] = sum(numbers.values()) / len(numbers)
-            out |= {f"{name}/{key}": number for name, number in numbers.items()}
-        for name, state in states.items():
-            for key in ("refreshes", "failures", "skipped", "drift"):
-                out[f"{name}/{key}"] = float(getattr(state, key))
-            out[f"{name}/dropped"] = float(state.dropped)
-        return out
+        run = {"steps": float(self._steps), "stand_ins": float(self._stand_ins)}
+        judged = {"graft_ratio": self._graft, "cosine": self._cosine}
+        return run | monitoring.metrics(self._layers, judged, self._gradient_errors)
+
+    def summary(self, worst: int = 8) -> str:
+        """A table of the layers whose directions are the most doubtful, for a person to read.
+
+        By layer: the graft ratio (the length of NadamW's step over that of K-FAC's: far below 1 where factors are
+        all but singular), the cosine between K-FAC direction and momentum, the share of eigenvalues of A and B that
+        are hardly more than damping, refreshes, and statistics steps in a row that went by without the layer.
+
+        Args:
+            worst: number of layers, those with the smallest graft ratio first.
+        """
+        return monitoring.summary(self._layers, self._graft, self._cosine, worst)
 
     # State -------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused after construction: the layers of new parameters would not be known.
+        """Take further parameters of the model: their layers start as new, all others go on bit for bit.
 
         Raises:
-            RuntimeError: always, once the optimizer exists.
+            ValueError: if a parameter does not belong to the model, or cannot be trained.
         """
-        if getattr(self, "_complete", False):
-            raise RuntimeError(
-                "KFAC cannot take further parameter groups: make a new KFAC over the whole model, with all "
-                "groups in params=[...], and load the old state_dict into it"
-            )
-        super().add_param_group(param_group)
+        if not self._complete:  # called by the constructor
+            super().add_param_group(param_group)
+            return
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        names = {id(p): name for name, p in self._model.named_parameters()}
+        for p in params:
+            check_parameter(p, names.get(id(p)))
+        super().add_param_group({**param_group, "params": params})
+        self._params |= {names[id(p)]: p for p in params}
+        self._mistakes.take(self._params)
+        self._layers.extend(self._model, self._params)
+        self._unchecked = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to continue bit for bit; loadable with torch.load(weights_only=True)."""
+        """Everything needed to continue bit for bit; loadable with torch.load(weights_only=True).
+
+        K-FAC's part stands in the entry "kfac", and once more beside the moments of the first parameter:
+        torch.distributed.checkpoint passes on what belongs to parameters, and drops everything else.
+        """
         state = super().state_dict()
         state["kfac"] = checkpoint.to_dict(
             [layer.spec for layer in self._layers.covered.values()],
@@ -396,7 +460,11 @@ class KFAC(torch.optim.Optimizer):
             seed=self._seed,
             missed=dict(self._layers.missed),
             stand_ins=self._stand_ins,
+            gradient_errors=dict(self._gradient_errors),
+            missed_steps=dict(self._layers.missed_steps),
         )
+        first = next(iter(state["state"]))
+        state["state"][first] = {**state["state"][first], "kfac": state["kfac"]}
         return state
 
     @torch.no_grad()
@@ -406,22 +474,31 @@ class KFAC(torch.optim.Optimizer):
         Raises:
             ValueError: naming the layer or parameter that does not fit.
         """
-        if "kfac" not in state_dict:
-            raise ValueError("this state_dict is not KFAC's: it has no entry 'kfac'")
-        kfac = state_dict["kfac"]
+        kfac, rest = checkpoint.take_apart(state_dict)
         specs = {name: layer.spec for name, layer in self._layers.covered.items()}
         checkpoint.check(kfac, self.config, specs, {name: tuple(p.shape) for name, p in self._params.items()})
         # A copy, so that the optimizer that gave the state may go on.
-        super().load_state_dict(copy.deepcopy({k: v for k, v in state_dict.items() if k != "kfac"}))
-        self._layers.restore(checkpoint.specs_of(kfac), checkpoint.fallbacks_of(kfac), kfac["missed"])
-        states = self._layers.states
-        for name, zeros in list(states.items()):
-            states[name] = checkpoint.layer_state(kfac, name, zeros, self.scaling)
+        super().load_state_dict(copy.deepcopy(rest))
+        layers = self._layers
+        layers.restore(checkpoint.specs_of(kfac), checkpoint.fallbacks_of(kfac), kfac["missed"])
+        for name, zeros in list(layers.states.items()):
+            layers.states[name] = checkpoint.layer_state(kfac, name, zeros, self.scaling)
+        layers.missed_steps = dict(kfac.get("missed_steps", {}))  # version 0.1.0 had none of these
+        self._gradient_errors = dict(kfac.get("gradient_errors", {}))
+        layers.seen = {name for name, state in layers.states.items() if float(state.weight)}
         self._steps = kfac["steps"]
         self._stand_ins.copy_(kfac["stand_ins"])
         self._seed = checkpoint.seed_of(kfac)
-        self._captures = 0
-        self._pending.clear()
+        self._unchecked = self._steps == 0
+        self._pending.forget()
+        self._keep_entries()
+
+    def _keep_entries(self) -> None:
+        """An entry for every parameter, if an empty one: where there is none at all,
+        torch.distributed.checkpoint makes a step of its own to have some."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]
 
     def __getstate__(self) -> dict[str, Any]:
         """For deepcopy and pickle, together with the model: torch's own, and the attributes declared above."""
@@ -447,9 +524,3 @@ def _by_torch_names(
         torch_name = "lr" if name == "learning_rate" else "betas"
         raise ValueError(f"hyperparameter {name} is given twice, as {torch_name}, too: leave one of them out")
     return fields
-
-
-def _present(blocks: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
-    """One block as a matrix, without the group dimension where there is one group."""
-    squeezed = [m[0] if len(m) == 1 else m for m in blocks]
-    return squeezed[0] if len(squeezed) == 1 else tuple(squeezed)

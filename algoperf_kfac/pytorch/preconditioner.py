@@ -77,6 +77,18 @@ class LayerState:
             kept=kept,
         )
 
+    def move(self, like: Tensor) -> None:
+        """Bring the tensors to the device and dtype of `like`, where the model was moved."""
+        if (self.weight.dtype, self.weight.device) == (like.dtype, like.device):
+            return
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, dict):
+                setattr(self, field.name, {key: _moved(v, like) for key, v in value.items()})
+            else:
+                moved = [_moved(v, like) for v in value] if isinstance(value, list) else _moved(value, like)
+                setattr(self, field.name, moved)
+
     def update(self, a: list[Tensor], b: list[Tensor], examples: Tensor | float, decay: float) -> None:
         """Move the averages towards the statistics of one step; non-finite statistics are left out.
 
@@ -95,6 +107,10 @@ class LayerState:
         """A and B per example, the bias of the averages corrected."""
         scale = 1 / self.weight.clamp(min=torch.finfo(self.weight.dtype).tiny)
         return [m * scale for m in self.a], [m * scale for m in self.b]
+
+
+def _moved(value: object, like: Tensor) -> object:
+    return value.to(device=like.device, dtype=like.dtype) if isinstance(value, Tensor) else value
 
 
 def mean_eigenvalue(blocks: list[Tensor]) -> Tensor:

@@ -7,13 +7,13 @@ is kept until they come back: as long as autograd keeps it, with several backwar
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from algoperf_kfac.errors import calls_disagree
 from algoperf_kfac.layers import LayerSpec
 from algoperf_kfac.positions import Positions, Rows
 from algoperf_kfac.pytorch import factors
@@ -22,6 +22,9 @@ from algoperf_kfac.pytorch.geometry import ConvGeometry
 from algoperf_kfac.pytorch.operations import Operation
 
 Scalar = Tensor | float
+
+# Calls of a layer whose outer products of inputs are kept apart until their gradients come.
+MAX_WAITING = 4
 
 
 @dataclasses.dataclass
@@ -39,6 +42,15 @@ class Statistics:
     b: list[Tensor]
     a_count: Scalar
     examples: Scalar
+
+    @classmethod
+    def zeros(cls, spec: LayerSpec, like: Tensor) -> Statistics:
+        """Those of a layer that saw nothing, to be added to others'."""
+
+        def blocks(sizes: tuple[int, ...]) -> list[Tensor]:
+            return [like.new_zeros(spec.groups, size, size) for size in sizes]
+
+        return cls(blocks(spec.in_blocks), blocks(spec.out_blocks), 0.0, 0.0)
 
     def averages(self) -> tuple[list[Tensor], list[Tensor]]:
         """A and B per example; not numbers where nothing counted."""
@@ -61,21 +73,33 @@ class Call:
     nonzero: Tensor | None = None  # (N, R): positions that some backward pass reached
     drop: Tensor | None = None  # (N, R): positions whose weight gradient the operation leaves out (padding_idx)
     input_sums: Tensor | None = None  # reduce: (examples, groups, P_in)
+    products: list[Tensor] | None = None  # expand: outer products of the inputs, until they are merged with others'
+    count: Scalar = 0.0  # expand: positions that count in them
     grad_sums: Tensor | None = None  # reduce: (examples, groups, P_out), of the current backward pass
+    checked: Tensor | None = None  # the input, kept for `Recorder.product`
     fired: bool = False  # its gradient came back in the current backward pass
     seen: bool = False  # or in any
+    aside: bool = False  # a gradient with respect to inputs alone went through it
 
 
 class AnyRecorder(Protocol):
     """Gathers one layer's statistics over its calls in a capture, whatever the layer's kind."""
 
     @property
-    def backward_done(self) -> bool:
-        """Whether every call's output gradient has come back."""
+    def is_complete(self) -> bool:
+        """Whether output gradients have come back, for every call that is still part of the sums."""
 
     @property
     def examples(self) -> Scalar:
-        """Examples of the closed groups."""
+        """Examples of the closed groups that count."""
+
+    @property
+    def rows(self) -> int:
+        """Examples of the closed groups, whether or not any of their positions counts."""
+
+    @property
+    def product(self) -> Product | None:
+        """G^T A of all calls, if it was asked for."""
 
     def end_pass(self) -> None:
         """Close one backward pass."""
@@ -83,34 +107,87 @@ class AnyRecorder(Protocol):
     def end_group(self) -> None:
         """Close the calls of one forward pass and its backward passes."""
 
-    def statistics(self, factor: Scalar) -> Statistics:
-        """The sums, output gradients squared multiplied by `factor`."""
+    def note_loss(self, gradient: Tensor | None) -> None:
+        """The gradient that the mean of a loss function got in the latest backward pass, None if unknown."""
+
+    def set_aside(self) -> None:
+        """Forget the calls that a gradient with respect to inputs alone went through."""
+
+    def statistics(self, factor: Scalar, *, by_loss: bool = False) -> Statistics:
+        """The sums, output gradients squared multiplied by `factor`; see `Recorder.statistics`."""
 
     def kept_inputs(self) -> Iterator[Tensor]:
         """Inputs that are kept until their gradients come."""
 
 
+@dataclasses.dataclass
+class Product:
+    """What the captured inputs and output gradients say of the weight's gradient.
+
+    Attributes:
+        matrix: sum of g a^T over rows, (groups, P_out, P_in).
+        bound: sum over calls of the norms of both, which rounding is relative to, ().
+        eps: the coarsest rounding unit among the dtypes they came in.
+    """
+
+    matrix: Tensor
+    bound: Tensor
+    eps: float
+
+    def __add__(self, other: Product) -> Product:
+        return Product(self.matrix + other.matrix, self.bound + other.bound, max(self.eps, other.eps))
+
+
 class Recorder:
     """Gathers one layer's statistics over its calls in a capture.
+
+    Calls of one forward pass on equally many examples see the same examples, and their positions count together.
+    Other numbers of examples are other examples.
 
     Args:
         spec: the layer.
         dtype: of the factors.
         one_pass: whether a forward pass is followed by a single backward pass, and not by several for a sampled or
             exact Fisher; inputs kept for their mask are then let go as soon as the gradient has come.
+        checks: whether to form `product`.
+
+    Attributes:
+        loss_gradient: the gradient that the mean of a loss function got in the backward pass at hand, None if
+            there is none; see `note_loss`.
     """
 
-    def __init__(self, spec: LayerSpec, dtype: torch.dtype, *, one_pass: bool = True) -> None:
+    def __init__(self, spec: LayerSpec, dtype: torch.dtype, *, one_pass: bool = True, checks: bool = False) -> None:
         self.spec = spec
         self.dtype = dtype
         self.one_pass = one_pass
+        self.checks = checks
         self.calls: list[Call] = []
         self.backward_done = False
+        self.examples: Scalar = 0.0
+        self.rows = 0
+        self.product: Product | None = None
+        self.loss_gradient: Tensor | None = None
         self.a: list[Tensor] | None = None
         self.b: list[Tensor] | None = None
         self.a_count: Scalar = 0.0
-        self.examples: Scalar = 0.0
-        self._reduced: list[Tensor] = []  # gradient sums of passes whose counts are not known yet
+        # Of the group at hand.
+        self._a: list[Tensor] | None = None
+        self._b: list[Tensor] | None = None
+        self._a_count: Scalar = 0.0
+        self._reduced: list[tuple[int, Tensor]] = []  # gradient sums of passes whose counts are not known yet
+        # Where several groups have losses of their own, see `statistics`.
+        self._first: Scalar | None = None
+        self._own: list[Tensor] | None = None
+
+    def note_loss(self, gradient: Tensor | None) -> None:
+        self.loss_gradient = gradient
+
+    @property
+    def is_complete(self) -> bool:
+        reduces = self.spec.approximation == "reduce"
+        lost = [call for call in self.calls if not call.seen]
+        kept_apart = all(reduces or call.input is not None or call.products is not None for call in lost)
+        return bool(self.rows or any(call.seen for call in self.calls)) and kept_apart
 
     def next_forward(self) -> None:
         """A forward pass after a backward pass begins a further micro-batch in the same capture."""
@@ -125,9 +202,9 @@ class Recorder:
         call = Call(layout, conv)
         x = self._batch_first(operation.input.detach(), call)
         self._prepare(call, operation, x)
-        if self.calls and layout.num_examples != self.calls[0].layout.num_examples:
-            raise calls_disagree(self.spec.name, (self.calls[0].layout.num_examples, layout.num_examples))
         self.calls.append(call)
+        if self.checks:
+            call.checked = x
         if layout.by_gradient:
             call.input = x
         else:
@@ -144,25 +221,38 @@ class Recorder:
         call.input = call.nonzero = None
         if self.spec.approximation == "reduce":
             call.input_sums = self._input_sums(call, x)
-        else:
-            self._expand_inputs(call, x)
-            count = len(x) * call.layout.positions
-            mask = call.layout.mask
-            self.a_count = self.a_count + (float(count) if mask is None else mask.sum())
+            return
+        call.products = self._expand_inputs(call, x)
+        count = len(x) * call.layout.positions
+        mask = call.layout.mask
+        call.count = float(count) if mask is None else mask.sum()
+        waiting = [c for c in self.calls if c.products is not None and not c.seen]
+        if len(waiting) > MAX_WAITING:
+            self._merge(waiting[0])
+
+    def _merge(self, call: Call) -> None:
+        """Add a call's outer products of inputs to those of the group."""
+        if call.products is not None:
+            self._a = _accumulate(self._a, call.products)
+            self._a_count = self._a_count + call.count
+            call.products = None
 
     def _input_sums(self, call: Call, x: Tensor) -> Tensor:
         """(examples, groups, P_in): sums over each example's positions."""
         return factors.input_sums(x.to(self.dtype), self.spec.groups, call.conv, call.layout)
 
-    def _expand_inputs(self, call: Call, x: Tensor) -> None:
-        """Add the outer products of all positions' inputs to `a`."""
+    def _expand_inputs(self, call: Call, x: Tensor) -> list[Tensor]:
+        """The outer products of all positions' inputs."""
+        total: list[Tensor] | None = None
         for chunk, inputs in factors.input_chunks(x.to(self.dtype), self.spec.groups, call.conv):
             mask = None if call.layout.mask is None else call.layout.mask[chunk]
             rows = factors.expand_rows(inputs, mask)
             ones = None
             if self.spec.bias is not None:
                 ones = rows.new_ones(len(rows)) if mask is None else mask.reshape(-1)
-            self.a = _accumulate(self.a, self._input_products(rows, ones))
+            total = _accumulate(total, self._input_products(rows, ones))
+        assert total is not None
+        return total
 
     def _input_products(self, rows: Tensor, ones: Tensor | None) -> list[Tensor]:
         return factors.outer_sums(rows, ones, self.spec.in_blocks)
@@ -171,29 +261,68 @@ class Recorder:
         return factors.outer_sums(rows, None, self.spec.out_blocks)
 
     def output_gradient(self, call: Call, grad: Tensor) -> None:
-        """End a call with the gradient of its output."""
+        """End a call with the gradient of its output.
+
+        Raises:
+            RuntimeError: if it was ended before.
+        """
         if call.fired:
             raise RuntimeError(
-                f"layer {self.spec.name} received two gradients for one call: capture() takes one backward "
-                "pass per forward pass"
+                f"layer {self.spec.name} received two gradients for one call: capture() takes one backward pass "
+                "for each forward pass. Sum the losses of one forward pass before backward(), and leave gradients "
+                "of gradients (penalties, create_graph=True) outside of capture()"
             )
         call.fired = call.seen = True
+        eps = torch.finfo(grad.dtype).eps
         grad = self._batch_first(grad.to(self.dtype), call)
         rows = factors.output_rows(grad, self.spec.groups, call.conv)
         if call.drop is not None:
             rows = rows.masked_fill(call.drop[:, :, None, None], 0)
+        if call.checked is not None:
+            eps = max(eps, torch.finfo(call.checked.dtype).eps) if call.checked.is_floating_point() else eps
+            product = self._product(call, call.checked, grad, eps)
+            self.product = product if self.product is None else self.product + product
+            call.checked = None
         if self.spec.approximation == "reduce":
             call.grad_sums = call.layout.sum_positions(rows)
         else:
-            self.b = _accumulate(self.b, self._output_products(factors.expand_rows(rows, call.layout.mask)))
+            self._b = _accumulate(self._b, self._output_products(factors.expand_rows(rows, call.layout.mask)))
         if call.layout.by_gradient:
             # The sums above need no mask: what it leaves out is zero.
             nonzero = factors.nonzero_positions(rows)
             call.nonzero = nonzero if call.nonzero is None else call.nonzero | nonzero
             if self.one_pass and call.input is not None:
                 self._take(call, call.input)
+        if call.input is None:
+            self._merge(call)
         if all(c.seen for c in self.calls):
             self.backward_done = True
+
+    def _product(self, call: Call, x: Tensor, grad: Tensor, eps: float) -> Product:
+        """G^T A of one call from its input and its output gradient, batch first."""
+        x = x.to(self.dtype)
+        bound = x.norm() * grad.norm()
+        if call.conv is not None:
+            matrix = call.conv.weight_gradient(x, grad, self.spec.groups)
+            return Product(matrix, bound * math.prod(call.conv.kernel) ** 0.5, eps)
+        matrix = grad.flatten(0, -2).T @ x.flatten(0, -2)
+        return Product(matrix.unsqueeze(0), bound, eps)
+
+    def set_aside(self) -> None:
+        """Forget the calls that a gradient with respect to inputs alone went through.
+
+        Raises:
+            RuntimeError: if it went through some calls of the forward pass, and left out others.
+        """
+        if not any(call.aside for call in self.calls):
+            return
+        if not all(call.aside for call in self.calls):
+            raise RuntimeError(
+                f"layer {self.spec.name}: a gradient with respect to inputs alone went through some of its calls "
+                "and not through others of the same forward pass: take it outside of capture()"
+            )
+        self.calls = []
+        self._a, self._b, self._a_count, self._reduced = None, None, 0.0, []
 
     def end_pass(self) -> None:
         """Close one backward pass; several may follow one forward pass (sampled or exact Fisher).
@@ -201,79 +330,103 @@ class Recorder:
         A call that this pass did not reach has a gradient of zero, as long as another pass reaches it.
         """
         fired = [call for call in self.calls if call.fired]
-        if not fired:
-            return
         if self.spec.approximation == "reduce":
-            grads: Tensor | None = None
-            for call in fired:
-                assert call.grad_sums is not None
-                grads = call.grad_sums if grads is None else grads + call.grad_sums
-                call.grad_sums = None
-            assert grads is not None
-            if self.calls[0].layout.readout == "sum" and any(call.input is not None for call in self.calls):
-                self._reduced.append(grads)
-            else:
-                self._reduce_outputs(grads)
+            for number, calls in _by_examples(fired).items():
+                grads = _sum(call.grad_sums for call in calls)
+                for call in calls:
+                    call.grad_sums = None
+                of_sum = calls[0].layout.readout == "sum"
+                if of_sum and any(call.input is not None for call in self.calls):
+                    self._reduced.append((number, grads))
+                else:
+                    self._reduce_outputs(number, grads)
         for call in fired:
             call.fired = False
 
-    def _reduce_outputs(self, grads: Tensor) -> None:
-        """Add the outer products of each example's gradient sums, or of its means, to `b`."""
-        if self.calls[0].layout.readout == "sum":
-            grads = grads / self._counts(grads).clamp(min=1)[:, None, None]
-        self.b = _accumulate(self.b, self._output_products(grads))
+    def _reduce_outputs(self, number: int, grads: Tensor) -> None:
+        """Add the outer products of each example's gradient sums, or of its means, to those of the group."""
+        calls = _by_examples(self.calls)[number]
+        if calls[0].layout.readout == "sum":
+            grads = grads / _counts(calls, grads).clamp(min=1)[:, None, None]
+        self._b = _accumulate(self._b, self._output_products(grads))
 
     def end_group(self) -> None:
         """Close the calls of one forward pass and its backward passes."""
         self.end_pass()
+        # A forward pass whose outputs were detached (pseudo-labels) has no part in the loss.
+        self.calls = [call for call in self.calls if call.seen]
         if not self.calls:
             return
         for call in self.calls:
             if call.input is not None:
                 self._take(call, call.input)
-        for grads in self._reduced:
-            self._reduce_outputs(grads)
-        self._reduced = []
-        layout = self.calls[0].layout
-        if self.spec.approximation == "reduce":
-            sums: Tensor | None = None
-            for call in self.calls:
-                assert call.input_sums is not None
-                sums = call.input_sums if sums is None else sums + call.input_sums
-            assert sums is not None
-            examples: Scalar
-            if layout.ragged or layout.readout == "sum":
-                counts = self._counts(sums)
-                valid = (counts > 0).to(self.dtype)
-                examples = valid.sum() if layout.ragged else float(layout.num_examples)
-                ones = counts if layout.readout == "sum" else valid
-                if layout.readout == "mean":
-                    sums = sums / counts.clamp(min=1)[:, None, None]
-            else:  # the same, without asking the device for what is known
-                examples, ones = float(layout.num_examples), sums.new_ones(len(sums))
-                sums = sums / sum(call.layout.positions for call in self.calls)
-            homogeneous = ones if self.spec.bias is not None else None
-            self.a = _accumulate(self.a, self._input_products(sums, homogeneous))
-            self.a_count = self.a_count + examples
-        elif layout.ragged:
-            like = self.a[0] if self.a else torch.empty(0, dtype=self.dtype)
-            examples = (self._counts(like) > 0).sum().to(self.dtype)
-        else:
-            examples = float(layout.num_examples)
-        self.examples = self.examples + examples
-        self.calls = []
+            self._merge(call)
+        for number, grads in self._reduced:
+            self._reduce_outputs(number, grads)
+        seen: Scalar = 0.0
+        for calls in _by_examples(self.calls).values():
+            seen = seen + self._end_calls(calls)
+        self.examples = self.examples + seen
+        self.rows += sum(_by_examples(self.calls))
+        self._close(seen)
+        self.calls, self._reduced = [], []
         self.backward_done = False
 
-    def statistics(self, factor: Scalar) -> Statistics:
-        """The sums of a closed recorder; `factor` scales output gradients squared to the per-example loss."""
+    def _end_calls(self, calls: list[Call]) -> Scalar:
+        """Close calls on the same examples; the number of these that count."""
+        layout = calls[0].layout
+        examples: Scalar = float(layout.num_examples)
+        if self.spec.approximation == "expand":
+            if layout.ragged:
+                like = self._a[0] if self._a else torch.empty(0, dtype=self.dtype)
+                examples = (_counts(calls, like) > 0).sum().to(self.dtype)
+            return examples
+        sums = _sum(call.input_sums for call in calls)
+        if layout.ragged or layout.readout == "sum":
+            counts = _counts(calls, sums)
+            valid = (counts > 0).to(self.dtype)
+            examples = valid.sum() if layout.ragged else examples
+            ones = counts if layout.readout == "sum" else valid
+            if layout.readout == "mean":
+                sums = sums / counts.clamp(min=1)[:, None, None]
+        else:  # the same, without asking the device for what is known
+            ones = sums.new_ones(len(sums))
+            sums = sums / sum(call.layout.positions for call in calls)
+        homogeneous = ones if self.spec.bias is not None else None
+        self._a = _accumulate(self._a, self._input_products(sums, homogeneous))
+        self._a_count = self._a_count + examples
+        return examples
+
+    def _close(self, examples: Scalar) -> None:
+        """Add the group's sums to those of the capture."""
+        assert self._a is not None
+        assert self._b is not None
+        # What a loss of the group's own, a mean over its examples, asks for.
+        own = None if self.loss_gradient is None else (examples / self.loss_gradient) ** 2
+        if self.a is None or self.b is None:
+            self.a, self.b, self.a_count, self._first = self._a, self._b, self._a_count, own
+        else:
+            if self._first is not None and own is not None:
+                earlier = self._own or [m * self._first for m in self.b]
+                self._own = [x + y * own for x, y in zip(earlier, self._b, strict=True)]
+            else:
+                self._own = self._first = None
+            self.a, self.b = _accumulate(self.a, self._a), _accumulate(self.b, self._b)
+            self.a_count = self.a_count + self._a_count
+        self._a, self._b, self._a_count = None, None, 0.0
+
+    def statistics(self, factor: Scalar, *, by_loss: bool = False) -> Statistics:
+        """The sums of a closed recorder.
+
+        Args:
+            factor: scales squares of output gradients to the per-example loss.
+            by_loss: where several groups have losses of their own, scale each by what its loss was divided by, as
+                far as that could be seen.
+        """
         assert self.a is not None
         assert self.b is not None
-        return Statistics(self.a, [matrix * factor for matrix in self.b], self.a_count, self.examples)
-
-    def _counts(self, like: Tensor) -> Tensor:
-        """(examples,): positions that count, over all calls."""
-        counts = [call.layout.counts(like) for call in self.calls]
-        return torch.stack(counts).sum(0)
+        b = self._own if by_loss and self._own is not None else [matrix * factor for matrix in self.b]
+        return Statistics(self.a, b, self.a_count, self.examples)
 
     def kept_inputs(self) -> Iterator[Tensor]:
         """Inputs that are kept until their gradients come."""
@@ -284,6 +437,28 @@ class Recorder:
         if call.conv is not None:
             return t if t.dim() == len(call.conv.kernel) + 2 else t.unsqueeze(0)
         return t.unsqueeze(0) if t.dim() == 1 else call.layout.batch_first(t)
+
+
+def _by_examples(calls: list[Call]) -> dict[int, list[Call]]:
+    """Calls by their number of examples."""
+    sets: dict[int, list[Call]] = {}
+    for call in calls:
+        sets.setdefault(call.layout.num_examples, []).append(call)
+    return sets
+
+
+def _counts(calls: list[Call], like: Tensor) -> Tensor:
+    """(examples,): positions that count, over all calls."""
+    return torch.stack([call.layout.counts(like) for call in calls]).sum(0)
+
+
+def _sum(tensors: Iterable[Tensor | None]) -> Tensor:
+    total: Tensor | None = None
+    for t in tensors:
+        assert t is not None
+        total = t if total is None else total + t
+    assert total is not None
+    return total
 
 
 def _accumulate(total: list[Tensor] | None, new: list[Tensor]) -> list[Tensor]:

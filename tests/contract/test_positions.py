@@ -49,10 +49,8 @@ def test_sequences(framework: str, approximation: str, given: Any, weights: Any,
 @pytest.mark.parametrize(
     ("given", "count"),
     [
-        pytest.param(np.ones((2, 3)), 4, id="for-other-layers"),
         pytest.param([np.ones((2, 3)), MASK, np.ones((4, 3))], 3, id="first-that-fits"),
-        pytest.param({"other*": MASK}, 4, id="by-another-name"),
-        pytest.param({"l1": np.ones((4, 3)), "*": MASK, "l0": np.ones((4, 3))}, 3, id="first-name-that-matches"),
+        pytest.param({"l[01]": MASK, "*": np.ones((4, 3))}, 3, id="first-name-that-matches"),
         pytest.param({"l0": [np.ones((2, 3)), MASK]}, 3, id="a-list-by-name"),
     ],
 )
@@ -60,6 +58,21 @@ def test_which_mask_a_layer_takes(framework: str, given: Any, count: int) -> Non
     run = start(framework, perceptron((3, 4), normal(4, 3, 3)), **ONE_STEP)
     run.step(1.0, given, loss_normalizer=1.0)
     assert examples(run, "l0") == count
+
+
+@pytest.mark.parametrize("framework", NAMES)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        pytest.param(np.ones((2, 3)), r"shape \(2, 3\) fits no layer", id="another-shape"),
+        pytest.param({"other*": MASK}, r"no layer matches 'other\*'", id="another-name"),
+    ],
+)
+def test_what_fits_no_layer_is_refused(framework: str, given: Any, message: str) -> None:
+    """It would be ignored, and every position count."""
+    run = start(framework, perceptron((3, 4), normal(4, 3, 3)), **ONE_STEP)
+    with pytest.raises(ValueError, match=message):
+        run.step(1.0, given, loss_normalizer=1.0)
 
 
 @pytest.mark.parametrize("framework", NAMES)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from algoperf_kfac.pytorch import KFAC, MissingStatisticsError, Positions
+from algoperf_kfac.pytorch import KFAC, FactorPair, MissingStatisticsError, Positions
 from tests.math.oracle import ggn_blocks, kfac_blocks, relative_error
 from tests.math.support import assert_equal, empirical_factors, fisher_factors
 
@@ -52,15 +54,32 @@ def test_a_call_that_one_pass_does_not_reach_has_gradient_zero(approximation: st
 
 @APPROXIMATIONS
 @FISHERS
-def test_a_call_that_no_pass_reaches_is_reported(approximation: str, fisher: str) -> None:
-    model = TwoHeads(use_second=False)
-    optimizer = KFAC(model, approximation=approximation, fisher=fisher)
+def test_a_call_that_no_pass_reaches_has_no_part(approximation: str, fisher: str) -> None:
+    """Pseudo-labels, a teacher's outputs: the factors are those of the other call alone."""
+    x, both = torch.randn(4, 2, 3), TwoHeads(use_second=False)
 
-    def run() -> None:
+    def factors(model: nn.Module, inputs: Tensor) -> FactorPair:
+        optimizer = KFAC(model, approximation=approximation, fisher=fisher, seed=3)
         with optimizer.capture() as capture:
-            outputs = model(torch.randn(4, 2, 3))
+            outputs = model(inputs)
             capture.backward_fisher(outputs, "mean_squared_error")
             outputs.square().sum().backward()
+        optimizer.step()
+        (pair,) = optimizer.factors().values()
+        return pair
+
+    alone = copy.deepcopy(both.layer)
+    assert_equal(factors(both, x), factors(alone, x[:, 0]))
+
+
+def test_a_layer_whose_calls_all_stay_without_gradient_is_reported() -> None:
+    model = TwoHeads(use_second=False)
+    optimizer = KFAC(model)
+    extra = nn.Parameter(torch.ones(2))
+
+    def run() -> None:
+        with optimizer.capture():
+            (model(torch.randn(4, 2, 3)).detach() * extra).sum().backward()
 
     with pytest.raises(MissingStatisticsError, match="missed its output gradients"):
         run()

@@ -122,11 +122,12 @@ def test_a_call_without_its_bias_is_not_silently_wrong() -> None:
 
 
 @pytest.mark.parametrize("approximation", APPROXIMATIONS)
-def test_different_numbers_of_examples_name_the_layer(approximation: str) -> None:
-    model = mlp(4, 2)
-    optimizer = KFAC(model, approximation=approximation)
-    with pytest.raises(ValueError, match=r"layer 0 .*6 and then with 3 examples.*exclude"), optimizer.capture():
-        (model(torch.randn(6, 4)).sum() + model(torch.randn(3, 4)).sum()).backward()
+def test_different_numbers_of_examples_are_different_examples(approximation: str) -> None:
+    """A labelled and an unlabelled batch in one forward pass: nine examples, with the factors of one batch."""
+    model, x = mlp(4, 2), torch.randn(9, 4)
+    got = factors_of(model, lambda m: (m(x[:6]).sum() + m(x[6:]).sum()) / 9, approximation=approximation)
+    want = factors_of(model, lambda m: m(x).sum() / 9, approximation=approximation)
+    assert_same_factors(got, want)
 
 
 @pytest.mark.parametrize("quiet", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
@@ -179,7 +180,7 @@ def test_an_error_of_capture_itself_leaves_nothing_behind() -> None:
     model, (x, y) = mlp(5, 4, 3), vectors()
     optimizer = KFAC(model)
     with pytest.raises(MissingStatisticsError), optimizer.capture():
-        F.cross_entropy(model(x), y)  # no backward pass
+        model[2](model[0](x).detach()).sum().backward()  # the first layer's gradient does not come back
     assert not _get_current_function_mode_stack()
     optimizer.zero_grad()
     with optimizer.capture():
@@ -202,10 +203,26 @@ def test_step_without_capture_says_so() -> None:
 def test_backward_outside_of_capture_names_the_layers() -> None:
     model, (x, y) = mlp(5, 4, 3), vectors()
     optimizer = KFAC(model)
-    with pytest.raises(MissingStatisticsError, match=r"2 of 2 layers.*0 \(missed its output gradients\), 2 \("):  # noqa: SIM117
-        with optimizer.capture():
-            loss = F.cross_entropy(model(x), y)
+    with optimizer.capture():
+        loss = F.cross_entropy(model(x), y)
     loss.backward()
+    with pytest.raises(MissingStatisticsError, match=r"2 of 2 layers.*0 \(missed its output gradients\), 2 \("):
+        optimizer.step()
+
+
+def test_a_batch_given_up_before_its_backward_pass() -> None:
+    """`if not isfinite(loss): continue`: no layer is lost, and nothing of the batch stays."""
+    model, (x, y) = mlp(5, 4, 3), vectors()
+    optimizer = KFAC(model)
+    with optimizer.capture():
+        F.cross_entropy(model(x * torch.nan), y)
+    with optimizer.capture():
+        F.cross_entropy(model(x), y).backward()
+    want = factors_of(model, lambda m: F.cross_entropy(m(x), y))
+    optimizer.step()
+    assert_same_factors(optimizer.factors(reduction="mean"), want)
+    assert optimizer.metrics()["dropped"] == 0
+    assert optimizer.coverage().fraction == 1
 
 
 def test_forward_outside_of_capture_names_the_layers() -> None:

@@ -19,6 +19,7 @@ from tests.pytorch.toys import (
     assert_finite,
     assert_same_factors,
     assert_same_parameters,
+    covered,
     images,
     mlp,
     train,
@@ -153,11 +154,26 @@ def test_zero_grad_drops_pending_statistics() -> None:
     assert_same_factors(optimizer.factors(), other.factors(), rtol=0, atol=0)
 
 
-def test_add_param_group_is_refused() -> None:
-    optimizer = KFAC(mlp(5, 4, 3))
-    with pytest.raises(RuntimeError, match=r"cannot take further parameter groups: make a new KFAC"):
+def test_a_thawed_layer_joins_and_the_others_go_on() -> None:
+    """Bit for bit: the layers that were there keep their factors, moments and turns."""
+    model = mlp(5, 4, 4, 3)
+    model[0].requires_grad_(False)
+    optimizer = KFAC(model, learning_rate=0.01, factor_interval=2, refresh_interval=4, initial_statistics=2)
+    assert covered(optimizer) == {"2", "4"}
+    train(model, optimizer, [vectors() for _ in range(5)])
+    before = copy.deepcopy(optimizer.state_dict()["kfac"]["layers"])
+    model[0].requires_grad_(True)
+    with pytest.raises(ValueError, match="does not belong to the model"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
-    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": model[0].parameters(), "lr": 0.02})
+    assert [layer.name for layer in optimizer.coverage().layers] == ["2", "4", "0"]
+    after = optimizer.state_dict()["kfac"]["layers"]
+    for name, entry in before.items():
+        assert all(torch.equal(a, b) for a, b in zip(entry["state"]["a"], after[name]["state"]["a"], strict=True))
+    weight = model[0].weight.detach().clone()
+    train(model, optimizer, [vectors() for _ in range(5)])
+    assert not torch.equal(weight, model[0].weight)
+    assert optimizer.metrics()["0/refreshes"] > 0
 
 
 def test_parameters_without_gradients_wait() -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from algoperf_kfac.pytorch import KFAC, MissingStatisticsError
+from algoperf_kfac.pytorch.optimizer import NEVER_SEEN
 from tests.pytorch.toys import assert_finite, assert_same_parameters, capture_once, covered, mlp, reasons, vectors
 
 
@@ -192,10 +193,38 @@ class WithSpare(nn.Module):
         return self.used(x)
 
 
-def test_an_unused_layer_is_an_error_that_names_it() -> None:
-    x, y = vectors()
+def test_a_layer_that_is_never_used_is_an_error_that_names_it() -> None:
+    """Not at once: it may be dropped by chance, or be an expert without tokens."""
+    model, (x, y) = WithSpare(), vectors()
+    optimizer = KFAC(model, factor_interval=1, refresh_interval=1)
+    for step in range(NEVER_SEEN):
+        optimizer.zero_grad()
+        with optimizer.capture():
+            F.cross_entropy(model(x), y).backward()
+        if step < NEVER_SEEN - 1:
+            optimizer.step()
     with pytest.raises(MissingStatisticsError, match=r"1 of 2 layers.*: spare \(missed its inputs\).*exclude"):
-        capture_once(WithSpare(), lambda m: F.cross_entropy(m(x), y))
+        optimizer.step()
+
+
+def test_a_layer_that_is_used_now_and_then_keeps_its_place() -> None:
+    """Layers dropped by chance, experts without tokens, heads that take turns, frozen and thawed layers."""
+    model, (x, y) = WithSpare(), vectors()
+    optimizer = KFAC(model, factor_interval=1, refresh_interval=1)
+    for step in range(3 * NEVER_SEEN):
+        optimizer.zero_grad()
+        before = model.spare.weight.detach().clone()
+        factors = optimizer.factors()["spare"].A.clone() if step else None
+        used = step % 7 == 0
+        with optimizer.capture():
+            out = model(x) + (model.spare(x) if used else 0)
+            F.cross_entropy(out, y).backward()
+        optimizer.step()
+        assert model.spare.weight.equal(before) is not used
+        if factors is not None:
+            assert optimizer.factors()["spare"].A.equal(factors) is not used
+        assert optimizer.metrics()["spare/idle"] == step % 7
+    assert covered(optimizer) == {"used", "spare"}
 
 
 def test_a_layer_whose_output_is_thrown_away_is_an_error_that_names_it() -> None:
@@ -213,16 +242,16 @@ def test_partial_coverage_moves_the_unused_layer_to_the_fallback() -> None:
     model, (x, y) = WithSpare(), vectors()
     optimizer = KFAC(model, allow_partial_coverage=True, factor_interval=1, refresh_interval=1)
     assert optimizer.metrics()["missed_layers"] == 0
-    for _ in range(3):
+    for _ in range(NEVER_SEEN + 2):
         optimizer.zero_grad()
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             with optimizer.capture():
                 F.cross_entropy(model(x), y).backward()
-        optimizer.step()
+            optimizer.step()
         seen = [w for w in seen if "spare" in str(w.message)]
-        if optimizer.metrics()["steps"] == 1:
-            assert "spare missed its inputs" in str(seen[0].message)
+        if optimizer.metrics()["steps"] == NEVER_SEEN:
+            assert "spare takes the fallback from now on: missed its inputs" in str(seen[0].message)
             assert seen[0].filename == __file__, "the warning should point at the caller"
         else:
             assert not seen

@@ -12,7 +12,7 @@ from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.layers import FallbackSpec, LayerSpec
 from algoperf_kfac.pytorch.covered_layer import CoveredLayer
 from algoperf_kfac.pytorch.operations import Called
-from algoperf_kfac.pytorch.statistics import AnyRecorder, Recorder
+from algoperf_kfac.pytorch.statistics import AnyRecorder, Recorder, Statistics
 
 if TYPE_CHECKING:
     import torch
@@ -99,6 +99,10 @@ class Kind:
         """What the kind does within a capture that is about to begin; None for nothing."""
         return None
 
-    def recorder(self, spec: LayerSpec, dtype: torch.dtype, *, one_pass: bool) -> AnyRecorder:
+    def recorder(self, spec: LayerSpec, dtype: torch.dtype, *, one_pass: bool, checks: bool) -> AnyRecorder:
         """What gathers the statistics of a layer whose kind is one of `names`; arguments as for `Recorder`."""
-        return Recorder(spec, dtype, one_pass=one_pass)
+        return Recorder(spec, dtype, one_pass=one_pass, checks=checks)
+
+    def zeros(self, spec: LayerSpec, like: Tensor) -> Statistics:
+        """The statistics of such a layer that saw nothing."""
+        return Statistics.zeros(spec, like)

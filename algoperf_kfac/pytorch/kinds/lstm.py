@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from algoperf_kfac.layers import make_spec
-from algoperf_kfac.positions import BY_GRADIENT, Positions
+from algoperf_kfac.positions import BY_GRADIENT, Positions, Rows
 from algoperf_kfac.pytorch.covered_layer import CoveredLayer
 from algoperf_kfac.pytorch.kinds._base import Found, Kind, Site, Watch
 from algoperf_kfac.pytorch.operations import Called, Operation
@@ -85,7 +85,7 @@ class _LSTMWatch(Watch):
         spec = capture.spec_of(operation.weight)
         if spec is None:
             return output
-        return capture.record(spec, operation, output, rows.positions(capture.candidates(spec.name)))
+        return capture.record(spec, operation, output, rows.positions(capture.candidates(spec, Rows(rows.leading))))
 
 
 @dataclasses.dataclass

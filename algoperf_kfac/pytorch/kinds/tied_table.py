@@ -31,7 +31,7 @@ from algoperf_kfac.layers import FallbackSpec, LayerSpec, make_spec, matches
 from algoperf_kfac.pytorch import factors
 from algoperf_kfac.pytorch.kinds._base import Kind, Watch
 from algoperf_kfac.pytorch.operations import LOOKUPS, RULES, Called, Operation
-from algoperf_kfac.pytorch.statistics import AnyRecorder, Call, Recorder, Scalar, Statistics
+from algoperf_kfac.pytorch.statistics import AnyRecorder, Call, Product, Recorder, Scalar, Statistics
 
 if TYPE_CHECKING:
     from algoperf_kfac.pytorch.capture import Capture
@@ -73,8 +73,11 @@ class TiedTable(Kind):
         }
         return _TableWatch(capture, open_tables, self.untied) if open_tables else None
 
-    def recorder(self, spec: LayerSpec, dtype: torch.dtype, *, one_pass: bool) -> AnyRecorder:
-        return TiedRecorder(spec, dtype, one_pass=one_pass)
+    def recorder(self, spec: LayerSpec, dtype: torch.dtype, *, one_pass: bool, checks: bool) -> AnyRecorder:
+        return TiedRecorder(spec, dtype, one_pass=one_pass, checks=checks)
+
+    def zeros(self, spec: LayerSpec, like: Tensor) -> Statistics:
+        return TableStatistics.zeros(spec, like)
 
 
 def find_tables(
@@ -158,7 +161,7 @@ class _TableWatch(Watch):
             return output  # whoever reads it will be seen
         for item, table, _ in reads:
             if item is not table:
-                self._capture.note_use(table, called.name)
+                self._capture.uses.miss(table, called.name)
         return NotImplemented
 
     def _record(self, operation: Operation, output: Tensor) -> Tensor:
@@ -166,11 +169,19 @@ class _TableWatch(Watch):
         is_output = operation.kind == "linear"
         if spec.name in self._untied and not is_output:
             return output
+        try:
+            positions = self._capture.choose(spec, operation, output)
+        except ValueError:
+            if id(operation.weight) in self._capture.layers.by_weight or is_output:
+                raise
+            # Positions concern covered layers, and this may be a plain lookup: once for the whole batch, say.
+            self._untied.add(spec.name)
+            return output
         recorder = self._capture.recorder(spec, operation.weight)
         assert isinstance(recorder, TiedRecorder)
         recorder.is_output |= is_output
         part = recorder.output if is_output else recorder.lookups
-        return self._capture.attach(part, operation, output, self._capture.choose(spec, operation, output))
+        return self._capture.attach(part, operation, output, positions)
 
     def settle(self) -> None:
         """Cover the tables that proved to be the output layer, too; forget the others."""
@@ -179,11 +190,7 @@ class _TableWatch(Watch):
             recorder = capture.recorders.get(spec.name)
             if weight_id in capture.layers.by_weight or not isinstance(recorder, TiedRecorder):
                 continue
-            if (
-                recorder.backward_done
-                and spec.name not in self._untied
-                and not capture.is_used_otherwise(weight_id)
-            ):
+            if recorder.is_complete and spec.name not in self._untied and weight_id not in capture.uses.missed:
                 capture.layers.adopt(spec)
                 continue
             capture.forget(spec.name)
@@ -243,16 +250,25 @@ class Lookups(Recorder):
         places = example.unsqueeze(1) * vocabulary + ids
         return counts.scatter_add_(0, places.flatten(), weights.flatten()).reshape(-1, 1, vocabulary)
 
-    def _expand_inputs(self, call: Call, x: Tensor) -> None:
+    def _expand_inputs(self, call: Call, x: Tensor) -> list[Tensor]:
         count = torch.full((), float(x[..., 0].numel()), dtype=self.dtype, device=x.device)
         count = count if call.layout.mask is None else call.layout.mask.sum()
-        self.a = [count.reshape(1, 1, 1) + (self.a[0] if self.a else 0)]
+        return [count.reshape(1, 1, 1)]
 
     def _input_products(self, rows: Tensor, ones: Tensor | None) -> list[Tensor]:
         return [rows.square().sum().reshape(1, 1, 1)]
 
     def _output_products(self, rows: Tensor) -> list[Tensor]:
         return factors.outer_sums(rows, None, self.spec.in_blocks)
+
+    def _product(self, call: Call, x: Tensor, grad: Tensor, eps: float) -> Product:
+        """The gradient that comes back to the rows of the table that were looked up."""
+        grads = grad.flatten(0, -2)
+        if call.drop is not None:
+            grads = grads.masked_fill(call.drop.reshape(-1, 1), 0)
+        matrix = grads.new_zeros(1, self.spec.out_dim, self.spec.in_dim)
+        matrix[0].index_add_(0, x.reshape(-1).long(), grads)
+        return Product(matrix, grads.square().sum().sqrt() * len(grads) ** 0.5, eps)
 
 
 @dataclasses.dataclass
@@ -265,6 +281,12 @@ class TableStatistics(Statistics):
 
     vocabulary: int = 0
 
+    @classmethod
+    def zeros(cls, spec: LayerSpec, like: Tensor) -> TableStatistics:
+        blocks = Statistics.zeros(spec, like).a
+        scalars = [like.new_zeros(1, 1, 1) for _ in range(2)]
+        return cls(blocks, [*scalars, *(torch.zeros_like(m) for m in blocks)], 0.0, 0.0, spec.out_dim)
+
     def averages(self) -> tuple[list[Tensor], list[Tensor]]:
         """X in place of A, B being the identity."""
         a, (trace, share, *blocks) = super().averages()
@@ -274,19 +296,36 @@ class TableStatistics(Statistics):
 class TiedRecorder:
     """Gathers the statistics of a tied table."""
 
-    def __init__(self, spec: LayerSpec, dtype: torch.dtype, *, one_pass: bool = True) -> None:
+    def __init__(self, spec: LayerSpec, dtype: torch.dtype, *, one_pass: bool = True, checks: bool = False) -> None:
         self.spec = spec
-        self.output = OutputUse(spec, dtype, one_pass=one_pass)
-        self.lookups = Lookups(spec, dtype, one_pass=one_pass)
+        self.output = OutputUse(spec, dtype, one_pass=one_pass, checks=checks)
+        self.lookups = Lookups(spec, dtype, one_pass=one_pass, checks=checks)
         self.is_output = False  # the table was read as output layer
 
     @property
-    def backward_done(self) -> bool:
-        return self.output.backward_done and (self.lookups.backward_done or not self.lookups.calls)
+    def is_complete(self) -> bool:
+        return self.output.is_complete and (self.lookups.is_complete or not self.lookups.calls)
 
     @property
     def examples(self) -> Scalar:
         return self.output.examples
+
+    @property
+    def rows(self) -> int:
+        return self.output.rows
+
+    @property
+    def product(self) -> Product | None:
+        of_output, of_lookups = self.output.product, self.lookups.product
+        return of_output + of_lookups if of_output and of_lookups else of_output or of_lookups
+
+    def note_loss(self, gradient: Tensor | None) -> None:
+        self.output.note_loss(gradient)
+        self.lookups.note_loss(gradient)
+
+    def set_aside(self) -> None:
+        self.output.set_aside()
+        self.lookups.set_aside()
 
     def end_pass(self) -> None:
         self.output.end_pass()
@@ -300,14 +339,14 @@ class TiedRecorder:
         yield from self.output.kept_inputs()
         yield from self.lookups.kept_inputs()
 
-    def statistics(self, factor: Scalar) -> Statistics:
+    def statistics(self, factor: Scalar, *, by_loss: bool = False) -> Statistics:
         """The sums of both uses, to be divided by their counts."""
-        out = self.output.statistics(factor)
+        out = self.output.statistics(factor, by_loss=by_loss)
         trace, ones = out.b[0], torch.ones_like(out.b[0])
         if self.lookups.a is None:
             share, blocks = 0 * ones, [m.new_zeros(m.shape) for m in out.a]
         else:
-            emb = self.lookups.statistics(factor)
+            emb = self.lookups.statistics(factor, by_loss=by_loss)
             # A count of zero comes with a sum of zero.
             share, blocks = emb.a[0] / torch.as_tensor(emb.a_count).clamp(min=1), emb.b
         sums = [trace, share * out.examples, *blocks]

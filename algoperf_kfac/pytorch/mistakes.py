@@ -1,0 +1,109 @@
+"""Mistakes that would not show in the loss: each is named once, with the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from algoperf_kfac.errors import listed, warn
+
+TIMES_ASKED = 3
+SMALL_RATIO = 0.01
+
+
+class Mistakes:
+    """Watches the captures of one optimizer.
+
+    Args:
+        model: the bare model.
+        params: the parameters the optimizer trains, by name.
+    """
+
+    def __init__(self, model: nn.Module, params: Mapping[str, Tensor]) -> None:
+        self._model = model
+        self._gradients_asked = 0
+        self._named: set[str] = set()
+        self._left_out: dict[str, Tensor] = {}
+        self.take(params)
+        self._frozen = {name for name, p in self._left_out.items() if not p.requires_grad}
+
+    def take(self, params: Mapping[str, Tensor]) -> None:
+        """These are the parameters the optimizer trains from now on."""
+        # Strong references, so that identities stay theirs.
+        self._left_out = {name: p for name, p in self._model.named_parameters() if name not in params}
+
+    def gradients_before(self, weights: Iterable[Tensor]) -> None:
+        """Gradients are there that no capture has seen: B would belong to a part of them."""
+        grads = [p.grad for p in weights if p.grad is not None]
+        if not grads or self._gradients_asked >= TIMES_ASKED:
+            return
+        self._gradients_asked += 1  # asking waits for the device
+        if any(bool(grad.any()) for grad in grads):
+            self._gradients_asked = TIMES_ASKED
+            warn(
+                "there are gradients already that no capture() saw: statistics will be those of a part of the "
+                "step's batch. With gradient accumulation put each micro-batch into a capture of its own, and give "
+                "the number of examples of the whole step: capture(loss_normalizer=N)"
+            )
+
+    def rows(self, rows: Mapping[str, int]) -> None:
+        """Layers whose number of examples is not that of the batch."""
+        first, examples = next(iter(rows.items()), ("", 0))
+        others = {name: number for name, number in rows.items() if number != examples}
+        if others and "rows" not in self._named:
+            self._named.add("rows")
+            parts = listed(f"{name} ({number})" for name, number in others.items())
+            warn(
+                f"the batch has {examples} examples, as {first} sees them, and other layers have other numbers of "
+                f"rows in dimension 0: {parts}. B is scaled by {examples} throughout, and each row counts as an "
+                "example of its own in these layers; if several belong together (windows, packed batches), say so: "
+                "capture(positions={'pattern': Positions(segment_ids=..., num_segments=...)})"
+            )
+
+    def directions(self, ratios: Mapping[str, Tensor]) -> None:
+        """Directions that are hundreds of times as long as first-order ones in most layers: noise, scaled up.
+
+        Args:
+            ratios: by layer, the length of its first-order step over that of its K-FAC direction.
+        """
+        names = list(ratios)
+        if not names or "directions" in self._named:
+            return
+        values = torch.stack([ratios[name].float().cpu() for name in names]).tolist()
+        small = {name: value for name, value in zip(names, values, strict=True) if 0 < value < SMALL_RATIO}
+        if 2 * len(small) > len(names):
+            self._named.add("directions")
+            worst = listed(f"{name} ({value:.0e})" for name, value in sorted(small.items(), key=lambda x: x[1]))
+            warn(
+                f"in {len(small)} of {len(names)} layers K-FAC's direction is over {1 / SMALL_RATIO:.0f} times as "
+                f"long as the first-order step, a sign of factors that are all but singular: {worst}. Take "
+                'approximation="expand" for convolutions (reduce averages the patches of a kernel, which hardly '
+                "differ), or damping=1e-2; optimizer.summary() shows the layers"
+            )
+
+    def strangers(self, params: Sequence[Tensor]) -> None:
+        """Parameters that layers were called with, and that the optimizer does not train.
+
+        Raises:
+            ValueError: if they joined the model after the optimizer was made.
+        """
+        if not params:
+            return
+        now = {id(p): name for name, p in self._model.named_parameters()}
+        known = {id(p) for p in self._left_out.values()}
+        joined = [now[id(p)] for p in params if id(p) in now and id(p) not in known]
+        if joined:
+            raise ValueError(
+                f"parameter {listed(joined)} of the model is not the optimizer's: it was replaced or added after "
+                "the optimizer was made (a new head, to_empty(), another dtype). Make the optimizer afterwards, or "
+                "give it new parameters by add_param_group({'params': [...]})"
+            )
+        thawed = [now[id(p)] for p in params if id(p) in now and now[id(p)] in self._frozen]
+        if thawed and "frozen" not in self._named:
+            self._named.add("frozen")
+            warn(
+                f"{listed(thawed)} had no gradient when the optimizer was made, and is not trained: give it to the "
+                "optimizer by add_param_group({'params': [...]})"
+            )

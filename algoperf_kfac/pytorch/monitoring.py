@@ -1,0 +1,108 @@
+"""What the layers' states show: the factors, counts and ratios, and a table for a person to read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from algoperf_kfac.config import TABLE
+from algoperf_kfac.errors import check_reduction, no_statistics
+from algoperf_kfac.pytorch.layer_book import Layers
+
+COUNTED = ("refreshes", "failures", "skipped")
+HEAD = ("layer", "graft ratio", "cosine", "A at damping", "B at damping", "refreshes", "idle")
+
+
+class FactorPair(NamedTuple):
+    """A and B of a layer: (P, P), or (groups, P, P) for grouped convolutions; a tuple of diagonal blocks above
+    `max_factor_dim` (empty where the factor is taken as the identity)."""
+
+    A: Tensor | tuple[Tensor, ...]
+    B: Tensor | tuple[Tensor, ...]
+
+
+def factors(layers: Layers, reduction: str) -> dict[str, FactorPair]:
+    """Each covered layer's A and B; see `KFAC.factors`."""
+    check_reduction(reduction)
+    states = layers.states
+    if states and not any(float(state.weight) for state in states.values()):
+        raise no_statistics()
+    pairs = {}
+    for name, state in states.items():
+        a, b = state.corrected()
+        if reduction == "sum":
+            examples = state.examples / state.weight.clamp(min=torch.finfo(state.weight.dtype).tiny)
+            if layers.covered[name].spec.kind == TABLE:  # one factor for both
+                a = [m * examples for m in a]
+            b = [m * examples for m in b]
+        pairs[name] = FactorPair(_present(a), _present(b))
+    return pairs
+
+
+def metrics(
+    layers: Layers, judged: Mapping[str, Mapping[str, Tensor]], errors: Mapping[str, float]
+) -> dict[str, float]:
+    """Counts and ratios, of all layers and of each; see `KFAC.metrics`.
+
+    Args:
+        layers: the book of layers.
+        judged: by name of a ratio, by layer: its value at the last statistics step.
+        errors: by layer, how far what was captured was from the weight's gradient.
+    """
+    states = layers.states
+    out = {"coverage": layers.coverage().fraction, "missed_layers": float(len(layers.missed))}
+    for key in COUNTED:
+        out[key] = float(sum(getattr(state, key) for state in states.values()))
+    out["dropped"] = sum(float(state.dropped) for state in states.values())
+    out["idle"] = float(sum(count > 0 for count in layers.missed_steps.values()))
+    for key, values in judged.items():
+        numbers = {name: float(value) for name, value in values.items() if name in states}
+        if numbers:
+            out[key] = sum(numbers.values()) / len(numbers)
+        out |= {f"{name}/{key}": number for name, number in numbers.items()}
+    out |= {f"{name}/gradient_error": error for name, error in errors.items()}
+    for name, state in states.items():
+        out |= {f"{name}/{key}": float(getattr(state, key)) for key in (*COUNTED, "drift", "dropped")}
+        out[f"{name}/idle"] = float(layers.missed_steps.get(name, 0))
+    return out
+
+
+def summary(layers: Layers, ratios: Mapping[str, Tensor], cosines: Mapping[str, Tensor], worst: int) -> str:
+    """A table for a person to read; see `KFAC.summary`."""
+    names = [name for name in layers.covered if name in layers.states]
+    names.sort(key=lambda name: float(ratios[name]) if name in ratios else 1.0)
+    rows = [HEAD]
+    for name in names[:worst]:
+        state = layers.states[name]
+        rows.append(
+            (
+                name,
+                f"{float(ratios[name]):.2g}" if name in ratios else "-",
+                f"{float(cosines[name]):.2f}" if name in cosines else "-",
+                _at_damping(state.a_values),
+                _at_damping(state.b_values),
+                str(state.refreshes),
+                str(layers.missed_steps.get(name, 0)),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    rest = len(names) - worst
+    return "\n".join([*lines, *([f"... and {rest} more layers"] if rest > 0 else [])])
+
+
+def _at_damping(values: list[Tensor]) -> str:
+    """The share of a factor's damped eigenvalues within twice the smallest; "-" where there are none."""
+    if not values:
+        return "-"
+    near = sum(int((v < 2 * v.amin(-1, keepdim=True)).sum()) for v in values)
+    return f"{100 * near / sum(v.numel() for v in values):.0f} %"
+
+
+def _present(blocks: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    """One block as a matrix, without the group dimension where there is one group."""
+    squeezed = [m[0] if len(m) == 1 else m for m in blocks]
+    return squeezed[0] if len(squeezed) == 1 else tuple(squeezed)

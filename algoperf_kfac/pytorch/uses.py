@@ -1,0 +1,94 @@
+"""What becomes of parameters in operations without a rule: which of their uses the statistics of a layer miss.
+
+A function of parameters and constants alone is followed (a view, a scaled, normalised or cast weight). Where one
+meets data, the parameter has a use that no rule records. Scalars of parameters that are added to the loss
+(penalties) are no such use: they leave the captured inputs and output gradients complete.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from algoperf_kfac.pytorch.operations import Called
+
+# Element by element: with a constant of its own size a weight stays a weight (masks, noise, scales).
+ELEMENTWISE = frozenset(
+    """
+    mul div true_divide add sub rsub where masked_fill lerp addcmul addcdiv maximum minimum clamp fmod pow
+    __mul__ __rmul__ __truediv__ __rtruediv__ __add__ __radd__ __sub__ __rsub__ __pow__ mul_ div_ add_ sub_
+    masked_fill_ dropout fake_quantize_per_tensor_affine fake_quantize_per_channel_affine copy_
+    """.split()  # noqa: SIM905
+)
+# What adds a penalty to a loss.
+SUMS = frozenset("add sub rsub add_ sub_ __add__ __radd__ __sub__ __rsub__ __iadd__ __isub__ stack cat".split())  # noqa: SIM905
+
+Sources = frozenset[int]  # identities of parameters
+NOTHING: Sources = frozenset()
+
+
+class Uses:
+    """Follows parameters through one capture.
+
+    Attributes:
+        missed: by identity of a parameter: the first operation without a rule in which it met data.
+        penalised: identities of parameters that a penalty reads, whose gradient is then more than the layer's own.
+    """
+
+    def __init__(self) -> None:
+        self.missed: dict[int, str] = {}
+        self.penalised: set[int] = set()
+        self._derived: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of tensors that are functions of parameters
+
+    def sources(self, value: object) -> Sources:
+        """The parameters of which a value is a function, of them alone; empty for anything else."""
+        if isinstance(value, torch.nn.Parameter):
+            return frozenset((id(value),)) if value.requires_grad else NOTHING
+        return self._derived.get(value, NOTHING) if isinstance(value, Tensor) else NOTHING
+
+    def miss(self, value: object, what: str) -> None:
+        """Remember a use of the parameters in a value that no rule records."""
+        for source in self.sources(value):
+            self.missed.setdefault(source, what)
+
+    def follow(self, called: Called, output: object) -> None:
+        """Take note of an operation without a rule."""
+        leaves = [leaf for leaf in called.leaves() if isinstance(leaf, Tensor)]
+        read = [leaf for leaf in leaves if self.sources(leaf)]
+        if not read:
+            return
+        results = [t for t in _tensors(output) if t.requires_grad]
+        if not results:
+            return  # nothing that a gradient could go through
+        others = [leaf for leaf in leaves if not self.sources(leaf)]
+        everything = NOTHING.union(*(self.sources(leaf) for leaf in read))
+        if not others or self._is_constant(called, read, others, results):
+            for result in results:
+                self._derived[result] = everything
+        elif called.name in SUMS and all(leaf.numel() == 1 for leaf in read):
+            self.penalised |= everything
+        else:
+            for leaf in read:
+                self.miss(leaf, called.name)
+
+    @staticmethod
+    def _is_constant(called: Called, read: list[Tensor], others: list[Tensor], results: list[Tensor]) -> bool:
+        """Whether what meets the parameters is a constant of the weight's own size."""
+        size = max(math.prod(leaf.shape) for leaf in read)
+        return (
+            called.name in ELEMENTWISE
+            and not any(leaf.requires_grad for leaf in others)
+            and all(result.numel() == size for result in results)
+        )
+
+
+def _tensors(output: object) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Iterable) and isinstance(output, list | tuple):
+        for item in output:
+            yield from _tensors(item)

@@ -1,0 +1,147 @@
+"""An optimizer older than the model's parameters, and parameters of sorts that K-FAC cannot train."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from algoperf_kfac.pytorch import KFAC, NadamW
+from tests.pytorch.toys import assert_same_parameters, mlp, train, vectors
+
+
+class Net(nn.Module):
+    def __init__(self, *, sparse: bool = False) -> None:
+        super().__init__()
+        self.table, self.body = nn.Embedding(11, 8, sparse=sparse), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 11, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(self.table(x))))
+
+
+def step(model: nn.Module, optimizer: KFAC | NadamW, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randint(11, (8, 4), generator=generator), torch.randint(11, (32,), generator=generator)
+    optimizer.zero_grad()
+    if isinstance(optimizer, KFAC):
+        with optimizer.capture():
+            F.cross_entropy(model(x).flatten(0, 1), y).backward()
+    else:
+        F.cross_entropy(model(x).flatten(0, 1), y).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_model_cast_after_the_optimizer_was_made(steps: int) -> None:
+    model = Net()
+    optimizer = KFAC(model, learning_rate=1e-2)
+    for i in range(steps):
+        step(model, optimizer, i)
+    model.double()
+    if not steps:
+        # Nothing was lost: as if the optimizer had been made afterwards.
+        twin = copy.deepcopy(model)
+        later = KFAC(twin, learning_rate=1e-2)
+        for i in range(3):
+            step(model, optimizer, i)
+            step(twin, later, i)
+        assert_same_parameters(model, twin)
+    step(model, optimizer, 5)
+    assert optimizer.factors()["body"].A.dtype == torch.float64
+    assert all(value["exp_avg"].dtype == torch.float64 for value in optimizer.state.values())
+
+
+def replaced_head(model: Net) -> None:
+    model.head = nn.Linear(8, 11, bias=False)
+
+
+def off_meta(model: Net) -> None:
+    model.to_empty(device="cpu")
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3)
+
+
+@pytest.mark.parametrize(("device", "change"), [("cpu", replaced_head), ("meta", off_meta)], ids=["head", "meta"])
+def test_parameters_that_are_not_the_optimizers_are_named(device: str, change) -> None:
+    with torch.device(device):
+        model = Net()
+    optimizer = KFAC(model)
+    change(model)
+    message = r"parameter .*head\.weight of the model is not the optimizer's.*Make the optimizer afterwards"
+    with pytest.raises(ValueError, match=message):
+        step(model, optimizer)
+
+
+def test_a_new_head_can_be_given_to_the_optimizer() -> None:
+    model = Net()
+    optimizer = KFAC(model, learning_rate=1e-2, exclude=["head"])
+    step(model, optimizer)
+    model.extra = nn.Linear(11, 11)
+    forward = model.forward
+    model.forward = lambda x: model.extra(forward(x))
+    optimizer.add_param_group({"params": model.extra.parameters()})
+    before = model.extra.weight.detach().clone()
+    step(model, optimizer)
+    assert not torch.equal(before, model.extra.weight)
+
+
+def test_a_layer_frozen_at_first_is_listed_and_trained_later() -> None:
+    model = mlp(5, 4, 3)
+    model[0].requires_grad_(False)
+    optimizer = KFAC(model, params=model.parameters(), learning_rate=1e-2)
+    assert [layer.name for layer in optimizer.coverage().layers] == ["0", "2"]
+    train(model, optimizer, [vectors()])
+    model[0].requires_grad_(True)
+    before = model[0].weight.detach().clone()
+    train(model, optimizer, [vectors() for _ in range(2)])
+    assert not torch.equal(before, model[0].weight)
+    assert optimizer.metrics()["0/refreshes"] > 0
+
+
+def test_a_thawed_layer_that_is_not_the_optimizers_is_named() -> None:
+    model = mlp(5, 4, 3)
+    model[0].requires_grad_(False)
+    optimizer = KFAC(model, learning_rate=1e-2)
+    model[0].requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"0\.weight had no gradient when the optimizer was made.*add_param_group"):
+        train(model, optimizer, [vectors()])
+
+
+@pytest.mark.parametrize(
+    "make", [KFAC, lambda m, **options: NadamW(m.parameters(), lr=1e-2)], ids=["kfac", "nadamw"]
+)
+def test_sparse_gradients_are_those_of_a_dense_table(make) -> None:
+    torch.manual_seed(1)
+    dense, sparse = Net(), Net(sparse=True)
+    sparse.load_state_dict(dense.state_dict())
+    options = {"learning_rate": 1e-2, "weight_decay": 0.1}
+    for model in (dense, sparse):
+        optimizer = make(model, **options)
+        for i in range(4):
+            step(model, optimizer, i)
+    assert_same_parameters(sparse, dense, rtol=0, atol=0)
+
+
+def test_complex_parameters_are_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    model.register_parameter("spectrum", nn.Parameter(torch.zeros(3, dtype=torch.complex64)))
+    with pytest.raises(ValueError, match="parameter spectrum is complex: train its real and imaginary parts"):
+        KFAC(model)
+
+
+def test_a_learning_rate_that_is_a_tensor() -> None:
+    model = mlp(5, 4, 3)
+    optimizer = KFAC(model, lr=1e-2)
+    optimizer.param_groups[0]["lr"] = torch.tensor([0.0])
+    before = copy.deepcopy(model)
+    train(model, optimizer, [vectors()])
+    assert_same_parameters(model, before, rtol=0, atol=0)
+
+
+def test_a_number_in_place_of_parameters() -> None:
+    with pytest.raises(TypeError, match=r"params=0\.001 are no parameters: the learning rate is lr=0\.001"):
+        KFAC(nn.Linear(3, 2), 1e-3)

@@ -1,0 +1,225 @@
+"""B belongs to the loss of single examples, on one scale for all layers, whatever the passes of a step are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from algoperf_kfac.pytorch import KFAC, Positions
+from tests.pytorch.toys import assert_same_factors, mlp
+
+N = 10
+APPROXIMATIONS = pytest.mark.parametrize("approximation", ["expand", "reduce"])
+
+
+@pytest.fixture(autouse=True)
+def double() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(before)
+
+
+class Experts(nn.Module):
+    """Each expert sees the tokens routed to it; or all of them, the others' masked, as a reference."""
+
+    def __init__(self, route: Tensor, *, masked: bool) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.inner, self.outer = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.experts = nn.ModuleList(nn.Linear(6, 6, bias=False) for _ in range(4))
+        self.route, self.masked = route, masked
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.inner(x))
+        out = torch.zeros_like(h)
+        for k, expert in enumerate(self.experts):
+            mine = self.route == k
+            out = (
+                out + expert(h) * mine[:, None]
+                if self.masked
+                else out.index_add(0, mine.nonzero()[:, 0], expert(h[mine]))
+            )
+        return self.outer(torch.tanh(out))
+
+
+@APPROXIMATIONS
+def test_an_expert_that_sees_a_part_of_the_batch(approximation: str) -> None:
+    route, x, y = torch.tensor([0] * 5 + [1] * 3 + [2, 3]), torch.randn(N, 6), torch.randint(3, (N,))
+
+    def factors(model: nn.Module, **capture: object) -> dict:
+        optimizer = KFAC(model, approximation=approximation)
+        with optimizer.capture(**capture):
+            F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        return optimizer.factors()
+
+    want = factors(Experts(route, masked=True), positions="gradient", loss_normalizer=N)
+    with pytest.warns(UserWarning, match=r"the batch has 10 examples, as inner sees them.*experts.0 \(5\)"):
+        got = factors(Experts(route, masked=False))
+    assert_same_factors(got, want)
+
+
+def test_an_expert_without_tokens_keeps_its_factors_and_its_place() -> None:
+    x, y = torch.randn(N, 6), torch.randint(3, (N,))
+    model = Experts(torch.arange(N) % 4, masked=False)
+    optimizer = KFAC(model, factor_interval=1, refresh_interval=1)
+    for empty in (False, True, True, False):
+        model.route = torch.arange(N) % (3 if empty else 4)
+        before = optimizer._layers.states["experts.3"].a[0].clone()
+        optimizer.zero_grad()
+        with optimizer.capture():
+            F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        assert torch.equal(before, optimizer._layers.states["experts.3"].a[0]) is empty
+    assert optimizer.coverage().fraction == 1
+
+
+def windowed(positions: object) -> KFAC:
+    """A layer on the windows of each example, as in Swin: rows of several windows belong to one example."""
+
+    class Windows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.embed, self.mix, self.head = nn.Linear(2, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.embed(x)
+            h = self.mix(h.reshape(-1, 4, 4)).reshape(h.shape)
+            return self.head(h.mean(1))
+
+    model = Windows()
+    optimizer = KFAC(model, approximation="reduce")
+    x, y = torch.randn(5, 16, 2), torch.randint(3, (5,))
+    with optimizer.capture(positions=positions):
+        F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    return optimizer
+
+
+def test_windows_are_named_and_can_be_described() -> None:
+    with pytest.warns(UserWarning, match=r"the batch has 5 examples, as embed sees them.*: mix \(20\)"):
+        counted = windowed(None).factors()["mix"]
+    ids = torch.arange(5).repeat_interleave(4)
+    described = windowed({"mix": Positions(segment_ids=ids, num_segments=5)}).factors()["mix"]
+    # Described, the layer is an ordinary one over 16 positions.
+    plain = windowed({"mix": Positions(segment_ids=ids, num_segments=5)}).factors()["embed"]
+    assert described.A.shape == (5, 5)
+    assert described.A[-1, -1] == plain.A[-1, -1] == 1
+    assert not torch.allclose(counted.A, described.A)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_two_backward_passes_of_two_losses(passes: int) -> None:
+    """A discriminator's mean over real and mean over fake examples, or their sum: one and the same."""
+    x, y = torch.randn(2 * N, 5), torch.cat([torch.ones(N, 1), torch.zeros(N, 1)])
+    layer = nn.Linear(5, 1, bias=False)
+
+    def loss(half: slice) -> Tensor:
+        return F.binary_cross_entropy_with_logits(layer(x[half]), y[half])
+
+    optimizer = KFAC(layer, learning_rate=0.0)
+    with optimizer.capture():
+        if passes == 1:
+            (loss(slice(0, N)) + loss(slice(N, None))).backward()
+        else:
+            loss(slice(0, N)).backward()
+            loss(slice(N, None)).backward()
+    optimizer.step()
+    (pair,) = optimizer.factors().values()
+    expected = (layer(x).sigmoid() - y).square().sum().detach()
+    torch.testing.assert_close(pair.B.squeeze(), expected, rtol=1e-9, atol=0)
+
+
+def test_a_gradient_with_respect_to_inputs_does_not_count() -> None:
+    """FGSM, virtual adversarial training: the pass that makes the attack has no part in the statistics."""
+    model, x, y = mlp(4, 8, 3).double(), torch.randn(N, 4), torch.randint(3, (N,))
+
+    def attack() -> Tensor:
+        inputs = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(F.cross_entropy(model(inputs), y), inputs)
+        return x + 0.1 * grad.sign()
+
+    factors = []
+    for inside in (False, True):
+        optimizer = KFAC(model, learning_rate=0.0)
+        attacked = None if inside else attack()
+        optimizer.zero_grad()
+        with optimizer.capture():
+            F.cross_entropy(model(attack() if inside else attacked), y).backward()
+        optimizer.step()
+        factors.append(optimizer.factors())
+    assert_same_factors(factors[1], factors[0])
+
+
+def test_gradients_of_gradients_are_refused_with_a_way_out() -> None:
+    model, x = mlp(4, 8, 1).double(), torch.randn(N, 4, requires_grad=True)
+    optimizer = KFAC(model)
+    with (
+        pytest.raises(RuntimeError, match=r"create_graph=True\) inside capture\(\).*outside of it"),
+        optimizer.capture(),
+    ):
+        torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    # The way out: the plain loss inside, the penalty outside; gradients add up.
+    optimizer = KFAC(model)
+    model.zero_grad()
+    with optimizer.capture():
+        model(x).square().mean().backward()
+    (grad,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    grad.square().sum(1).mean().backward()
+    optimizer.step()
+
+
+def test_gradients_from_outside_of_capture_are_named() -> None:
+    """Accumulation as Lightning does it: all but the last micro-batch go by."""
+    model, x, y = nn.Linear(6, 3), torch.randn(8, 6), torch.randint(3, (8,))
+    optimizer = KFAC(model)
+    for part in range(3):
+        (F.cross_entropy(model(x[2 * part : 2 * part + 2]), y[2 * part : 2 * part + 2]) / 4).backward()
+
+    def closure() -> Tensor:
+        loss = F.cross_entropy(model(x[6:]), y[6:]) / 4
+        loss.backward()
+        return loss
+
+    with pytest.warns(UserWarning, match=r"gradients already that no capture\(\) saw.*loss_normalizer=N"):
+        optimizer.step(closure)
+
+
+def test_micro_batches_in_captures_of_their_own_are_not_named(recwarn: pytest.WarningsRecorder) -> None:
+    model, x, y = nn.Linear(6, 3), torch.randn(8, 6), torch.randint(3, (8,))
+    optimizer = KFAC(model)
+    for part in (slice(0, 4), slice(4, 8)):
+        with optimizer.capture(loss_normalizer=8):
+            (F.cross_entropy(model(x[part]), y[part], reduction="sum") / 8).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    with optimizer.capture():
+        F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert not [w for w in recwarn if "K-FAC" in str(w.message)]
+
+
+@pytest.mark.parametrize("how", ["model.zero_grad()", "set to zero"])
+def test_what_belongs_to_a_skipped_step_is_forgotten(how: str) -> None:
+    """After an overflow or a spike the gradients are cleared without the optimizer's zero_grad."""
+    model = mlp(6, 8, 3).double()
+    x, y = torch.randn(N, 6), torch.randint(3, (N,))
+    optimizer, fresh = KFAC(model, learning_rate=0.0), KFAC(model, learning_rate=0.0)
+    for bad in (x * 1e3, x * torch.inf):
+        with optimizer.capture():
+            F.cross_entropy(model(bad), y).backward()
+        model.zero_grad(set_to_none=how != "set to zero")
+    for opt in (optimizer, fresh):
+        opt.zero_grad()
+        with opt.capture():
+            F.cross_entropy(model(x), y).backward()
+        opt.step()
+    assert_same_factors(optimizer.factors(), fresh.factors())
+    assert optimizer.metrics()["dropped"] == 0

@@ -1,0 +1,163 @@
+"""Uses of a weight that no rule records: the layer takes the fallback, with the true reason."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from algoperf_kfac.pytorch import KFAC
+from tests.pytorch.toys import capture_once, covered, reasons
+
+D = 6
+Use = Callable[[Tensor, Tensor], Tensor]
+SECOND_USES: dict[str, tuple[Use, str]] = {
+    "transposed": (lambda h, w: h @ w.t(), "matmul"),
+    "scaled": (lambda h, w: F.linear(h, (w * 0.5).t()), "linear"),
+    "plus zero": (lambda h, w: h @ (w + 0), "matmul"),
+    "clone": (lambda h, w: F.linear(h, w.clone()), "linear"),
+    "wider": (lambda h, w: F.linear(h.double(), w.double()).float(), "linear"),
+    "narrow and back": (lambda h, w: F.linear(h, w.to(torch.bfloat16).float()), "linear"),
+    "normalised": (lambda h, w: F.linear(h, F.normalize(w)), "linear"),
+    "squeezed": (lambda h, w: F.linear(h, w.squeeze()), "linear"),
+    "masked": (lambda h, w: F.linear(h, w * (torch.arange(D) > 2)), "linear"),
+    "with noise": (lambda h, w: F.linear(h, w + 0.1 * torch.randn(D, D)), "linear"),
+    "bmm": (lambda h, w: torch.bmm(h[None], w.unsqueeze(0))[0], "bmm"),
+    "expanded": (lambda h, w: torch.bmm(torch.stack([h, h]), w.expand(2, D, D)).sum(0), "bmm"),
+    "cdist": (lambda h, w: torch.cdist(h, w), "cdist"),
+    "cosine similarity": (lambda h, w: F.cosine_similarity(h[:, None], w[None], dim=-1), "cosine_similarity"),
+    "bilinear": (lambda h, w: F.bilinear(h, h, w.expand(D, D, D)), "bilinear"),
+    "summed": (lambda h, w: h * w.sum(0), "mul"),
+    "broadcast": (lambda h, w: (h[:, None] * w).sum(-1), "mul"),
+    "multi_dot": (lambda h, w: torch.linalg.multi_dot([h, w, w]), "linalg_multi_dot"),
+    "mv": (lambda h, w: torch.stack([torch.mv(w, r) for r in h]), "mv"),
+    "inner": (lambda h, w: torch.inner(h, w), "inner"),
+    "tril": (lambda h, w: h @ torch.tril(w), "matmul"),
+    "inverse": (lambda h, w: h @ torch.linalg.inv(w + 3 * torch.eye(D)), "matmul"),
+    "gathered": (lambda h, w: h + w[torch.arange(len(h)) % D], "__getitem__"),
+    "einsum": (lambda h, w: torch.einsum("ni,oi->no", h, w), "einsum"),
+    "softmax": (lambda h, w: h @ w.softmax(-1), "matmul"),
+}
+
+
+class Twice(nn.Module):
+    def __init__(self, use: Use) -> None:
+        super().__init__()
+        self.first, self.use, self.last = nn.Linear(D, D, bias=False), use, nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.use(torch.tanh(self.first(x)), self.first.weight))
+
+
+@pytest.mark.parametrize("name", SECOND_USES)
+def test_a_second_use_moves_the_layer_to_the_fallback(name: str) -> None:
+    use, operation = SECOND_USES[name]
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match=rf"layer first takes the fallback.*: also read by {operation}:"):
+        optimizer = capture_once(Twice(use), lambda m: m(torch.randn(16, D)).square().sum(1).mean())
+    assert covered(optimizer) == {"last"}
+    assert reasons(optimizer)["first.weight"] == f"also read by {operation}: K-FAC would miss that use"
+
+
+class Hidden(torch.autograd.Function):
+    """A use that no mode of torch sees: its operations run inside of `apply`."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(h, w)
+        return h @ w
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        h, w = ctx.saved_tensors
+        return grad @ w.T, h.T @ grad
+
+
+def test_the_gradient_shows_a_use_that_cannot_be_seen() -> None:
+    """G^T A is not dL/dW: checked once, at the first statistics step."""
+    model = Twice(Hidden.apply)
+    with pytest.warns(UserWarning, match=r"layer first .*captured inputs and output gradients miss \d+ %"):
+        optimizer = capture_once(model, lambda m: m(torch.randn(16, D)).square().sum(1).mean())
+    assert covered(optimizer) == {"last"}
+    assert optimizer.metrics()["last/gradient_error"] < 1e-5
+
+
+def test_check_looks_again_when_asked() -> None:
+    model = Twice(lambda h, w: h)
+    optimizer = capture_once(model, lambda m: m(torch.randn(16, D)).square().sum(1).mean(), factor_interval=1)
+    assert covered(optimizer) == {"first", "last"}
+    model.use = Hidden.apply
+    optimizer.check()
+    optimizer.zero_grad()
+    with pytest.warns(UserWarning, match="layer first takes the fallback"), optimizer.capture():
+        model(torch.randn(16, D)).square().sum(1).mean().backward()
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        lambda w: 1e-2 * w.square().sum(),
+        lambda w: w.abs().sum() * 1e-3,
+        lambda w: torch.linalg.norm(w),
+        lambda w: (w.t() @ w - torch.eye(D)).square().mean(),
+    ],
+    ids=["ridge", "lasso", "norm", "orthogonality"],
+)
+def test_a_penalty_is_no_second_use(penalty: Callable[[Tensor], Tensor]) -> None:
+    """It adds to the gradient, and leaves the layer's inputs and output gradients complete."""
+    model, x = Twice(lambda h, w: h), torch.randn(16, D)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = capture_once(model, lambda m: m(x).square().sum(1).mean() + penalty(m.first.weight))
+    assert covered(optimizer) == {"first", "last"}
+
+
+COMPUTED: dict[str, Callable[[Tensor], Tensor]] = {
+    "standardised": lambda w: (w - w.mean()) / w.std(),
+    "scaled": lambda w: w * 0.5,
+    "noisy": lambda w: w + 0.01 * torch.randn_like(w),
+    "quantised": lambda w: torch.fake_quantize_per_tensor_affine(w, 0.05, 0, -128, 127),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_weights_computed_from_the_parameter_are_named_in_one_line(name: str) -> None:
+    class Computed(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, COMPUTED[name](self.weight), self.bias)
+
+    model = nn.Sequential(*[Computed(D, D) for _ in range(20)], nn.Linear(D, 3))
+    with pytest.warns(UserWarning, match="K-FAC") as caught:
+        optimizer = capture_once(model, lambda m: m(torch.randn(16, D)).square().mean())
+    (warning,) = [w for w in caught if "K-FAC" in str(w.message)]
+    assert "layers 0, 1, 2, 3, 4 and 15 more take the fallback" in str(warning.message)
+    assert len(str(warning.message)) < 200
+    assert covered(optimizer) == {"20"}
+    assert reasons(optimizer)["0.weight"] == "linear reads a function of it, not the parameter itself"
+
+
+def test_raw_parameters_say_what_read_them_or_that_nothing_did() -> None:
+    class Raw(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixed, self.idle = nn.Parameter(torch.randn(3, D)), nn.Parameter(torch.randn(2))
+            self.scale, self.plain = nn.Parameter(torch.ones(3)), nn.Parameter(torch.randn(3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(torch.cdist(x, self.mixed) * self.scale, self.plain)
+
+    model = Raw()
+    before = {f.reason for f in KFAC(model).coverage().fallbacks}
+    assert len(before) == 1
+    assert "from the first statistics step on" in before.pop()
+    optimizer = capture_once(model, lambda m: m(torch.randn(5, D)).square().mean())
+    assert reasons(optimizer) == {
+        "mixed": "read by cdist, which has no rule",
+        "scale": "read by mul, which has no rule",
+        "idle": "no operation with a rule reads it",
+    }
+    assert {layer.weight for layer in optimizer.coverage().layers} == {"plain"}

@@ -1,0 +1,140 @@
+"""What would go by without a word: positions that fit nothing, heads, classes elsewhere, worthless directions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from algoperf_kfac.pytorch import KFAC, Positions
+from tests.pytorch.toys import assert_same_factors, covered, mlp
+
+
+class Tokens(nn.Module):
+    """A table that is looked up once for the whole batch, and layers on nodes, edges and graphs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.node, self.graph = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, kinds: Tensor, ids: Tensor, graphs: int) -> Tensor:
+        table = self.table(torch.arange(9))  # not the rows of any segmentation
+        h = torch.tanh(self.node(table[kinds]))
+        return self.graph(torch.zeros(graphs, 4).index_add(0, ids, h))
+
+
+def test_positions_do_not_concern_a_table_that_is_not_covered() -> None:
+    model, ids = Tokens(), torch.tensor([0, 0, 0, 1, 1, 2, 2])
+    optimizer = KFAC(model, approximation="reduce")
+    positions = [
+        Positions(segment_ids=ids, num_segments=3),
+        Positions(segment_ids=torch.zeros(5).long(), num_segments=3),
+    ]
+    with optimizer.capture(positions):
+        model(torch.randint(9, (7,)), ids, 3).square().sum(1).mean().backward()
+    optimizer.step()
+    assert covered(optimizer) == {"node", "graph"}
+    assert torch.all(optimizer.factors(reduction="mean")["node"].A[-1, -1] == 1)
+
+
+@pytest.mark.parametrize(
+    ("positions", "message"),
+    [
+        (
+            torch.ones(7, 3),
+            r"a mask of shape \(7, 3\) fits no layer, and would be ignored; the layers have 0 \(6, 5\)",
+        ),
+        ({"2": torch.ones(6, 4)}, r"layer 2: a mask of shape \(6, 4\) does not fit"),
+        ({"10*": torch.ones(6, 5)}, r"no layer matches '10\*': there are 0, 2"),
+    ],
+    ids=["for all", "by name", "a name that is none"],
+)
+def test_positions_that_fit_nothing_are_refused(positions: object, message: str) -> None:
+    model = mlp(4, 8, 3)
+    optimizer = KFAC(model)
+    with pytest.raises(ValueError, match=message), optimizer.capture(positions):
+        model(torch.randn(6, 5, 4)).square().mean().backward()
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact"])
+def test_classes_that_are_not_the_last_dimension(fisher: str) -> None:
+    """Logits (N, C, H, W), as of a segmentation."""
+    x, conv = torch.randn(2, 3, 2, 2), nn.Conv2d(3, 4, 1)
+    line = nn.Linear(3, 4)
+    with torch.no_grad():
+        line.weight.copy_(conv.weight.flatten(1))
+        line.bias.copy_(conv.bias)
+    factors = []
+    for model, inputs, class_dim in ((conv, x, 1), (line, x.permute(0, 2, 3, 1), -1)):
+        optimizer = KFAC(model, fisher=fisher, seed=5)
+        with optimizer.capture() as capture:
+            outputs = model(inputs)
+            capture.backward_fisher(outputs, "softmax_cross_entropy", class_dim=class_dim)
+            outputs.square().mean().backward()
+        optimizer.step()
+        factors.append({"layer": next(iter(optimizer.factors().values()))})
+    assert_same_factors(factors[0], factors[1])
+
+
+def test_several_heads_are_one_call_each() -> None:
+    model = nn.ModuleDict({"body": nn.Linear(4, 5), "left": nn.Linear(5, 3), "right": nn.Linear(5, 2)})
+    optimizer = KFAC(model, fisher="exact")
+    with optimizer.capture() as capture:
+        h = torch.tanh(model["body"](torch.randn(6, 4)))
+        heads = model["left"](h), model["right"](h)
+        with pytest.raises(ValueError, match=r"outputs are a tuple of 2.*once for each"):
+            capture.backward_fisher(heads, "softmax_cross_entropy")
+        for head in heads:
+            capture.backward_fisher(head, "softmax_cross_entropy")
+        sum(head.square().mean() for head in heads).backward()
+    optimizer.step()
+    assert covered(optimizer) == {"body", "left", "right"}
+
+
+def test_a_capture_is_for_one_pass() -> None:
+    model = nn.Linear(4, 3)
+    optimizer = KFAC(model)
+    capture = optimizer.capture()
+    with capture:
+        model(torch.randn(6, 4)).square().mean().backward()
+    with pytest.raises(RuntimeError, match=r"is for one pass: call optimizer\.capture\(\) again"), capture:
+        pass
+
+
+class Residual(nn.Module):
+    """Kernels on smooth images: patches averaged over positions hardly differ between the offsets of a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1, bias=False)
+        self.blocks = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(3))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(3))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for conv, norm in zip(self.blocks, self.norms, strict=True):
+            x = F.relu(x + norm(conv(x)))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(("approximation", "is_said"), [("reduce", True), ("expand", False)])
+def test_directions_that_are_noise_are_named_once(
+    approximation: str, is_said: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    torch.manual_seed(0)
+    model = Residual()
+    optimizer = KFAC(model, lr=1e-2, approximation=approximation, factor_interval=2, refresh_interval=6)
+    for _ in range(25):
+        x, y = torch.randn(32, 1, 8, 8).cumsum(2).cumsum(3) / 8, torch.randint(3, (32,))
+        optimizer.zero_grad()
+        with optimizer.capture():
+            F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    said = [str(w.message) for w in recwarn if "all but singular" in str(w.message)]
+    assert len(said) == is_said
+    assert all('approximation="expand"' in text and "blocks." in text for text in said)
+    table = optimizer.summary(3)
+    assert "graft ratio  cosine  A at damping  B at damping  refreshes  idle" in table
+    assert "... and 2 more layers" in table
