@@ -340,7 +340,7 @@ def make_plan(
 
     Args:
         coverage: covered layers and fallbacks, as `KFAC.coverage()` gives them.
-        loads: by weight parameter name, of covered layers and of others; the others' count for the model's flops
+        loads: by `LayerSpec.load_name`, and by name of other parameters; these count for the model's flops
             and the activations. A layer that is missing is taken as idle.
         config: the configuration.
         scaling: the framework's, for this configuration.
@@ -357,7 +357,7 @@ def make_plan(
     """
     if devices < 1:
         raise ValueError(f"devices must be at least 1, got {devices}")
-    layers = tuple(_layer_plan(spec, loads.get(spec.weight), scaling) for spec in coverage.layers)
+    layers = tuple(_layer_plan(spec, loads.get(spec.load_name), scaling) for spec in coverage.layers)
     shapes = {f.name: f.shape for f in coverage.fallbacks}
     others = sum(
         6 * load.products * math.prod(shapes[name])
@@ -390,7 +390,7 @@ def _layer_plan(spec: LayerSpec, load: Load | None, scaling: Scaling) -> LayerPl
     own = scaling.flops(spec)
     model = statistics = 0.0
     if load is not None:
-        model = 6 * load.products * math.prod(spec.weight_shape)
+        model = 6 * load.products * spec.groups * spec.out_dim * spec.in_dim
         if spec.approximation == "reduce":
             # Convolutions sum the input by a small matrix product for each spatial dimension; the first dominates.
             each = 2 * load.kernel if spec.kind.startswith("conv") else 1

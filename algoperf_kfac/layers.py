@@ -9,8 +9,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from algoperf_kfac.config import TABLE, KFACConfig
 
+Sizes = tuple[int, ...]
+Layout = tuple[Sizes, ...]  # see `LayerSpec.layout`
+
 # Reasons for not covering a parameter, where both frameworks or several places give them.
 EXCLUDED = "excluded by the user"
+RAW = "raw parameter: covered from the first statistics step on if an operation with a rule reads it"
+REST = "what no operation with a rule has read so far of a parameter that is read in parts"
+BIAS_APART = "bias that is read apart from its weight"
 EMBEDDING = "embedding: its inputs are one-hot, A would be a diagonal of counts"
 UNREAD = "no operation with a rule reads it"
 SHARED_BIAS = "bias that several layers share"
@@ -70,6 +76,9 @@ class LayerSpec:
         approximation: "expand" or "reduce".
         in_blocks: sizes of A's diagonal blocks, the bias coordinate included; empty for A = identity.
         out_blocks: sizes of B's diagonal blocks; empty for B = identity.
+        layout: where the matrix lies in the stored weight, if not simply in its order: sizes, strides and (offset,)
+            of the view that runs over outputs, then inputs; see `pytorch/views.py`. It may be a part of the weight.
+        bias_start: where its bias begins in the stored one, of a layer that has a part of it.
     """
 
     name: str
@@ -83,6 +92,18 @@ class LayerSpec:
     approximation: str
     in_blocks: tuple[int, ...]
     out_blocks: tuple[int, ...]
+    layout: Layout = ()
+    bias_start: int | None = None
+
+    @property
+    def is_part(self) -> bool:
+        """Whether the weight has other elements, too."""
+        return bool(self.layout) and math.prod(self.layout[0]) < math.prod(self.weight_shape)
+
+    @property
+    def load_name(self) -> str:
+        """What a load (`cost.py`) is listed by: the weight's name, or the layer's where it is a part of one."""
+        return self.name if self.is_part else self.weight
 
     @property
     def factor_in_dim(self) -> int:
@@ -116,6 +137,8 @@ def make_spec(
     out_dim: int,
     config: KFACConfig,
     parts: int = 1,
+    layout: Layout = (),
+    bias_start: int | None = None,
 ) -> LayerSpec:
     """The spec of a layer; without factors (`has_factors`) where both are too large.
 
@@ -125,6 +148,7 @@ def make_spec(
         name, kind, weight, bias, weight_shape, groups, in_dim, out_dim: see `LayerSpec`.
         config: decides the approximation and the block sizes.
         parts: into how many equal parts the outputs are cut before large factors are.
+        layout, bias_start: see `LayerSpec`.
     """
     in_blocks, part = (
         split_blocks(dim, config.max_factor_dim, config.large_factor)
@@ -142,6 +166,8 @@ def make_spec(
         approximation=config.approximation_for(kind),
         in_blocks=in_blocks,
         out_blocks=() if kind == TABLE else part * parts,
+        layout=layout,
+        bias_start=bias_start,
     )
 
 

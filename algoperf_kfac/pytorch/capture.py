@@ -21,11 +21,12 @@ from torch.overrides import TorchFunctionMode
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.errors import MissingStatisticsError
-from algoperf_kfac.layers import LayerSpec, also_read_by, computed_before, not_its_gradient
+from algoperf_kfac.layers import LayerSpec, Layout, also_read_by, computed_before, not_its_gradient
 from algoperf_kfac.positions import Candidates, Positions, Rows, candidates_for, check_used, choose
 from algoperf_kfac.pytorch import fisher
+from algoperf_kfac.pytorch.contractions import operations_of
 from algoperf_kfac.pytorch.factors import to_matrix
-from algoperf_kfac.pytorch.operations import LOSSES, RULES, Called, Function, Operation, is_mean
+from algoperf_kfac.pytorch.operations import LOSSES, Called, Function, Operation, is_mean
 from algoperf_kfac.pytorch.statistics import AnyRecorder, Call, Recorder, Scalar, Statistics
 from algoperf_kfac.pytorch.uses import Uses
 
@@ -212,15 +213,17 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             if output is not NotImplemented:
                 return output
         output = called.run()
-        rule = RULES.get(called.func)
-        if rule is not None:
-            operation = rule(*called.args, **called.kwargs)
-            if isinstance(operation.weight, torch.nn.Parameter):
-                return self._operation(operation, output)
-        if torch.is_grad_enabled():
-            self.uses.follow(called, output)
-            if called.func in LOSSES and is_mean(called) and output.requires_grad:
-                self._handles.append(output.register_hook(self._note_loss))
+        if called.name == "__iter__" and self.uses.views.of(called.args[0]) is not None:
+            output = iter(called.replace(list(output)))
+        operations = operations_of(called, self.uses.views)
+        if operations:
+            for operation in operations:
+                output = self.operation(operation, output)
+            return output
+        self.uses.views.flatten(called, output)
+        self.uses.follow(called, called.run())
+        if torch.is_grad_enabled() and called.func in LOSSES and is_mean(called) and output.requires_grad:
+            self._handles.append(output.register_hook(self._note_loss))
         return output
 
     def backward(self, run: Callable[[], object], inputs: Iterable[object] | None, *, again: bool) -> object:
@@ -258,37 +261,40 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         before = self._loss_gradient
         self._loss_gradient = gradient if before is None else torch.maximum(before, gradient)
 
-    def _operation(self, operation: Operation, output: Tensor) -> Tensor:
+    def operation(self, operation: Operation, output: Tensor) -> Tensor:
         """Record a weighted operation; returns the output to hand on in its place.
 
         A layer that runs within the backward pass is run again by activation checkpointing. Where checkpointing
         is reentrant, the first run was without gradients, and this one is recorded once its gradient arrives;
         otherwise the first run was recorded, and no gradient will reach this one.
         """
-        spec = self.spec_of(operation.weight)
+        spec = self.spec_of(operation.weight, operation.layout)
         known = None if spec is None else self.recorders.get(spec.name)
         if isinstance(known, Recorder) and not _in_backward():
             self._next_forward(known)
-        if not output.requires_grad or not output.numel():
+        if not output.requires_grad or not output.numel() or not operation.input.numel():
             return output
-        self.uses.miss(operation.input, f"{operation.kind} as its input")
+        self.uses.miss(operation.input, f"{operation.name} as its input")
         spec = spec or self.layers.promote(operation)
         if spec is None:
             if operation.weight.requires_grad and not self.layers.knows(operation.weight):
                 self._strangers[id(operation.weight)] = operation.weight
-            self.uses.miss(operation.weight, operation.kind)
+            self.uses.miss(operation.weight, operation.name)
             return output
         return self.record(spec, operation, output, self.choose(spec, operation, output))
 
     def record(self, spec: LayerSpec, operation: Operation, output: Tensor, positions: Positions | None) -> Tensor:
         """Record a call of a covered layer; returns the output to hand on in its place."""
-        if spec.bias is not None and operation.bias is not self.layers.params[spec.bias]:
+        own = spec.bias is not None and operation.bias is self.layers.params[spec.bias]
+        if spec.bias is not None and operation.bias is None and spec.name not in self.recorders:
+            spec = self.layers.without_bias(spec)
+        if spec.bias is None:
+            self.uses.miss(operation.bias, f"{operation.name} as its bias")
+        elif not own or operation.bias_start != spec.bias_start:
             self.uses.miss(operation.weight, "a call without its bias")
-        elif spec.bias is None:
-            self.uses.miss(operation.bias, f"{operation.kind} as its bias")
         recorder = self.recorder(spec, operation.weight)
         if not isinstance(recorder, Recorder):  # a kind's, and not for operations of this sort
-            self.uses.miss(operation.weight, operation.kind)
+            self.uses.miss(operation.weight, operation.name)
             return output
         return self.attach(recorder, operation, output, positions)
 
@@ -306,9 +312,10 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             with torch.no_grad(), torch.autocast(device, enabled=False):
                 return recorder.input(operation, geometry, rows, positions)
 
-        hook = self._gradient_hook(recorder, record if again else record(), output)
-        producer = output._base.grad_fn if output._is_view() and output._base is not None else None
-        if producer is not None and output._base is not None and output._base.numel() == output.numel():
+        hook = self._gradient_hook(recorder, record if again else record(), output, operation.arrange)
+        base = output._base if output._is_view() else None
+        producer = base.grad_fn if base is not None else None
+        if producer is not None and base is not None and _same_order(output, base):
             # An in-place operation on a view rewrites its history, and a hook on it would never fire; the operation
             # that made what it is a view of stays in the graph.
             self._handles.append(producer.register_prehook(lambda grads: hook(grads[0])))
@@ -322,7 +329,11 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         recorder.next_forward()
 
     def _gradient_hook(
-        self, recorder: Recorder, call: Call | Callable[[], Call], output: Tensor
+        self,
+        recorder: Recorder,
+        call: Call | Callable[[], Call],
+        output: Tensor,
+        arrange: Callable[[Tensor], Tensor] | None,
     ) -> Callable[[Tensor | None], None]:
         """Records the output gradient of a call, and first the call itself where that was left open."""
         shape, device = output.shape, output.device
@@ -341,19 +352,26 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
                 grad = torch.zeros(shape, device=device) if grad is None else grad.reshape(shape)
                 if not isinstance(call, Call):
                     call = call()
-                recorder.output_gradient(call, grad)
+                recorder.output_gradient(call, grad if arrange is None else arrange(grad))
 
         return hook
 
-    def spec_of(self, weight: Tensor) -> LayerSpec | None:
-        """The covered layer of a weight, None if there is none."""
-        return self.layers.by_weight.get(id(weight))
+    def spec_of(self, weight: Tensor, layout: Layout = ()) -> LayerSpec | None:
+        """The covered layer of a weight, or of a part of it; None if there is none."""
+        return self.layers.by_weight.get(id(weight), {}).get(layout)
+
+    def see(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a function as a part of the model: for a kind, in place of one that torch has fused."""
+        with _Interceptor(self):
+            return function(*args, **kwargs)
 
     def recorder(self, spec: LayerSpec, weight: Tensor) -> AnyRecorder:
         """What gathers the statistics of a layer; made at its first call."""
         if spec.name not in self.recorders:
             dtype = torch.promote_types(weight.dtype, torch.float32)
-            one_pass, checks = self._options.config.fisher == "empirical", self._options.checks
+            one_pass = self._options.config.fisher == "empirical"
+            # A layer that joined later is checked when it is first seen.
+            checks = self._options.checks or (one_pass and spec.name not in self.layers.seen)
             self.recorders[spec.name] = self.layers.recorder(spec, dtype, one_pass=one_pass, checks=checks)
             self._weights[spec.name] = weight
             if checks:
@@ -385,7 +403,14 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         """The description of positions that a call takes."""
         rows = operation.rows(output)
         self.candidates(spec, rows)
-        return choose(spec.name, self._options.positions, rows)
+        chosen = choose(spec.name, self._options.positions, rows)
+        if operation.mask is None or (chosen is not None and chosen.by_gradient):
+            return chosen
+        mask = operation.mask
+        if chosen is not None and isinstance(chosen.mask, Tensor):
+            given = chosen.mask.reshape(*chosen.mask.shape, *[1] * (mask.dim() - chosen.mask.dim()))
+            mask = mask * given
+        return dataclasses.replace(chosen or Positions(), mask=mask)
 
     def kept_inputs(self) -> Iterator[Tensor]:
         """Inputs that are kept until their gradients come, most of them kept by autograd as well."""
@@ -401,7 +426,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         check_used(self._options.positions, calls, self.layers.covered)
         missing: dict[str, str] = {}
         wrong: dict[str, str] = {}
-        for spec in self.layers.by_weight.values():
+        for spec in (layer.spec for layer in self.layers.covered.values()):
             use = self._missed_use(spec)
             recorder = self.recorders.get(spec.name)
             if recorder is None:
@@ -466,8 +491,8 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             spec, product, gradient = self.layers.covered[name].spec, recorder.product, self._gradients.get(name)
             if product is None or gradient is None or id(self._weights[name]) in self.uses.penalised:
                 continue
-            difference = product.matrix - to_matrix(gradient.to(product.matrix), None, spec)
-            norm = gradient.to(product.matrix).norm()
+            wanted = to_matrix(gradient.to(product.matrix), None, spec)
+            difference, norm = product.matrix - wanted, wanted.norm()
             shares[name] = difference.norm() / norm.clamp(min=torch.finfo(norm.dtype).tiny)
             allowed = MAX_ERROR * norm + ROUNDING * product.eps * product.bound
             excesses[name] = difference.norm() - allowed
@@ -528,6 +553,11 @@ def _edges(tensors: Any, *args: Any, inputs: Any = None, **kwargs: Any) -> list[
     if inputs is not None or not all(isinstance(t, Tensor) and t.requires_grad for t in tensors):
         return []
     return [torch.autograd.graph.get_gradient_edge(t) for t in tensors]
+
+
+def _same_order(output: Tensor, base: Tensor) -> bool:
+    """Whether a view holds its base's elements in their order."""
+    return output.numel() == base.numel() and output.is_contiguous() and base.is_contiguous()
 
 
 def _in_backward() -> bool:

@@ -6,14 +6,15 @@ Nothing here waits for the device: whether a K-FAC direction is usable is select
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from algoperf_kfac.layers import LayerSpec
 from algoperf_kfac.pytorch.covered_layer import CoveredLayer
-from algoperf_kfac.pytorch.factors import from_matrix, to_matrix
+from algoperf_kfac.pytorch.factors import bias_part, from_matrix, part_of, to_matrix
 from algoperf_kfac.pytorch.nadamw import nadamw_directions, nesterov
 from algoperf_kfac.pytorch.preconditioner import LayerState
 from algoperf_kfac.pytorch.scalings import Scaling
@@ -143,26 +144,40 @@ def second_order(
         outcome.cosines = dict(zip(names, cosines.unbind(), strict=True))
     for name, direction, ok in zip(names, kfac, usable.unbind(), strict=True):
         layer = layers[name]
-        for p, step in zip((layer.weight, layer.bias), from_matrix(direction, layer.spec), strict=True):
-            if p is not None and step is not None:
-                first = directions[id(p)]
-                first.step = torch.where(ok, step, first.step)
+        weight, bias = from_matrix(direction, layer.spec)
+        _replace(directions[id(layer.weight)], weight, ok, layer.spec, part_of if layer.spec.is_part else None)
+        if layer.bias is not None and bias is not None:
+            of_part = layer.spec.bias_start is not None
+            _replace(directions[id(layer.bias)], bias, ok, layer.spec, bias_part if of_part else None)
     return outcome
 
 
-def _matrix(layer: CoveredLayer, parts: list[Tensor]) -> Tensor:
-    """A layer's weight and bias parts as one matrix, in the factors' dtype."""
-    parts = [part.to(layer.factor_dtype) for part in parts]
-    return to_matrix(parts[0], parts[1] if len(parts) > 1 else None, layer.spec)
+def _replace(
+    first: Direction, step: Tensor, ok: Tensor, spec: LayerSpec, part: Callable[[Tensor, LayerSpec], Tensor] | None
+) -> None:
+    """Put a usable K-FAC direction in the place of a parameter's first-order one, or of a part of it."""
+    if part is None:
+        first.step = torch.where(ok, step.reshape(first.step.shape), first.step)
+        return
+    # In place, so that the many parts of a parameter are not copied for each; all momenta have been read.
+    first.step = first.step.contiguous()
+    old = part(first.step, spec)
+    old.copy_(torch.where(ok, step, old))
+
+
+def _matrix(layer: CoveredLayer, tensors: list[Tensor]) -> Tensor:
+    """What a layer has of a weight's and a bias' tensor as one matrix, in the factors' dtype."""
+    matrix = to_matrix(tensors[0], tensors[1] if len(tensors) > 1 else None, layer.spec)
+    return matrix.to(layer.factor_dtype)
 
 
 def _first_order_norms(layers: Sequence[CoveredLayer], directions: Mapping[int, Direction]) -> Tensor:
     """(layers,): the norms of the layers' NadamW directions, weight and bias together."""
-    weights = _norms([directions[id(layer.weight)].step for layer in layers])
-    with_bias = [layer.bias for layer in layers if layer.bias is not None]
+    weights = _norms([part_of(directions[id(la.weight)].step, la.spec) for la in layers])
+    with_bias = [bias_part(directions[id(la.bias)].step, la.spec) for la in layers if la.bias is not None]
     if not with_bias:
         return weights
-    biases = _norms([directions[id(bias)].step for bias in with_bias]).to(weights.dtype)
+    biases = _norms(with_bias).to(weights.dtype)
     if len(with_bias) < len(layers):
         # Spread without an index tensor, which would have to be copied to the device at every step.
         parts = iter(biases.unbind())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,9 +14,11 @@ from algoperf_kfac.errors import check_patterns
 from algoperf_kfac.layers import (
     EMBEDDING,
     EXCLUDED,
+    RAW,
     SHARED_BIAS,
     FallbackSpec,
     LayerSpec,
+    Layout,
     make_spec,
     matches,
     one_parameter,
@@ -34,8 +37,6 @@ NORMALISATIONS = (
     nn.modules.batchnorm._NormBase,
     *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []),
 )
-RAW = "raw parameter: covered from the first statistics step on if an operation with a rule reads it"
-FUSED_ATTENTION = "read inside nn.MultiheadAttention's fused function"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -135,8 +136,6 @@ def _shared(names: list[str]) -> str:
 def _cover(site: Site, splits: Mapping[str, int], kinds: Sequence[Kind]) -> Found:
     """The covered layers of a module."""
     module, name = site.module, type(site.module).__name__
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return Found([], FUSED_ATTENTION)
     if isinstance(module, nn.Linear):
         return _cover_weight(site, "linear", 1, splits)
     if isinstance(module, CONVOLUTIONS):
@@ -151,10 +150,6 @@ def _cover(site: Site, splits: Mapping[str, int], kinds: Sequence[Kind]) -> Foun
         return Found([], EMBEDDING)
     if isinstance(module, NORMALISATIONS):
         return Found([], f"normalisation ({name})")
-    if isinstance(module, nn.RNNBase):
-        return Found([], f"recurrent ({name}): its time steps run in one fused operation")
-    if isinstance(module, nn.MultiheadAttention):
-        return Found([], FUSED_ATTENTION)
     return Found([], RAW)
 
 
@@ -191,8 +186,14 @@ def spec_from_shape(
     groups: int,
     config: KFACConfig,
     splits: Mapping[str, int],
+    stored: tuple[int, ...] | None = None,
+    layout: Layout = (),
+    bias_start: int | None = None,
 ) -> LayerSpec:
-    """The spec of a linear layer or convolution from its weight's shape, as torch stores it."""
+    """The spec of a linear layer or convolution from its weight's shape, as the operation has it.
+
+    Where the model stores it in another shape or order, `stored` and `layout` say so; see `LayerSpec`.
+    """
     if kind == "conv_transpose":
         out_dim, in_dim = shape[1], shape[0] // groups * math.prod(shape[2:])
     else:
@@ -202,12 +203,14 @@ def spec_from_shape(
         kind=kind,
         weight=weight,
         bias=bias,
-        weight_shape=shape,
+        weight_shape=stored or shape,
         groups=groups,
         in_dim=in_dim,
         out_dim=out_dim,
         config=config,
         parts=parts_of(name, kind, shape, splits),
+        layout=layout,
+        bias_start=bias_start,
     )
 
 
@@ -223,16 +226,33 @@ def spec_of_operation(
         output_splits: as for `discover`; patterns match the layer's name.
     """
     weight = names.get(id(operation.weight))
-    if weight is None or (operation.kind == "linear" and operation.weight.dim() != 2):
+    if weight is None or (operation.kind == "linear" and len(operation.shape) != 2):
         return None
+    shape = operation.shape
+    bias = names.get(id(operation.bias)) if isinstance(operation.bias, nn.Parameter) else None
+    if operation.bias_start is None and isinstance(operation.bias, Tensor) and operation.bias.dim() != 1:
+        bias = None
     spec = spec_from_shape(
         name=weight.rpartition(".")[0] or weight,
         kind=operation.kind,
         weight=weight,
-        bias=names.get(id(operation.bias)) if isinstance(operation.bias, nn.Parameter) else None,
-        shape=tuple(operation.weight.shape),
+        bias=bias,
+        shape=shape,
         groups=operation.groups,
         config=config,
         splits=output_splits,
+        stored=tuple(operation.weight.shape),
+        layout=operation.layout,
+        bias_start=None if bias is None else operation.bias_start,
     )
+    if spec.is_part:
+        spec = dataclasses.replace(spec, name=part_name(spec))
     return spec if spec.has_factors else None
+
+
+def part_name(spec: LayerSpec) -> str:
+    """The name of a layer that is a part of a weight: its number among parts of equal size in one piece."""
+    sizes, strides, (offset,) = spec.layout
+    number, rest = divmod(offset, math.prod(sizes))
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    return f"{spec.weight}.{number}" if extent == math.prod(sizes) and not rest else f"{spec.weight}.from{offset}"

@@ -169,20 +169,35 @@ def expand_rows(rows: Tensor, mask: Tensor | None) -> Tensor:
     return rows.reshape(-1, *rows.shape[2:])
 
 
+def part_of(weight: Tensor, spec: LayerSpec) -> Tensor:
+    """The layer's elements in a tensor of its weight's shape, in the order of its matrix; a view if it can be."""
+    if not spec.layout:
+        return weight
+    sizes, strides, (offset,) = spec.layout
+    flat = weight.contiguous()
+    return flat.as_strided(sizes, strides, flat.storage_offset() + offset)
+
+
+def bias_part(bias: Tensor, spec: LayerSpec) -> Tensor:
+    """(groups P_out,): the layer's elements in a tensor of its bias' shape."""
+    flat = bias.reshape(-1)
+    return flat if spec.bias_start is None else flat.narrow(0, spec.bias_start, spec.groups * spec.out_dim)
+
+
 def to_matrix(weight: Tensor, bias: Tensor | None, spec: LayerSpec) -> Tensor:
     """A layer's parameters (or gradients) as (groups, P_out, P_in [+ 1]), the bias as last column."""
     if spec.kind == "conv_transpose":  # stored as (C_in, C_out / groups, *kernel)
         grouped = weight.reshape(spec.groups, -1, spec.out_dim, math.prod(weight.shape[2:]))
         matrix = grouped.transpose(1, 2).reshape(spec.groups, spec.out_dim, spec.in_dim)
     else:
-        matrix = weight.reshape(spec.groups, spec.out_dim, spec.in_dim)
+        matrix = part_of(weight, spec).reshape(spec.groups, spec.out_dim, spec.in_dim)
     if bias is None:
         return matrix
-    return torch.cat([matrix, bias.reshape(spec.groups, spec.out_dim, 1)], 2)
+    return torch.cat([matrix, bias_part(bias, spec).reshape(spec.groups, spec.out_dim, 1)], 2)
 
 
 def from_matrix(matrix: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor | None]:
-    """The inverse of `to_matrix`: weight and bias in the shapes the framework stores."""
+    """The inverse of `to_matrix`: weight and bias as the framework stores them; parts as `part_of` gives them."""
     bias = None
     if spec.bias is not None:
         bias = matrix[..., -1].reshape(-1)
@@ -190,4 +205,11 @@ def from_matrix(matrix: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor | None]
     if spec.kind == "conv_transpose":
         kernel = math.prod(spec.weight_shape[2:])
         matrix = matrix.reshape(spec.groups, spec.out_dim, -1, kernel).transpose(1, 2)
-    return matrix.reshape(spec.weight_shape), bias
+    if not spec.layout:
+        return matrix.reshape(spec.weight_shape), bias
+    sizes, strides, (offset,) = spec.layout
+    if spec.is_part:
+        return matrix.reshape(sizes), bias
+    weight = matrix.new_empty(spec.weight_shape)
+    weight.as_strided(sizes, strides, offset).copy_(matrix.reshape(sizes))
+    return weight, bias

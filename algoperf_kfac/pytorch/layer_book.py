@@ -11,14 +11,27 @@ from torch import Tensor, nn
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.errors import listed, warn
-from algoperf_kfac.layers import UNREAD, Coverage, FallbackSpec, LayerSpec, missed_statistics, no_rule
+from algoperf_kfac.layers import (
+    BIAS_APART,
+    RAW,
+    REST,
+    UNREAD,
+    Coverage,
+    FallbackSpec,
+    LayerSpec,
+    Layout,
+    missed_statistics,
+    no_rule,
+    split_blocks,
+)
 from algoperf_kfac.pytorch.covered_layer import CoveredLayer
-from algoperf_kfac.pytorch.discovery import RAW, discover, spec_of_operation
+from algoperf_kfac.pytorch.discovery import discover, spec_of_operation
 from algoperf_kfac.pytorch.kinds import KINDS, Kind, Watch
 from algoperf_kfac.pytorch.operations import Operation
 from algoperf_kfac.pytorch.preconditioner import LayerState
 from algoperf_kfac.pytorch.scalings import Scaling
 from algoperf_kfac.pytorch.statistics import AnyRecorder, Statistics
+from algoperf_kfac.pytorch.views import overlap
 
 if TYPE_CHECKING:
     from algoperf_kfac.pytorch.capture import Capture
@@ -34,7 +47,7 @@ class Layers:
         params: the parameters to train, by name in the model.
         covered: the covered layers by name, in the order in which refreshes take turns.
         states: by the same names.
-        by_weight: the layers' specs, by identity of the weight.
+        by_weight: the layers' specs, by identity of the weight and by layout: parts of a weight are layers.
         fallbacks: every other trainable parameter, with the reason.
         missed: what the layers that left had missed, by name.
         left: names of the layers that left for the fallback.
@@ -73,7 +86,7 @@ class Layers:
         self.missed_steps: dict[str, int] = {}
         self.covered: dict[str, CoveredLayer] = {}
         self.states: dict[str, LayerState] = {}
-        self.by_weight: dict[int, LayerSpec] = {}
+        self.by_weight: dict[int, dict[Layout, LayerSpec]] = {}
         self.extend(model, params)
 
     def extend(self, model: nn.Module, params: Mapping[str, Tensor]) -> None:
@@ -151,11 +164,17 @@ class Layers:
     # Joining.
 
     def promote(self, operation: Operation) -> LayerSpec | None:
-        """Cover a raw parameter that an operation with a rule reads."""
+        """Cover a raw parameter, or a part of it, that an operation with a rule reads."""
         candidates = self._raw & {f.name for f in self.fallbacks} - self.left_parameters
         names = {id(p): n for n, p in self.params.items() if n in candidates}
-        spec = spec_of_operation(operation, names, self._config, self._output_splits)
-        if spec is None:
+        splits = self._output_splits
+        for kind in self._kinds:
+            known = kind.output_splits(operation, names)
+            splits = splits | {pattern: parts for pattern, parts in known.items() if pattern not in splits}
+        spec = spec_of_operation(operation, names, self._config, splits)
+        if spec is None or any(
+            overlap(spec, other) for other in self.by_weight.get(id(operation.weight), {}).values()
+        ):
             return None
         if spec.name in self.covered:  # two raw weights in one module
             spec = dataclasses.replace(spec, name=spec.weight)
@@ -164,16 +183,43 @@ class Layers:
 
     def adopt(self, spec: LayerSpec) -> None:
         """Cover a layer that took the fallback."""
-        joining = {spec.weight, spec.bias}
-        self.fallbacks = [f for f in self.fallbacks if f.name not in joining]
         bias = None if spec.bias is None else self.params[spec.bias]
         self._add(CoveredLayer(spec, self.params[spec.weight], bias))
+        for name in (spec.weight, spec.bias):
+            if name is not None:
+                self._leave_rest(name, REST)
+
+    def without_bias(self, spec: LayerSpec) -> LayerSpec:
+        """A layer that is called without its bias, which is read apart from it: without, if it is still new."""
+        if spec.name in self.seen or self.states[spec.name].refreshes or spec.bias is None:
+            return spec
+        bias, old = spec.bias, self.covered[spec.name]
+        in_blocks = split_blocks(spec.in_dim, self._config.max_factor_dim, self._config.large_factor)
+        spec = dataclasses.replace(spec, bias=None, bias_start=None, in_blocks=in_blocks)
+        self._add(dataclasses.replace(old, spec=spec, bias=None))
+        self._leave_rest(bias, BIAS_APART)
+        return spec
+
+    def _leave_rest(self, name: str, reason: str) -> None:
+        """List what no layer has of a parameter among the fallbacks, and nothing else of it."""
+        self.fallbacks = [f for f in self.fallbacks if f.name != name]
+        param = self.params[name]
+        rest = param.numel()
+        for spec in (layer.spec for layer in self.covered.values()):
+            if name == spec.weight:
+                rest -= spec.groups * spec.out_dim * spec.in_dim
+            elif name == spec.bias:
+                rest -= spec.groups * spec.out_dim
+        if rest:
+            self.fallbacks.append(
+                FallbackSpec(name, tuple(param.shape) if rest == param.numel() else (rest,), reason)
+            )
 
     def _add(self, layer: CoveredLayer) -> None:
         name = layer.spec.name
         self.covered[name] = layer
         self.states[name] = self.zero_state(layer)
-        self.by_weight[id(layer.weight)] = layer.spec
+        self.by_weight.setdefault(id(layer.weight), {})[layer.spec.layout] = layer.spec
 
     def zero_state(self, layer: CoveredLayer) -> LayerState:
         """A layer's state before its first statistics."""
@@ -202,12 +248,11 @@ class Layers:
 
     def _demote(self, name: str, reason: str) -> None:
         layer = self.covered.pop(name)
-        del self.states[name], self.by_weight[id(layer.weight)]
+        del self.states[name], self.by_weight[id(layer.weight)][layer.spec.layout]
         self.missed_steps.pop(name, None)
         for param_name in (layer.spec.weight, layer.spec.bias):
             if param_name is not None:
-                shape = tuple(self.params[param_name].shape)
-                self.fallbacks.append(FallbackSpec(param_name, shape, reason))
+                self._leave_rest(param_name, reason)
                 self.left_parameters.add(param_name)
 
     # State.
@@ -218,12 +263,12 @@ class Layers:
         """Cover exactly these layers, in this order, with states as at the beginning."""
         self.fallbacks, self.missed = list(fallbacks), dict(missed)
         # Whatever was given up or left out stays so.
-        open_to = {RAW, UNREAD}
+        open_to = {RAW, UNREAD, REST}
         self.left_parameters = {f.name for f in self.fallbacks if f.name in self._raw and f.reason not in open_to}
         old = self.covered
         self.covered, self.states, self.by_weight = {}, {}, {}
         for name, spec in specs.items():
-            if name in old:
+            if name in old and old[name].spec == spec:
                 self._add(old[name])
             else:
                 self.adopt(spec)
@@ -234,5 +279,7 @@ class Layers:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.by_weight = {id(layer.weight): layer.spec for layer in self.covered.values()}
+        self.by_weight = {}
+        for layer in self.covered.values():
+            self.by_weight.setdefault(id(layer.weight), {})[layer.spec.layout] = layer.spec
         self._identities = {id(p) for p in self.params.values()}

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from algoperf_kfac.layers import Layout
 from algoperf_kfac.positions import Rows
 from algoperf_kfac.pytorch.geometry import ConvGeometry
 
@@ -45,6 +46,11 @@ class Called:
             self._outputs.append(self.func(*self.args, **self.kwargs))
         return self._outputs[0]
 
+    def replace(self, output: Any) -> Any:
+        """Take another value for what the function returned."""
+        self._outputs[:] = [output]
+        return output
+
     def leaves(self) -> Iterator[Any]:
         """The arguments, lists and tuples among them taken apart."""
         for arg in (*self.args, *self.kwargs.values()):
@@ -58,10 +64,15 @@ class Operation:
     Attributes:
         kind: layer kind: "linear", "conv", "conv_transpose", or "embedding" for a lookup.
         input: its input, batch first for convolutions; (*positions, 1) token ids for a lookup.
-        weight: the weight argument.
+        weight: the parameter.
         bias: the bias argument, or None.
         groups: channel groups.
         hyper: stride, padding, dilation of convolutions; padding_idx of a lookup.
+        shape: of the weight as the operation has it; that of the parameter if not given.
+        layout, bias_start: where both lie in the parameters; see `LayerSpec`.
+        arrange: brings the gradient of the output into the order of the rows, (*leading, P_out).
+        mask: (*leading) of zeros and ones: which rows are this weight's, or None.
+        name: what the operation is called.
     """
 
     kind: str
@@ -70,16 +81,26 @@ class Operation:
     bias: Tensor | None
     groups: int = 1
     hyper: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    shape: tuple[int, ...] = ()
+    layout: Layout = ()
+    bias_start: int | None = None
+    arrange: Callable[[Tensor], Tensor] | None = None
+    mask: Tensor | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        self.shape = self.shape or tuple(self.weight.shape)
+        self.name = self.name or self.kind
 
     @property
     def is_conv(self) -> bool:
         return self.kind in ("conv", "conv_transpose")
 
     def rows(self, output: Tensor) -> Rows:
-        """The rows of the operation: its output without features."""
+        """The rows of the operation: its output, or its input, without features."""
         if not self.is_conv:
-            return Rows(tuple(output.shape[:-1]))
-        dims = self.weight.dim() - 2
+            return Rows(tuple((output if self.arrange is None else self.input).shape[:-1]))
+        dims = len(self.shape) - 2
         examples = output.shape[0] if output.dim() == dims + 2 else 1
         return Rows((examples, *output.shape[-dims:]), batch_first=True)
 
@@ -87,7 +108,7 @@ class Operation:
         """The geometry of a convolution, None for other operations."""
         if not self.is_conv:
             return None
-        kernel = tuple(self.weight.shape[2:])
+        kernel = self.shape[2:]
         dims = len(kernel)
         dilation = _tuple(self.hyper["dilation"], dims)
         padding = self.hyper["padding"]

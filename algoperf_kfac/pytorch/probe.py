@@ -15,9 +15,9 @@ from torch.overrides import TorchFunctionMode
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.cost import Load, Plan, Sighting, make_plan
-from algoperf_kfac.layers import UNREAD, Coverage
+from algoperf_kfac.layers import RAW, UNREAD, Coverage
 from algoperf_kfac.pytorch.activations import saving
-from algoperf_kfac.pytorch.discovery import RAW, unwrap
+from algoperf_kfac.pytorch.discovery import unwrap
 from algoperf_kfac.pytorch.meta import META, on_meta
 from algoperf_kfac.pytorch.operations import LOOKUPS, RULES, Function
 from algoperf_kfac.pytorch.optimizer import KFAC
@@ -175,7 +175,7 @@ def _step(subject: Subject, make_optimizer: Callable[[nn.Module], KFAC], batch_s
             torch.stack([t.sum() for t in outputs]).sum().backward()
     loads = {
         name: load.of_examples(subject.segments[int(load.examples)]) if load.examples in subject.segments else load
-        for name, load in (recorded | _with_lstms(recorder.loads, model, batch_size)).items()
+        for name, load in (recorded | _with_recurrence(recorder.loads, model, batch_size)).items()
     }
     extra = max(captured.bytes - plain.bytes, 0)
     coverage = _as_seen(optimizer.coverage())
@@ -194,16 +194,17 @@ def _recorded_loads(recorders: Iterable[AnyRecorder]) -> dict[str, Load]:
             rows = layout.num_examples * layout.positions
             inputs = 0 if call.input is None else call.input.numel()
             load = Load(layout.num_examples, layout.positions, rows, inputs, rows * spec.groups * spec.out_dim)
-            loads[spec.weight] = loads[spec.weight] + load if spec.weight in loads else load
+            name = spec.load_name
+            loads[name] = loads[name] + load if name in loads else load
     return loads
 
 
-def _with_lstms(loads: Mapping[str, Load], model: nn.Module, batch_size: int) -> dict[str, Load]:
-    """An LSTM shows the product with its inputs alone, on the rows of all sequences: the other one sees as many."""
+def _with_recurrence(loads: Mapping[str, Load], model: nn.Module, batch_size: int) -> dict[str, Load]:
+    """A recurrent layer shows the product with its inputs alone, on all rows: the other one sees as many."""
     names = {id(p): name for name, p in model.named_parameters()}
     loads = dict(loads)
     for module in model.modules():
-        if not isinstance(module, nn.LSTM):
+        if not isinstance(module, nn.RNNBase):
             continue
         for key, weight in module.named_parameters(recurse=False):
             seen = loads.get(names[id(weight)]) if key.startswith("weight_ih") else None

@@ -8,13 +8,13 @@ meets data, the parameter has a use that no rule records. Scalars of parameters 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from algoperf_kfac.pytorch.operations import Called
+from algoperf_kfac.pytorch.views import Views, tensors
 
 # Element by element: with a constant of its own size a weight stays a weight (masks, noise, scales).
 ELEMENTWISE = frozenset(
@@ -37,9 +37,11 @@ class Uses:
     Attributes:
         missed: by identity of a parameter: the first operation without a rule in which it met data.
         penalised: identities of parameters that a penalty reads, whose gradient is then more than the layer's own.
+        views: parameters as they are seen through views and copies.
     """
 
     def __init__(self) -> None:
+        self.views = Views()
         self.missed: dict[int, str] = {}
         self.penalised: set[int] = set()
         self._derived: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of tensors that are functions of parameters
@@ -57,13 +59,22 @@ class Uses:
 
     def follow(self, called: Called, output: object) -> None:
         """Take note of an operation without a rule."""
+        first = called.args[0] if called.args else None
+        if self.views.move(called, output):
+            self._derived.update({t: self.sources(first) for t in tensors(output) if t.requires_grad})
+            return
+        if not torch.is_grad_enabled():
+            return
         leaves = [leaf for leaf in called.leaves() if isinstance(leaf, Tensor)]
         read = [leaf for leaf in leaves if self.sources(leaf)]
         if not read:
             return
-        results = [t for t in _tensors(output) if t.requires_grad]
+        results = [t for t in tensors(output) if t.requires_grad]
         if not results:
             return  # nothing that a gradient could go through
+        view = self.views.of(first)
+        if view is not None and output is first:
+            self.views.forget(view.param)
         others = [leaf for leaf in leaves if not self.sources(leaf)]
         everything = NOTHING.union(*(self.sources(leaf) for leaf in read))
         if not others or self._is_constant(called, read, others, results):
@@ -84,11 +95,3 @@ class Uses:
             and not any(leaf.requires_grad for leaf in others)
             and all(result.numel() == size for result in results)
         )
-
-
-def _tensors(output: object) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Iterable) and isinstance(output, list | tuple):
-        for item in output:
-            yield from _tensors(item)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.layers import FallbackSpec, LayerSpec
 from algoperf_kfac.pytorch.covered_layer import CoveredLayer
-from algoperf_kfac.pytorch.operations import Called
+from algoperf_kfac.pytorch.operations import Called, Operation
 from algoperf_kfac.pytorch.statistics import AnyRecorder, Recorder, Statistics
 
 if TYPE_CHECKING:
@@ -94,6 +94,15 @@ class Kind:
             fallbacks: the parameters that are not covered.
             exclude: patterns of module paths to leave to the fallback.
         """
+
+    def output_splits(self, operation: Operation, names: Mapping[int, str]) -> dict[str, int]:
+        """Into how many parts the outputs of a raw parameter are cut that an operation reads: by layer name.
+
+        Args:
+            operation: the operation.
+            names: parameter names by identity, of those that may be covered.
+        """
+        return {}
 
     def watch(self, capture: Capture) -> Watch | None:
         """What the kind does within a capture that is about to begin; None for nothing."""

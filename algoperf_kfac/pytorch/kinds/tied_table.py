@@ -188,7 +188,7 @@ class _TableWatch(Watch):
         capture = self._capture
         for weight_id, spec in self._tables.items():
             recorder = capture.recorders.get(spec.name)
-            if weight_id in capture.layers.by_weight or not isinstance(recorder, TiedRecorder):
+            if capture.layers.by_weight.get(weight_id) or not isinstance(recorder, TiedRecorder):
                 continue
             if recorder.is_complete and spec.name not in self._untied and weight_id not in capture.uses.missed:
                 capture.layers.adopt(spec)

@@ -1,4 +1,4 @@
-"""An LSTM as linear layers that share their weight over time steps.
+"""LSTM, GRU and RNN as linear layers that share their weight over time steps.
 
 The gates of one direction see
 
@@ -8,6 +8,12 @@ so W_ih and W_hh are two layers with the same output gradient delta_t = dL/ds_t 
 [h_{t-1}; 1]: each bias is the homogeneous coordinate of its own weight. Everything runs in one fused operation that
 shows none of this. It is called on the gates' inputs u_t = W_ih x_t + b_ih instead of x_t, with the identity as its
 W_ih: the outputs are the same, u_t is an ordinary linear layer, and the gradient of u_t is delta_t.
+
+A GRU multiplies what the hidden state adds to its candidate by the reset gate r_t; so is that part of delta_t, for
+W_hh. The reset gate is computed once more from what went into it. Layers run one by one: dropout between them is
+drawn in its own operation, from the same distribution as in the fused one, not in the same numbers.
+
+Cells are written out: what they apply are linear layers by themselves.
 """
 
 from __future__ import annotations
@@ -31,15 +37,20 @@ if TYPE_CHECKING:
     from algoperf_kfac.pytorch.capture import Capture
 
 
-class LSTM(Kind):
-    """Two layers for each direction of a `torch.nn.LSTM`: on the inputs, and on the previous hidden state."""
+FUSED = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
+CELLS = frozenset(f"{name}_cell" for name in FUSED)
+
+
+class Recurrent(Kind):
+    """Two layers for each direction of a `torch.nn.LSTM`, GRU or RNN, or a cell of these: on the inputs, and on the
+    previous hidden state."""
 
     def cover(self, site: Site) -> Found | None:
-        if not isinstance(site.module, nn.LSTM):
+        module, name = site.module, type(site.module).__name__
+        if not isinstance(module, nn.RNNBase | nn.RNNCellBase):
             return None
-        why = uncovered(site.module)
-        if why:
-            return Found([], why)
+        if isinstance(module, nn.RNNBase) and module.proj_size:
+            return Found([], f"recurrent ({name}): its outputs are projected")
         layers = []
         for key, weight in site.params.items():
             if not key.startswith("weight") or site.is_shared(weight):
@@ -58,24 +69,28 @@ class LSTM(Kind):
                 out_dim=weight.shape[0],
                 config=site.config,
                 # A block for each gate where all are too large.
-                parts=1 if len(weight) <= site.config.max_factor_dim else 4,
+                parts=1 if len(weight) <= site.config.max_factor_dim else len(weight) // module.hidden_size,
             )
             if spec.has_factors:
                 layers.append(CoveredLayer(spec, weight, bias))
-        return Found(layers, "recurrent (LSTM): its weight is frozen, or above max_factor_dim")
+        return Found(layers, f"recurrent ({name}): its weight is frozen, or above max_factor_dim")
 
     def watch(self, capture: Capture) -> Watch:
-        return _LSTMWatch(capture)
+        return _RecurrentWatch(capture)
 
 
-class _LSTMWatch(Watch):
+class _RecurrentWatch(Watch):
     def __init__(self, capture: Capture) -> None:
         self._capture = capture
 
     def called(self, called: Called) -> Any:
-        if called.name != "lstm" or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return NotImplemented
-        call = parse(called.args, called.kwargs)
+        if called.name in CELLS and not called.kwargs and len(called.args) >= 4:
+            if any(self._capture.spec_of(weight) for weight in called.args[2:4]):
+                return self._capture.see(_CELLS[called.name], *called.args)
+            return NotImplemented
+        call = parse(called) if called.name in FUSED else None
         if call is None or not any(self._capture.spec_of(weight) for weight in call.weights):
             return NotImplemented
         return run(call, self._record)
@@ -90,7 +105,7 @@ class _LSTMWatch(Watch):
 
 @dataclasses.dataclass
 class Direction:
-    """The parameters of one direction of one layer: (4 H, P_in), (4 H, H), (4 H,) and (4 H,)."""
+    """The parameters of one direction of one layer with G gates: (G H, P_in), (G H, H), (G H,) and (G H,)."""
 
     weight_ih: Tensor
     weight_hh: Tensor
@@ -133,22 +148,26 @@ class Steps:
 
 
 @dataclasses.dataclass
-class LSTMCall:
+class FusedCall:
     """A call of the fused operation.
 
     Attributes:
+        name: "lstm", "gru", "rnn_tanh" or "rnn_relu".
         input: (N, T, P), (T, N, P) or packed (rows, P).
         batch_sizes: (T,) on the host, of a packed input.
-        states: initial h and c, (layers x directions, N, H) each.
+        states: initial h, and c of an LSTM, (layers x directions, N, H) each.
         layers: the directions of each layer.
         batch_first: whether the input is (N, T, P).
+        dropout: share of the outputs of each layer but the last that is dropped.
     """
 
+    name: str
     input: Tensor
     batch_sizes: Tensor | None
-    states: tuple[Tensor, Tensor]
+    states: tuple[Tensor, ...]
     layers: list[list[Direction]]
     batch_first: bool
+    dropout: float
 
     @property
     def weights(self) -> Iterator[Tensor]:
@@ -199,32 +218,26 @@ def _packed_rows(batch_sizes: Tensor, device: torch.device) -> Steps:
     return Steps((total,), example.to(device, non_blocking=True), int(batch_sizes[0]), index)
 
 
-def uncovered(module: nn.LSTM) -> str:
-    """Why the layers of an LSTM cannot be covered; empty if they can."""
-    if module.proj_size:
-        return "recurrent (LSTM): its outputs are projected"
-    if module.num_layers > 1 and module.dropout:
-        return "recurrent (LSTM): dropout between its layers is drawn inside the fused operation"
-    return ""
-
-
-def parse(args: Sequence[Any], kwargs: Mapping[str, Any]) -> LSTMCall | None:
-    """Read the arguments of `torch.lstm`; None for a form without a rule (projections, dropout, keywords)."""
-    if kwargs or len(args) != 9:
+def parse(called: Called) -> FusedCall | None:
+    """Read the arguments of the fused operation; None for a form without a rule (projections, keywords)."""
+    args = called.args
+    if called.kwargs or len(args) != 9:
         return None
-    packed = isinstance(args[1], Tensor)
+    packed = isinstance(args[1], Tensor) and args[1].dim() == 1
     data, batch_sizes = (args[0], args[1]) if packed else (args[0], None)
     states, params, has_biases, num_layers, dropout, train, bidirectional = args[1 + packed : 8 + packed]
     size = 4 if has_biases else 2
-    if len(params) != num_layers * (1 + bidirectional) * size or (dropout and train and num_layers > 1):
+    if len(params) != num_layers * (1 + bidirectional) * size:
         return None
     directions = [Direction(*params[i : i + size]) for i in range(0, len(params), size)]
     step = 1 + bidirectional
     layers = [directions[i : i + step] for i in range(0, len(directions), step)]
-    return LSTMCall(data, batch_sizes, tuple(states), layers, False if packed else args[8])
+    states = (states,) if isinstance(states, Tensor) else tuple(states)
+    batch_first = False if packed else args[8]
+    return FusedCall(called.name, data, batch_sizes, states, layers, batch_first, float(dropout) if train else 0.0)
 
 
-def run(call: LSTMCall, record: Callable[[Operation, Tensor, Steps], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def run(call: FusedCall, record: Callable[[Operation, Tensor, Steps], Tensor]) -> tuple[Tensor, ...]:
     """What the fused operation returns: outputs and final states.
 
     Args:
@@ -233,7 +246,10 @@ def run(call: LSTMCall, record: Callable[[Operation, Tensor, Steps], Tensor]) ->
     """
     rows = call.rows()
     x, final = call.input, []
+    fused = getattr(torch, call.name)
     for i, directions in enumerate(call.layers):
+        if i and call.dropout:
+            x = F.dropout(x, call.dropout)
         span = slice(i * len(directions), (i + 1) * len(directions))
         states = [s[span] for s in call.states]
         flat = x.reshape(-1, x.shape[-1])
@@ -253,10 +269,11 @@ def run(call: LSTMCall, record: Callable[[Operation, Tensor, Steps], Tensor]) ->
         with warnings.catch_warnings():
             # cuDNN copies weights that do not lie in one piece, and says so.
             warnings.filterwarnings("ignore", message=".*not part of single contiguous chunk.*")
+            given = states if call.name == "lstm" else states[0]
             if call.batch_sizes is None:
-                x, *last = torch.lstm(inputs, states, *settings, call.batch_first)
+                x, *last = fused(inputs, given, *settings, call.batch_first)
             else:
-                x, *last = torch.lstm(inputs, call.batch_sizes, states, *settings)
+                x, *last = fused(inputs, call.batch_sizes, given, *settings)
         final.append(last)
         with torch.no_grad():
             outputs = x.detach().chunk(len(directions), -1)
@@ -265,6 +282,63 @@ def run(call: LSTMCall, record: Callable[[Operation, Tensor, Steps], Tensor]) ->
                 for k, (h, state) in enumerate(zip(outputs, states[0], strict=True))
             ]
         for d, h, u in zip(directions, before, gates, strict=True):
-            record(Operation("linear", h, d.weight_hh, d.bias_hh), u, rows)
-    h, c = (torch.cat(parts) for parts in zip(*final, strict=True))
-    return x, h, c
+            operation = Operation("linear", h, d.weight_hh, d.bias_hh)
+            if call.name == "gru":
+                operation.arrange = _reset(h, u, d)
+            record(operation, u, rows)
+    return x, *(torch.cat(parts) for parts in zip(*final, strict=True))
+
+
+def _reset(h: Tensor, u: Tensor, d: Direction) -> Callable[[Tensor], Tensor]:
+    """Gradients of a GRU's gates (rows, 3 H) -> of what W_hh adds to them: the candidate's times the reset gate.
+
+    Args:
+        h: (rows, H) previous hidden states.
+        u: (rows, 3 H) what the inputs add to the gates.
+        d: the direction.
+    """
+    with torch.no_grad():
+        weight, bias = d.weight_hh[: h.shape[1]], None if d.bias_hh is None else d.bias_hh[: h.shape[1]]
+        gate = (u.detach()[:, : h.shape[1]] + F.linear(h, weight, bias)).sigmoid()
+
+    def arrange(grad: Tensor) -> Tensor:
+        r, z, n = grad.chunk(3, -1)
+        return torch.cat([r, z, n * gate.to(n.dtype)], -1)
+
+    return arrange
+
+
+# The cells: inputs (N, P), states (N, H), weights and biases as in `Direction`.
+
+Bias = Tensor | None
+
+
+def _lstm_cell(
+    x: Tensor, states: Sequence[Tensor], w_ih: Tensor, w_hh: Tensor, b_ih: Bias = None, b_hh: Bias = None
+) -> tuple[Tensor, Tensor]:
+    h, c = states
+    i, f, g, o = (F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).chunk(4, 1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def _gru_cell(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Bias = None, b_hh: Bias = None) -> Tensor:
+    (r, z, n), (of_r, of_z, of_n) = F.linear(x, w_ih, b_ih).chunk(3, 1), F.linear(h, w_hh, b_hh).chunk(3, 1)
+    z = (z + of_z).sigmoid()
+    n = (n + (r + of_r).sigmoid() * of_n).tanh()
+    return n + z * (h - n)
+
+
+def _rnn_cell(activation: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def cell(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Bias = None, b_hh: Bias = None) -> Tensor:
+        return activation(F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh))
+
+    return cell
+
+
+_CELLS: Mapping[str, Callable[..., Any]] = {
+    "lstm_cell": _lstm_cell,
+    "gru_cell": _gru_cell,
+    "rnn_tanh_cell": _rnn_cell(torch.tanh),
+    "rnn_relu_cell": _rnn_cell(torch.relu),
+}
