@@ -20,6 +20,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     try:
         with open(temporary, "wb") as file:
             file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a crash of the machine may leave the new name with an empty file
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -29,7 +31,19 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_text(path: Path, content: str) -> None:
     """As `write_bytes`, for UTF-8 text."""
-    write_bytes(path, content.encode("utf-8"))
+    write_bytes(path, encoded(content))
+
+
+def encoded(text: str) -> bytes:
+    """UTF-8, also of text with the name of a file that the locale could not read."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:
+        # Python reads such names byte by byte (PEP 383); most of them are UTF-8 after all.
+        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        with contextlib.suppress(UnicodeEncodeError):
+            whole = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        return whole.encode("utf-8")
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
@@ -52,7 +66,7 @@ def write_folder(folder: Path, files: Mapping[str, str]) -> None:
         for name, text in files.items():
             path = temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8", newline="\n")
+            path.write_bytes(encoded(text))
         # A folder that is not empty cannot be replaced by a rename: it steps aside first.
         if folder.exists():
             os.replace(folder, old)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 MISTAKE = 2  # the exit code of a command that was given something it cannot do
 INTERRUPTED = 130  # as a shell reports Ctrl-C
@@ -28,19 +30,53 @@ def run(command: Callable[[], int | None], *, interrupted: str = "interrupted") 
     # A name may hold characters that the terminal cannot show; that is no reason to stop.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+            with contextlib.suppress(OSError, ValueError):  # what is left in its buffer cannot be written
+                stream.reconfigure(errors="replace")
     try:
-        return command() or 0
+        code = command() or 0
+        _flush()
+        return code
     except BrokenPipeError:
-        # The reader of the pipe, such as head, has seen enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _flush()
         return 0
     except UserError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        tell(f"error: {one_line(error)}", sys.stderr)
         return MISTAKE
     except KeyboardInterrupt:
-        print(f"\n{interrupted}", file=sys.stderr)
+        tell(f"\n{interrupted}", sys.stderr)
         return INTERRUPTED
+
+
+def _flush() -> None:
+    """Writes what is left; where the reader of a pipe, such as head, has seen enough, lets go of the rest."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except (OSError, ValueError):
+            pass  # Python says so when it exits
+
+
+def tell(text: str, stream: TextIO | None = None, *, end: str = "\n") -> bool:
+    """Prints at once, for commands whose work must go on whatever becomes of the terminal; returns whether it did.
+
+    Args:
+        text: what to print; characters the stream cannot show are replaced.
+        stream: standard output by default.
+        end: what follows the text.
+    """
+    stream = sys.stdout if stream is None else stream
+    try:
+        try:
+            print(text, end=end, file=stream, flush=True)
+        except UnicodeError:
+            encoding = getattr(stream, "encoding", None) or "ascii"
+            print(text.encode(encoding, "replace").decode(encoding), end=end, file=stream, flush=True)
+    except (OSError, ValueError):  # a closed terminal or pipe, a full disk; a closed file
+        return False
+    return True
 
 
 def one_line(error: Exception) -> str:

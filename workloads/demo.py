@@ -15,6 +15,7 @@ from pathlib import Path
 from absl import flags
 
 from commands import errors
+from commands.errors import tell
 from commands.flags import new, parse
 from commands.frameworks import FRAMEWORKS
 from submissions import registry as submissions
@@ -61,19 +62,19 @@ def demo(
         there = submissions.names_in(framework)
         chosen = [name for name in SUBMISSIONS if name in there]
         jobs += study.jobs(output, chosen, workloads, framework, [1], {"nadamw": str(TUNED)}, [0, 1], max_steps)
-        print(f"==> Training {', '.join(chosen)} on {', '.join(workloads)} in {framework}", flush=True)
-    print(f"==> {len(jobs)} runs, {parallel} at a time", flush=True)
+        tell(f"==> Training {', '.join(chosen)} on {', '.join(workloads)} in {framework}")
+    tell(f"==> {len(jobs)} runs, {parallel} at a time")
     failed = study.run(jobs, parallel)
-    print("==> Writing the report", flush=True)
+    tell("==> Writing the report")
     report = output / "report"
     command = [sys.executable, "-m", "scoring", "report", str(output), f"--output_dir={report}"]
     finished = subprocess.run(command, cwd=study.CHECKOUT, check=False)
     if finished.returncode != 0:
-        print(f"error: the report could not be written ({' '.join(command[1:])})", file=sys.stderr)
+        tell(f"error: the report could not be written ({' '.join(command[1:])})", sys.stderr)
         return 1
-    print(f"==> The report lies in {report}")
+    tell(f"==> The report lies in {report}")
     if failed:
-        print(f"error: {len(failed)} of the runs failed: {', '.join(failed)}", file=sys.stderr)
+        tell(f"error: {len(failed)} of the runs failed: {', '.join(failed)}", sys.stderr)
     return 1 if failed else 0
 
 

@@ -19,12 +19,12 @@ from pathlib import Path
 from absl.flags import FlagValues
 
 from commands import errors, frameworks
-from commands.errors import UserError
+from commands.errors import UserError, tell
 from commands.flags import parse
 from submissions.common.api import Hyperparameters
 from submissions.common.hyperparameters import as_mapping
 from workloads import registry, seeds
-from workloads.runner import experiment, loop, tuning
+from workloads.runner import checkpoints, experiment, loop, tuning
 from workloads.runner import flags as runner_flags
 from workloads.runner import submission as submissions
 from workloads.runner.backend import Backend
@@ -76,6 +76,8 @@ def run(flags: FlagValues) -> list[Outcome]:
         flags.experiment_name,
         workload_name,
         framework,
+        [f"trial_{index + 1}" for index, _ in points],
+        whole=flags.hparam_start_index is None and flags.hparam_end_index is None,
         overwrite=flags.overwrite and backend.is_main(),
         resume=flags.resume_last_run or not backend.is_main(),
     )
@@ -87,34 +89,37 @@ def run(flags: FlagValues) -> list[Outcome]:
     for index, point in points:
         trial_folder = folder / f"trial_{index + 1}"
         with _disk_errors_explained(trial_folder):
-            trial_folder.mkdir(exist_ok=True)
             outcome = experiment.outcome(trial_folder)
             if outcome is None:
                 with experiment.lock(trial_folder) if backend.is_main() else contextlib.nullcontext():
-                    outcome = loop.run(
-                        loop.Trial(
-                            workload=workload,
-                            workload_name=workload_name,
-                            submission=submission,
-                            backend=backend,
-                            hyperparameters=point,
-                            folder=trial_folder,
-                            seed=int(backend.same_on_all(_seed(flags.rng_seed, trial_folder))),
-                            batch_size=batch_size,
-                            eval_batch_size=eval_batch_size,
-                            max_steps=flags.max_global_steps or workload.step_hint,
-                            max_runtime_sec=_runtime(workload, flags.tuning_ruleset),
-                            data_dir=flags.data_dir or "",
-                            stop_at_target=flags.stop_at_target,
-                            save_checkpoints=flags.save_checkpoints,
-                            keep_all_checkpoints=flags.save_intermediate_checkpoints,
-                            torch_compile=flags.torch_compile,
-                            flags=flags.flag_values_dict(),
+                    outcome = experiment.outcome(trial_folder)  # of another process, which held it until now
+                    if not backend.same_on_all(outcome is not None):
+                        _check_earlier_run(trial_folder, point, flags)
+                        outcome = loop.run(
+                            loop.Trial(
+                                workload=workload,
+                                workload_name=workload_name,
+                                submission=submission,
+                                backend=backend,
+                                hyperparameters=point,
+                                folder=trial_folder,
+                                seed=int(backend.same_on_all(_seed(flags.rng_seed, trial_folder, backend))),
+                                batch_size=batch_size,
+                                eval_batch_size=eval_batch_size,
+                                max_steps=flags.max_global_steps or workload.step_hint,
+                                max_runtime_sec=_runtime(workload, flags.tuning_ruleset),
+                                data_dir=flags.data_dir or "",
+                                stop_at_target=flags.stop_at_target,
+                                save_checkpoints=flags.save_checkpoints,
+                                keep_all_checkpoints=flags.save_intermediate_checkpoints,
+                                torch_compile=flags.torch_compile,
+                                flags=flags.flag_values_dict(),
+                            )
                         )
-                    )
-        if backend.is_main():
-            print(f"{trial_folder}: {describe(outcome)}", flush=True)
-        outcomes.append(outcome)
+        if outcome is not None:  # on the main process
+            outcomes.append(outcome)
+            if backend.is_main():
+                tell(f"{trial_folder}: {describe(outcome)}")
     backend.stop()
     return outcomes
 
@@ -186,8 +191,10 @@ def _check_earlier_run(trial_folder: Path, point: Hyperparameters, flags: FlagVa
                 )
 
 
-def _seed(given: int | None, trial_folder: Path) -> int:
+def _seed(given: int | None, trial_folder: Path, backend: Backend) -> int:
     recorded = experiment.recorded_seed(trial_folder)
+    if recorded is None:  # a new trial, or one whose records a crash damaged
+        recorded = (checkpoints.restore(trial_folder, backend.peek) or {}).get("rng_seed")
     if recorded is not None:
         if given is not None and given != recorded:
             raise UserError(

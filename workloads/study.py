@@ -23,13 +23,14 @@ from pathlib import Path
 from absl import flags
 
 from commands import errors, frameworks
-from commands.errors import UserError
+from commands.errors import UserError, tell
 from commands.flags import new, parse
 from commands.frameworks import FRAMEWORKS
 from submissions import registry as registered
 from workloads import registry
 from workloads.runner import experiment, tuning
 from workloads.runner.outcome import Outcome, describe
+from workloads.runner.progress import is_terminal
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 # One thread each: with several BLAS threads on as many cores, timings have outliers of ten times. XLA reads NPROC.
@@ -126,7 +127,7 @@ def run(todo: Sequence[Job], parallel: int) -> list[str]:
         if outcome is None:
             left.append(job)
         else:
-            print(f"{job.name}: kept, {describe(outcome)}", flush=True)
+            tell(f"{job.name}: kept, {describe(outcome)}")
     total = len(left)
     failed: list[str] = []
     running: dict[subprocess.Popen[bytes], Job] = {}
@@ -136,18 +137,24 @@ def run(todo: Sequence[Job], parallel: int) -> list[str]:
         while left or running:
             while left and len(running) < parallel:
                 job = left.pop(0)
-                running[_start(job)] = job
+                started_process = _start(job)
+                if started_process is None:
+                    failed.append(job.name)
+                    status.clear()
+                    tell(f"{job.name}: FAILED, {experiment.BUSY.format(job.folder)}", sys.stderr)
+                else:
+                    running[started_process] = job
             for process in [process for process in running if process.poll() is not None]:
                 job = running.pop(process)
                 status.clear()
                 outcome = job.finished()
                 if process.returncode != 0 or outcome is None:
                     failed.append(job.name)
-                    print(f"{job.name}: FAILED, {_last_line(job.log)} (see {job.log})", file=sys.stderr, flush=True)
+                    tell(f"{job.name}: FAILED, {_last_line(job.log)} (see {job.log})", sys.stderr)
                 else:
                     done = total - len(left) - len(running)
                     minutes = (time.monotonic() - started) / done * (total - done) / 60
-                    print(f"[{done}/{total}, {minutes:.0f} min left] {job.name}: {describe(outcome)}", flush=True)
+                    tell(f"[{done}/{total}, {minutes:.0f} min left] {job.name}: {describe(outcome)}")
             status.show([_last_line(job.log) for job in running.values()])
             time.sleep(0.1)
     finally:
@@ -163,20 +170,25 @@ class _Status:
     """On a terminal, one line with the progress of the running jobs; elsewhere nothing."""
 
     def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
+        self._terminal = is_terminal(sys.stderr)
 
     def show(self, lines: Sequence[str]) -> None:
         if self._terminal:
             text = " | ".join(lines)[: shutil.get_terminal_size().columns - 1]
-            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+            tell(f"\r\x1b[K{text}", sys.stderr, end="")
 
     def clear(self) -> None:
         self.show([])
 
 
-def _start(job: Job) -> subprocess.Popen[bytes]:
+def _start(job: Job) -> subprocess.Popen[bytes] | None:
+    """Starts a job; None if another process is at work on it, whose log stays as it is."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    with open(job.log, "wb") as log:
+    with open(job.log, "ab") as log:
+        # The job inherits the lock with its log: another study knows of it before the job has locked its trial.
+        if not experiment.take(log) or experiment.is_locked(job.folder):
+            return None
+        log.truncate(0)
         return subprocess.Popen(
             job.command,
             stdout=log,
@@ -229,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parse(arguments, values, "python -m workloads.study", ("submissions", "experiment_dir"))
         failed = run(_jobs_of(values), values.jobs)
         if failed:
-            print(f"error: {len(failed)} of the trials failed: {', '.join(failed)}", file=sys.stderr)
+            tell(f"error: {len(failed)} of the trials failed: {', '.join(failed)}", sys.stderr)
         return 1 if failed else 0
 
     return errors.run(command, interrupted="interrupted; the same command goes on")

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from commands import atomic
-from commands.errors import UserError
+from commands.errors import UserError, tell
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def cached_arrays(
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_bytes(path, buffer.getvalue())
     except OSError as error:
-        print(f"note: no data cache in {path.parent} ({error.strerror}); it only saves seconds", file=sys.stderr)
+        tell(f"note: no data cache in {path.parent} ({error.strerror}); it only saves seconds", sys.stderr)
     return arrays
 
 

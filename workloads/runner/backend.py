@@ -56,5 +56,8 @@ class Backend(Protocol):
     def pack(self, params: Tree, optimizer_state: Tree, rest: dict[str, object], /) -> bytes:
         """The content of a checkpoint file."""
 
+    def peek(self, content: bytes, /) -> dict[str, Tree]:
+        """The rest that `pack` was given, without loading anything."""
+
     def unpack(self, content: bytes, params: Tree, optimizer_state: Tree, /) -> dict[str, Tree]:
         """What `pack` was given, with "model_params" and "optimizer_state"."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from commands import atomic
+from commands.errors import tell
 from submissions.common.api import Tree
 
 KEEP = 2
@@ -29,7 +30,7 @@ def restore(folder: Path, unpack: Callable[[bytes], dict[str, Tree]]) -> dict[st
         try:
             return unpack(path.read_bytes())
         except Exception as error:  # whatever a damaged file makes the reader raise
-            print(f"note: {path} cannot be read ({error}); trying the one before", file=sys.stderr)
+            tell(f"note: {path} cannot be read ({error}); trying the one before", sys.stderr)
     return None
 
 

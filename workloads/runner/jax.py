@@ -107,6 +107,11 @@ class JaxBackend:
         content["rest"] = json.dumps({name: value for name, value in rest.items() if name not in trees})
         return serialization.msgpack_serialize(jax.device_get(content))
 
+    def peek(self, content: bytes) -> dict[str, Tree]:
+        """What `pack` was given as `rest`, without its arrays."""
+        rest: dict[str, Tree] = json.loads(serialization.msgpack_restore(content)["rest"])
+        return rest
+
     def unpack(self, content: bytes, params: Tree, optimizer_state: tuple[Tree, Tree]) -> dict[str, Tree]:
         """What `pack` was given, arrays in the structures of `params` and `optimizer_state`.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from commands import atomic
 from submissions.common.api import Hyperparameters, Tree
 from submissions.common.hyperparameters import as_mapping
+from workloads.runner import experiment
 from workloads.workload import Workload
 
 Scalar: TypeAlias = bool | int | float | str
@@ -81,10 +81,8 @@ def write_hyperparameters(folder: Path, point: Hyperparameters) -> None:
 
 
 def read_hyperparameters(folder: Path) -> dict[str, object] | None:
-    """The point an earlier run of the trial wrote, None if there is none."""
-    path = folder / "hparams.json"
-    point: dict[str, object] | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    return point
+    """The point an earlier run of the trial wrote, None if there is none that can be read."""
+    return experiment.read_json(folder / "hparams.json")
 
 
 def meta_data(workload: Workload, versions: Mapping[str, str], seed: int) -> dict[str, object]:

@@ -20,7 +20,7 @@ from submissions.common.api import EvalResults, Hyperparameters
 from submissions.common.spec import TrainingCompleteError
 from workloads import seeds
 from workloads.data.queue import BatchQueue
-from workloads.runner import checkpoints
+from workloads.runner import checkpoints, experiment
 from workloads.runner.backend import Backend
 from workloads.runner.logs import MetricsLogger, meta_data, write_hyperparameters
 from workloads.runner.outcome import Outcome
@@ -138,6 +138,7 @@ class _Run:
             "train_state": dict(self.state),
             "eval_results": list(self.eval_results),
             "global_step": self.step,
+            "rng_seed": self.trial.seed,
             "first_step_time": self.first_step_time,
             "preemption_count": self.preemption_count,
             "total_duration": self.duration(),
@@ -156,6 +157,8 @@ class _Run:
             content |= {"global_batch_size": trial.batch_size, "max_global_steps": trial.max_steps}
             atomic.write_json(trial.folder / f"meta_data_{self.preemption_count}.json", content)
             atomic.write_json(trial.folder / f"flags_{self.preemption_count}.json", trial.flags)
+            experiment.repair(trial.folder, "meta_data_*.json", content)
+            experiment.repair(trial.folder, "flags_*.json", trial.flags)
 
     def duration(self) -> float:
         return self.duration_before + self.trial.backend.now() - self.start

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
+from commands.errors import tell
+
 _PERIOD = {True: 0.5, False: 15.0}  # seconds between lines: on a terminal, elsewhere
 
 
@@ -27,7 +29,7 @@ class Progress:
         self._label, self._total, self._first = label, total, first
         self._read_loss = read_loss
         self._stream = sys.stderr if stream is None else stream
-        self._terminal = self._stream.isatty()
+        self._terminal = is_terminal(self._stream)
         self._start = self._last = time.monotonic()
         self._width = 0
         self.metric = ""
@@ -43,8 +45,7 @@ class Progress:
         """Shows the last line, on a terminal, and ends it."""
         if self._terminal:
             self._show(step, time.monotonic())
-            self._stream.write("\n")
-            self._stream.flush()
+            tell("", self._stream)
 
     def _show(self, step: int, now: float) -> None:
         # Evaluations count as well: the user waits for them too.
@@ -54,8 +55,15 @@ class Progress:
         parts += [f"{left:.0f} s left"] + ([self.metric] if self.metric else [])
         line = f"{self._label}: " + "  ".join(parts)
         if self._terminal:
-            self._stream.write("\r" + line.ljust(self._width))
+            tell("\r" + line.ljust(self._width), self._stream, end="")
             self._width = len(line)
         else:
-            self._stream.write(line + "\n")
-        self._stream.flush()
+            tell(line, self._stream)
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a line on it can be rewritten; no for a stream that is closed, or not there."""
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:
+        return False

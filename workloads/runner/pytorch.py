@@ -115,6 +115,11 @@ class PyTorchBackend:
         torch.save(content, buffer)
         return buffer.getvalue()
 
+    def peek(self, content: bytes) -> dict[str, Tree]:
+        """The rest that `pack` was given, among the entries of the checkpoint."""
+        checkpoint: dict[str, Tree] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        return checkpoint
+
     def unpack(self, content: bytes, model: nn.Module, optimizer_state: Mapping[str, Stateful]) -> dict[str, Tree]:
         """Loads a checkpoint into model and optimizer state; returns them and the rest."""
         checkpoint = torch.load(io.BytesIO(content), map_location=devices.device(), weights_only=True)

@@ -10,6 +10,7 @@ import itertools
 import json
 import keyword
 import math
+import unicodedata
 from collections import namedtuple
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,14 +34,20 @@ def read_points(path: str, count: int) -> list[Point]:
         UserError: the file is missing or malformed; the message names the key and the allowed forms.
     """
     try:
-        space = json.loads(Path(path).read_text(encoding="utf-8"))
+        # As some editors begin UTF-8, with a byte order mark.
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        space = json.loads(text, object_pairs_hook=_once_each, parse_constant=_refused, parse_float=_finite)
     except FileNotFoundError:
         raise UserError(
             f"The search space {path} does not exist; give a JSON file as --tuning_search_space."
         ) from None
     except OSError as error:
         raise UserError(f"The search space {path} cannot be read: {error.strerror}.") from None
-    except ValueError as error:
+    except UnicodeDecodeError:
+        raise UserError(f"The search space {path} is not UTF-8 text; save it in that encoding.") from None
+    except _SpaceError as error:
+        raise UserError(f"The search space {path}: {error}.") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"The search space {path} is not valid JSON: {error}.") from None
     if isinstance(space, list):
         points = _check_list(space, path)[:count]
@@ -50,6 +57,28 @@ def read_points(path: str, count: int) -> list[Point]:
         raise UserError(f"The search space {path} must be a JSON object of ranges or a list of points.")
     made: list[Any] = [namedtuple("Hyperparameters", point)(**point) for point in points]
     return made
+
+
+class _SpaceError(Exception):
+    """What JSON readers accept and nobody means."""
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs, of which a reader would otherwise take the last where a key is repeated."""
+    content = dict(pairs)
+    for name in content:
+        if sum(key == name for key, _ in pairs) > 1:
+            raise _SpaceError(f"the key '{name}' stands several times in one object; leave one of them")
+    return content
+
+
+def _refused(constant: str) -> float:
+    raise _SpaceError(f"the number {constant} is not finite, and no hyperparameter can have it")
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    return value if math.isfinite(value) else _refused(number)
 
 
 def draw(space: Mapping[str, Entry], count: int) -> list[dict[str, object]]:
@@ -118,13 +147,13 @@ def _check_ranges(space: dict[str, Entry], path: str) -> dict[str, Entry]:
 def _problem(entry: object) -> str | None:
     """What is wrong with one entry of a space, or None."""
     if not isinstance(entry, dict):
-        return "is not an object"
+        return f'is no object; a fixed value is {{"feasible_points": [{json.dumps(entry)}]}}, fixed points are a list'
     if "feasible_points" in entry:
         if set(entry) != {"feasible_points"}:
             return "has other keys beside feasible_points"
         if not isinstance(entry["feasible_points"], list) or not entry["feasible_points"]:
             return "has feasible_points that are no list of at least one value"
-        return None
+        return next(filter(None, map(_problem_of_value, entry["feasible_points"])), None)
     if set(entry) != {"min", "max", "scaling"}:
         return f"has the keys {sorted(entry)}"
     low, high, scaling = entry["min"], entry["max"], entry["scaling"]
@@ -137,6 +166,23 @@ def _problem(entry: object) -> str | None:
     if scaling == "log" and low <= 0:
         return f"has scaling 'log' but min {low}, which must be > 0"
     return None
+
+
+def _problem_of_value(value: object) -> str | None:
+    """What is wrong with a single value of a hyperparameter, or None."""
+    if isinstance(value, (dict, list)):
+        return f"must be a single value, got {value!r}"
+    if isinstance(value, str) and _reads_as_number(value):
+        return f"has the number {value} in quotes; write it without"
+    return None
+
+
+def _reads_as_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_list(points: list[dict[str, object]], path: str) -> list[dict[str, object]]:
@@ -154,15 +200,16 @@ def _check_list(points: list[dict[str, object]], path: str) -> list[dict[str, ob
                 "all need the same names."
             )
         for name, value in point.items():
-            if isinstance(value, (dict, list)):
-                raise UserError(
-                    f"The search space {path}: '{name}' in point {index} must be a single value, got {value!r}."
-                )
+            problem = _problem_of_value(value)
+            if problem:
+                raise UserError(f"The search space {path}: '{name}' in point {index} {problem}.")
     return points
 
 
 def _check_name(name: str, path: str) -> None:
-    if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
+    # Python takes some letters in identifiers for others, such as the micro sign for mu.
+    usual = unicodedata.normalize("NFKC", name) == name
+    if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_") or not usual:
         raise UserError(f"The search space {path}: '{name}' cannot be the name of a hyperparameter.")
 
 
