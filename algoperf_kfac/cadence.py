@@ -22,8 +22,11 @@ Step = TypeVar("Step", bound=Integer)
 
 
 def is_statistics_step(config: KFACConfig, step: int) -> bool:
-    """Whether the update number `step` takes statistics: each of the first ones, then one in an interval."""
-    return step < config.initial_statistics or step % config.factor_interval == 0
+    """Whether the update number `step` takes statistics: each of the first ones, then one in an interval.
+
+    Of a traced step, whether it does is traced, too.
+    """
+    return (step < config.initial_statistics) | (step % config.factor_interval == 0)
 
 
 def young_until(config: KFACConfig) -> int:

@@ -102,6 +102,11 @@ class KFACConfig:
 
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if getattr(value, "shape", None) == () and hasattr(
+                value, "item"
+            ):  # of numpy, or an array of one number
+                value = value.item()
+                object.__setattr__(self, field.name, value)
             if field.type == "float":
                 number = isinstance(value, int | float) and not isinstance(value, bool)
                 check(field.name, number and math.isfinite(value), "a finite number")

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Mapping
 
-OURS = ("algoperf_kfac.", "torch.", "jax.", "contextlib")
+OURS = ("algoperf_kfac.", "torch.", "jax.", "optax.", "flax.", "contextlib")
 
 
 class MissingStatisticsError(RuntimeError):

@@ -20,6 +20,7 @@ BIAS_APART = "bias that is read apart from its weight"
 EMBEDDING = "embedding: its inputs are one-hot, A would be a diagonal of counts"
 UNREAD = "no operation with a rule reads it"
 SHARED_BIAS = "bias that several layers share"
+STOPPED = "its gradient is stopped before it is read"
 
 
 def too_large(config: KFACConfig) -> str:

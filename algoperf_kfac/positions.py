@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, Self, TypeAlias
 
-from algoperf_kfac.errors import listed
+from algoperf_kfac.errors import check_patterns, listed
 
 BY_GRADIENT = "gradient"
 READOUTS = ("mean", "sum")
@@ -190,39 +190,45 @@ def choose(name: str, candidates: Candidates, rows: Rows) -> Positions | None:
     return None
 
 
-def check_used(candidates: Candidates, calls: Mapping[str, Sequence[Rows]], names: Iterable[str]) -> None:
-    """Raises ValueError if what a caller said of positions fits no layer at all: it would be ignored.
+def check_fits(candidates: Candidates, rows: Mapping[str, Sequence[Rows]], others: Iterable[str] = ()) -> None:
+    """Descriptions that concern no layer at all were a mistake, and would be ignored without a word.
+
+    Of a list, one that fits is enough: the others may be for kinds of rows that no covered layer has.
 
     Args:
         candidates: from `as_candidates`.
-        calls: the rows of every call, by layer.
-        names: of all layers, whether or not they were called.
+        rows: of the calls of each covered layer, by its name.
+        others: names of layers and parameters that are not covered, which patterns may mean, too.
+
+    Raises:
+        ValueError: naming a pattern that matches nothing, or descriptions that fit no layer, and the layers' rows.
     """
-    given = list(candidates.items()) if isinstance(candidates, Mapping) else [("*", candidates)]
-    known = list(names)
-    for pattern, descriptions in given:
-        if known and not fnmatch.filter(known, pattern):
-            raise ValueError(f"positions: no layer matches {pattern!r}: there are {listed(known)}")
-        called = fnmatch.filter(calls, pattern)
-        if not descriptions or not called:
-            continue
-        if not any(_is_used(p, rows) for p in descriptions for name in called for rows in calls[name]):
-            kinds = ", ".join(_shape_of(p) for p in descriptions)
-            shapes = listed(f"{name} {rows.leading}" for name in called for rows in calls[name][:1])
-            raise ValueError(f"positions: {kinds} fits no layer, and would be ignored; the layers have {shapes}")
+    if not isinstance(candidates, Mapping):
+        _check_list("", candidates, rows)
+        return
+    names = {*rows, *others}
+    unmatched = [pattern for pattern in candidates if not fnmatch.filter(names, pattern)]
+    check_patterns("positions", candidates, unmatched, "layer")
+    for pattern, own in candidates.items():
+        if len(own) > 1:  # a single one has to fit each layer, which `Layout.of` checks
+            _check_list(pattern, own, {name: rows[name] for name in fnmatch.filter(rows, pattern)})
 
 
-def _is_used(positions: Positions, rows: Rows) -> bool:
-    """Whether a description says something of these rows: of their own, or as one row per segment."""
-    return rows.fits(positions) or rows.sizes(positions)[0] == positions.num_segments
-
-
-def _shape_of(positions: Positions) -> str:
-    mask = positions.array_mask
-    parts = [] if mask is None else [f"a mask of shape {tuple(mask.shape)}"]
-    if positions.segment_ids is not None:
-        parts.append(f"segment_ids of shape {tuple(positions.segment_ids.shape)}")
-    return " with ".join(parts) or "the description"
+def _check_list(pattern: str, given: Sequence[Positions], rows: Mapping[str, Sequence[Rows]]) -> None:
+    """`check_fits` of a list, for the layers of a pattern or for all."""
+    # Where there are segments, `choose` names each layer that none of them fits.
+    if not given or not rows or any(p.segment_ids is not None for p in given):
+        return
+    if any(one.fits(p) for calls in rows.values() for one in calls for p in given):
+        return
+    masks = " and ".join(str(tuple(p.array_mask.shape)) for p in given if p.array_mask is not None)
+    seen = (f"{name} {' and '.join(sorted({str(one.leading) for one in calls}))}" for name, calls in rows.items())
+    argument = f"positions[{pattern!r}]" if pattern else "positions"
+    raise ValueError(
+        f"{argument}: a mask of shape {masks} fits no layer. Their rows are: {listed(seen)}. A mask has the first "
+        "dimensions of these; where a model flattens examples and positions into rows, give "
+        "Positions(mask.reshape(-1), segment_ids=..., num_segments=...), segment_ids being the example of each row"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
     python -m examples.huggingface_trainer
 
-The optimizer is made of the model and passed in. The trainer runs forward and backward pass in `training_step`, which
-a subclass puts into a capture; the trainer's own `model.zero_grad()` needs no care. The loss of a language model is
-divided by the number of predicted tokens of the whole step, its micro-batches together: the trainer counts them and
-passes them on as `num_items_in_batch`, and they are the `loss_normalizer`.
+The optimizer is made of the model and passed in. The trainer runs forward and backward pass in `training_step`,
+which a subclass puts into a capture; the trainer's own `model.zero_grad()` needs no care. The loss of a language
+model is divided by the number of predicted tokens of the whole step, its micro-batches together: the trainer
+counts them and passes them on as `num_items_in_batch`, and they are the `loss_normalizer`.
 """
 
 from __future__ import annotations

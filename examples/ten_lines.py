@@ -1,14 +1,15 @@
 """Shows the smallest training loop, the ten lines of the README.
 
-    python -m examples.ten_lines
+python -m examples.ten_lines
 """
 
 import torch
+
 from algoperf_kfac.pytorch import KFAC
 
 model = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.GELU(), torch.nn.Linear(64, 3))
 optimizer = KFAC(model, approximation="reduce", learning_rate=1e-2)
-for step in range(100):
+for _ in range(100):
     x, y = torch.randn(128, 20), torch.randint(3, (128,))
     optimizer.zero_grad()
     with optimizer.capture():  # watches the layers on statistics steps, costs nothing on the others

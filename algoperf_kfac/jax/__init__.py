@@ -12,6 +12,7 @@ from algoperf_kfac.jax.monitoring import FactorPair, factors, metrics
 from algoperf_kfac.jax.optimizer import KFAC
 from algoperf_kfac.jax.sharding import batch_mesh, replicate, shard_batch
 from algoperf_kfac.jax.stacks import layer_states
+from algoperf_kfac.jax.statistics import add
 from algoperf_kfac.jax.transform import KFACState, kfac, scale_by_kfac
 from algoperf_kfac.positions import Positions
 
@@ -24,6 +25,7 @@ __all__ = [
     "Layers",
     "MissingStatisticsError",
     "Positions",
+    "add",
     "batch_mesh",
     "discover",
     "factors",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,14 @@ from algoperf_kfac.jax import fisher
 from algoperf_kfac.jax.factors import Reading
 from algoperf_kfac.jax.interpreter import Key, Visitor
 from algoperf_kfac.jax.kinds import Sums, kind_of
-from algoperf_kfac.jax.layer_book import CoveredLayer, Layers, check_params
+from algoperf_kfac.jax.layer_book import CoveredLayer, Layers, check_params, paths
+from algoperf_kfac.jax.mistakes import Mistakes
 from algoperf_kfac.jax.operations import Call, Lookup, Use
 from algoperf_kfac.jax.statistics import Statistics, Tap
 from algoperf_kfac.jax.tracing import Survey, TracedModel, trace
+from algoperf_kfac.jax.trained import put_back, trained
 from algoperf_kfac.jax.types import ApplyFn, Loss, LossFn, LossTypeLike, Tree
-from algoperf_kfac.positions import Candidates, PositionsLike, as_candidates, choose
+from algoperf_kfac.positions import Candidates, PositionsLike, as_candidates, check_fits, choose
 
 Readings: TypeAlias = dict[str, dict[Key, Reading]]
 """Per layer, how each of its calls is read."""
@@ -48,6 +50,7 @@ def value_grad_and_statistics(
     *,
     has_aux: bool = False,
     loss_type: LossTypeLike | None = None,
+    mistakes: Mistakes | None = None,
 ) -> ValueGradAndStatistics:
     """Like `jax.value_and_grad`, with the statistics of every covered layer.
 
@@ -59,6 +62,7 @@ def value_grad_and_statistics(
         config: the configuration; `fisher` says whose output gradients make B.
         has_aux: see `apply_fn`.
         loss_type: see `losses.LossType`; needed for fisher="mc" and "exact".
+        mistakes: what warnings were given so far, if others share them.
 
     Returns:
         A function of (params, *args, positions=None, loss_normalizer=None, rng=None, loss_mask=None) to
@@ -66,7 +70,8 @@ def value_grad_and_statistics(
         count and to which example they belong: a mask, "gradient", a `Positions`, a sequence of them of which a
         layer takes the first that fits, or a mapping from patterns of layer names to one of those.
         `loss_normalizer` is what the summed loss was divided by, by default the "n_valid_examples" of a mapping or
-        else the number of examples. `rng` is the key for fisher="mc", `loss_mask` the mask of its labels.
+        else the number of examples, as the layer sees them that is called first. `rng` is the key for fisher="mc",
+        `loss_mask` the mask of its labels.
 
     Raises:
         MissingStatisticsError: (the function) naming layers that were not called or whose output does not reach
@@ -75,6 +80,8 @@ def value_grad_and_statistics(
     """
     if config.fisher != "empirical" and loss_type is None:
         raise ValueError(f"fisher={config.fisher!r} needs loss_type, e.g. loss_type='softmax_cross_entropy'")
+
+    said = mistakes or Mistakes()
 
     def run(
         params: Tree,
@@ -85,7 +92,10 @@ def value_grad_and_statistics(
         loss_mask: Array | None = None,
     ) -> tuple[Tree, Tree, dict[str, Statistics]]:
         check_params(layers, params)
-        tapped = TappedModel(trace(apply_fn, params, args), layers, as_candidates(positions))
+        model = trace(apply_fn, params, args, has_aux=has_aux)
+        tapped = TappedModel(model, layers, as_candidates(positions))
+        said.statistics()
+        said.rows(tapped.numbers(), scaled=loss_normalizer is not None)
         forward = ForwardPass(tapped, params, args, lambda outputs: loss_fn(outputs, *args), has_aux=has_aux)
         value, n_valid, cotangent = forward.loss()
         gradient, sums = forward.backward(cotangent)
@@ -101,6 +111,7 @@ def value_grad_and_statistics(
                 draws.passes, lambda number: tapped.statistics(forward.backward(draws.cotangent(number))[1], scale)
             )
         tapped.check_reached()
+        gradient = put_back(trained(gradient, params), params)
         return ((value, forward.aux) if has_aux else value), gradient, statistics
 
     return run
@@ -123,14 +134,14 @@ class TappedModel:
         self.model = model
         self._layers = layers.covered
         self._readings = read_calls(self._layers, model.survey(), positions)
-        # The layout of a layer's first call stands for all: they share their examples.
-        self._layouts = {name: next(iter(calls.values())).layout for name, calls in self._readings.items()}
+        # How a layer's first call is read stands for all.
+        self._first = {name: next(iter(calls.values())) for name, calls in self._readings.items()}
         self._reached: set[str] = set()
 
     def zeros(self) -> dict[str, Sums]:
         """What the layers collect, at the start of a backward pass."""
         return {
-            name: kind_of(layer.spec).zeros(layer.spec, layer.slices, self._layouts[name].num_examples, layer.dtype)
+            name: kind_of(layer.spec).zeros(layer.spec, layer.slices, self._first[name].total, layer.dtype)
             for name, layer in self._layers.items()
         }
 
@@ -145,13 +156,32 @@ class TappedModel:
             sums: what the layers collected in it.
             normalizer: what the summed loss was divided by; None for the number of examples.
         """
-        gathered = {}
-        for name, layer in self._layers.items():
-            counts = sums[name].counts
-            valid = (counts > 0).sum(1)[0].astype(counts.dtype)
-            scale = valid if normalizer is None else jnp.asarray(normalizer, counts.dtype)
-            gathered[name] = kind_of(layer.spec).finalise(layer.spec, sums[name], self._layouts[name], scale)
-        return gathered
+        number = self._num_examples(sums) if normalizer is None else normalizer
+        return {
+            name: kind_of(layer.spec).finalise(
+                layer.spec, sums[name], self._first[name].layout, jnp.asarray(number, sums[name].counts.dtype)
+            )
+            for name, layer in self._layers.items()
+        }
+
+    def _num_examples(self, sums: AllSums) -> Array | float:
+        """How many examples the batch has that count, as the layer sees them that is called first.
+
+        In layers that see other numbers (experts, windows, nodes) the loss was averaged over no other number.
+        """
+        number: Array | float = 1.0
+        for name in reversed(self._layers):
+            first = self._first[name]
+            if first.layout.ragged:
+                counted = (sums[name].counts > 0).any(0).sum()
+                number = jnp.where(counted > 0, counted, number)  # in a branch that is not taken there are none
+            else:
+                number = float(first.total)
+        return number
+
+    def numbers(self) -> dict[str, int]:
+        """How many examples each layer sees, whether they count or not, in the order of the first calls."""
+        return {name: first.total for name, first in self._first.items()}
 
     def check_reached(self) -> None:
         """Raises MissingStatisticsError, naming the layers, unless backward passes came by all of them."""
@@ -260,18 +290,34 @@ class ForwardPass:
         """The loss, the number of examples that count where it is told, and the cotangents of `floats`."""
 
         def loss(floats: list[Array]) -> tuple[Array, Array | None]:
-            value = self._loss_of(self.outputs(floats))
-            if isinstance(value, Mapping):
-                return value["summed"] / value["n_valid_examples"], value["n_valid_examples"]
-            return value, None
+            return scalar(self._loss_of(self.outputs(floats)))
 
         (value, n_valid), cotangent = jax.value_and_grad(loss, has_aux=True)(self.floats)
         return value, n_valid, cotangent
 
 
+def scalar(loss: Loss) -> tuple[Array, Array | None]:
+    """The loss, and the number of examples that count where it is told.
+
+    Raises:
+        ValueError: it is neither a scalar nor what AlgoPerf's loss functions return.
+    """
+    if isinstance(loss, Mapping) and {"summed", "n_valid_examples"} <= loss.keys():
+        return loss["summed"] / loss["n_valid_examples"], loss["n_valid_examples"]
+    shape = getattr(loss, "shape", None)
+    if shape != ():
+        what = f"an array of shape {shape}" if shape is not None else f"a {type(loss).__name__}"
+        raise ValueError(
+            f"loss_fn returned {what}: it must return a scalar, the loss averaged over examples, or a mapping with "
+            "'summed' and 'n_valid_examples'. Metrics are computed from the outputs, or returned by apply_fn as aux"
+            " (has_aux=True)"
+        )
+    return cast("Array", loss), None
+
+
 def used_outputs(loss_of: Callable[[Tree], Loss], shapes: Tree) -> list[bool]:
     """Which leaves of the outputs are floating and go into the loss."""
-    jaxpr = jax.make_jaxpr(loss_of)(shapes).jaxpr
+    jaxpr = jax.make_jaxpr(lambda outputs: scalar(loss_of(outputs)))(shapes).jaxpr
     needed = {v for v in jaxpr.outvars if isinstance(v, Var)}
     for eqn in reversed(jaxpr.eqns):
         if needed.intersection(eqn.outvars):
@@ -282,22 +328,30 @@ def used_outputs(loss_of: Callable[[Tree], Loss], shapes: Tree) -> list[bool]:
 def read_calls(layers: Mapping[str, CoveredLayer], notes: Survey, positions: Candidates) -> Readings:
     """Fit the positions to every call of every layer.
 
+    Calls with equal numbers of examples see the same examples, others see others.
+
     Raises:
         MissingStatisticsError: naming layers without a call.
-        ValueError: naming a layer that the positions do not fit, or whose calls differ in their examples.
+        ValueError: naming a layer that the positions do not fit, or positions that fit no layer.
     """
     missing = {name: "inputs" for name, layer in layers.items() if layer.spec.weight not in notes.calls}
     if missing:
         remedy = "The model does not call them with these arguments: leave them out with exclude=[...]"
         raise errors.missing_statistics(missing, len(layers), remedy)
+    uses = {name: kind_of(layer.spec).counted(notes.uses(layer.spec.weight)) for name, layer in layers.items()}
+    rows = {name: [use.rows for use in of_layer.values()] for name, of_layer in uses.items()}
+    check_fits(positions, rows, {path for name in notes.names for path in paths(name)})
     readings: Readings = {}
     for name, layer in layers.items():
-        uses = kind_of(layer.spec).counted(notes.uses(layer.spec.weight))
-        readings[name] = {
+        of_calls = {
             key: Reading.of(choose(name, positions, use.rows), use.rows, name, layer.dtype)
-            for key, use in uses.items()
+            for key, use in uses[name].items()
         }
-        numbers = {reading.layout.num_examples for reading in readings[name].values()}
-        if len(numbers) > 1:
-            raise errors.calls_disagree(name, sorted(numbers))
+        places: dict[int, int] = {}
+        for reading in of_calls.values():
+            places.setdefault(reading.layout.num_examples, sum(places))
+        readings[name] = {
+            key: reading.among(places[reading.layout.num_examples], sum(places))
+            for key, reading in of_calls.items()
+        }
     return readings

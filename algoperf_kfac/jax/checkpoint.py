@@ -6,11 +6,17 @@ flax is told here: in 0.1.0 what the scaling keeps stood in fields of its own.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
+import jax
+import numpy as np
 from flax import serialization
 
+from algoperf_kfac.errors import listed
 from algoperf_kfac.jax.preconditioner import FIELDS, LayerState
+from algoperf_kfac.jax.stacks import Stacks
 
 StateDict: TypeAlias = dict[str, Any]
 """A state as nested dictionaries with arrays at the leaves."""
@@ -45,6 +51,9 @@ def layer_from_dict(like: LayerState, saved: StateDict) -> LayerState:
 
 def _renewed(saved: StateDict) -> StateDict:
     """What 0.1.0 saved with the fields of today."""
+    saved = dict(saved)
+    if "taken" not in saved:  # not counted then: at least those of the refreshes
+        saved["taken"] = np.asarray(saved["refreshes"])
     moment = saved.get("second_moment")
     if not isinstance(moment, dict):
         return saved
@@ -52,4 +61,51 @@ def _renewed(saved: StateDict) -> StateDict:
     return {name: value for name, value in saved.items() if name not in OLD_FIELDS} | {"kept": kept}
 
 
+def stacks_to_dict(stacks: Stacks) -> StateDict:
+    """The states of all layers with the layers' names, as text in an array: a loaded state is checked by them."""
+    names = {key: "\n".join(members.names).encode() for key, members in stacks.members.items()}
+    return {
+        "states": {key: serialization.to_state_dict(state) for key, state in stacks.items()},
+        "names": {key: np.frombuffer(text, np.uint8) for key, text in names.items()},
+    }
+
+
+def stacks_from_dict(like: Stacks, saved: StateDict) -> Stacks:
+    """The inverse of `stacks_to_dict`; also of what 0.1.0 saved.
+
+    Args:
+        like: states of the same layers, for instance fresh ones.
+        saved: the dictionaries.
+
+    Raises:
+        ValueError: the dictionaries are those of other layers.
+    """
+    orders = {key: members.names for key, members in like.members.items()}
+    if saved.keys() == {"states", "names"}:
+        states = saved["states"]
+        found = {key: tuple(bytes(np.asarray(text)).decode().split("\n")) for key, text in saved["names"].items()}
+    else:
+        # Layers of a stack were in the order of their calls, under the name of the first.
+        states, found = {}, {}
+        for key, members in like.members.items():
+            order = [place for _, place in sorted(zip(members.numbers, itertools.count()))]
+            first, back = members.names[order[0]], np.argsort(order)
+            if first in saved:
+                found[key] = members.names
+                states[key] = jax.tree.map(lambda leaf, back=back: np.asarray(leaf)[back], saved[first])
+        if len(found) < len(saved):
+            found = {key: (key,) for key in saved}
+    if found != orders:
+        raise ValueError(
+            f"the saved state is of the layers {_all(found)}, the state to load it into of {_all(orders)}"
+        )
+    loaded = {key: serialization.from_state_dict(state, states[key], name=key) for key, state in like.items()}
+    return Stacks(loaded, like.members, masked=like.masked)
+
+
+def _all(names: Mapping[str, tuple[str, ...]]) -> str:
+    return listed(sorted(name for members in names.values() for name in members))
+
+
 serialization.register_serialization_state(LayerState, layer_to_dict, layer_from_dict)
+serialization.register_serialization_state(Stacks, stacks_to_dict, stacks_from_dict)

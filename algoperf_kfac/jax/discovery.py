@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import fnmatch
-import math
 from collections.abc import Iterable
 
 import jax.numpy as jnp
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.errors import check_patterns
-from algoperf_kfac.jax.interpreter import Key
+from algoperf_kfac.jax.interpreter import ELEMENTWISE, Key
 from algoperf_kfac.jax.kinds import kind_for
-from algoperf_kfac.jax.layer_book import CoveredLayer, Layers, check_dtypes
+from algoperf_kfac.jax.layer_book import CoveredLayer, Layers, check_dtypes, check_real, paths
 from algoperf_kfac.jax.operations import Call
 from algoperf_kfac.jax.tracing import Survey, named_leaves, trace
 from algoperf_kfac.jax.types import ApplyFn, Sizes, Tree
@@ -20,13 +19,19 @@ from algoperf_kfac.layers import (
     EMBEDDING,
     EXCLUDED,
     SHARED_BIAS,
+    STOPPED,
     UNREAD,
     FallbackSpec,
     also_read_by,
+    computed_before,
     make_spec,
     matches,
+    no_rule,
     too_large,
 )
+
+# Operations that take entries of a table by numbers that are data.
+SELECTIONS = {"gather", "dynamic_slice"}
 
 
 def discover(
@@ -34,7 +39,8 @@ def discover(
     params: Tree,
     *args: Tree,
     config: KFACConfig,
-    exclude: Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    has_aux: bool = False,
 ) -> Layers:
     """Trace the model once; nothing is computed, and arguments may be `jax.ShapeDtypeStruct`s.
 
@@ -43,7 +49,8 @@ def discover(
         params: parameter tree.
         args: example arguments, of the shapes of a training step.
         config: decides the approximation and the block sizes.
-        exclude: patterns (fnmatch) of layer or parameter names to leave to the fallback.
+        exclude: patterns (fnmatch) of layer or parameter names to leave to the fallback, or one.
+        has_aux: whether `apply_fn` returns (outputs, aux); what aux holds of parameters is no use of them.
 
     Raises:
         TypeError: if `apply_fn` is a module.
@@ -52,19 +59,15 @@ def discover(
     leaves = named_leaves(params)
     if not leaves:
         raise ValueError("params holds no parameter")
-    check_dtypes(params)
-    notes = trace(apply_fn, params, args).survey()
+    patterns = [exclude] if isinstance(exclude, str) else list(exclude)
+    check_dtypes(leaves)
+    check_real({name: leaf for name, leaf in leaves.items() if not matches(paths(name), patterns)})
+    notes = trace(apply_fn, params, args, has_aux=has_aux).survey()
     shapes = {name: (tuple(leaf.shape), jnp.dtype(leaf.dtype)) for name, leaf in leaves.items()}
-    patterns = list(exclude)
-    paths = {path for name in shapes for path in _paths(name)}
-    unmatched = [pattern for pattern in patterns if not fnmatch.filter(paths, pattern)]
+    known = {path for name in shapes for path in paths(name)}
+    unmatched = [pattern for pattern in patterns if not fnmatch.filter(known, pattern)]
     check_patterns("exclude", patterns, unmatched, "layer or parameter")
     return _Discovery(notes, shapes, config, patterns).layers()
-
-
-def _paths(name: str) -> tuple[str, str]:
-    """A parameter's name, and that of the layer it belongs to."""
-    return name, name.rpartition("/")[0]
 
 
 class _Discovery:
@@ -112,7 +115,7 @@ class _Discovery:
         return Layers(covered, tuple(fallbacks), self._shapes)
 
     def _excluded(self, name: str) -> bool:
-        return matches(_paths(name), self._exclude)
+        return matches(paths(name), self._exclude)
 
     def _obstacle(self, weight: str, calls: dict[Key, Call]) -> str:
         """Why the weight of these calls is not covered; empty if nothing stands against it."""
@@ -120,7 +123,7 @@ class _Discovery:
         if self._excluded(weight):
             return EXCLUDED
         if weight in self._notes.other_uses:
-            return also_read_by(self._notes.other_uses[weight])
+            return also_read_by(next(iter(self._notes.other_uses[weight])))
         if any(call.view != first.view or call.kind != first.kind for call in calls.values()):
             return "read in different layouts by its calls"
         if not all(shape):
@@ -153,7 +156,7 @@ class _Discovery:
             spec=spec,
             view=view,
             bias_shape=None if bias is None else self._shapes[bias][0],
-            slices=math.prod(view.source.scanned_sizes),
+            slices=kind.slices(view),
             calls=tuple(call.leading for call in calls.values()),
             dtype=jnp.promote_types(dtype, jnp.float32),
         )
@@ -172,15 +175,19 @@ class _Discovery:
             return of_layer
         if not jnp.issubdtype(dtype, jnp.floating):
             return f"not differentiable ({dtype.name})"
-        if name in notes.lookups:
+        uses = notes.other_uses.get(name, {})
+        if name in notes.lookups or (uses and len(shape) > 1 and uses.keys() <= SELECTIONS):
             return EMBEDDING
         if any(source.name == name for source in notes.biases.values()):
             return SHARED_BIAS
-        if name in notes.other_uses:
-            return f"read by {notes.other_uses[name]}, which has no rule"
-        if len(shape) <= 1:
+        for operation, computed in uses.items():
+            if computed:
+                return computed_before(operation)
+        if len(shape) <= 1 and (uses or name not in notes.stopped) and uses.keys() <= ELEMENTWISE:
             return "scale or bias outside a layer with a rule (normalisation, query scaling)"
-        return UNREAD
+        if uses:
+            return no_rule(next(iter(uses)))
+        return STOPPED if name in notes.stopped else UNREAD
 
 
 def _biases(notes: Survey) -> dict[str, str]:

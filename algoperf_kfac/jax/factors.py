@@ -54,11 +54,24 @@ class Reading:
         layout: what is known from shapes.
         mask: (N, R) zeros and ones in the dtype of the factors; None where all positions count.
         segment_ids: (N,), the example of each row; None where rows are examples.
+        place: which of the layer's examples the first of this call is, where calls see different ones.
+        total: how many examples all calls of the layer see.
     """
 
     layout: Layout
     mask: Array | None = None
     segment_ids: Array | None = None
+    place: int = 0
+    total: int = 0
+
+    def among(self, place: int, total: int) -> Reading:
+        """The same as one of several calls."""
+        return dataclasses.replace(self, place=place, total=total)
+
+    def placed(self, t: Array) -> Array:
+        """(examples of this call, ...) -> (examples of all calls, ...), zero for those of others."""
+        before, after = self.place, self.total - self.place - self.layout.num_examples
+        return t if not before and not after else jnp.pad(t, [(before, after), *[(0, 0)] * (t.ndim - 1)])
 
     @classmethod
     def of(cls, positions: Positions | None, rows: Rows, name: str, dtype: DTypeLike) -> Reading:
@@ -124,7 +137,9 @@ class Reading:
         return (jnp.ones(rows.shape[:2], rows.dtype) if self.mask is None else self.mask).reshape(-1)
 
 
-jax.tree_util.register_dataclass(Reading, data_fields=["mask", "segment_ids"], meta_fields=["layout"])
+jax.tree_util.register_dataclass(
+    Reading, data_fields=["mask", "segment_ids"], meta_fields=["layout", "place", "total"]
+)
 
 
 def outer_sums(rows: Array, ones: Array | None, blocks: Sequence[int]) -> tuple[Array, ...]:

@@ -63,6 +63,8 @@ def cotangents(
         ValueError: without a key for "mc"; for "exact" with CTC or too many outputs per example.
     """
     kind = loss_type_of(loss_type)
+    if kind is not LossType.CTC_LOSS:
+        outputs = _single(outputs, floats)
     if config.fisher == "mc":
         if rng is None:
             raise ValueError("fisher='mc' draws labels: pass rng=, a key of its own at each step")
@@ -74,6 +76,22 @@ def cotangents(
         return Cotangents(config.fisher_samples, draw)
     count, column = exact_columns(outputs(floats), kind, mask)
     return Cotangents(count, lambda number: jax.vjp(outputs, floats)[1](column(number))[0])
+
+
+def _single(outputs: Callable[[list[Array]], Tree], floats: list[Array]) -> Callable[[list[Array]], Array]:
+    """The outputs as one array: what the model returns, or the one of its arrays that the loss reads.
+
+    Raises:
+        ValueError: the loss reads several.
+    """
+    if isinstance(jax.eval_shape(outputs, floats), jax.ShapeDtypeStruct):
+        return outputs
+    if len(floats) == 1:
+        return lambda floats: floats[0]
+    raise ValueError(
+        f"the loss reads {len(floats)} arrays of the model's outputs, and the exact or sampled Fisher is that of "
+        "one: let apply_fn return the logits alone (the rest with has_aux=True), or take fisher='empirical'"
+    )
 
 
 def sweep(count: int, gather: Callable[[Array], dict[str, Statistics]]) -> dict[str, Statistics]:

@@ -3,6 +3,10 @@
 `jax.make_jaxpr` turns the model into primitives; `Interpreter` evaluates them one after the other, keeps account
 of which values are parameters up to their shape, and hands each weighted operation to a visitor, which may replace
 its output. Calls, rematerialised blocks, loops and branches are entered wherever a parameter goes into them.
+
+No list says which operations read a weight. Functions of parameters and constants alone are followed as such; where
+one meets data, or leaves the model, without a rule for it, its parameters have another use than those that are
+recorded. Harmless is only what has no gradient, and a scalar of parameters that is added to a scalar: a penalty.
 """
 
 from __future__ import annotations
@@ -14,11 +18,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from algoperf_kfac.jax.operations import RULES, WEIGHT_READS, Call, Lookup, Rule, is_bias, shape_of
-from algoperf_kfac.jax.sources import CONSTANT, Derived, Fused, Move, Source, as_source, fuse, sources_of
+from algoperf_kfac.jax.operations import RULES, Call, Lookup, Rule, is_bias, shape_of
+from algoperf_kfac.jax.sources import CONSTANT, Derived, Fused, Move, Penalised, Source, as_source, fuse, sources_of
 from algoperf_kfac.jax.types import Sizes, Tree
 
 Key: TypeAlias = tuple[int, ...]
@@ -35,8 +40,14 @@ _PASS = {
     "optimization_barrier",
     "reduce_precision",
 }
-# What multiplies a derived weight into the data, or hides what it does with it.
-_PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot", "pallas_call", "custom_vjp_call", "shard_map"}
+# Element by element: with data of its own size (noise, a mask) a weight stays a weight, until something reads it.
+ELEMENTWISE = {"add", "add_any", "clamp", "div", "max", "min", "mul", "pow", "rem", "select_n", "sub"}
+_SUMS = {"add", "add_any", "sub"}  # of a loss and its penalties
+# Without gradient: whatever these read, no statistics miss it.
+_NO_GRADIENT = {"stop_gradient", "round", "floor", "ceil", "sign"}
+# What cannot be followed is taken for a use at once, even without data.
+_OPAQUE = {"while", "pure_callback", "io_callback", "ffi_call", "pallas_call"}
+RETURNED = "the loss"  # in place of an operation's name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +65,7 @@ class Output:
     dims: Sizes
 
 
-Tag: TypeAlias = Source | Fused | Output | Derived
+Tag: TypeAlias = Source | Fused | Output | Derived | Penalised
 """What a value is of the parameters; None for data."""
 
 Tags: TypeAlias = Sequence[Tag | None]
@@ -76,8 +87,18 @@ class Visitor:
     def bias(self, key: Key, call: Call, source: Source) -> None:
         """The operation `key` has the bias `source`."""
 
-    def other_use(self, key: Key, source: Source, what: str) -> None:
-        """Something without a rule reads a parameter as a weight."""
+    def other_use(self, key: Key, source: Source, what: str, *, computed: bool) -> None:
+        """Something without a rule reads a parameter: it meets data there.
+
+        Args:
+            key: where.
+            source: the parameter.
+            what: the operation's name.
+            computed: whether it reads a function of the parameter, not the parameter itself.
+        """
+
+    def without_gradient(self, source: Source) -> None:
+        """Something reads a parameter through which no gradient goes."""
 
     def sliced(self, names: Sequence[str], length: int) -> Tree:
         """A pytree to be sliced along with the parameters `names` as a scan of `length` runs over them."""
@@ -101,15 +122,24 @@ class Interpreter:
         self.visitor = visitor
         self.rules = rules
 
-    def run(self, closed: ClosedJaxpr, args: Sequence[Array], tags: Tags) -> list[Array]:
+    def run(
+        self, closed: ClosedJaxpr, args: Sequence[Array], tags: Tags, returned: Sequence[bool] = ()
+    ) -> list[Array]:
         """Evaluate a traced function.
 
         Args:
             closed: from `jax.make_jaxpr`.
             args: its flat arguments.
             tags: which of them are parameters.
+            returned: which outputs go into the loss, all if not given.
         """
-        return self._evaluate(closed.jaxpr, closed.consts, args, tags, ())[0]
+        outs, out_tags = self._evaluate(closed.jaxpr, closed.consts, args, tags, ())
+        for out, tag, is_returned in zip(outs, out_tags, returned or [True] * len(outs), strict=True):
+            # A loss could do anything with a parameter that it is given; a scalar of parameters is a penalty.
+            penalty = out.ndim == 0 and not (isinstance(tag, Derived) and tag.with_data)
+            if is_returned and not penalty:
+                self._missed((), tag, RETURNED)
+        return outs
 
     def _evaluate(
         self, jaxpr: Jaxpr, consts: Sequence[Array], args: Sequence[Array], tags: Tags, key: Key
@@ -123,11 +153,11 @@ class Interpreter:
             in_tags = [CONSTANT if isinstance(v, Literal) else tagged.get(v) for v in eqn.invars]
             if not any(tag for tag in in_tags if tag != CONSTANT):
                 outs = _bind(eqn, ins)
-                if in_tags and all(in_tags):
+                if all(in_tags):
                     tagged |= dict.fromkeys(eqn.outvars, CONSTANT)
             else:
                 outs, out_tags = self._equation(eqn, ins, in_tags, (*key, number))
-                tagged |= {v: t for v, t in zip(eqn.outvars, out_tags, strict=False) if t is not None}
+                tagged |= {v: t for v, t in zip(eqn.outvars, out_tags, strict=True) if t is not None}
             values |= dict(zip(eqn.outvars, outs, strict=True))
         outs = [v.val if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]
         return outs, [None if isinstance(v, Literal) else tagged.get(v) for v in jaxpr.outvars]
@@ -143,16 +173,18 @@ class Interpreter:
             return self._enter(inner, ins, tags, key)
         if any(sources_of(tag) for tag in tags):
             if name in _REMAT:
-                return self._remat(eqn, ins, tags, key), []
+                return self._remat(eqn, ins, tags, key)
             if name == "scan":
-                return self._scan(eqn, ins, tags, key), []
+                return self._scan(eqn, ins, tags, key)
             if name == "cond":
-                return self._cond(eqn, ins, tags, key), []
+                return self._cond(eqn, ins, tags, key)
         weighted = self._weighted(eqn, ins, tags, key)
         if weighted is not None:
             return weighted
         outs = _bind(eqn, ins)
-        return outs, [self._follow(eqn, tags, key, outs)]
+        if name in _PASS and len(tags) == len(outs):
+            return outs, list(tags)
+        return outs, [self._follow(eqn, tags, key, outs)] * len(outs)
 
     def _weighted(self, eqn: JaxprEqn, ins: list[Array], tags: Tags, key: Key) -> Evaluated | None:
         """An operation with a rule; None if it is none."""
@@ -161,9 +193,10 @@ class Interpreter:
         if read is None:
             return None
         (out,) = _bind(eqn, ins)
-        x = ins[read.operand]
+        self._missed(key, tags[read.operand], eqn.primitive.name)
+        x = ins[read.operand] if read.prepare is None else read.prepare(ins)
         if isinstance(read.use, Lookup):
-            return [self.visitor.lookup(key, read.use, x[..., 0], out)], []
+            return [self.visitor.lookup(key, read.use, x[..., 0], out)], [None]
         parts: tuple[tuple[Key, Call], ...] = ((key, read.use),)
         if read.parts:  # one product with several weights side by side: an operation for each
             parts = tuple(((*key, number), part) for number, part in enumerate(read.parts))
@@ -174,8 +207,6 @@ class Interpreter:
     def _follow(self, eqn: JaxprEqn, tags: Tags, key: Key, outs: list[Array]) -> Tag | None:
         """What the output of an ordinary primitive is, and what it means for the parameters it reads."""
         name, tag = eqn.primitive.name, tags[0]
-        if name in _PASS:
-            return tag
         if name == "concatenate" and (fused := fuse(tags, eqn.params["dimension"])) is not None:
             return fused
         if isinstance(tag, Source | Fused) and (move := _move(eqn, tag, tuple(outs[0].shape))) is not None:
@@ -183,17 +214,27 @@ class Interpreter:
         if isinstance(tag, Output) and name == "transpose":
             permutation = eqn.params["permutation"]
             return dataclasses.replace(tag, dims=tuple(permutation.index(d) for d in tag.dims))
+        if isinstance(tag, Output) and (dims := _moved_dims(eqn, tag.dims, tuple(outs[0].shape))) is not None:
+            return dataclasses.replace(tag, dims=dims)
         if name in ("add", "add_any"):
             for output, summand in (tags, tags[::-1]):
                 if isinstance(output, Output) and isinstance(summand, Source | Fused):
                     self._bias(output, summand, outs[0].shape)
                     return None
-        if name in WEIGHT_READS:
-            for tag in tags:
-                if not isinstance(tag, Derived) or name in _PRODUCTS:
-                    for part in sources_of(tag):
-                        self.visitor.other_use(key, part, name)
-        return _derived(eqn, tags, outs[0])
+        if name in _NO_GRADIENT or not any(jnp.issubdtype(out.dtype, jnp.inexact) for out in outs):
+            for source in (part for tag in tags for part in sources_of(tag)):
+                self.visitor.without_gradient(source)
+            return CONSTANT if all(isinstance(tag, Source | Fused | Derived) for tag in tags) else None
+        if name not in _OPAQUE and (function := _function(name, tags, outs)) is not None:
+            return function
+        for tag in tags:
+            self._missed(key, tag, name)
+        return None
+
+    def _missed(self, key: Key, tag: Tag | None, what: str) -> None:
+        """Tell the visitor of the parameters in a value that something without a rule reads."""
+        for source in sources_of(tag):
+            self.visitor.other_use(key, source, what, computed=not isinstance(tag, Source | Fused))
 
     def _bias(self, output: Output, summand: Source | Fused, shape: Sizes) -> None:
         """Tell the visitor if the summand is the bias of the operation, part by part where it is fused."""
@@ -206,24 +247,33 @@ class Interpreter:
             for (key, call), bias in zip(output.parts, biases, strict=True):
                 self.visitor.bias(key, call, bias)
 
-    def _remat(self, eqn: JaxprEqn, ins: list[Array], tags: Tags, key: Key) -> list[Array]:
-        inner = eqn.params["jaxpr"]
+    def _remat(self, eqn: JaxprEqn, ins: list[Array], tags: Tags, key: Key) -> Evaluated:
+        inner, out_tags = eqn.params["jaxpr"], list[Tag | None]()
 
         def run(*args: Array) -> list[Array]:
-            return self._evaluate(inner, (), args, tags, key)[0]
+            outs, out_tags[:] = self._evaluate(inner, (), args, tags, key)
+            return outs
 
         policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
-        return jax.checkpoint(run, policy=policy, prevent_cse=prevent_cse)(*ins)
+        outs = jax.checkpoint(run, policy=policy, prevent_cse=prevent_cse)(*ins)
+        return outs, [None if isinstance(tag, Output) else tag for tag in out_tags]
 
-    def _cond(self, eqn: JaxprEqn, ins: list[Array], tags: Tags, key: Key) -> list[Array]:
+    def _cond(self, eqn: JaxprEqn, ins: list[Array], tags: Tags, key: Key) -> Evaluated:
+        of_branches: list[list[Tag | None]] = []
+
         def branch(number: int, closed: ClosedJaxpr) -> Callable[..., list[Array]]:
-            return lambda *args: self._enter(closed, args, tags[1:], (*key, number))[0]
+            def run(*args: Array) -> list[Array]:
+                outs, out_tags = self._enter(closed, args, tags[1:], (*key, number))
+                of_branches.append(out_tags)
+                return outs
+
+            return run
 
         branches = [branch(i, closed) for i, closed in enumerate(eqn.params["branches"])]
         outs: list[Array] = lax.switch(ins[0], branches, *ins[1:])
-        return outs
+        return outs, [_either(alternatives) for alternatives in zip(*of_branches, strict=True)]
 
-    def _scan(self, eqn: JaxprEqn, ins: list[Array], tags: Tags, key: Key) -> list[Array]:
+    def _scan(self, eqn: JaxprEqn, ins: list[Array], tags: Tags, key: Key) -> Evaluated:
         """A loop, again as a loop: parameters come in whole at each turn, or slice by slice."""
         params = eqn.params
         num_consts, num_carry = params["num_consts"], params["num_carry"]
@@ -234,7 +284,9 @@ class Interpreter:
 
         def body(carry: list[Array], slices: tuple[list[Array], Tree]) -> tuple[list[Array], list[Array]]:
             with self.visitor.slice(sliced, slices[1]):
-                outs, _ = self._enter(params["jaxpr"], [*consts, *carry, *slices[0]], inner_tags, key)
+                outs, out_tags = self._enter(params["jaxpr"], [*consts, *carry, *slices[0]], inner_tags, key)
+            for tag in out_tags:
+                self._missed(key, tag, "scan")
             return outs[:num_carry], outs[num_carry:]
 
         carry, ys = lax.scan(
@@ -245,7 +297,7 @@ class Interpreter:
             reverse=params["reverse"],
             unroll=params["unroll"],
         )
-        return [*carry, *ys]
+        return [*carry, *ys], [None] * (len(carry) + len(ys))
 
     def _inside_scan(self, tags: Tags, num_consts: int, first_x: int, key: Key) -> list[Tag | None]:
         """The tags of a loop's operands within its body. A weight that it carries, or cuts otherwise, is lost.
@@ -264,8 +316,7 @@ class Interpreter:
                 inner.append(dataclasses.replace(tag, scans=tag.scans + 1))
             else:
                 inner.append(None)
-                for part in sources_of(tag):
-                    self.visitor.other_use(key, part, "scan")
+                self._missed(key, tag, "scan")
         return inner
 
 
@@ -298,11 +349,69 @@ def _move(eqn: JaxprEqn, tag: Source | Fused, shape: Sizes) -> Move | None:
     return None
 
 
-def _derived(eqn: JaxprEqn, tags: Tags, out: Array) -> Derived | None:
-    """The output as a function of parameters, where no data go into it, or data only scale a weight."""
-    names = frozenset(source for tag in tags for source in sources_of(tag))
-    pure = all(isinstance(tag, Source | Fused | Derived) for tag in tags)
-    scaled = eqn.primitive.name in ("mul", "div") and any(
-        math.prod(source.shape) == out.size and len(source.shape) > 1 for source in names
-    )
-    return Derived(names) if pure or scaled else None
+def _moved_dims(eqn: JaxprEqn, dims: Sizes, after: Sizes) -> Sizes | None:
+    """Where some dimensions are after a change of shape that leaves them whole; None after anything else."""
+    name, params, before = eqn.primitive.name, eqn.params, shape_of(eqn.invars[0])
+    moved: dict[int, int] = {}
+    if name == "broadcast_in_dim":
+        moved = dict(enumerate(params["broadcast_dimensions"]))
+    elif name == "squeeze" or (name == "reshape" and params.get("dimensions") is None):
+        moved = _aligned(before, after)
+    places = tuple(moved.get(d, -1) for d in dims)
+    whole = all(place >= 0 and before[d] == after[place] for d, place in zip(dims, places, strict=True))
+    return places if moved and whole else None
+
+
+def _aligned(before: Sizes, after: Sizes) -> dict[int, int]:
+    """Which dimensions a reshape leaves as they are, and where they are afterwards."""
+    if 0 in before:
+        return {}
+    same: dict[int, int] = {}
+    i = j = 0
+    while i < len(before) and j < len(after):
+        if before[i] == after[j]:
+            same[i] = j
+        elif before[i] == 1:
+            j -= 1
+        elif after[j] == 1:
+            i -= 1
+        else:  # some are joined or cut: up to where both have as many entries
+            left, right = before[i], after[j]
+            while left != right:
+                if left < right:
+                    i += 1
+                    left *= before[i]
+                else:
+                    j += 1
+                    right *= after[j]
+        i, j = i + 1, j + 1
+    return same
+
+
+def _function(name: str, tags: Tags, outs: Sequence[Array]) -> Derived | Penalised | None:
+    """The outputs as a function of parameters, where no data go into them in a way that would be a use."""
+    read = [tag for tag in tags if tag != CONSTANT]
+    sources = frozenset(source for tag in read for source in sources_of(tag))
+    pure = all(isinstance(tag, Source | Fused | Derived) for tag in read)
+    mixed = any(isinstance(tag, Derived) and tag.with_data for tag in read)
+    if pure:
+        return Derived(sources, mixed)
+    scalar = all(out.ndim == 0 for out in outs)
+    if scalar and not mixed:
+        # Sums of losses and penalties, and their multiples.
+        multiple = len(read) == 1 and (name in ("mul", "neg") or (name == "div" and tags[0] != CONSTANT))
+        if name in _SUMS or multiple:
+            return Penalised(sources) if sources else None
+        return None
+    # Data of a size that only the weight has: of a scalar or vector nothing could be told.
+    of_its_size = any(len(source.shape) > 1 and math.prod(source.shape) == outs[0].size for source in sources)
+    if name in ELEMENTWISE and of_its_size and not any(isinstance(tag, Penalised) for tag in read):
+        return Derived(sources, with_data=True)
+    return None
+
+
+def _either(tags: Tags) -> Derived | None:
+    """What one of several values is of the parameters."""
+    sources = frozenset(source for tag in tags for source in sources_of(tag))
+    # As of data: what the branches return besides is not known.
+    return Derived(sources, with_data=True) if sources else None

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Mapping
 
+import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 from jax.typing import DTypeLike
 
 from algoperf_kfac.jax.operations import WeightView
-from algoperf_kfac.jax.tracing import named_leaves
+from algoperf_kfac.jax.tracing import Leaf, named_leaves
 from algoperf_kfac.jax.types import Sizes, Tree
 from algoperf_kfac.layers import Coverage, FallbackSpec, LayerSpec
 
@@ -58,12 +61,42 @@ class Layers:
         """The covered layers, and every other parameter with the reason why it is not covered."""
         return Coverage(tuple(layer.spec for layer in self.covered.values()), self.fallbacks)
 
+    def only(self, names: Collection[str]) -> Layers:
+        """The same with some of the covered layers only."""
+        return dataclasses.replace(self, covered={n: layer for n, layer in self.covered.items() if n in names})
+
+    def within(self, params: Tree) -> Layers:
+        """The layers whose parameters are in a tree, which may be masked (`optax.masked`, `optax.multi_transform`).
+
+        Raises:
+            ValueError: naming a layer of whose weight and bias one is masked.
+        """
+        present, here = named_leaves(params).keys(), []
+        for name, layer in self.covered.items():
+            spec = layer.spec
+            if spec.weight not in present:
+                continue
+            if spec.bias is not None and spec.bias not in present:
+                raise ValueError(
+                    f"parameter {spec.bias} is masked and {spec.weight} of the same layer is not: mask both, or "
+                    f"make K-FAC with exclude=[{spec.bias!r}]"
+                )
+            here.append(name)
+        return self if len(here) == len(self.covered) else self.only(here)
+
+
+def paths(name: str) -> tuple[str, str]:
+    """A parameter's name, and that of the layer it belongs to."""
+    return name, name.rpartition("/")[0]
+
 
 def check_params(layers: Layers, params: Tree) -> None:
     """Raises ValueError, naming the parameter, unless `params` has the leaves of `layers`."""
-    check_dtypes(params)
     leaves = named_leaves(params)
-    for name in sorted(layers.shapes.keys() ^ leaves.keys()):
+    check_dtypes(leaves)
+    masked = [f"{name}/" for name in named_leaves(params, is_leaf=_is_masked) if name not in leaves]
+    missing = {name for name in layers.shapes if not f"{name}/".startswith(tuple(masked))}
+    for name in sorted(missing ^ leaves.keys()):
         what = "missing" if name in layers.shapes else "unknown: K-FAC was made without it"
         raise ValueError(f"parameter {name} is {what}")
     for name, leaf in leaves.items():
@@ -75,12 +108,26 @@ def check_params(layers: Layers, params: Tree) -> None:
             )
 
 
-def check_dtypes(params: Tree) -> None:
-    """Raises ValueError if single and double precision are mixed, or a leaf is no array."""
+def _is_masked(node: object) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def check_dtypes(leaves: Mapping[str, Leaf]) -> None:
+    """Raises ValueError if single and double precision are mixed, or a leaf is nothing that can be trained.
+
+    Whole numbers are no obstacle: they stay as they are.
+    """
     seen: dict[jnp.dtype, str] = {}
-    for name, leaf in named_leaves(params).items():
+    for name, leaf in leaves.items():
         if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
-            raise ValueError(f"parameter {name} is no array but {type(leaf).__name__}")
+            raise ValueError(
+                f"parameter {name} is no array but {type(leaf).__name__}: split what is trained from the rest "
+                "(equinox.partition, nnx.split)"
+            )
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+            raise ValueError(
+                f"parameter {name} is a random key: hand it to apply_fn as an argument, not among the parameters"
+            )
         if jnp.issubdtype(leaf.dtype, jnp.floating):
             seen.setdefault(jnp.dtype(leaf.dtype), name)
     wide = jnp.dtype("float64")
@@ -89,6 +136,17 @@ def check_dtypes(params: Tree) -> None:
         raise ValueError(
             f"parameter {seen[wide]} is float64 and parameter {other} is not: cast all parameters to one precision"
         )
+
+
+def check_real(leaves: Mapping[str, Leaf]) -> None:
+    """Raises ValueError, naming it, for a complex parameter: NadamW and K-FAC are for real ones."""
+    for name, leaf in leaves.items():
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise ValueError(
+                f"parameter {name} is complex: train its real and imaginary parts as two parameters "
+                "(real + 1j * imaginary in the model), or exclude it and leave it to another optimizer "
+                "(optax.multi_transform)"
+            )
 
 
 def check_known(layers: Layers, names: set[str]) -> None:

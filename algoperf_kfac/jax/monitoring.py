@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from algoperf_kfac.errors import check_reduction, no_statistics
+from algoperf_kfac.cadence import is_statistics_step
+from algoperf_kfac.config import KFACConfig
+from algoperf_kfac.errors import check_reduction, no_statistics, warn
 from algoperf_kfac.jax.kinds import kind_of
 from algoperf_kfac.jax.layer_book import Layers
 from algoperf_kfac.jax.preconditioner import Blocks, corrected
-from algoperf_kfac.jax.stacks import layer_states, take_apart
+from algoperf_kfac.jax.stacks import layer_numbers, layer_states
 from algoperf_kfac.jax.transform import find_state
 from algoperf_kfac.jax.types import Tree
 
@@ -48,8 +52,8 @@ def factors(state: Tree, layers: Layers, *, reduction: str = "sum") -> dict[str,
     known = not any(isinstance(weight, jax.core.Tracer) for weight in weights)
     if states and known and not any(float(weight) for weight in weights):
         raise no_statistics()
-    for name, covered in layers.covered.items():
-        layer = states[name]
+    for name, layer in states.items():
+        covered = layers.covered[name]
         a, b = corrected(layer)
         if reduction == "sum":
             examples = layer.examples / jnp.maximum(layer.weight, jnp.finfo(layer.weight.dtype).tiny)
@@ -62,33 +66,62 @@ def factors(state: Tree, layers: Layers, *, reduction: str = "sum") -> dict[str,
     return pairs
 
 
-def metrics(state: Tree, layers: Layers) -> dict[str, float]:
+def metrics(state: Tree, layers: Layers, config: KFACConfig | None = None) -> dict[str, float]:
     """Counts and ratios for monitoring; reading them waits for the device.
 
-    `stand_ins` counts K-FAC directions that vanished or overflowed and were replaced by first-order ones. Per
-    layer: refreshes, failures, skipped refreshes, dropped statistics, drift, the graft ratio and the cosine between
-    K-FAC direction and momentum, both at the last statistics step; and their totals or means over layers.
+    `statistics_steps` counts the updates that came with statistics, `stand_ins` K-FAC directions that vanished or
+    overflowed and were replaced by first-order ones. `coverage` is the share of the parameters whose layers have
+    statistics: 0 before the first. Per layer: refreshes, failures, skipped refreshes, dropped statistics, drift,
+    the graft ratio and the cosine between K-FAC direction and momentum, both at the last statistics step and NaN
+    before the first; and their totals or means over layers.
 
     Args:
         state: of `scale_by_kfac`, `kfac`, or a chain with one of them.
         layers: from `discover`.
+        config: the configuration: warns if statistics are missing on most statistics steps.
     """
     inner = find_state(state)
+    each = ("refreshes", "failures", "skipped", "dropped", "drift", "graft_ratio", "cosine")
+    numbers = layer_numbers(inner.stacks, layers, ("taken", *each))
+    took = {name: int(values["taken"]) for name, values in numbers.items()}
+    if config is not None:
+        check_statistics(int(inner.steps), took, config)
+    at_work = sum(layers.covered[name].spec.num_parameters for name, count in took.items() if count)
     out = {
         "steps": float(inner.steps),
+        "statistics_steps": float(max(took.values(), default=0)),
         "stand_ins": float(inner.stand_ins),
-        "coverage": layers.coverage().fraction,
+        "coverage": at_work / max(layers.coverage().num_parameters, 1),
     }
-    for key in ("refreshes", "failures", "skipped", "dropped", "drift", "graft_ratio", "cosine"):
-        rows = jax.device_get({name: getattr(stack, key) for name, stack in inner.stacks.items()})
-        values = {name: float(value) for name, value in take_apart(rows, layers).items()}
-        out |= {f"{name}/{key}": value for name, value in values.items()}
-        total = sum(values.values())
-        if key in ("graft_ratio", "cosine") and values:
-            out[key] = total / len(values)
+    for key in each:
+        values = {name: own[key] for name, own in numbers.items()}
+        if key in ("graft_ratio", "cosine"):
+            values = {name: value if took[name] else math.nan for name, value in values.items()}
+            seen = [value for value in values.values() if not math.isnan(value)]
+            out[key] = sum(seen) / len(seen) if seen else math.nan
         elif key != "drift":
-            out[key] = total
+            out[key] = sum(values.values())
+        out |= {f"{name}/{key}": value for name, value in values.items()}
     return out
+
+
+def check_statistics(steps: int, took: Mapping[str, int], config: KFACConfig) -> None:
+    """Warns if by far not every statistics step brought statistics.
+
+    Args:
+        steps: updates made.
+        took: by layer, how many statistics went into its averages.
+        config: says which updates are statistics steps.
+    """
+    due = sum(is_statistics_step(config, step) for step in range(steps))
+    most = max(took.values(), default=due)
+    if 2 * most < due:
+        warn(
+            f"of the {steps} updates so far {due} were statistics steps, and statistics came with {most}: pass "
+            "them on the steps of is_statistics_step, update(gradient, state, params, statistics=statistics). "
+            "Inside optax.MultiSteps only those of a last micro-batch arrive: ask is_statistics_step(step // k), "
+            "and pass the sum (`add`) over the micro-batches with the last"
+        )
 
 
 def _present(blocks: Blocks) -> Array | tuple[Array, ...]:

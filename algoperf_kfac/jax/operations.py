@@ -20,18 +20,9 @@ from jax.core import ShapedArray
 from jax.extend.core import JaxprEqn, Literal, Var
 
 from algoperf_kfac.jax.geometry import ConvGeometry
-from algoperf_kfac.jax.sources import Fused, Source, as_source, inverse_permutation, sources_of
+from algoperf_kfac.jax.sources import Fused, Source, as_source, inverse_permutation, is_data
 from algoperf_kfac.jax.types import Sizes
 from algoperf_kfac.positions import Rows
-
-# Primitives that read a weight as a weight without a rule for it. Others (norms, penalties, scalings by
-# themselves) leave the layer's statistics complete.
-WEIGHT_READS = frozenset(
-    """
-    dot_general conv_general_dilated ragged_dot gather dynamic_slice slice concatenate scatter scatter-add select_n
-    while scan cond custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr shard_map pallas_call sort
-    """.split()  # noqa: SIM905
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,11 +141,13 @@ class Read(NamedTuple):
         use: the operation.
         operand: which operand is its input, or the row numbers of a lookup in a last dimension of 1.
         parts: the operations of a fused weight's parts; empty for a weight that is one parameter.
+        prepare: from all operands to what stands for the input, where one alone does not tell.
     """
 
     use: Use
     operand: int
     parts: tuple[Call, ...] = ()
+    prepare: Callable[[Sequence[Array]], Array] | None = None
 
 
 Rule: TypeAlias = Callable[[JaxprEqn, Sequence[object]], Read | None]
@@ -173,7 +166,7 @@ def read_dot_general(eqn: JaxprEqn, tags: Sequence[object]) -> Read | None:
     for position in (1, 0):
         tag, other = tags[position], 1 - position
         weight = as_source(tag)
-        if weight is None or sources_of(tags[other]) or weight.is_broadcast:
+        if weight is None or not is_data(tags[other]) or weight.is_broadcast:
             continue
         call = _linear(
             weight, shape_of(eqn.invars[position]), shape_of(eqn.invars[other]), eqn, weight_is_rhs=position == 1
@@ -222,7 +215,7 @@ def _linear(weight: Source, weight_shape: Sizes, x_shape: Sizes, eqn: JaxprEqn, 
 def read_conv(eqn: JaxprEqn, tags: Sequence[object]) -> Read | None:
     """A convolution with a parameter as kernel; None for groups over the batch."""
     weight, params = tags[1], eqn.params
-    if not isinstance(weight, Source) or sources_of(tags[0]) or weight.is_broadcast:
+    if not isinstance(weight, Source) or not is_data(tags[0]) or weight.is_broadcast:
         return None
     if params["batch_group_count"] != 1:
         return None

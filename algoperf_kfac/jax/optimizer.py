@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 from jax.sharding import Mesh
 
@@ -11,6 +12,7 @@ from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.jax import monitoring
 from algoperf_kfac.jax.capture import value_grad_and_statistics
 from algoperf_kfac.jax.discovery import discover
+from algoperf_kfac.jax.mistakes import Mistakes
 from algoperf_kfac.jax.monitoring import FactorPair
 from algoperf_kfac.jax.transform import Mask, Schedule, kfac
 from algoperf_kfac.jax.types import ApplyFn, LossFn, LossTypeLike, Tree
@@ -53,7 +55,7 @@ class KFAC:
         has_aux: see `apply_fn`.
         loss_type: see `losses.LossType`; needed for fisher="mc" and "exact".
         exclude: patterns (fnmatch) of layer or parameter names to leave to the fallback.
-        schedule: an optax schedule in place of the constant learning rate.
+        schedule: an optax schedule in place of the constant learning rate; `learning_rate` may be one, too.
         weight_decay_mask: as optax.add_decayed_weights takes it.
         mesh: a one-dimensional mesh whose devices share batch and refreshes; arrays stay where the caller puts
             them, see `shard_batch`.
@@ -73,16 +75,21 @@ class KFAC:
         config: KFACConfig | None = None,
         has_aux: bool = False,
         loss_type: LossTypeLike | None = None,
-        exclude: Iterable[str] = (),
+        exclude: str | Iterable[str] = (),
         schedule: Schedule | None = None,
         weight_decay_mask: Mask = None,
         mesh: Mesh | None = None,
         **hyperparameters: object,
     ) -> None:
+        if callable(hyperparameters.get("learning_rate")):
+            if schedule is not None:
+                raise ValueError("learning_rate is a schedule and schedule= another: give one of them")
+            schedule = cast("Schedule", hyperparameters.pop("learning_rate"))
         self.config = KFACConfig.updated(config, hyperparameters)
-        self.layers = discover(apply_fn, params, *args, config=self.config, exclude=exclude)
+        self.layers = discover(apply_fn, params, *args, config=self.config, exclude=exclude, has_aux=has_aux)
+        mistakes = Mistakes()
         self.value_grad_and_statistics = value_grad_and_statistics(
-            apply_fn, loss_fn, self.layers, self.config, has_aux=has_aux, loss_type=loss_type
+            apply_fn, loss_fn, self.layers, self.config, has_aux=has_aux, loss_type=loss_type, mistakes=mistakes
         )
         self.transformation = kfac(
             self.layers,
@@ -90,6 +97,7 @@ class KFAC:
             learning_rate=schedule,
             weight_decay_mask=weight_decay_mask,
             mesh=mesh,
+            mistakes=mistakes,
         )
         self.init, self.update = self.transformation
 
@@ -98,7 +106,7 @@ class KFAC:
         return self.layers.coverage()
 
     def is_statistics_step(self, step: int) -> bool:
-        """Whether the update number `step`, counted from 0, takes statistics."""
+        """Whether the update number `step`, counted from 0, takes statistics; traced if `step` is."""
         return is_statistics_step(self.config, step)
 
     def factors(self, state: Tree, *, reduction: str = "sum") -> dict[str, FactorPair]:
@@ -107,4 +115,4 @@ class KFAC:
 
     def metrics(self, state: Tree) -> dict[str, float]:
         """Counts and ratios for monitoring; see `monitoring.metrics`."""
-        return monitoring.metrics(state, self.layers)
+        return monitoring.metrics(state, self.layers, self.config)

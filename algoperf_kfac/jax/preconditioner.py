@@ -45,6 +45,7 @@ class LayerState:
         weight: what the averages are divided by to correct their bias, ().
         examples: moving average of the number of examples, not corrected; (), or (groups,) of scanned layers.
         dropped: how many statistics were left out because they were not finite, ().
+        taken: how many statistics went into the averages, ().
         a_operator, b_operator: what the momentum is multiplied by, the identity before the first refresh; empty
             for a scaling without operators.
         a_basis, b_basis: eigenbases, where the scaling keeps them.
@@ -63,6 +64,7 @@ class LayerState:
     weight: Array
     examples: Array
     dropped: Array
+    taken: Array
     a_operator: Blocks
     b_operator: Blocks
     a_basis: Blocks
@@ -82,7 +84,7 @@ FIELDS = tuple(field.name for field in dataclasses.fields(LayerState))
 jax.tree_util.register_dataclass(LayerState, data_fields=FIELDS, meta_fields=())
 
 # Scalars of a state that are counters (int32), and those that are numbers.
-NUM_COUNTERS, NUM_NUMBERS = 4, 5
+NUM_COUNTERS, NUM_NUMBERS = 5, 5
 
 
 def init_layer(spec: LayerSpec, slices: int, scaling: Scaling, dtype: DTypeLike) -> LayerState:
@@ -111,6 +113,7 @@ def init_layer(spec: LayerSpec, slices: int, scaling: Scaling, dtype: DTypeLike)
         weight=jnp.zeros((), dtype),
         examples=jnp.zeros(() if slices == 1 else (spec.groups,), dtype),
         dropped=jnp.zeros((), jnp.int32),
+        taken=jnp.zeros((), jnp.int32),
         a_operator=eyes(ins, kept=scaling.keeps_operators),
         b_operator=eyes(outs, kept=scaling.keeps_operators),
         a_basis=eyes(ins, kept=scaling.keeps_bases),
@@ -130,27 +133,46 @@ def init_layer(spec: LayerSpec, slices: int, scaling: Scaling, dtype: DTypeLike)
 def update_statistics(state: LayerState, new: Statistics, decay: float) -> LayerState:
     """Move the averages towards the statistics of one step; non-finite statistics are left out.
 
-    So is a step without examples, where no position counted (`Positions.mask`).
+    So is a step without examples, where no position counted (`Positions.mask`). Of several layers in one parameter,
+    those without examples (experts without tokens) keep what they have.
     """
+    weight = state.weight
+    idle = new.examples == 0 if new.examples.ndim else jnp.zeros((), bool)
+    keeping = idle & (new.examples > 0).any()  # while others have some
 
-    def mean(m: Array, count: Array) -> Array:
-        return m / (count[:, None, None] if count.ndim else count)
+    def mean(m: Array, count: Array, average: Array) -> Array:
+        if not count.ndim:
+            return m / count
+        # What leaves a corrected average as it is.
+        kept = average / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
+        return jnp.where(keeping[:, None, None], kept, m / count[:, None, None])
 
-    a = tuple(mean(m, new.a_count) for m in new.a)
-    b = tuple(mean(m, new.examples) for m in new.b)
+    a = tuple(mean(m, new.a_count, old) for m, old in zip(new.a, state.a, strict=True))
+    b = tuple(mean(m, new.examples, old) for m, old in zip(new.b, state.b, strict=True))
     finite = jnp.stack([jnp.isfinite(m).all() for m in (*a, *b)]).all()
     rate = jnp.where(finite, 1 - decay, 0.0).astype(state.weight.dtype)
 
+    first = (state.examples == 0) & finite & (weight > 0) if new.examples.ndim else None
+    new_weight = weight + rate * (1 - weight)
+
     def moved(average: Array, value: Array) -> Array:
-        return average + rate * (jnp.where(finite, value, average) - average)
+        after = average + rate * (jnp.where(finite, value, average) - average)
+        if first is None:
+            return after
+        # The first examples of a layer whose average is one of nothing so far.
+        return jnp.where(
+            first.reshape(-1, *[1] * (value.ndim - 1)), jnp.where(finite, value, 0) * new_weight, after
+        )
 
     return dataclasses.replace(
         state,
         a=tuple(map(moved, state.a, a)),
         b=tuple(map(moved, state.b, b)),
-        examples=moved(state.examples, new.examples.astype(state.examples.dtype)),
-        weight=state.weight + rate * (1 - state.weight),
+        examples=state.examples
+        + rate * (jnp.where(finite, new.examples.astype(state.examples.dtype), state.examples) - state.examples),
+        weight=new_weight,
         dropped=state.dropped + (~finite & (new.examples > 0).any()),
+        taken=state.taken + finite,
     )
 
 
@@ -173,9 +195,22 @@ def damping_terms(a: Blocks, b: Blocks, config: KFACConfig) -> tuple[Array, Arra
     mean_a = jnp.maximum(mean_eigenvalue(a), MEAN_FLOOR) if a else one
     mean_b = jnp.maximum(mean_eigenvalue(b), MEAN_FLOOR) if b else one
     if config.damping_mode == "relative":
-        return damping * mean_a, damping * mean_b
+        return _relative(mean_a, damping), _relative(mean_b, damping)
     pi = jnp.sqrt(mean_a / mean_b)
     return pi * damping**0.5, damping**0.5 / pi
+
+
+def _relative(mean: Array, damping: float) -> Array:
+    """(groups,): the mean eigenvalues times `damping`.
+
+    A group without anything so far (an expert without tokens) takes the mean of the others as if it were its own
+    factor: next to damping alone its first gradients would drown theirs.
+    """
+    if mean.shape[0] == 1:
+        return damping * mean
+    silent = mean <= MEAN_FLOOR
+    others = jnp.where(silent, 0, mean).sum() / jnp.maximum((~silent).sum(), 1)
+    return jnp.where(silent, jnp.maximum(others, MEAN_FLOOR), damping * mean)
 
 
 def from_eigenvalues(bases: Blocks, values: Sequence[Array]) -> Blocks:

@@ -119,9 +119,22 @@ class Derived:
 
     Attributes:
         sources: the parameters; empty for a constant.
+        with_data: whether data of the weight's own size went into it, element by element: noise, a mask.
     """
 
     sources: frozenset[Source] = frozenset()
+    with_data: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Penalised:
+    """A scalar of the data to which scalars of parameters were added: a loss with penalties.
+
+    Attributes:
+        sources: the parameters. They have no other use as long as nothing but a sum is made of it.
+    """
+
+    sources: frozenset[Source]
 
 
 CONSTANT = Derived()
@@ -150,7 +163,12 @@ def sources_of(tag: object) -> tuple[Source, ...]:
         return (tag,)
     if isinstance(tag, Fused):
         return tag.parts
-    return tuple(tag.sources) if isinstance(tag, Derived) else ()
+    return tuple(tag.sources) if isinstance(tag, Derived | Penalised) else ()
+
+
+def is_data(tag: object) -> bool:
+    """Whether a value may be the input of a weighted operation: it is no function of parameters alone."""
+    return not sources_of(tag) or (isinstance(tag, Derived) and tag.with_data)
 
 
 def hollow(shape: Sizes) -> np.ndarray:

@@ -119,13 +119,13 @@ def _sums(static: Tap, x: Array, reading: Reading, gradient: Array) -> LayerSums
     rows = reading.rows(call.outputs(gradient.astype(static.dtype)))
     reading = reading.of_gradients(rows)
     x = call.inputs(x.astype(static.dtype))
-    counts = reading.counts(rows)[None]
+    counts = reading.placed(reading.counts(rows))[None]
     if spec.approximation == "reduce":
         if call.conv is None:
             inputs = reading.sum_positions(reading.rows(x))
         else:
             inputs = reading.sum_rows(call.conv.patch_sums(x, reading.mask))
-        gradients = reading.sum_positions(rows)
+        inputs, gradients = reading.placed(inputs), reading.placed(reading.sum_positions(rows))
         return LayerSums((jnp.moveaxis(inputs, 1, 0),), (jnp.moveaxis(gradients, 1, 0),), counts)
     x = reading.rows(x) if call.conv is None else call.conv.patches(x)
     return LayerSums(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
 import jax
@@ -31,27 +31,38 @@ class TracedModel:
         program: its primitives.
         outputs: shapes of what it returns, as it returns it.
         tags: which of the flat (params, *args) are parameters.
-        leaves: the flat (params, *args) themselves, or their shapes.
+        leaves: the flat (params, *args) themselves, or their shapes; without the arguments that are no arrays.
+        has_aux: whether it returns (outputs, aux).
     """
 
     program: ClosedJaxpr
     outputs: Tree
     tags: list[Source | None]
     leaves: list[Leaf]
+    has_aux: bool = False
 
     def run(self, visitor: Visitor, params: Tree, args: Sequence[Tree]) -> list[Array]:
         """The flat outputs, the visitor being told of every weighted operation on the way."""
         interpreter = Interpreter(visitor, kinds.rules())
-        return interpreter.run(self.program, jax.tree.leaves((params, *args)), self.tags)
+        leaves = [*jax.tree.leaves(params), *arrays_of(args)]
+        return interpreter.run(self.program, leaves, self.tags, self.returned)
 
     def show(self, visitor: Visitor) -> None:
         """Lead a visitor through the model without computing anything."""
         interpreter = Interpreter(visitor, kinds.rules())
-        jax.eval_shape(lambda *values: interpreter.run(self.program, values, self.tags), *self.leaves)
+        jax.eval_shape(
+            lambda *values: interpreter.run(self.program, values, self.tags, self.returned), *self.leaves
+        )
+
+    @property
+    def returned(self) -> list[bool]:
+        """Which of the flat outputs go into the loss."""
+        parts = self.outputs if self.has_aux else (self.outputs, ())
+        return [number == 0 for number, part in enumerate(parts) for _ in jax.tree.leaves(part)]
 
     def survey(self) -> Survey:
         """What reads the parameters."""
-        notes = Survey()
+        notes = Survey(tag.name for tag in self.tags if tag is not None)
         self.show(notes)
         return notes
 
@@ -59,17 +70,25 @@ class TracedModel:
 class Survey(Visitor):
     """Notes what reads the parameters.
 
+    Args:
+        names: of the parameters.
+
     Attributes:
+        names: the same.
         calls, lookups: weight -> the operations that read it, in order.
         biases: of operations.
-        other_uses: parameter -> the first primitive without a rule that reads it.
+        other_uses: parameter -> the primitives without a rule that read it, in order; and whether they read a
+            function of it.
+        stopped: parameters that something reads through which no gradient goes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = tuple(names)
         self.calls: dict[str, dict[Key, Call]] = {}
         self.lookups: dict[str, dict[Key, Lookup]] = {}
         self.biases: dict[Key, Source] = {}
-        self.other_uses: dict[str, str] = {}
+        self.other_uses: dict[str, dict[str, bool]] = {}
+        self.stopped: set[str] = set()
 
     def operation(self, key: Key, call: Call, x: Array, out: Array) -> Array:
         self.calls.setdefault(call.view.source.name, {})[key] = call
@@ -82,21 +101,25 @@ class Survey(Visitor):
     def bias(self, key: Key, call: Call, source: Source) -> None:
         self.biases[key] = source
 
-    def other_use(self, key: Key, source: Source, what: str) -> None:
-        self.other_uses.setdefault(source.name, what)
+    def other_use(self, key: Key, source: Source, what: str, *, computed: bool) -> None:
+        self.other_uses.setdefault(source.name, {}).setdefault(what, computed)
+
+    def without_gradient(self, source: Source) -> None:
+        self.stopped.add(source.name)
 
     def uses(self, weight: str) -> kinds.Uses:
         """All weighted operations that read a parameter."""
         return kinds.Uses(self.calls.get(weight, {}), self.lookups.get(weight, {}))
 
 
-def trace(apply_fn: ApplyFn, params: Tree, args: Sequence[Tree]) -> TracedModel:
+def trace(apply_fn: ApplyFn, params: Tree, args: Sequence[Tree], *, has_aux: bool = False) -> TracedModel:
     """The model as primitives; nothing is computed.
 
     Args:
         apply_fn: function of (params, *args).
         params: parameter tree, of arrays or shapes.
-        args: the other arguments, arrays or shapes.
+        args: the other arguments, arrays or shapes. Flags and strings among them are handed over as they are.
+        has_aux: whether it returns (outputs, aux).
 
     Raises:
         TypeError: if `apply_fn` is a module instead of a function of parameters.
@@ -107,13 +130,39 @@ def trace(apply_fn: ApplyFn, params: Tree, args: Sequence[Tree]) -> TracedModel:
             "module pass `lambda params, x: module.apply({'params': params}, x)`, for others (nnx, equinox) split "
             "the module into parameters and a function first"
         )
-    program, outputs = jax.make_jaxpr(apply_fn, return_shape=True)(params, *args)
+    leaves, tree = jax.tree.flatten(tuple(args))
+
+    def apply(params: Tree, arrays: Sequence[Array]) -> Tree:
+        given = iter(arrays)
+        return apply_fn(params, *jax.tree.unflatten(tree, [next(given) if is_array(t) else t for t in leaves]))
+
+    arrays = arrays_of(args)
+    program, outputs = jax.make_jaxpr(apply, return_shape=True)(params, arrays)
+    if has_aux and not (isinstance(outputs, tuple) and len(outputs) == 2):
+        raise ValueError(f"has_aux: apply_fn must return (outputs, aux), it returned {_kind(outputs)}")
     tags: list[Source | None] = [
         Source(name, tuple(leaf.shape)) if jnp.issubdtype(leaf.dtype, jnp.floating) else None
         for name, leaf in named_leaves(params).items()
     ]
-    tags += [None] * len(jax.tree.leaves(args))
-    return TracedModel(program, outputs, tags, jax.tree.leaves((params, *args)))
+    tags += [None] * len(arrays)
+    return TracedModel(program, outputs, tags, [*jax.tree.leaves(params), *arrays], has_aux)
+
+
+def is_array(leaf: object) -> bool:
+    """Whether a leaf of the arguments is traced: an array, its shape or a number, but no flag or string."""
+    return hasattr(leaf, "dtype") or (isinstance(leaf, int | float | complex) and not isinstance(leaf, bool))
+
+
+def arrays_of(args: Sequence[Tree]) -> list[Array]:
+    """The leaves of the arguments that are traced."""
+    return [leaf for leaf in jax.tree.leaves(tuple(args)) if is_array(leaf)]
+
+
+def _kind(outputs: Tree) -> str:
+    """What a function returned, in words."""
+    if isinstance(outputs, list | tuple):
+        return f"{len(outputs)} values"
+    return "one array" if hasattr(outputs, "shape") else f"a {type(outputs).__name__}"
 
 
 def _is_module(apply_fn: Callable[..., object]) -> bool:
@@ -123,10 +172,29 @@ def _is_module(apply_fn: Callable[..., object]) -> bool:
     return hasattr(apply_fn, "apply") or isinstance(apply_fn, modules)
 
 
-def named_leaves(params: Tree) -> dict[str, Leaf]:
-    """The leaves of a parameter tree by path, e.g. "encoder/Dense_0/kernel"."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    return {"/".join(_key(k) for k in path) or "params": leaf for path, leaf in leaves}
+def named_leaves(params: Tree, is_leaf: Callable[[object], bool] | None = None) -> dict[str, Leaf]:
+    """The leaves of a parameter tree by path, e.g. "encoder/Dense_0/kernel".
+
+    Args:
+        params: the tree. Variables of flax.nnx go by their own path, without the attribute of their value.
+        is_leaf: what is a leaf besides.
+    """
+    variables = _nnx_variables()
+    nodes, _ = jax.tree_util.tree_flatten_with_path(
+        params, is_leaf=lambda node: isinstance(node, variables) or (is_leaf is not None and is_leaf(node))
+    )
+    return {
+        "/".join(_key(k) for k in path) or "params": leaf
+        for path, node in nodes
+        for leaf in (jax.tree.leaves(node, is_leaf=is_leaf) if isinstance(node, variables) else [node])
+    }
+
+
+def _nnx_variables() -> tuple[type, ...]:
+    """What flax.nnx wraps parameters in; empty unless it is loaded."""
+    nnx = sys.modules.get("flax.nnx")
+    names = ("Variable", "VariableState")  # the second is gone in later releases
+    return tuple({getattr(nnx, name) for name in names if isinstance(getattr(nnx, name, None), type)})
 
 
 def _key(entry: object) -> str:

@@ -15,13 +15,16 @@ from jax.sharding import Mesh
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.jax import preconditioner
 from algoperf_kfac.jax.directions import second_order
-from algoperf_kfac.jax.layer_book import Layers, check_known, check_params
+from algoperf_kfac.jax.layer_book import Layers, check_known, check_params, check_real
+from algoperf_kfac.jax.mistakes import Mistakes
 from algoperf_kfac.jax.nadamw import nadamw_directions, nesterov
 from algoperf_kfac.jax.preconditioner import LayerState
 from algoperf_kfac.jax.refresh import refresh_due
 from algoperf_kfac.jax.scalings import scaling_of
-from algoperf_kfac.jax.stacks import stack_trees, stacks_of
+from algoperf_kfac.jax.stacks import Stacks, check_members, members_of, stack_trees, stacks_of
 from algoperf_kfac.jax.statistics import Statistics
+from algoperf_kfac.jax.tracing import named_leaves
+from algoperf_kfac.jax.trained import are_trained, put_back, trained
 from algoperf_kfac.jax.types import Tree
 
 Schedule: TypeAlias = Callable[[Array], Array]
@@ -29,6 +32,13 @@ Schedule: TypeAlias = Callable[[Array], Array]
 
 Mask: TypeAlias = Tree | Callable[[Tree], Tree] | None
 """What optax.add_decayed_weights takes."""
+
+
+# Restored without a template, a state is nested dictionaries.
+NO_STATE = (
+    "the optimizer's state is a {}, not a KFACState: restore it with a template, such as a fresh state: "
+    "checkpointer.restore(path, optimizer.init(params))"
+)
 
 
 class KFACState(NamedTuple):
@@ -39,19 +49,19 @@ class KFACState(NamedTuple):
         mu: first moments, shapes of the parameters.
         nu: second moments, shapes of the parameters.
         stacks: statistics and preconditioners of the covered layers, layers of equal shape together under the name
-            of the first of them; `layer_states` takes them apart.
+            of the first of them, with the layers' names; `layer_states` takes them apart.
         stand_ins: K-FAC directions that vanished or overflowed and were replaced by first-order ones, int32 ().
     """
 
     steps: Array
     mu: Tree
     nu: Tree
-    stacks: dict[str, LayerState]
+    stacks: Stacks
     stand_ins: Array
 
 
 def scale_by_kfac(
-    layers: Layers, config: KFACConfig, mesh: Mesh | None = None
+    layers: Layers, config: KFACConfig, mesh: Mesh | None = None, mistakes: Mistakes | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces gradients by directions, without learning rate, sign and weight decay.
 
@@ -65,13 +75,17 @@ def scale_by_kfac(
         layers: from `discover`.
         config: the configuration.
         mesh: a one-dimensional mesh whose devices share the decompositions.
+        mistakes: what warnings were given so far, if others share them.
     """
     beta1 = 1 - config.one_minus_beta1
-    stacks = stacks_of(layers)
     scaling = scaling_of(config)
+    said = mistakes or Mistakes()
 
     def init(params: Tree) -> KFACState:
         check_params(layers, params)
+        check_real(named_leaves(params))
+        here = layers.within(params)
+        stacks = stacks_of(here)
         states = {
             key: stack_trees(
                 [preconditioner.init_layer(la.spec, la.slices, scaling, stack.dtype) for la in stack.layers]
@@ -79,7 +93,10 @@ def scale_by_kfac(
             for key, stack in stacks.items()
         }
         zeros = functools.partial(jax.tree.map, jnp.zeros_like)
-        return KFACState(jnp.zeros((), jnp.int32), zeros(params), zeros(params), states, jnp.zeros((), jnp.int32))
+        held = Stacks(states, members_of(stacks), masked=here is not layers)
+        # Two arrays: what is shared cannot be donated.
+        steps, stand_ins = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+        return KFACState(steps, zeros(params), zeros(params), held, stand_ins)
 
     def update(
         updates: Tree,
@@ -90,17 +107,33 @@ def scale_by_kfac(
         **extra: object,
     ) -> tuple[Tree, KFACState]:
         del params, extra
-        states = state.stacks
-        if statistics is not None:
-            states = move_averages(states, statistics, layers, config)
-            states = refresh_due(states, stacks, state.steps, scaling, mesh)
+        if not isinstance(state, KFACState):
+            raise ValueError(NO_STATE.format(type(state).__name__))
+        here = layers.within(state.mu)
+        stacks = stacks_of(here)
+        check_members(state.stacks, stacks)
+        states: Mapping[str, LayerState] = state.stacks
+        if statistics is None:
+            said.without_statistics()
+        else:
+            said.statistics()
+            check_known(layers, set(statistics))
+            states = move_averages(states, statistics, here, config)
+            states = refresh_due(dict(states), stacks, state.steps, scaling, mesh)
         count = state.steps + 1
-        mu, momenta = nesterov(updates, state.mu, count, beta1)
-        nu, directions = nadamw_directions(updates, momenta, state.nu, count, config.beta2, config.eps)
-        outcome = second_order(
-            stacks, scaling, updates, momenta, directions, states, monitor=statistics is not None
+        gradients = trained(updates, state.mu)
+        mu, momenta = nesterov(gradients, trained(state.mu, state.mu), count, beta1)
+        nu, directions = nadamw_directions(
+            gradients, momenta, trained(state.nu, state.mu), count, config.beta2, config.eps
         )
-        return outcome.directions, KFACState(count, mu, nu, outcome.states, state.stand_ins + outcome.stand_ins)
+        gradients, momenta, directions, mu, nu = (
+            put_back(leaves, state.mu) for leaves in (gradients, momenta, directions, mu, nu)
+        )
+        outcome = second_order(
+            stacks, scaling, gradients, momenta, directions, states, monitor=statistics is not None
+        )
+        new = Stacks(outcome.states, members_of(stacks), masked=here is not layers)
+        return outcome.directions, KFACState(count, mu, nu, new, state.stand_ins + outcome.stand_ins)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -112,6 +145,7 @@ def kfac(
     learning_rate: float | Schedule | None = None,
     weight_decay_mask: Mask = None,
     mesh: Mesh | None = None,
+    mistakes: Mistakes | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """K-FAC with decoupled weight decay and learning rate: p <- p - lr (direction + weight_decay p).
 
@@ -120,20 +154,26 @@ def kfac(
         config: the configuration.
         learning_rate: a number or an optax schedule in place of the configuration's.
         weight_decay_mask: as optax.add_decayed_weights takes it.
-        mesh: see `scale_by_kfac`.
+        mesh, mistakes: see `scale_by_kfac`.
     """
     rate = config.learning_rate if learning_rate is None else learning_rate
+    whole = [name for name, (_, dtype) in layers.shapes.items() if not jnp.issubdtype(dtype, jnp.inexact)]
     return optax.chain(
-        scale_by_kfac(layers, config, mesh),
-        optax.add_decayed_weights(config.weight_decay, weight_decay_mask),
+        scale_by_kfac(layers, config, mesh, mistakes),
+        # Whole numbers do not decay: rounded down, they would.
+        *(
+            [optax.masked(optax.add_decayed_weights(config.weight_decay, weight_decay_mask), are_trained)]
+            if whole
+            else [optax.add_decayed_weights(config.weight_decay, weight_decay_mask)]
+        ),
         optax.scale_by_learning_rate(rate),
     )
 
 
 def move_averages(
     states: Mapping[str, LayerState], statistics: Mapping[str, Statistics], layers: Layers, config: KFACConfig
-) -> dict[str, LayerState]:
-    """The states with their averages moved towards the statistics of one step.
+) -> Stacks:
+    """The states with their averages moved towards the statistics of one step; those of other layers are left out.
 
     Args:
         states: by stack.
@@ -141,15 +181,19 @@ def move_averages(
         layers: from `discover`.
         config: the configuration.
 
-    Raises:
-        ValueError: naming layers that are missing in `statistics` or unknown to K-FAC.
     """
-    check_known(layers, set(statistics))
     move = jax.vmap(functools.partial(preconditioner.update_statistics, decay=config.factor_decay))
-    return {
+    stacks = stacks_of(layers)
+    moved = {
         key: move(states[key], stack_trees([statistics[name] for name in stack.names]))
-        for key, stack in stacks_of(layers).items()
+        for key, stack in stacks.items()
     }
+    return Stacks(moved, members_of(stacks))
+
+
+def _is_restored(node: object) -> bool:
+    """Whether a node was a `KFACState` before it was saved."""
+    return isinstance(node, Mapping) and node.keys() == set(KFACState._fields)
 
 
 def find_state(state: Tree) -> KFACState:
@@ -158,7 +202,9 @@ def find_state(state: Tree) -> KFACState:
     Raises:
         ValueError: if there is none, or more than one.
     """
-    leaves = jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, KFACState))
+    leaves = jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, KFACState) or _is_restored(s))
+    if any(map(_is_restored, leaves)):
+        raise ValueError(NO_STATE.format("dict"))
     found = [leaf for leaf in leaves if isinstance(leaf, KFACState)]
     if len(found) != 1:
         raise ValueError(f"the optimizer state holds {len(found)} states of K-FAC, not one")

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.errors import MissingStatisticsError
 from algoperf_kfac.layers import LayerSpec, Layout, also_read_by, computed_before, not_its_gradient
-from algoperf_kfac.positions import Candidates, Positions, Rows, candidates_for, check_used, choose
+from algoperf_kfac.positions import Candidates, Positions, Rows, candidates_for, check_fits, choose
 from algoperf_kfac.pytorch import fisher
 from algoperf_kfac.pytorch.contractions import operations_of
 from algoperf_kfac.pytorch.factors import to_matrix
@@ -423,7 +423,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         for watch in self._watches:
             watch.settle()
         calls = {name: rows for name, rows in self._calls.items() if name in self.layers.covered}
-        check_used(self._options.positions, calls, self.layers.covered)
+        check_fits(self._options.positions, calls, self.layers.names())
         missing: dict[str, str] = {}
         wrong: dict[str, str] = {}
         for spec in (layer.spec for layer in self.layers.covered.values()):

@@ -104,6 +104,11 @@ class Layers:
         for layer in found:
             self._add(layer)
 
+    def names(self) -> set[str]:
+        """What a pattern may mean: covered layers, other parameters and the modules they are of."""
+        others = {f.name for f in self.fallbacks}
+        return {*self.covered, *others, *(name.rpartition(".")[0] for name in others)}
+
     def coverage(self) -> Coverage:
         """The covered layers, and every other trainable parameter with the reason why it is not covered."""
         return Coverage(tuple(layer.spec for layer in self.covered.values()), tuple(self.fallbacks))

@@ -181,15 +181,6 @@ def test_positions_by_themselves() -> None:
         Positions(mask="zero")
 
 
-def test_examples_that_differ_between_calls() -> None:
-    def apply(p: Any, x: Array) -> Array:
-        return (x @ p["w"]).sum() + (x[:2] @ p["w"]).sum()
-
-    ours = KFAC(apply, summed, {"w": normal(0, 4, 3)}, normal(1, 3, 4))
-    with pytest.raises(ValueError, match="layer w was called with 2 and then with 3 examples"):
-        ours.value_grad_and_statistics({"w": normal(0, 4, 3)}, normal(1, 3, 4))
-
-
 def test_a_convolution_counts_examples_first() -> None:
     """As in PyTorch, examples come first in a convolution whatever `batch_dim` says of the other layers."""
 

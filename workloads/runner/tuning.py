@@ -147,7 +147,9 @@ def _check_ranges(space: dict[str, Entry], path: str) -> dict[str, Entry]:
 def _problem(entry: object) -> str | None:
     """What is wrong with one entry of a space, or None."""
     if not isinstance(entry, dict):
-        return f'is no object; a fixed value is {{"feasible_points": [{json.dumps(entry)}]}}, fixed points are a list'
+        return (
+            f'is no object; a fixed value is {{"feasible_points": [{json.dumps(entry)}]}}, fixed points are a list'
+        )
     if "feasible_points" in entry:
         if set(entry) != {"feasible_points"}:
             return "has other keys beside feasible_points"

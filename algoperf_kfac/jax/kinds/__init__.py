@@ -10,6 +10,7 @@ from typing import Any
 
 from algoperf_kfac.jax import operations
 from algoperf_kfac.jax.kinds._base import Kind, Sums, Uses
+from algoperf_kfac.jax.kinds.experts import Experts
 from algoperf_kfac.jax.kinds.shared_weight import SharedWeight
 from algoperf_kfac.jax.kinds.tied_table import TiedTable
 from algoperf_kfac.jax.operations import Rule
@@ -20,6 +21,7 @@ __all__ = ["KINDS", "Kind", "Sums", "Uses", "kind_for", "kind_of", "rules"]
 # The first that claims a weight has it.
 KINDS: tuple[Kind[Any], ...] = (
     TiedTable(),
+    Experts(),
     SharedWeight(),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -57,6 +58,10 @@ class Kind(Generic[S]):
     def name_of(self, uses: Uses) -> str:
         """`LayerSpec.kind` of a layer with these uses."""
         return next(iter(uses.calls.values())).kind
+
+    def slices(self, view: WeightView) -> int:
+        """How many layers a weight holds whose rows are counted apart."""
+        return math.prod(view.source.scanned_sizes)
 
     def misfit(self, view: WeightView, weight_shape: Sizes) -> str:
         """Why a weight that was claimed cannot be covered; empty if it can."""

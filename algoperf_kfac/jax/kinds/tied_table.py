@@ -70,7 +70,7 @@ class TiedTable(Kind[TiedSums]):
         return TABLE
 
     def misfit(self, view: WeightView, weight_shape: Sizes) -> str:
-        if view.groups == 1 and (view.out_dim, view.in_dim) == weight_shape:
+        if view.groups == 1 and (view.out_dim, view.in_dim) == weight_shape and not _is_transposed(view):
             return ""
         return "tied weight: an embedding reads it too, in another layout than that of an output layer"
 
@@ -92,6 +92,18 @@ class TiedTable(Kind[TiedSums]):
 
     def finalise(self, spec: LayerSpec, sums: TiedSums, layout: Layout, scale: Array | float) -> Statistics:
         return finalise(spec, sums, layout, scale)
+
+
+def _is_transposed(view: WeightView) -> bool:
+    """Whether a square table may be read with rows and columns exchanged; its shape does not tell."""
+    if view.out_dim != view.in_dim:
+        return False
+    order = (0, 1)
+    for move in view.source.moves:
+        if move.kind != "transpose" or len(move.argument) != len(order):
+            return True
+        order = (order[move.argument[0]], order[move.argument[1]])
+    return tuple(order[i] for i in view.permutation) != (0, 1)
 
 
 Residuals: TypeAlias = tuple[Array, Reading, TiedSums]
@@ -123,12 +135,12 @@ def _output_backward(static: Tap, residuals: Residuals, gradient: Array) -> Cota
     reading = reading.of_gradients(rows)
     x = reading.rows(call.inputs(x.astype(static.dtype)))
     if spec.approximation == "reduce":
-        inputs: tuple[Array, ...] = (jnp.moveaxis(reading.sum_positions(x), 1, 0),)
-        outputs = jnp.moveaxis(reading.sum_positions(rows), 1, 0)
+        inputs: tuple[Array, ...] = (jnp.moveaxis(reading.placed(reading.sum_positions(x)), 1, 0),)
+        outputs = jnp.moveaxis(reading.placed(reading.sum_positions(rows)), 1, 0)
     else:
         inputs = outer_sums(reading.expanded(x), None, spec.in_blocks)
         outputs = jnp.square(reading.expanded(rows)).sum()
-    counts = reading.counts(rows)[None]
+    counts = reading.placed(reading.counts(rows))[None]
     zeros = jax.tree.map(jnp.zeros_like, sums)
     return gradient, None, None, zeros._replace(inputs=inputs, outputs=outputs, counts=counts)
 
@@ -139,14 +151,14 @@ def _lookup_backward(static: Tap, residuals: Residuals, gradient: Array) -> Cota
     rows = reading.rows(gradient.astype(static.dtype)[..., None, :])
     reading = reading.of_gradients(rows)
     zeros = jax.tree.map(jnp.zeros_like, sums)
-    counts = reading.counts(rows)[None]
+    counts = reading.placed(reading.counts(rows))[None]
     if spec.approximation == "expand":
         gradients = outer_sums(reading.expanded(rows), None, spec.in_blocks)
         return gradient, None, None, zeros._replace(gradients=gradients, lookups=counts)
-    gradients = (jnp.moveaxis(reading.sum_positions(rows), 1, 0),)
+    gradients = (jnp.moveaxis(reading.placed(reading.sum_positions(rows)), 1, 0),)
     numbers = reading.batch_first(tokens, tokens.ndim).reshape(rows.shape[0], -1)
     ids = reading.segment_ids
-    example = jnp.arange(rows.shape[0]) if ids is None else ids
+    example = reading.place + (jnp.arange(rows.shape[0]) if ids is None else ids)
     weights = jnp.ones(numbers.shape, static.dtype) if reading.mask is None else reading.mask
     occurrences = sums.tokens * 0
     occurrences = occurrences.at[jnp.broadcast_to(example[:, None], numbers.shape), numbers].add(weights)
