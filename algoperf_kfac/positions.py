@@ -231,6 +231,28 @@ def _check_list(pattern: str, given: Sequence[Positions], rows: Mapping[str, Seq
     )
 
 
+def other_rows(rows: Mapping[str, int], argument: str, *, scaled: bool) -> str | None:
+    """What to say of layers whose number of examples is not that of the batch; None where all agree.
+
+    Args:
+        rows: how many examples each layer sees, the first one first: its are those of the batch.
+        argument: how positions are given, with `{}` for them.
+        scaled: whether the caller said what the loss was divided by.
+    """
+    first, examples = next(iter(rows.items()), ("", 0))
+    others = {name: number for name, number in rows.items() if number != examples}
+    if not others:
+        return None
+    parts = listed(f"{name} ({number})" for name, number in others.items())
+    scale = "Each" if scaled else f"B is scaled by {examples} throughout, and each"
+    way_out = argument.format("positions={'pattern': Positions(segment_ids=..., num_segments=...)}")
+    return (
+        f"the batch has {examples} examples, as {first} sees them, and other layers have other numbers of rows in "
+        f"dimension 0: {parts}. {scale} row counts as an example of its own in these layers; if several belong "
+        f"together (windows, packed batches), say so: {way_out}"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """`Positions` fitted to one call of a layer with N x R positions; what is known from shapes.

@@ -518,7 +518,7 @@ HEAD = ("model", "parameters", "covered", "core", "error", "warnings", "nadamw",
 def cells(name: str, row: Row) -> list[str]:
     trained = [f"{row.losses[optimizer]:.3g}" if row.losses else "" for optimizer in OPTIMIZERS]
     cost = " / ".join(f"{ratio:.1f}" for ratio in row.ratios.values())
-    error = "" if math.isnan(row.error) else f"{row.error:.0e}"
+    error = "" if math.isnan(row.error) else f"{row.error:.0e}" if row.error else "0"
     return [
         name, f"{row.parameters:,}", f"{row.covered:.2f}", f"{row.core:.2f}", error, str(len(row.warned)), *trained,
         cost,

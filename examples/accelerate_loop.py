@@ -2,9 +2,9 @@
 
     python -m examples.accelerate_loop
 
-The model is prepared first and the optimizer made of the result, so that K-FAC sees the processes that share a
-batch. `accelerator.backward` divides each loss by the number of micro-batches of a step; the mean over a
-micro-batch of n examples is divided by n times that number in all, which is the `loss_normalizer`.
+The model is prepared first and the optimizer made of the result, so that K-FAC sees which processes share a batch.
+`accelerator.backward` divides each loss by the number of micro-batches of a step; the mean over a micro-batch of n
+examples is divided by n times that number in all, which is the `loss_normalizer`.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 
 The optimizer is made of the model and passed in. The trainer runs forward and backward pass in `training_step`,
 which a subclass puts into a capture; the trainer's own `model.zero_grad()` needs no care. The loss of a language
-model is divided by the number of predicted tokens of the whole step, its micro-batches together: the trainer
-counts them and passes them on as `num_items_in_batch`, and they are the `loss_normalizer`.
+model is divided by the number of labels of the whole step, its micro-batches together: the trainer counts them and
+passes them on as `num_items_in_batch`, and they are the `loss_normalizer`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class KFACTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if num_items_in_batch is None:  # of models that average over the micro-batch themselves
-            tokens = (inputs["labels"][:, 1:] != -100).sum()
-            num_items_in_batch = tokens * self.current_gradient_accumulation_steps
+        divisor = num_items_in_batch
+        if divisor is None:  # the model takes the mean of a micro-batch, the trainer divides it by their number
+            divisor = (inputs["labels"][:, 1:] != -100).sum() * self.current_gradient_accumulation_steps
         # The trainer wraps the optimizer: `.optimizer` is the one that was passed in.
-        with self.optimizer.optimizer.capture(loss_normalizer=num_items_in_batch):
+        with self.optimizer.optimizer.capture(loss_normalizer=divisor):
             return super().training_step(model, inputs, num_items_in_batch)
 
 

@@ -4,7 +4,6 @@ python -m examples.ten_lines
 """
 
 import torch
-
 from algoperf_kfac.pytorch import KFAC
 
 model = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.GELU(), torch.nn.Linear(64, 3))

@@ -90,14 +90,17 @@ def value_grad_and_statistics(
         loss_normalizer: Array | float | None = None,
         rng: Array | None = None,
         loss_mask: Array | None = None,
+        **named: Tree,
     ) -> tuple[Tree, Tree, dict[str, Statistics]]:
+        if named:
+            raise TypeError(f"{next(iter(named))}=: arguments of apply_fn are given by position, after params")
         check_params(layers, params)
         model = trace(apply_fn, params, args, has_aux=has_aux)
         tapped = TappedModel(model, layers, as_candidates(positions))
         said.statistics()
-        said.rows(tapped.numbers(), scaled=loss_normalizer is not None)
         forward = ForwardPass(tapped, params, args, lambda outputs: loss_fn(outputs, *args), has_aux=has_aux)
         value, n_valid, cotangent = forward.loss()
+        said.rows(tapped.numbers(), scaled=loss_normalizer is not None or n_valid is not None)
         gradient, sums = forward.backward(cotangent)
         if config.fisher == "empirical":
             normalizer = n_valid if loss_normalizer is None else loss_normalizer

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from algoperf_kfac.errors import listed, warn
+from algoperf_kfac.errors import warn
+from algoperf_kfac.positions import other_rows
 
 
 class Mistakes:
@@ -21,19 +22,9 @@ class Mistakes:
             rows: how many examples each layer sees, the first one first.
             scaled: whether the caller said what the loss was divided by.
         """
-        first, examples = next(iter(rows.items()), ("", 0))
-        others = {name: number for name, number in rows.items() if number != examples}
-        if not others:
-            return
-        parts = listed(f"{name} ({number})" for name, number in others.items())
-        scale = "Each" if scaled else f"B is scaled by {examples} throughout, and each"
-        self._say(
-            "rows",
-            f"the batch has {examples} examples, as {first} sees them, and other layers have other numbers of "
-            f"rows in dimension 0: {parts}. {scale} row counts as an example of its own in these layers; if "
-            "several belong together (windows, packed batches), say so: "
-            "positions={'pattern': Positions(segment_ids=..., num_segments=...)}",
-        )
+        message = other_rows(rows, "{}", scaled=scaled)
+        if message is not None:
+            self._say("rows", message)
 
     def statistics(self) -> None:
         """Statistics are computed, or come with an update."""

@@ -5,7 +5,8 @@ Sums over a split batch dimension are global sums, so the statistics need no col
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -13,10 +14,25 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from algoperf_kfac.jax.types import Tree
 
+Pytree = TypeVar("Pytree")
+
 
 def batch_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with the one axis "batch", as AlgoPerf's harness makes it, over all devices or the given ones."""
     return Mesh(np.array(jax.devices() if devices is None else devices), ("batch",))
+
+
+def replicated(function: Callable[..., Pytree], *operands: Tree) -> Pytree:
+    """What a function makes of its operands, on every device.
+
+    Under a mesh with explicit axes the compiler does not choose how sums over a split dimension are laid out;
+    within the function it does, as it does everywhere else.
+    """
+    types = getattr(jax.sharding.get_abstract_mesh(), "axis_types", ())
+    if jax.sharding.AxisType.Explicit not in types:
+        return function(*operands)
+    found: Pytree = jax.sharding.auto_axes(function, out_sharding=PartitionSpec())(*operands)
+    return found
 
 
 def shard_batch(batch: Tree, mesh: Mesh) -> Tree:

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 
 from algoperf_kfac.jax.factors import Reading, grouped_outer_sums, outer_sums
 from algoperf_kfac.jax.operations import Call, Use
+from algoperf_kfac.jax.sharding import replicated
 from algoperf_kfac.layers import LayerSpec
 from algoperf_kfac.positions import Layout
 
@@ -106,7 +107,7 @@ def _forward(static: Tap, out: Array, x: Array, reading: Reading, sums: LayerSum
 
 def _backward(static: Tap, residuals: Residuals, gradient: Array) -> tuple[Array, None, None, LayerSums]:
     static.on_backward(static.spec.name)
-    return gradient, None, None, _sums(static, *residuals, gradient)
+    return gradient, None, None, replicated(functools.partial(_sums, static), *residuals, gradient)
 
 
 tap.defvjp(_forward, _backward)

@@ -52,6 +52,7 @@ class Options:
         positions: which positions count and to which example they belong.
         generator: of the label draws of fisher="mc".
         checks: whether to compare what was captured with the weights' gradients.
+        before_backward: called ahead of the first backward pass for parameters.
     """
 
     config: KFACConfig
@@ -59,6 +60,7 @@ class Options:
     positions: Candidates
     generator: torch.Generator | None = None
     checks: bool = False
+    before_backward: Callable[[], None] = lambda: None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Gathered:
         wrong: layers whose statistics would not be the whole of them, and why.
         backward: whether there was a backward pass.
         rows: examples that each layer with statistics was taken to see.
+        scaled: whether the caller said what the loss was divided by.
         errors: by layer, how far what was captured is from the weight's gradient, relative to it; of a checked
             capture.
         readers: by identity of a parameter: the operation without a rule in which it met data.
@@ -82,6 +85,7 @@ class Gathered:
     wrong: dict[str, str]
     backward: bool
     rows: dict[str, int]
+    scaled: bool
     errors: dict[str, float]
     readers: dict[int, str]
     strangers: list[Tensor]
@@ -243,6 +247,8 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
                 "on the penalty outside of it: gradients add up"
             )
         self._loss_gradient = None
+        if not self._aside and not self._backward:
+            self._options.before_backward()
         try:
             return run()
         finally:
@@ -462,7 +468,8 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         rows = {name: recorder.rows for name, recorder in counted.items()}
         strangers = list(self._strangers.values())
         readers = self.uses.missed
-        self._finish(Gathered(statistics, missing, wrong, self._backward, rows, errors, readers, strangers))
+        scaled = self.loss_normalizer is not None
+        self._finish(Gathered(statistics, missing, wrong, self._backward, rows, scaled, errors, readers, strangers))
 
     def _missed_use(self, spec: LayerSpec) -> str | None:
         """An operation that reads the weight or bias of a layer and is not recorded."""
@@ -489,7 +496,9 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         shares, excesses = {}, {}
         for name, recorder in recorders.items():
             spec, product, gradient = self.layers.covered[name].spec, recorder.product, self._gradients.get(name)
-            if product is None or gradient is None or id(self._weights[name]) in self.uses.penalised:
+            if product is None or gradient is None or product.matrix.is_meta:
+                continue
+            if id(self._weights[name]) in self.uses.penalised:
                 continue
             wanted = to_matrix(gradient.to(product.matrix), None, spec)
             difference, norm = product.matrix - wanted, wanted.norm()

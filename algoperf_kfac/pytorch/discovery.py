@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.errors import check_patterns
 from algoperf_kfac.layers import (
+    BIAS_OF_SHARED,
     EMBEDDING,
     EXCLUDED,
     RAW,
@@ -159,7 +160,7 @@ def _cover_weight(site: Site, kind: str, groups: int, splits: Mapping[str, int])
     if weight is None:
         return Found([], f"its {type(site.module).__name__} has a frozen or parametrised weight")
     if site.is_shared(weight):
-        return Found([])  # the parameter's own reason
+        return Found([], BIAS_OF_SHARED)  # the weight itself has a reason of its own
     bias = site.params.get("bias")
     if bias is not None and site.is_shared(bias):
         bias = None

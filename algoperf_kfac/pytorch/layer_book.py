@@ -20,6 +20,7 @@ from algoperf_kfac.layers import (
     FallbackSpec,
     LayerSpec,
     Layout,
+    computed_before,
     missed_statistics,
     no_rule,
     split_blocks,
@@ -27,7 +28,7 @@ from algoperf_kfac.layers import (
 from algoperf_kfac.pytorch.covered_layer import CoveredLayer
 from algoperf_kfac.pytorch.discovery import discover, spec_of_operation
 from algoperf_kfac.pytorch.kinds import KINDS, Kind, Watch
-from algoperf_kfac.pytorch.operations import Operation
+from algoperf_kfac.pytorch.operations import RULES, Operation
 from algoperf_kfac.pytorch.preconditioner import LayerState
 from algoperf_kfac.pytorch.scalings import Scaling
 from algoperf_kfac.pytorch.statistics import AnyRecorder, Statistics
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 
 _PLAIN = Kind()
+_RULED = {function.__name__ for function in RULES}
 
 
 class Layers:
@@ -158,7 +160,7 @@ class Layers:
         for f in self.fallbacks:
             if f.name in self._raw and f.reason in (RAW, UNREAD):
                 reader = readers.get(id(self.params[f.name]))
-                f = dataclasses.replace(f, reason=UNREAD if reader is None else no_rule(reader))
+                f = dataclasses.replace(f, reason=_of_reader(reader))
             revised.append(f)
         self.fallbacks = revised
 
@@ -288,3 +290,11 @@ class Layers:
         for layer in self.covered.values():
             self.by_weight.setdefault(id(layer.weight), {})[layer.spec.layout] = layer.spec
         self._identities = {id(p) for p in self.params.values()}
+
+
+def _of_reader(reader: str | None) -> str:
+    """The reason of a raw parameter that is not covered, from the operation in which it met data."""
+    if reader is None:
+        return UNREAD
+    # An operation with a rule would have covered the parameter itself.
+    return computed_before(reader) if reader in _RULED else no_rule(reader)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from algoperf_kfac.errors import listed, warn
+from algoperf_kfac.positions import other_rows
 
 TIMES_ASKED = 3
 SMALL_RATIO = 0.01
@@ -48,19 +49,17 @@ class Mistakes:
                 "the number of examples of the whole step: capture(loss_normalizer=N)"
             )
 
-    def rows(self, rows: Mapping[str, int]) -> None:
-        """Layers whose number of examples is not that of the batch."""
-        first, examples = next(iter(rows.items()), ("", 0))
-        others = {name: number for name, number in rows.items() if number != examples}
-        if others and "rows" not in self._named:
+    def rows(self, rows: Mapping[str, int], *, scaled: bool) -> None:
+        """Layers whose number of examples is not that of the batch.
+
+        Args:
+            rows: how many examples each layer sees, the first one first.
+            scaled: whether the caller said what the loss was divided by.
+        """
+        message = other_rows(rows, "capture({})", scaled=scaled)
+        if message is not None and "rows" not in self._named:
             self._named.add("rows")
-            parts = listed(f"{name} ({number})" for name, number in others.items())
-            warn(
-                f"the batch has {examples} examples, as {first} sees them, and other layers have other numbers of "
-                f"rows in dimension 0: {parts}. B is scaled by {examples} throughout, and each row counts as an "
-                "example of its own in these layers; if several belong together (windows, packed batches), say so: "
-                "capture(positions={'pattern': Positions(segment_ids=..., num_segments=...)})"
-            )
+            warn(message)
 
     def directions(self, ratios: Mapping[str, Tensor]) -> None:
         """Directions that are hundreds of times as long as first-order ones in most layers: noise, scaled up.

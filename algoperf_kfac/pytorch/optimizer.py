@@ -213,13 +213,10 @@ class KFAC(torch.optim.Optimizer):
                 self._seed, self._steps, self._pending.captures, device, self._processes
             )
             self._pending.captures += 1
-        layers, pending = self._layers, self._pending
-        pending.forget_stale(layers.covered)
-        if active and not pending.statistics:
-            self._mistakes.gradients_before(layer.weight for layer in layers.covered.values())
+        self._pending.forget_stale(self._layers.covered)
         checks = active and self._unchecked and self.config.fisher == "empirical"
-        options = Options(self.config, active, as_candidates(positions), generator, checks)
-        return Capture(layers, self._finish_capture, options, loss_normalizer)
+        options = Options(self.config, active, as_candidates(positions), generator, checks, self._before_backward)
+        return Capture(self._layers, self._finish_capture, options, loss_normalizer)
 
     def check(self) -> None:
         """Compare, at the next capture, what is captured of each layer with its weight's gradient.
@@ -229,6 +226,13 @@ class KFAC(torch.optim.Optimizer):
         anyway; `metrics()` gives the relative errors as "<layer>/gradient_error".
         """
         self._unchecked = True
+
+    def _before_backward(self) -> None:
+        """Loops may clear gradients as late as between the forward and the backward pass."""
+        covered = self._layers.covered
+        self._pending.forget_stale(covered)
+        if not self._pending.statistics:
+            self._mistakes.gradients_before(layer.weight for layer in covered.values())
 
     def _finish_capture(self, gathered: Gathered) -> None:
         layers, pending, missing = self._layers, self._pending, gathered.missing
@@ -252,7 +256,7 @@ class KFAC(torch.optim.Optimizer):
         pending.add(gathered.statistics, layers.covered)
         self._gradient_errors |= gathered.errors
         self._unchecked = self._unchecked and not gathered.errors
-        self._mistakes.rows(gathered.rows)
+        self._mistakes.rows(gathered.rows, scaled=gathered.scaled)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, and the statistics captured with them."""

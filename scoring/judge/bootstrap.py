@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
+from commands.atomic import encoded
 from scoring.frames import records
 from scoring.judge import score
 from scoring.judge.columns import Floats, median_of
@@ -36,7 +37,7 @@ def resample(cells: pd.DataFrame, rules: Rules, replicates: int = REPLICATES, se
 
 def medians(values: Sequence[float], replicates: int, seed: int, name: str) -> Floats:
     """Bootstrap medians of one cell."""
-    generator = np.random.default_rng([seed, *name.encode()])
+    generator = np.random.default_rng([seed, *encoded(name)])
     array = np.asarray(values, dtype=float)
     return median_of(array[generator.integers(0, len(array), (replicates, len(array)))])
 

@@ -34,7 +34,7 @@ def write(path: Path, content: str | bytes) -> None:
       UserError: it cannot be written.
     """
     try:
-        atomic.write_bytes(path, content if isinstance(content, bytes) else content.encode())
+        atomic.write_bytes(path, content if isinstance(content, bytes) else atomic.encoded(content))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
 

@@ -42,3 +42,13 @@ def test_leftovers_of_killed_processes_go(tmp_path):
     atomic.write_json(tmp_path / "table.json", {"a": 1})
     atomic.remove_leftovers(tmp_path)
     assert content(tmp_path) == {"table.json": '{\n  "a": 1\n}'}
+
+
+def test_names_that_the_locale_could_not_read_are_written(tmp_path):
+    """Python reads them byte by byte, as surrogates, which UTF-8 refuses."""
+    name = "Versuch_\u00fc".encode().decode("ascii", "surrogateescape")
+    atomic.write_text(tmp_path / "a.txt", name)
+    atomic.write_folder(tmp_path / "folder", {"b.txt": name, "c.txt": "\udcff \ud800"})
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "Versuch_\u00fc"
+    assert (tmp_path / "folder/b.txt").read_text(encoding="utf-8") == "Versuch_\u00fc"
+    (tmp_path / "folder/c.txt").read_text(encoding="utf-8")

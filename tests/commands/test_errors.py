@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import os
+import subprocess
+import sys
+
 import pytest
 
 from commands import errors, frameworks
 from commands.arguments import Parser
-from commands.errors import UserError
+from commands.errors import UserError, tell
 
 
 def raising(error):
@@ -56,3 +61,35 @@ def test_a_missing_module_is_named_with_its_remedy():
     assert "pip install -e '.[torch,bench]'" in str(error)
     with pytest.raises(UserError, match=r"'theano'\. Known: pytorch, jax"):
         frameworks.check("theano")
+
+
+class Broken(io.StringIO):
+    """A stream of a terminal that is gone."""
+
+    def write(self, text):
+        raise OSError(5, "Input/output error")
+
+
+def test_telling_never_fails():
+    assert not tell("text", Broken())
+    closed = io.StringIO()
+    closed.close()
+    assert not tell("text", closed)
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    assert tell("Versuch \u00fc \udcff", stream)
+    assert stream.buffer.getvalue() == b"Versuch ? ?\n"
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_pipe_that_is_closed_is_no_mistake(stream):
+    """As by `| head`: what is told goes nowhere, and the work is done."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = "import sys; from commands.errors import run, tell\n"
+    code += f"sys.exit(run(lambda: [tell('line', sys.{stream}) for _ in range(9)] and 7))"
+    other = "stderr" if stream == "stdout" else "stdout"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, **{stream: writing, other: subprocess.PIPE}, check=False)
+    os.close(writing)
+    assert done.returncode == 7
+    assert not getattr(done, other)

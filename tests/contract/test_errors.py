@@ -85,7 +85,7 @@ def test_a_layer_that_does_not_reach_the_loss(framework: str) -> None:
     assert issubclass(error, RuntimeError)
 
 
-@pytest.mark.parametrize("framework", NAMES)
+@pytest.mark.parametrize("framework", ["pytorch"])  # in JAX they are different examples
 def test_a_layer_called_on_other_examples(framework: str) -> None:
     """Other numbers of examples are other examples: all of them count."""
     run = start(framework, called_on_other_examples(), **EVERY_STEP)

@@ -348,6 +348,12 @@ def test_flags_and_strings_among_the_arguments() -> None:
     assert_close((loss, gradient, statistics), want)
 
 
+def test_arguments_by_name() -> None:
+    x, y = batch()
+    with pytest.raises(TypeError, match="y=: arguments of apply_fn are given by position"):
+        optimizer().value_grad_and_statistics(mlp_params(), x, y=y)
+
+
 def test_names_of_nnx() -> None:
     """Layers go by their own names, and `exclude` by these."""
 

@@ -126,7 +126,7 @@ def test_a_second_use(case: str) -> None:
     coverage = KFAC(apply, wavy, params, *args).coverage()
     assert not coverage.layers
     (fallback,) = coverage.fallbacks
-    assert any(word in fallback.reason for word in ("also read by", "tied weight"))
+    assert any(word in fallback.reason for word in ("also read by", "read in different layouts", "tied weight"))
 
 
 # Uses that are recorded, or have no part in the gradient, or in the curvature.

@@ -33,3 +33,15 @@ def test_as_on_one_device(devices: int) -> None:
         assert result["batches"] == [1], result
         assert result["gathers"] > 0, result
         assert result["reduces"] > 0, result
+
+
+def test_explicit_axes() -> None:
+    """Under a mesh whose axes are explicit the statistics are those of the whole batch."""
+    flags = "--xla_force_host_platform_device_count=2"
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.jax.explicit"],
+        cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, text=True, capture_output=True,
+        timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert float(run.stdout) < 1e-12

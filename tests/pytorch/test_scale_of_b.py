@@ -192,6 +192,27 @@ def test_gradients_from_outside_of_capture_are_named() -> None:
         optimizer.step(closure)
 
 
+@pytest.mark.parametrize("clear", ["optimizer", "model"])
+def test_gradients_that_a_closure_clears_are_not_named(clear: str, recwarn: pytest.WarningsRecorder) -> None:
+    """Lightning, and the closures of torch's documentation: what is there when the closure starts is gone before
+    the backward pass, with the statistics of a step that was skipped."""
+    model, x, y = nn.Linear(6, 3).double(), torch.randn(8, 6).double(), torch.randint(3, (8,))
+    optimizer, alone = KFAC(model, learning_rate=0.0), KFAC(model, learning_rate=0.0)
+    with optimizer.capture():
+        F.cross_entropy(model(1e3 * x), y).backward()  # and no step
+
+    def closure() -> Tensor:
+        loss = F.cross_entropy(model(x), y)
+        (optimizer if clear == "optimizer" else model).zero_grad()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    alone.step(closure)
+    assert_same_factors(optimizer.factors(), alone.factors())
+    assert not [w for w in recwarn if "K-FAC" in str(w.message)]
+
+
 def test_micro_batches_in_captures_of_their_own_are_not_named(recwarn: pytest.WarningsRecorder) -> None:
     model, x, y = nn.Linear(6, 3), torch.randn(8, 6), torch.randint(3, (8,))
     optimizer = KFAC(model)

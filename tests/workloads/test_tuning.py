@@ -88,6 +88,19 @@ RANGE = {"min": 1.0, "max": 2.0, "scaling": "log"}
         ([1, 2], ["at least one point"]),
         ([{"lr": 1}, {"beta": 2}], ["not in every point", "'beta'"]),
         ([{"lr": {"min": 1}}], ["'lr'", "single value"]),
+        ({"lr": {"feasible_points": [[1, 2]]}}, ["'lr'", "single value"]),
+        ({"lr": {"feasible_points": ["1e-3"]}}, ["'lr'", "number 1e-3 in quotes"]),
+        ([{"lr": "1e-3"}], ["'lr'", "number 1e-3 in quotes"]),
+        ({"lr": 0.5}, ["'lr'", '{"feasible_points": [0.5]}']),
+        ({"\u00b5": RANGE}, ["name of a hyperparameter"]),
+        ('{"lr": {"feasible_points": [1]}, "lr": {"feasible_points": [2]}}', ["'lr'", "several times"]),
+        ('{"lr": {"min": 1, "min": 2, "max": 3, "scaling": "log"}}', ["'min'", "several times"]),
+        ('[{"lr": 1}, {"lr": 1, "lr": 2}]', ["'lr'", "several times"]),
+        ('{"lr": {"min": NaN, "max": 1, "scaling": "log"}}', ["NaN", "not finite"]),
+        ('{"lr": {"feasible_points": [-Infinity]}}', ["-Infinity", "not finite"]),
+        ('[{"lr": 1e999}]', ["1e999", "not finite"]),
+        ("[" * 100_000, ["not valid JSON"]),
+        ("", ["not valid JSON"]),
     ],
 )
 def test_malformed_space_names_the_key_and_the_forms(tmp_path, content, words):
@@ -95,6 +108,28 @@ def test_malformed_space_names_the_key_and_the_forms(tmp_path, content, words):
         tuning.read_points(_write(tmp_path, content), 5)
     for word in [*words, "space.json"]:
         assert word in str(caught.value)
+
+
+def test_what_is_meant_is_taken(tmp_path):
+    path = tmp_path / "space.json"
+    path.write_bytes(
+        '{"grad_clip": {"feasible_points": [null, 1.0]}, "kind": {"feasible_points": ["cosine"]}}'.encode(
+            "utf-8-sig"
+        )
+    )
+    points = tuning.read_points(str(path), 2)
+    assert {point.grad_clip for point in points} == {None, 1.0}
+    assert points[0].kind == "cosine"
+    path.write_text('[{"count": 1, "index": 2.0}]')
+    (point,) = tuning.read_points(str(path), 2)
+    assert (point.count, point.index) == (1, 2.0)
+
+
+def test_another_encoding_is_named(tmp_path):
+    path = tmp_path / "space.json"
+    path.write_bytes('{"lr": 1}'.encode("utf-16"))
+    with pytest.raises(UserError, match="not UTF-8 text"):
+        tuning.read_points(str(path), 1)
 
 
 def test_missing_space(tmp_path):

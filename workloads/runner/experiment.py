@@ -165,18 +165,19 @@ def _locked(trial_folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _starting(folder: Path) -> Iterator[None]:
     """Lets one process at a time take or remove trials of an experiment, which takes it a moment."""
-    path = folder.with_name(f".{folder.name}.lock")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w", encoding="utf-8")  # noqa: SIM115 (closed below)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        directory = os.open(folder.parent, os.O_RDONLY)  # locked itself: a file beside the folder would stay
     except OSError as error:
-        raise UserError(f"The folder {folder.parent} cannot be written: {error.strerror or error}.") from None
-    with file:
-        take(file, wait=True)
+        raise UserError(f"The folder {folder.parent} cannot be used: {error.strerror or error}.") from None
+    try:
+        take(directory, wait=True)
         yield
+    finally:
+        os.close(directory)
 
 
-def take(file: IO[Any], *, wait: bool = False) -> bool:
+def take(file: IO[Any] | int, *, wait: bool = False) -> bool:
     """Locks an open file until it is closed, by all that have it from here; False if another process has it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

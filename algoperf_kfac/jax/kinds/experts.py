@@ -20,6 +20,7 @@ from algoperf_kfac.jax import statistics
 from algoperf_kfac.jax.factors import Reading, outer_sums
 from algoperf_kfac.jax.kinds._base import Kind
 from algoperf_kfac.jax.operations import Call, Read, WeightView, shape_of
+from algoperf_kfac.jax.sharding import replicated
 from algoperf_kfac.jax.sources import Source, is_data
 from algoperf_kfac.jax.statistics import LayerSums, Statistics, Tap
 from algoperf_kfac.layers import LayerSpec
@@ -90,8 +91,12 @@ def _forward(static: Tap, out: Array, x: Array, reading: Reading, sums: LayerSum
 
 
 def _backward(static: Tap, residuals: Residuals, gradient: Array) -> tuple[Array, None, None, LayerSums]:
-    x, reading = residuals
     static.on_backward(static.spec.name)
+    return gradient, None, None, replicated(functools.partial(_sums, static), *residuals, gradient)
+
+
+def _sums(static: Tap, x: Array, reading: Reading, gradient: Array) -> LayerSums:
+    """What a call adds to the sums, expert by expert."""
     spec, call = static.spec, static.use
     assert isinstance(call, Call)
     rows = reading.rows(gradient.astype(static.dtype)[:, None])  # (M, 1, 1, P_out)
@@ -103,12 +108,12 @@ def _backward(static: Tap, residuals: Residuals, gradient: Array) -> tuple[Array
     counts = reading.placed(reading.sum_rows(valid)).T
     if spec.approximation == "reduce":
         sums = [jnp.moveaxis(reading.placed(reading.sum_positions(t)), 1, 0) for t in (inputs, rows)]
-        return gradient, None, None, LayerSums((sums[0],), (sums[1],), counts)
+        return LayerSums((sums[0],), (sums[1],), counts)
     a, b = (
         outer_sums(reading.expanded(t), None, blocks)
         for t, blocks in ((inputs, spec.in_blocks), (rows, spec.out_blocks))
     )
-    return gradient, None, None, LayerSums(a, b, counts)
+    return LayerSums(a, b, counts)
 
 
 tap_experts.defvjp(_forward, _backward)

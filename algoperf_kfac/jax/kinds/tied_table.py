@@ -30,6 +30,7 @@ from algoperf_kfac.jax.factors import Reading, grouped_outer_sums, outer_sums
 from algoperf_kfac.jax.interpreter import Key
 from algoperf_kfac.jax.kinds._base import Kind, Uses
 from algoperf_kfac.jax.operations import Call, Lookup, Use, WeightView
+from algoperf_kfac.jax.sharding import replicated
 from algoperf_kfac.jax.statistics import Statistics, Tap
 from algoperf_kfac.jax.types import Sizes
 from algoperf_kfac.layers import LayerSpec
@@ -127,8 +128,11 @@ def _forward(static: Tap, out: Array, x: Array, reading: Reading, sums: TiedSums
 
 
 def _output_backward(static: Tap, residuals: Residuals, gradient: Array) -> Cotangents:
-    x, reading, sums = residuals
     static.on_backward(static.spec.name)
+    return gradient, None, None, replicated(functools.partial(_output_sums, static), *residuals, gradient)
+
+
+def _output_sums(static: Tap, x: Array, reading: Reading, sums: TiedSums, gradient: Array) -> TiedSums:
     spec, call = static.spec, static.use
     assert isinstance(call, Call)
     rows = reading.rows(call.outputs(gradient.astype(static.dtype)))
@@ -142,11 +146,15 @@ def _output_backward(static: Tap, residuals: Residuals, gradient: Array) -> Cota
         outputs = jnp.square(reading.expanded(rows)).sum()
     counts = reading.placed(reading.counts(rows))[None]
     zeros = jax.tree.map(jnp.zeros_like, sums)
-    return gradient, None, None, zeros._replace(inputs=inputs, outputs=outputs, counts=counts)
+    return zeros._replace(inputs=inputs, outputs=outputs, counts=counts)
 
 
 def _lookup_backward(static: Tap, residuals: Residuals, gradient: Array) -> Cotangents:
-    tokens, reading, sums = residuals
+    static.on_backward(static.spec.name)
+    return gradient, None, None, replicated(functools.partial(_lookup_sums, static), *residuals, gradient)
+
+
+def _lookup_sums(static: Tap, tokens: Array, reading: Reading, sums: TiedSums, gradient: Array) -> TiedSums:
     spec = static.spec
     rows = reading.rows(gradient.astype(static.dtype)[..., None, :])
     reading = reading.of_gradients(rows)
@@ -154,7 +162,7 @@ def _lookup_backward(static: Tap, residuals: Residuals, gradient: Array) -> Cota
     counts = reading.placed(reading.counts(rows))[None]
     if spec.approximation == "expand":
         gradients = outer_sums(reading.expanded(rows), None, spec.in_blocks)
-        return gradient, None, None, zeros._replace(gradients=gradients, lookups=counts)
+        return zeros._replace(gradients=gradients, lookups=counts)
     gradients = (jnp.moveaxis(reading.placed(reading.sum_positions(rows)), 1, 0),)
     numbers = reading.batch_first(tokens, tokens.ndim).reshape(rows.shape[0], -1)
     ids = reading.segment_ids
@@ -162,7 +170,7 @@ def _lookup_backward(static: Tap, residuals: Residuals, gradient: Array) -> Cota
     weights = jnp.ones(numbers.shape, static.dtype) if reading.mask is None else reading.mask
     occurrences = sums.tokens * 0
     occurrences = occurrences.at[jnp.broadcast_to(example[:, None], numbers.shape), numbers].add(weights)
-    return gradient, None, None, zeros._replace(gradients=gradients, tokens=occurrences, lookups=counts)
+    return zeros._replace(gradients=gradients, tokens=occurrences, lookups=counts)
 
 
 tap_output.defvjp(_forward, _output_backward)

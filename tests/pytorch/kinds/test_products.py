@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -274,3 +275,40 @@ def test_under_autocast() -> None:
     optimizer = capture_once(model, loss)
     assert optimizer.coverage().fraction == 1
     assert optimizer.metrics()["matrix/gradient_error"] < 0.02
+
+
+def test_compiled_forms_are_seen_on_statistics_steps() -> None:
+    """Statistics steps run uncompiled, the others compiled."""
+    options = {"learning_rate": 1e-2, "factor_interval": 2, "refresh_interval": 4, "initial_statistics": 1}
+    model = nn.Sequential(
+        Conv1D(nn.Linear(5, 8)), nn.TransformerEncoderLayer(8, 2, 6, dropout=0.0, batch_first=True)
+    )
+    twin = copy.deepcopy(model)
+    batch = torch.randn(6, 4, 5), torch.randint(8, (6, 4))
+    compiled = torch.compile(model, backend="eager")
+    mine, theirs = KFAC(compiled, **options), KFAC(twin, **options)
+    train(compiled, mine, batch, 5)
+    train(twin, theirs, batch, 5)
+    torch._dynamo.reset()
+    assert {"0", "1.self_attn", "1.self_attn.out_proj"} <= covered(mine)
+    assert_same_parameters(model, twin, rtol=1e-6, atol=1e-9)
+
+
+def test_reasons_say_what_was_read() -> None:
+    """Of a weight that is computed first, and of the bias beside a weight that two modules share."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+            self.second.weight = self.first.weight
+            self.normed = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.second(self.first(x).tanh()), self.normed / self.normed.norm())
+
+    optimizer = capture_once(Model(), lambda m: m(torch.randn(6, 4)).square().mean())
+    why = reasons(optimizer)
+    assert why["normed"] == "linear reads a function of it, not the parameter itself"
+    assert why["first.bias"] == "bias of a layer whose weight other modules share"
+    assert "one parameter" in why["first.weight"]
