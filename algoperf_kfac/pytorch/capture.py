@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import enum
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -135,6 +136,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         self._entered = False
         self._backward = False
         self._loss_gradient: Tensor | None = None
+        self._loss_rows: set[int] = set()  # in dimension 0 of what loss functions took
         self._passes = 0
         self._stack = contextlib.ExitStack()
 
@@ -226,8 +228,11 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             return output
         self.uses.views.flatten(called, output)
         self.uses.follow(called, called.run())
-        if torch.is_grad_enabled() and called.func in LOSSES and is_mean(called) and output.requires_grad:
-            self._handles.append(output.register_hook(self._note_loss))
+        if torch.is_grad_enabled() and called.func in LOSSES and output.requires_grad:
+            inputs_and_targets = [leaf for leaf in called.leaves() if isinstance(leaf, Tensor)][:2]
+            self._loss_rows |= {tensor.shape[0] for tensor in inputs_and_targets if tensor.ndim}
+            if is_mean(called):
+                self._handles.append(output.register_hook(self._note_loss))
         return output
 
     def backward(self, run: Callable[[], object], inputs: Iterable[object] | None, *, again: bool) -> object:
@@ -465,7 +470,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         factor = self._factor(counted)
         by_loss = self.loss_normalizer is None and self._options.config.fisher == "empirical"
         statistics = {name: recorder.statistics(factor, by_loss=by_loss) for name, recorder in counted.items()}
-        rows = {name: recorder.rows for name, recorder in counted.items()}
+        rows = {name: counted[name].rows for name in self._by_batch(counted)}
         strangers = list(self._strangers.values())
         readers = self.uses.missed
         scaled = self.loss_normalizer is not None
@@ -480,16 +485,28 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
     def _factor(self, recorders: Mapping[str, AnyRecorder]) -> Scalar:
         """What squares of output gradients are multiplied by to belong to the per-example loss.
 
-        One number for all layers: by default the examples of the layer that was called first, whose rows are those
-        of the batch. Others may see a part of it (experts) or cut it up (windows).
+        One number for all layers: by default the examples of the layer that was called first of those that see the
+        batch. Others may see a part of it (experts) or cut it up (windows).
         """
         config = self._options.config
         if config.fisher != "empirical":
             return 1.0 / config.fisher_samples if config.fisher == "mc" else 1.0
         scale = self.loss_normalizer
         if scale is None:
-            scale = next((recorder.examples for recorder in recorders.values()), 1.0)
+            scale = next((recorders[name].examples for name in self._by_batch(recorders)), 1.0)
         return scale * scale
+
+    def _by_batch(self, recorders: Mapping[str, AnyRecorder]) -> list[str]:
+        """The layers as they were called, but the first one that sees what a loss function does ahead of all."""
+
+        def sees_the_batch(name: str) -> bool:
+            sizes = {
+                size for rows in self._calls.get(name, ()) for size in (*rows.leading, math.prod(rows.leading))
+            }
+            return not sizes.isdisjoint(self._loss_rows)
+
+        batch = next(filter(sees_the_batch, recorders), None)
+        return list(recorders) if batch is None else [batch, *(name for name in recorders if name != batch)]
 
     def _check(self, recorders: Mapping[str, AnyRecorder]) -> tuple[dict[str, float], dict[str, str]]:
         """By layer, how far the captured pairs are from the weight's gradient; and the layers that are too far."""

@@ -244,3 +244,25 @@ def test_what_belongs_to_a_skipped_step_is_forgotten(how: str) -> None:
         opt.step()
     assert_same_factors(optimizer.factors(), fresh.factors())
     assert optimizer.metrics()["dropped"] == 0
+
+
+def test_the_batch_is_what_the_loss_sees() -> None:
+    """The layer called first is an expert with half of the tokens."""
+    torch.manual_seed(0)
+    x, y, half = torch.randn(10, 6).double(), torch.randint(3, (10,)), torch.arange(10) < 5
+    model = nn.ModuleDict({"e": nn.Linear(6, 6, bias=False), "h": nn.Linear(6, 3, bias=False)}).double()
+
+    def outputs(masked: bool) -> Tensor:
+        kept = model["e"](x) * half[:, None] if masked else F.pad(model["e"](x[half]), (0, 0, 0, 5))
+        return model["h"](torch.tanh(kept))
+
+    factors = []
+    for masked, options in ((True, {"positions": "gradient", "loss_normalizer": 10}), (False, {})):
+        optimizer = KFAC(model, learning_rate=0.0)
+        model.zero_grad()
+        with optimizer.capture(**options):
+            F.cross_entropy(outputs(masked), y).backward()
+        optimizer.step()
+        factors.append(optimizer.factors())
+    for name in ("e", "h"):
+        torch.testing.assert_close(factors[1][name].B, factors[0][name].B, rtol=1e-12, atol=0)
