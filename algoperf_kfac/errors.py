@@ -40,15 +40,6 @@ def missing_statistics(missing: Mapping[str, str], total: int, remedy: str) -> M
     return MissingStatisticsError(f"{len(missing)} of {total} layers missed their statistics: {parts}. {remedy}")
 
 
-def calls_disagree(name: str, numbers: Iterable[int]) -> ValueError:
-    """The error for a layer whose calls in one forward pass differ in their number of examples."""
-    seen = " and then with ".join(map(str, numbers))
-    return ValueError(
-        f"layer {name} was called with {seen} examples in one forward pass: its calls must share their examples, "
-        f"or exclude it (exclude=[{name!r}])"
-    )
-
-
 def no_statistics() -> RuntimeError:
     """The error for factors that are asked for before there are any."""
     return RuntimeError("no layer has statistics yet: make a statistics step first")

@@ -18,11 +18,11 @@ from pathlib import Path
 
 from absl.flags import FlagValues
 
+from algoperf_kfac.config import as_mapping
 from commands import errors, frameworks
 from commands.errors import UserError, tell
 from commands.flags import parse
 from submissions.common.api import Hyperparameters
-from submissions.common.hyperparameters import as_mapping
 from workloads import registry, seeds
 from workloads.runner import checkpoints, experiment, loop, tuning
 from workloads.runner import flags as runner_flags

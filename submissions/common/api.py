@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, TypeAlias
 
+from algoperf_kfac.config import Point
 from submissions.common.spec import ForwardPassMode, LossType
 
 Tree: TypeAlias = Any
@@ -21,13 +22,6 @@ EvalResults: TypeAlias = list[tuple[int, dict[str, float]]]
 
 Update: TypeAlias = tuple[Tree, Tree, Tree]
 """What a step leaves: optimizer state, parameters, model state."""
-
-
-class Point(Protocol):
-    """A point of a search space, as AlgoPerf's runner makes it: a namedtuple."""
-
-    def _asdict(self) -> dict[str, object]: ...
-
 
 Hyperparameters: TypeAlias = Point | Mapping[str, object] | None
 """A point of the search space; None in the self-tuning ruleset."""

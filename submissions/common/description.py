@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
+from algoperf_kfac.config import as_mapping
 from submissions.common.api import Hyperparameters
-from submissions.common.hyperparameters import TrainingConfig, as_mapping, names_of
+from submissions.common.hyperparameters import TrainingConfig, names_of
 
 
 class OptimizerConfig(Protocol):

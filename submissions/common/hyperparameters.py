@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TypeAlias
-
-from submissions.common.api import Hyperparameters
 
 Check: TypeAlias = tuple[Callable[[float], bool], str]
 
@@ -59,20 +57,3 @@ def check(name: str, value: object, allowed: Check, *, optional: bool = False) -
 def names_of(config: type) -> set[str]:
     """The hyperparameters of a dataclass."""
     return {field.name for field in dataclasses.fields(config)}
-
-
-def as_mapping(hyperparameters: Hyperparameters) -> dict[str, object]:
-    """A point by name; empty for None.
-
-    Raises:
-        ValueError: for something else than a namedtuple, a mapping or None.
-    """
-    if hyperparameters is None:
-        return {}
-    if isinstance(hyperparameters, Mapping):
-        return dict(hyperparameters)
-    if hasattr(hyperparameters, "_asdict"):
-        return hyperparameters._asdict()
-    raise ValueError(
-        f"hyperparameters must be a namedtuple, a mapping or None, got {type(hyperparameters).__name__}"
-    )

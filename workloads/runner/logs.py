@@ -16,9 +16,9 @@ from typing import TypeAlias
 
 import numpy as np
 
+from algoperf_kfac.config import as_mapping
 from commands import atomic
 from submissions.common.api import Hyperparameters, Tree
-from submissions.common.hyperparameters import as_mapping
 from workloads.runner import experiment
 from workloads.workload import Workload
 

@@ -16,8 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from algoperf_kfac.config import Point
 from commands.errors import UserError
-from submissions.common.api import Hyperparameters, Point
+from submissions.common.api import Hyperparameters
 
 _FORMS = 'a range {"min": a, "max": b, "scaling": "linear" or "log"} or {"feasible_points": [...]}'
 Entry: TypeAlias = Mapping[str, Any]  # of a space, for one hyperparameter, as JSON has it
