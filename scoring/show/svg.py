@@ -81,7 +81,9 @@ class _Frame:
         lines = max(len(self.title), 2) if small else len(self.title)
         self.top = 12 + line * lines + (line if panel.y_label else 0)
         self.y_label = 3 + line * (lines + 1)
-        self.down = panel.tall or (SMALL_HEIGHT if small else HEIGHT) - 70
+        # Names of several lines stand below each other in full, however many and long: the frame grows.
+        self.gap = max(map(len, self.names), default=0) * (self.text + 1) + 2
+        self.down = max(panel.tall or (SMALL_HEIGHT if small else HEIGHT) - 70, len(self.names) * self.gap - 10)
         self.height = self.top + self.down + line + 6 + (line if panel.x_label else 0)
         self.across = self.width - self.left - self.right_room
         self.x_range, self.y_range = panel.x_range, panel.y_range
@@ -180,10 +182,8 @@ def _labels(panel: Panel, frame: _Frame) -> list[str]:
     wanted = [float(np.clip(frame.y(one.y), frame.top, frame.top + frame.down)) for one in labels]
     # A pixel or two of difference is no order.
     wanted = [round(place / 8) * 8 for place in wanted]
-    tallest = max(len(lines) for lines in names)
-    gap = tallest * line + 2
-    low = frame.top + 0.5 * gap - 4
-    places = spaced(wanted, gap, low, max(frame.top + frame.down + 6 - 0.5 * gap, low))
+    low = frame.top + 0.5 * frame.gap - 4
+    places = spaced(wanted, frame.gap, low, frame.top + frame.down + 6 - 0.5 * frame.gap)
     x = frame.left + frame.across + 6
     found = []
     for one, lines, place in zip(labels, names, places, strict=True):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matplotlib.font_manager import FontProperties, findfont
 from matplotlib.ft2font import FT2Font
@@ -72,7 +72,9 @@ NAME = st.text(st.sampled_from("abcdefghijklmnopqrstuvwxyzMW_-() 0123456789"), m
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(NAME.filter(bool), min_size=1, max_size=6, unique=True), st.booleans())
+@example(names=["0", "1", "2", "00", "000", "0" * 35], small=False)
+@example(names=[f"{k}" + "W" * 59 for k in range(6)], small=False)
+@given(names=st.lists(NAME.filter(bool), min_size=1, max_size=6, unique=True), small=st.booleans())
 def test_every_name_lies_inside(fonts: dict[bool, FT2Font], names: list[str], small: bool) -> None:
     x = np.array([0.0, 123456.0])
     lines = [Line(x, np.array([0.0, k]), "c0") for k in range(len(names))]
