@@ -1,4 +1,4 @@
-"""The embedded workloads: the folders of this package that hold a task."""
+"""The embedded workloads: the folders of this package that hold a task, and the variants these declare."""
 
 from __future__ import annotations
 
@@ -15,15 +15,22 @@ from workloads.workload import Workload
 
 @dataclass(frozen=True)
 class Entry:
-    """A workload's folder `workloads/NAME`.
+    """A workload: a folder `workloads/NAME`, or a held-out variant that its task declares.
 
     Attributes:
-        name: of the folder.
+        name: of the workload.
+        base: of the folder.
         frameworks: those it has a model file for: `pytorch.py`, `jax.py`.
     """
 
     name: str
+    base: str
     frameworks: tuple[str, ...]
+
+    @property
+    def is_variant(self) -> bool:
+        """Whether it is a held-out variant of the folder's workload."""
+        return self.name != self.base
 
     @property
     def class_name(self) -> str:
@@ -37,24 +44,39 @@ class Entry:
 
     @property
     def _camel_case(self) -> str:
-        return "".join(part.capitalize() for part in self.name.split("_"))
+        return "".join(part.capitalize() for part in self.base.split("_"))
 
     def module(self, file: str) -> ModuleType:
         """One of the folder's files: "task" or a framework's name."""
-        return importlib.import_module(f"workloads.{self.name}.{file}")
+        return importlib.import_module(f"workloads.{self.base}.{file}")
+
+    def task(self) -> type[Workload]:
+        """The task without a framework, with the variant's attributes."""
+        return self._varied(getattr(self.module("task"), self.task_name))
+
+    def workload(self, framework: str) -> type[Workload]:
+        """The workload in a framework, with the variant's attributes."""
+        return self._varied(getattr(self.module(framework), self.class_name))
+
+    def _varied(self, class_: type[Workload]) -> type[Workload]:
+        if not self.is_variant:
+            return class_
+        changes = class_.VARIANTS[self.name.removeprefix(f"{self.base}_")]
+        return type(class_.__name__, (class_,), {**changes, "name": self.name, "__module__": class_.__module__})
 
 
 def _entries() -> dict[str, Entry]:
-    folders = sorted(path.parent for path in Path(__file__).parent.glob("*/task.py"))
-    return {
-        folder.name: Entry(
-            folder.name, tuple(name for name in frameworks.FRAMEWORKS if (folder / f"{name}.py").is_file())
-        )
-        for folder in folders
-    }
+    found: dict[str, Entry] = {}
+    for folder in sorted(path.parent for path in Path(__file__).parent.glob("*/task.py")):
+        there = tuple(name for name in frameworks.FRAMEWORKS if (folder / f"{name}.py").is_file())
+        entry = Entry(folder.name, folder.name, there)
+        names = (folder.name, *(f"{folder.name}_{part}" for part in entry.task().VARIANTS))
+        found |= {name: Entry(name, folder.name, there) for name in names}
+    return found
 
 
 WORKLOADS = _entries()
+BASES = [name for name, entry in WORKLOADS.items() if not entry.is_variant]
 
 
 def load(name: str, framework: str) -> Workload:
@@ -68,13 +90,12 @@ def load(name: str, framework: str) -> Workload:
     if framework not in entry.frameworks:
         raise UserError(f"Workload '{name}' has no framework '{framework}'. Known: {', '.join(entry.frameworks)}.")
     try:
-        module = entry.module(framework)
+        class_ = entry.workload(framework)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("workloads"):
             raise
         raise frameworks.missing(error, framework) from None
-    workload: Workload = getattr(module, entry.class_name)()
-    return workload
+    return class_()
 
 
 def check(name: str) -> None:
@@ -87,8 +108,7 @@ def batch_size(name: str) -> int | None:
     """The global batch size to train an embedded workload with; None for the name of another."""
     if name not in WORKLOADS:
         return None
-    entry = WORKLOADS[name]
-    size: int = getattr(entry.module("task"), entry.task_name).batch_size
+    size: int = WORKLOADS[name].task().batch_size  # type: ignore[assignment]
     return size
 
 

@@ -6,12 +6,14 @@ A submission sees a workload only through this interface, so the same file runs 
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 
 from submissions.common.api import Batch, MetricsLogger, Rng, Tree
 from submissions.common.spec import ForwardPassMode, LossType
+from workloads import target_file
 from workloads.data.queue import BatchQueue
 
 
@@ -19,8 +21,20 @@ class Workload(abc.ABC):
     """A model, its data, its loss, its metric and its target.
 
     Attributes:
+        base: the name of the folder `workloads/NAME`.
+        name: the same, or in a held-out variant the variant's: the base's, an underscore, and what is other.
+        VARIANTS: last part of a held-out variant's name -> the attributes that it has other than the base, such as
+            `{"silu": {"activation": "silu"}}`. The targets of a variant are its own.
+        tuned_on: whether K-FAC's configuration was chosen on it; said in every result.
+        suite_order: its place in the embedded suite; those without one come last.
         metrics_logger: where a submission may log (`append_scalar_metrics(metrics, global_step)`), or None.
     """
+
+    base: str
+    name: str
+    VARIANTS: ClassVar[Mapping[str, Mapping[str, object]]] = {}
+    tuned_on: bool = False
+    suite_order: int = 1000
 
     def __init__(self) -> None:
         self._param_shapes: Tree = None
@@ -44,14 +58,14 @@ class Workload(abc.ABC):
         """Whether the target metric is to be reached from above. Not part of AlgoPerf's interface."""
 
     @property
-    @abc.abstractmethod
     def validation_target_value(self) -> float:
-        """The target metric to reach on the validation set."""
+        """The target metric to reach on the validation set; see `workloads.target_file`."""
+        return target_file.read(self.base, self.name).validation
 
     @property
-    @abc.abstractmethod
     def test_target_value(self) -> float:
-        """The target metric to reach on the test set."""
+        """The target metric to reach on the test set; see `workloads.target_file`."""
+        return target_file.read(self.base, self.name).test
 
     @property
     @abc.abstractmethod
@@ -162,6 +176,12 @@ class Workload(abc.ABC):
     def init_model_fn(self, rng: Rng) -> tuple[Tree, Tree]:
         """The model's initial parameters and its model state, a function of `rng`."""
 
+    def model_inputs(self, batch: Batch) -> tuple[Tree, ...]:
+        """What the model is called with, before the dropout rate, of a batch: its "inputs", unless a workload says
+        otherwise. Not part of AlgoPerf's interface.
+        """
+        return (batch["inputs"],)
+
     @abc.abstractmethod
     def model_fn(
         self,
@@ -183,7 +203,7 @@ class Workload(abc.ABC):
         mask_batch: Tree = None,
         label_smoothing: float = 0.0,
     ) -> dict[str, Tree]:
-        """The masked loss, differentiable and not synchronised across devices.
+        """The masked loss of `loss_type`, differentiable and not synchronised across devices.
 
         Returns:
             'summed': a scalar, the sum over valid examples (in a language model: valid tokens).
@@ -194,13 +214,32 @@ class Workload(abc.ABC):
     # Data and evaluation.
 
     @abc.abstractmethod
-    def numpy_batch(self, data_rng: np.ndarray, split: str, index: int, batch_size: int) -> dict[str, np.ndarray]:
+    def numpy_batch(self, data_rng: np.ndarray, split: str, index: int, batch_size: int) -> dict[str, Tree]:
         """Batch `index` of a split, a function of its arguments alone and the same for every framework.
 
         Args:
             split: 'train' (shuffled, endless), or 'eval_train', 'validation' or 'test' (in order, padded, with
                 weights).
+
+        Returns:
+            "inputs", "targets" and, where some entries do not count, "weights", as AlgoPerf names them: arrays, or
+            tuples, named tuples and dictionaries of arrays.
         """
+
+    def metrics(self, batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
+        """The metrics of a split from what its batches gave.
+
+        Args:
+            batches: of each batch the "loss" summed over valid examples and their number "n_valid" (float64
+                scalars), and what the workload's `evaluation_of` adds.
+
+        Returns:
+            The mean "loss", and for every other scalar its mean over valid examples; a workload with another
+            metric adds it.
+        """
+        means = {key for batch in batches for key, value in batch.items() if np.ndim(value) == 0} - {"n_valid"}
+        n_valid = sum(float(batch["n_valid"]) for batch in batches)
+        return {key: sum(float(batch[key]) for batch in batches) / n_valid for key in sorted(means)}
 
     def _build_input_queue(
         self,

@@ -9,7 +9,7 @@ import textwrap
 import pytest
 
 from tests.workloads.helpers import NADAMW, arguments, metrics, table
-from workloads import run
+from workloads import registry, run
 from workloads.bible_lm.task import BibleLmTask
 from workloads.runner.progress import Progress
 
@@ -69,8 +69,9 @@ def test_files_and_columns(small, tmp_path, capsys):
 def test_meta_data(small, tmp_path):
     assert run.main(arguments(tmp_path, max_global_steps=1)) == 0
     content = json.loads((tmp_path / TRIAL / "meta_data_0.json").read_text())
+    workload = registry.load("bible_lm", "pytorch")
     for name in ("step_hint", "max_allowed_runtime_sec", "validation_target_value", "eval_period_steps"):
-        assert content[f"workload.{name}"] == getattr(BibleLmTask, name)
+        assert content[f"workload.{name}"] == getattr(workload, name)
     assert content["workload.target_metric_name"] == "loss"
     assert content["rng_seed"] == 3
     assert {"python_version", "torch_version", "numpy_version", "global_batch_size"} <= set(content)

@@ -6,7 +6,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from workloads.bible_lm import task
 from workloads.bible_lm.task import BibleLmTask
 from workloads.data import bible
 from workloads.jax.transformer import Block, Dropout, Rate, dense, norm
@@ -47,8 +46,8 @@ class BibleLmWorkload(JaxWorkload, BibleLmTask):
         return LanguageModel(
             num_symbols=bible.NUM_SYMBOLS,
             length=bible.LENGTH,
-            width=task.WIDTH,
-            depth=task.DEPTH,
-            heads=task.HEADS,
-            hidden=task.MLP_WIDTH,
+            width=self.width,
+            depth=self.depth,
+            heads=self.heads,
+            hidden=self.mlp_width,
         )

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from workloads.bible_lm import task
 from workloads.bible_lm.task import BibleLmTask
 from workloads.data import bible
 from workloads.pytorch.transformer import Block, initialise_linear
@@ -48,8 +47,8 @@ class BibleLmWorkload(PyTorchWorkload, BibleLmTask):
         return LanguageModel(
             num_symbols=bible.NUM_SYMBOLS,
             length=bible.LENGTH,
-            width=task.WIDTH,
-            depth=task.DEPTH,
-            heads=task.HEADS,
-            hidden=task.MLP_WIDTH,
+            width=self.width,
+            depth=self.depth,
+            heads=self.heads,
+            hidden=self.mlp_width,
         )

@@ -8,23 +8,21 @@ from submissions.common.spec import LossType
 from workloads.data import bible
 from workloads.workload import Workload
 
-# What tuned NadamW reaches at its full horizon in the worst of three seeds (docs/results.md); nats per character.
-VALIDATION_TARGET = 1.673
-TEST_TARGET = 1.54
-
-WIDTH = 64
-DEPTH = 2
-HEADS = 4
-MLP_WIDTH = 256
-
 
 class BibleLmTask(Workload):
     """Predicts the next character of the World English Bible from up to 64 before it."""
 
-    target_metric_name = "loss"
+    base = name = "bible_lm"
+    tuned_on = True
+    suite_order = 80
+
+    width = 64
+    depth = 2
+    heads = 4
+    mlp_width = 256
+
+    target_metric_name = "loss"  # nats per character
     lower_is_better = True
-    validation_target_value = VALIDATION_TARGET
-    test_target_value = TEST_TARGET
     loss_type = LossType.SOFTMAX_CROSS_ENTROPY
     num_eval_train_examples = bible.NUM_WINDOWS["eval_train"]
     num_validation_examples = bible.NUM_WINDOWS["validation"]

@@ -8,7 +8,7 @@ import io
 import os
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,23 +61,28 @@ def read(source: Source) -> bytes:
 
 
 def cached_arrays(
-    name: str, source: Source, build: Callable[[bytes], dict[str, np.ndarray]]
+    name: str, sources: Source | Sequence[Source], build: Callable[..., dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """The arrays `build` makes from the source, from the cache where they are already there.
+    """The arrays `build` makes from the sources, from the cache where they are already there.
 
     Args:
         name: of the cache file. Change it when `build` changes what it returns.
-        source: the source; checked even when the cache is used, so that a result never depends on the cache.
-        build: from the source's bytes to arrays.
+        sources: one or several; checked even when the cache is used, so that a result never depends on the cache.
+        build: from the content of each source, in their order, to arrays.
+
+    Raises:
+        UserError: see `read`.
     """
-    content = read(source)
-    path = cache_folder() / f"{name}-{source.sha256[:12]}.npz"
+    sources = [sources] if isinstance(sources, Source) else sources
+    contents = [read(source) for source in sources]
+    digests = "-".join(source.sha256[:12] for source in sources)
+    path = cache_folder() / f"{name}-{digests}.npz"
     try:
         with np.load(path, allow_pickle=False) as file:
             return {key: file[key] for key in file.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
         pass  # not there yet, or damaged: it is only a copy, so it is made again
-    arrays = build(content)
+    arrays = build(*contents)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     try:

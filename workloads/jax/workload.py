@@ -1,4 +1,4 @@
-"""The JAX part of a workload: model set-up, forward pass, masked cross-entropy, batches and evaluation."""
+"""The JAX part of a workload: model set-up, forward pass, loss, batches and evaluation."""
 
 from __future__ import annotations
 
@@ -8,76 +8,88 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from submissions.common.api import Batch, Rng, Tree
-from submissions.common.spec import ForwardPassMode
+from submissions.common.spec import ForwardPassMode, LossType
 from workloads.data.queue import BatchQueue
+from workloads.data.trees import map_arrays
 from workloads.jax import devices
+from workloads.jax.losses import LOSSES
 from workloads.jax.parameter_types import parameter_shapes, parameter_types
 from workloads.workload import Workload
 
 
 class JaxWorkload(Workload):
-    """A classifier of examples or of positions, to be combined with a framework-free workload.
+    """A model and its loss, to be combined with a framework-free task.
 
-    Parameters are nested dicts of arrays on all devices; the model state is None.
+    Parameters are nested dicts of arrays on all devices. The model state holds the other collections of Flax
+    variables, such as {"batch_stats": ...}; None where there are none.
+
+    Attributes:
+        init_batch_size: examples that the model is initialised on.
     """
+
+    init_batch_size = 1
 
     def __init__(self) -> None:
         super().__init__()
         self._model = self.build_model()
         self._init = jax.jit(self._model.init, static_argnames="train", out_shardings=devices.replicated())
-        self._evaluate = jax.jit(self._evaluation_sums)
+        self._evaluate = jax.jit(self._evaluated)
 
     @abc.abstractmethod
     def build_model(self) -> nn.Module:
-        """The model, called as model(inputs, dropout_rate, train)."""
+        """The model, called as model(*model_inputs(batch), dropout_rate, train)."""
 
-    def init_model_fn(self, rng: Rng) -> tuple[Tree, None]:
-        inputs = self.numpy_batch(np.zeros(2, np.int32), "validation", 0, 1)["inputs"]
-        params = self._init(_key(rng), _narrow(inputs), 0.0, train=False)["params"]
+    def init_model_fn(self, rng: Rng) -> tuple[Tree, Tree]:
+        batch = map_arrays(_narrow, self.numpy_batch(np.zeros(2, np.int32), "validation", 0, self.init_batch_size))
+        variables = dict(self._init(_key(rng), *self.model_inputs(batch), 0.0, train=False))
+        params = variables.pop("params")
         self._param_shapes = parameter_shapes(params)
         self._param_types = parameter_types(params)
-        return params, None
+        return params, variables or None
 
     def model_fn(
         self,
         params: Tree,
         augmented_and_preprocessed_input_batch: Batch,
-        model_state: None,
+        model_state: Tree,
         mode: ForwardPassMode,
         rng: Rng,
         update_batch_norm: bool,
         dropout_rate: float | jax.Array = 0.0,
-    ) -> tuple[jax.Array, None]:
-        """Logits (N, classes), or (N, R, classes). `dropout_rate` may be traced."""
-        del model_state, update_batch_norm
+    ) -> tuple[Tree, Tree]:
+        """The model's outputs and the new model state. `dropout_rate` may be traced."""
         train = mode == ForwardPassMode.TRAIN
-        inputs = augmented_and_preprocessed_input_batch["inputs"]
+        inputs = self.model_inputs(augmented_and_preprocessed_input_batch)
         rngs = {"dropout": _key(rng)} if train else None
-        logits: Tree = self._model.apply({"params": params}, inputs, dropout_rate, train=train, rngs=rngs)
-        return logits, None
+        variables = {"params": params, **(model_state or {})}
+        if not (train and model_state):
+            return self._model.apply(variables, *inputs, dropout_rate, train=train, rngs=rngs), model_state
+        logits, new_state = self._model.apply(
+            variables, *inputs, dropout_rate, train=train, rngs=rngs, mutable=list(model_state)
+        )
+        return logits, new_state if update_batch_norm else model_state
 
     def loss_fn(
         self,
-        label_batch: jax.Array,
-        logits_batch: jax.Array,
+        label_batch: Tree,
+        logits_batch: Tree,
         mask_batch: jax.Array | None = None,
         label_smoothing: float | jax.Array = 0.0,
     ) -> dict[str, jax.Array]:
-        """Softmax cross-entropy of labels (...), or distributions (..., C), with logits (..., C) and mask (...)."""
-        labels = jnp.asarray(label_batch)
-        if labels.ndim != logits_batch.ndim:
-            labels = jax.nn.one_hot(labels, logits_batch.shape[-1], dtype=logits_batch.dtype)
-        losses = optax.softmax_cross_entropy(logits_batch, optax.smooth_labels(labels, label_smoothing))
-        if mask_batch is None:
-            n_valid = jnp.full((), losses.size, losses.dtype)
-        else:
-            mask = jnp.asarray(mask_batch).astype(losses.dtype)
-            losses = losses * mask
-            n_valid = mask.sum()
-        return {"summed": losses.sum(), "n_valid_examples": n_valid, "per_example": losses}
+        """The loss of `loss_type`; for shapes see its function in `workloads.jax.losses`."""
+        return LOSSES[self.loss_type](label_batch, logits_batch, mask_batch, label_smoothing)
+
+    def evaluation_of(self, logits: Tree, batch: Batch) -> dict[str, jax.Array]:
+        """What an evaluation needs of a batch beside its loss: scalars, to be averaged over valid examples, or
+        arrays that the task's `metrics` makes something of.
+
+        Without an override: under softmax cross-entropy the number of correct predictions as "accuracy".
+        """
+        if self.loss_type is not LossType.SOFTMAX_CROSS_ENTROPY:
+            return {}
+        return {"accuracy": ((logits.argmax(axis=-1) == batch["targets"]) * batch["weights"]).sum()}
 
     def _build_input_queue(
         self,
@@ -92,9 +104,10 @@ class JaxWorkload(Workload):
         """As the base class, as global arrays, sharded over all devices on the first axis."""
         del data_dir, cache, repeat_final_dataset, num_batches
 
-        def batch_at(index: int) -> dict[str, jax.Array]:
-            batch = self.numpy_batch(data_rng, split, index, global_batch_size)
-            return jax.device_put({key: _narrow(value) for key, value in batch.items()}, devices.sharded())
+        def batch_at(index: int) -> dict[str, Tree]:
+            batch = map_arrays(_narrow, self.numpy_batch(data_rng, split, index, global_batch_size))
+            moved: dict[str, Tree] = jax.device_put(batch, devices.sharded())
+            return moved
 
         return BatchQueue(batch_at)
 
@@ -109,22 +122,20 @@ class JaxWorkload(Workload):
         data_dir: str,
         global_step: int = 0,
     ) -> dict[str, float]:
-        """Means of loss and accuracy over the split."""
+        """The task's metrics of the split."""
         del global_step
         queue = self._build_input_queue(rng, split, data_dir, global_batch_size)
-        batches = range(-(-num_examples // global_batch_size))
-        sums = [self._evaluate(params, model_state, next(queue)) for _ in batches]
+        count = -(-num_examples // global_batch_size)
+        batches = [self._evaluate(params, model_state, next(queue)) for _ in range(count)]
         # The only wait for the device.
-        total = np.asarray(jax.device_get(sums), dtype=np.float64).sum(axis=0)
-        summed, correct, n_valid = (float(value) for value in total)
-        return {"loss": summed / n_valid, "accuracy": correct / n_valid}
+        fetched = jax.device_get(batches)
+        return self.metrics([{key: np.asarray(value) for key, value in batch.items()} for batch in fetched])
 
-    def _evaluation_sums(self, params: Tree, model_state: None, batch: Batch) -> jax.Array:
-        """Sums over a batch of the loss, of correct predictions and of valid examples: (3,)."""
+    def _evaluated(self, params: Tree, model_state: Tree, batch: Batch) -> dict[str, jax.Array]:
+        """Sums over a batch of the loss and of valid examples, and what `evaluation_of` adds."""
         logits, _ = self.model_fn(params, batch, model_state, ForwardPassMode.EVAL, None, update_batch_norm=False)
         loss = self.loss_fn(batch["targets"], logits, batch["weights"])
-        correct = ((logits.argmax(axis=-1) == batch["targets"]) * batch["weights"]).sum()
-        return jnp.stack([loss["summed"], correct, loss["n_valid_examples"]])
+        return {"loss": loss["summed"], "n_valid": loss["n_valid_examples"], **self.evaluation_of(logits, batch)}
 
 
 def _key(rng: Rng) -> Rng:

@@ -10,7 +10,6 @@ from jax.typing import DTypeLike
 from workloads.data import mnist
 from workloads.jax.transformer import Block, Dropout, Rate, norm
 from workloads.jax.workload import JaxWorkload
-from workloads.mnist_vit import task
 from workloads.mnist_vit.task import MnistVitTask
 
 
@@ -76,10 +75,10 @@ class MnistVitWorkload(JaxWorkload, MnistVitTask):
 
     def build_model(self) -> nn.Module:
         return ViT(
-            patch_size=task.PATCH,
+            patch_size=self.patch,
             num_classes=mnist.NUM_CLASSES,
-            width=task.WIDTH,
-            depth=task.DEPTH,
-            heads=task.HEADS,
-            hidden=task.MLP_WIDTH,
+            width=self.width,
+            depth=self.depth,
+            heads=self.heads,
+            hidden=self.mlp_width,
         )

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from workloads.data import mnist
-from workloads.mnist_vit import task
 from workloads.mnist_vit.task import MnistVitTask
 from workloads.pytorch.transformer import Block, initialise_linear
 from workloads.pytorch.workload import PyTorchWorkload
@@ -67,12 +66,12 @@ class MnistVitWorkload(PyTorchWorkload, MnistVitTask):
     def build_model(self) -> nn.Module:
         return ViT(
             image_size=mnist.SIZE,
-            patch_size=task.PATCH,
+            patch_size=self.patch,
             num_classes=mnist.NUM_CLASSES,
-            width=task.WIDTH,
-            depth=task.DEPTH,
-            heads=task.HEADS,
-            hidden=task.MLP_WIDTH,
+            width=self.width,
+            depth=self.depth,
+            heads=self.heads,
+            hidden=self.mlp_width,
         )
 
     def prepare_inputs(self, inputs: np.ndarray) -> np.ndarray:

@@ -8,24 +8,22 @@ from submissions.common.spec import LossType
 from workloads.data import mnist
 from workloads.workload import Workload
 
-# What tuned NadamW reaches at its full horizon in the worst of three seeds (docs/results.md).
-VALIDATION_TARGET = 0.922
-TEST_TARGET = 0.91
-
-PATCH = 7  # pixels; 4 x 4 = 16 positions
-WIDTH = 64
-DEPTH = 3
-HEADS = 4
-MLP_WIDTH = 256
-
 
 class MnistVitTask(Workload):
     """Classifies 28 x 28 images of digits with a small vision transformer."""
 
+    base = name = "mnist_vit"
+    tuned_on = True
+    suite_order = 70
+
+    patch = 7  # pixels; 4 x 4 = 16 positions
+    width = 64
+    depth = 3
+    heads = 4
+    mlp_width = 256
+
     target_metric_name = "accuracy"
     lower_is_better = False
-    validation_target_value = VALIDATION_TARGET
-    test_target_value = TEST_TARGET
     loss_type = LossType.SOFTMAX_CROSS_ENTROPY
     num_train_examples = mnist.NUM_EXAMPLES["train"]
     num_eval_train_examples = 500
