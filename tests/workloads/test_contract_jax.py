@@ -17,7 +17,7 @@ from submissions.common.spec import ForwardPassMode, ParameterType
 from tests.workloads.parity import from_named, jax_params
 from workloads import registry, seeds
 
-NAMES = list(registry.WORKLOADS)
+NAMES = ["bible_lm", "mnist_vit"]  # what holds for others too is in test_every_workload.py
 SEEDS = 4
 
 

@@ -16,7 +16,7 @@ class LanguageModel(nn.Module):
     """Characters -> causal transformer blocks -> logits of the next character, at each position.
 
     The output layer is not tied to the embedding. Attributes: `num_symbols` and `length` (of a window), then the
-    sizes of model, stack, attention and MLP.
+    sizes of model, stack, attention and MLP; `post_norm` as in the blocks.
     """
 
     num_symbols: int
@@ -25,6 +25,7 @@ class LanguageModel(nn.Module):
     depth: int
     heads: int
     hidden: int
+    post_norm: bool = False
 
     @nn.compact
     def __call__(self, symbols: jax.Array, dropout_rate: Rate = 0.0, *, train: bool = False) -> jax.Array:
@@ -35,7 +36,8 @@ class LanguageModel(nn.Module):
         x = x + positions(jnp.arange(symbols.shape[1]))
         x = Dropout()(x, dropout_rate, train=train)
         for index in range(self.depth):
-            x = Block(self.hidden, self.heads, causal=True, name=f"blocks_{index}")(x, dropout_rate, train=train)
+            block = Block(self.hidden, self.heads, causal=True, post_norm=self.post_norm, name=f"blocks_{index}")
+            x = block(x, dropout_rate, train=train)
         return dense(self.num_symbols, "output")(norm("norm")(x))
 
 
@@ -50,4 +52,5 @@ class BibleLmWorkload(JaxWorkload, BibleLmTask):
             depth=self.depth,
             heads=self.heads,
             hidden=self.mlp_width,
+            post_norm=self.post_norm,
         )

@@ -16,14 +16,25 @@ class LanguageModel(nn.Module):
     """Characters -> causal transformer blocks -> logits of the next character, at each position.
 
     The output layer is not tied to the embedding. Args: `num_symbols` and `length` (of a window), then the sizes of
-    model, stack, attention and MLP.
+    model, stack, attention and MLP; `post_norm` as in the blocks.
     """
 
-    def __init__(self, num_symbols: int, length: int, width: int, depth: int, heads: int, hidden: int) -> None:
+    def __init__(
+        self,
+        num_symbols: int,
+        length: int,
+        width: int,
+        depth: int,
+        heads: int,
+        hidden: int,
+        post_norm: bool = False,
+    ) -> None:
         super().__init__()
         self.symbols = nn.Embedding(num_symbols, width)
         self.positions = nn.Embedding(length, width)
-        self.blocks = nn.ModuleList(Block(width, hidden, heads, causal=True) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(width, hidden, heads, causal=True, post_norm=post_norm) for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.output = nn.Linear(width, num_symbols)
         nn.init.normal_(self.symbols.weight, std=0.02)
@@ -51,4 +62,5 @@ class BibleLmWorkload(PyTorchWorkload, BibleLmTask):
             depth=self.depth,
             heads=self.heads,
             hidden=self.mlp_width,
+            post_norm=self.post_norm,
         )

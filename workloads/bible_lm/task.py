@@ -13,6 +13,7 @@ class BibleLmTask(Workload):
     """Predicts the next character of the World English Bible from up to 64 before it."""
 
     base = name = "bible_lm"
+    VARIANTS = {"post_ln": {"post_norm": True}}
     tuned_on = True
     suite_order = 80
 
@@ -20,6 +21,7 @@ class BibleLmTask(Workload):
     depth = 2
     heads = 4
     mlp_width = 256
+    post_norm = False
 
     target_metric_name = "loss"  # nats per character
     lower_is_better = True

@@ -16,7 +16,10 @@ _ATTENTION = {
 
 
 def parameter_types(params: Tree) -> Tree:
-    """The tree of `params` with types for arrays."""
+    """The tree of `params` with types for arrays.
+
+    Norms are told by their modules' names: `batch_norm...`, and `norm...` for the others.
+    """
     return jax.tree_util.tree_map_with_path(lambda path, leaf: _type([entry.key for entry in path], leaf), params)
 
 
@@ -28,6 +31,8 @@ def parameter_shapes(params: Tree) -> Tree:
 def _type(path: list[str], leaf: jax.Array) -> ParameterType:
     *modules, name = path
     is_bias = name == "bias"
+    if modules[-1].startswith("batch_norm"):
+        return ParameterType.BATCH_NORM_BIAS if is_bias else ParameterType.BATCH_NORM_SCALE
     if modules[-1].startswith("norm"):
         return ParameterType.LAYER_NORM_BIAS if is_bias else ParameterType.LAYER_NORM_SCALE
     if "attention" in modules and modules[-1] in _ATTENTION:
@@ -36,6 +41,6 @@ def _type(path: list[str], leaf: jax.Array) -> ParameterType:
         return ParameterType.BIAS
     if name == "embedding":
         return ParameterType.EMBEDDING
-    if leaf.ndim == 4:  # height, width, channels in, channels out
+    if leaf.ndim >= 3:  # extents of the kernel, channels in, channels out
         return ParameterType.CONV_WEIGHT
     return ParameterType.WEIGHT

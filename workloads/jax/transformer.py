@@ -55,31 +55,37 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a GELU between them, at each position."""
+    """Two linear layers with a GELU between them, at each position; gated by a third if `glu`."""
 
     hidden: int
+    glu: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, dropout_rate: Rate, *, train: bool) -> jax.Array:
         hidden = nn.gelu(dense(self.hidden, "linear1")(x), approximate=True)
+        if self.glu:
+            hidden = hidden * dense(self.hidden, "gate")(x)
         return dense(x.shape[-1], "linear2")(Dropout()(hidden, dropout_rate, train=train))
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), over (N, R, width)."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), over (N, R, width); norm(x + ...) if `post_norm`."""
 
     hidden: int
     heads: int
     causal: bool
+    glu: bool = False
+    post_norm: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, dropout_rate: Rate, *, train: bool) -> jax.Array:
-        update = Attention(self.heads, causal=self.causal, name="attention")(
-            norm("norm1")(x), dropout_rate, train=train
-        )
-        x = x + Dropout()(update, dropout_rate, train=train)
-        update = Mlp(self.hidden, name="mlp")(norm("norm2")(x), dropout_rate, train=train)
-        return x + Dropout()(update, dropout_rate, train=train)
+        attention = Attention(self.heads, causal=self.causal, name="attention")
+        mlp = Mlp(self.hidden, self.glu, name="mlp")
+        for normalise, layer in ((norm("norm1"), attention), (norm("norm2"), mlp)):
+            update = layer(x if self.post_norm else normalise(x), dropout_rate, train=train)
+            x = x + Dropout()(update, dropout_rate, train=train)
+            x = normalise(x) if self.post_norm else x
+        return x
 
 
 def dense(features: int, name: str) -> nn.Dense:

@@ -19,6 +19,7 @@ class ViT(nn.Module):
     Attributes:
         patch_size: side of the square patches, in pixels.
         num_classes, width, depth, heads, hidden: sizes of output, model, stack, attention and MLP.
+        glu: whether MLPs are gated.
     """
 
     patch_size: int
@@ -27,6 +28,7 @@ class ViT(nn.Module):
     depth: int
     heads: int
     hidden: int
+    glu: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, dropout_rate: Rate = 0.0, *, train: bool = False) -> jax.Array:
@@ -46,7 +48,8 @@ class ViT(nn.Module):
         x = x.reshape(x.shape[0], side * side, self.width) + sincos_2d(side, self.width)  # (N, R, width)
         x = Dropout()(x, dropout_rate, train=train)
         for index in range(self.depth):
-            x = Block(self.hidden, self.heads, causal=False, name=f"blocks_{index}")(x, dropout_rate, train=train)
+            block = Block(self.hidden, self.heads, causal=False, glu=self.glu, name=f"blocks_{index}")
+            x = block(x, dropout_rate, train=train)
         x = norm("norm")(x).mean(axis=1)
         # As AlgoPerf's ViT: all classes start equally likely.
         return nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros, name="head")(x)
@@ -81,4 +84,5 @@ class MnistVitWorkload(JaxWorkload, MnistVitTask):
             depth=self.depth,
             heads=self.heads,
             hidden=self.mlp_width,
+            glu=self.glu,
         )

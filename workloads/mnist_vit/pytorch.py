@@ -19,6 +19,7 @@ class ViT(nn.Module):
     Args:
         image_size, patch_size: sides of the square images and patches, in pixels.
         num_classes, width, depth, heads, hidden: sizes of output, model, stack, attention and MLP.
+        glu: whether MLPs are gated.
     """
 
     def __init__(
@@ -30,12 +31,13 @@ class ViT(nn.Module):
         depth: int,
         heads: int,
         hidden: int,
+        glu: bool = False,
     ) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, width, kernel_size=patch_size, stride=patch_size)
         # Fixed, hence a buffer; not in the state_dict, because it follows from the sizes.
         self.register_buffer("positions", sincos_2d(image_size // patch_size, width), persistent=False)
-        self.blocks = nn.ModuleList(Block(width, hidden, heads, causal=False) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, hidden, heads, causal=False, glu=glu) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, num_classes)
         initialise_linear(self.blocks)
@@ -72,6 +74,7 @@ class MnistVitWorkload(PyTorchWorkload, MnistVitTask):
             depth=self.depth,
             heads=self.heads,
             hidden=self.mlp_width,
+            glu=self.glu,
         )
 
     def prepare_inputs(self, inputs: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ class MnistVitTask(Workload):
     """Classifies 28 x 28 images of digits with a small vision transformer."""
 
     base = name = "mnist_vit"
+    VARIANTS = {"glu": {"glu": True}}
     tuned_on = True
     suite_order = 70
 
@@ -21,6 +22,7 @@ class MnistVitTask(Workload):
     depth = 3
     heads = 4
     mlp_width = 256
+    glu = False
 
     target_metric_name = "accuracy"
     lower_is_better = False

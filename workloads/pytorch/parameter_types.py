@@ -30,8 +30,10 @@ def parameter_shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def _type(module_name: str, module: nn.Module, name: str) -> ParameterType:
-    is_bias = name == "bias"
-    if isinstance(module, nn.LayerNorm):
+    is_bias = name.startswith("bias")
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return ParameterType.BATCH_NORM_BIAS if is_bias else ParameterType.BATCH_NORM_SCALE
+    if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)):
         return ParameterType.LAYER_NORM_BIAS if is_bias else ParameterType.LAYER_NORM_SCALE
     role = module_name.rsplit(".", 1)[-1]
     if ".attention." in f".{module_name}" and role in _ATTENTION:
@@ -40,6 +42,6 @@ def _type(module_name: str, module: nn.Module, name: str) -> ParameterType:
         return ParameterType.BIAS
     if isinstance(module, nn.Embedding):
         return ParameterType.EMBEDDING
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, nn.modules.conv._ConvNd):
         return ParameterType.CONV_WEIGHT
     return ParameterType.WEIGHT

@@ -34,33 +34,40 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a GELU between them, at each position."""
+    """Two linear layers with a GELU between them, at each position; gated by a third if `glu`."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, *, glu: bool = False) -> None:
         super().__init__()
         self.linear1 = nn.Linear(width, hidden)
+        self.gate = nn.Linear(width, hidden) if glu else None
         self.linear2 = nn.Linear(hidden, width)
 
     def forward(self, x: torch.Tensor, dropout_rate: float) -> torch.Tensor:
         hidden = F.gelu(self.linear1(x), approximate="tanh")
+        if self.gate is not None:
+            hidden = hidden * self.gate(x)
         return self.linear2(F.dropout(hidden, dropout_rate, self.training))
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), over (N, R, width)."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), over (N, R, width); norm(x + ...) if `post_norm`."""
 
-    def __init__(self, width: int, hidden: int, heads: int, *, causal: bool) -> None:
+    def __init__(
+        self, width: int, hidden: int, heads: int, *, causal: bool, glu: bool = False, post_norm: bool = False
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attention = Attention(width, heads, causal=causal)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width, hidden)
+        self.mlp = Mlp(width, hidden, glu=glu)
+        self.post_norm = post_norm
 
     def forward(self, x: torch.Tensor, dropout_rate: float) -> torch.Tensor:
-        update = self.attention(self.norm1(x), dropout_rate)
-        x = x + F.dropout(update, dropout_rate, self.training)
-        update = self.mlp(self.norm2(x), dropout_rate)
-        return x + F.dropout(update, dropout_rate, self.training)
+        for normalise, layer in ((self.norm1, self.attention), (self.norm2, self.mlp)):
+            update = layer(x if self.post_norm else normalise(x), dropout_rate)
+            x = x + F.dropout(update, dropout_rate, self.training)
+            x = normalise(x) if self.post_norm else x
+        return x
 
 
 def initialise_linear(module: nn.Module) -> None:
