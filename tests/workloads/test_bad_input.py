@@ -10,7 +10,7 @@ import pytest
 
 from commands import atomic
 from tests.workloads.helpers import arguments, metrics, start
-from workloads import demo, run, study
+from workloads import demo, registry, run, study
 
 TRIAL = "e/bible_lm_pytorch/trial_1"
 FUNCTIONS = "init_optimizer_state = update_params = data_selection = lambda *a, **k: None\n"
@@ -27,7 +27,7 @@ def _refused(capsys, flags, *words, main=run.main):
 
 
 def test_unknown_names_list_the_known(tmp_path, capsys):
-    _refused(capsys, arguments(tmp_path, workload="imagenet"), "imagenet", "bible_lm, mnist_vit")
+    _refused(capsys, arguments(tmp_path, workload="imagenet"), "imagenet", ", ".join(registry.WORKLOADS))
     _refused(capsys, arguments(tmp_path, framework="tensorflow"), "tensorflow", "pytorch")
     _refused(capsys, arguments(tmp_path, tuning_ruleset="both"), "both", "external, self")
     assert not list(tmp_path.iterdir())
@@ -178,4 +178,4 @@ def test_command_ends_without_a_traceback(tmp_path):
     output, errors = process.communicate()
     assert process.returncode == 2
     assert output == ""
-    assert errors == "error: Unknown workload 'imagenet'. Known: bible_lm, mnist_vit.\n"
+    assert errors == f"error: Unknown workload 'imagenet'. Known: {', '.join(registry.WORKLOADS)}.\n"

@@ -12,7 +12,7 @@ import pytest
 from flax import serialization
 
 from tests.workloads.helpers import CHECKOUT, arguments, environment, metrics, shrink, start, table
-from workloads import run
+from workloads import registry, run
 from workloads.runner import loop
 from workloads.runner.jax import JaxBackend
 
@@ -184,4 +184,4 @@ def test_command(tmp_path):
     process = start(flags)
     _, errors = process.communicate()
     assert process.returncode == 2
-    assert errors == "error: Unknown workload 'imagenet'. Known: bible_lm, mnist_vit.\n"
+    assert errors == f"error: Unknown workload 'imagenet'. Known: {', '.join(registry.WORKLOADS)}.\n"
