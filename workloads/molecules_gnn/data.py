@@ -246,18 +246,20 @@ def _next_multiple(value: int, step: int) -> int:
 def _parse(content: bytes) -> dict[str, np.ndarray]:
     """The arrays of a `Part` with all molecules, and 'skeletons', which stereoisomers share."""
     try:
-        from rdkit import Chem, RDLogger
+        from rdkit import Chem, rdBase
         from rdkit.Chem.Scaffolds import MurckoScaffold
     except ImportError:
         remedy = f"{sys.executable} -m pip install --no-deps '{READER}'"
-        raise UserError(f"The package 'rdkit', which reads the molecules, is not installed. Run: {remedy}") from None
-    RDLogger.DisableLog("rdApp.*")  # the two molecules it cannot read are left out
+        raise UserError(
+            f"The package 'rdkit', which reads the molecules, is not installed. Run: {remedy}"
+        ) from None
     seen: set[str] = set()
     groups: dict[str, int] = {}
     skeletons: dict[str, int] = {}
-    found: dict[str, list[np.ndarray | int | list[int]]] = {}
+    found: dict[str, list[Tree]] = {}
     for row, entry in enumerate(csv.DictReader(io.StringIO(content.decode("utf-8")), delimiter="\t")):
-        molecule = Chem.MolFromSmiles(entry["SMILES"])
+        with rdBase.BlockLogs():  # two molecules cannot be read, and are left out
+            molecule = Chem.MolFromSmiles(entry["SMILES"])
         if molecule is None or not 1 < molecule.GetNumAtoms() <= MAX_ATOMS:
             continue
         name = Chem.MolToSmiles(molecule)
@@ -267,7 +269,7 @@ def _parse(content: bytes) -> dict[str, np.ndarray]:
         skeleton = Chem.MolToSmiles(molecule, isomericSmiles=False)
         scaffold = MurckoScaffold.MurckoScaffoldSmiles(mol=molecule) or skeleton
         ends = np.array([[bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()] for bond in molecule.GetBonds()])
-        for key, value in {
+        values: dict[str, Tree] = {
             "nodes": np.array([_atom_features(atom) for atom in molecule.GetAtoms()]),
             "edges": np.repeat([_bond_features(bond) for bond in molecule.GetBonds()], 2, axis=0),
             "senders": ends.ravel(),  # a bond is an edge in each direction, one after the other
@@ -278,13 +280,14 @@ def _parse(content: bytes) -> dict[str, np.ndarray]:
             "rows": row,
             "scaffolds": groups.setdefault(scaffold, len(groups)),
             "skeletons": skeletons.setdefault(skeleton, len(skeletons)),
-        }.items():
+        }
+        for key, value in values.items():
             found.setdefault(key, []).append(value)
     flat = {"nodes", "edges", "senders", "receivers"}
     small = {"nodes", "edges", "senders", "receivers", "labels"}
     return {
-        key: (np.concatenate if key in flat else np.array)(values).astype(np.uint8 if key in small else np.int32)
-        for key, values in found.items()
+        key: (np.concatenate if key in flat else np.array)(items).astype(np.uint8 if key in small else np.int32)
+        for key, items in found.items()
     }
 
 

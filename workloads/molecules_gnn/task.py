@@ -19,7 +19,7 @@ class MoleculesGnnTask(Workload):
     base = name = "molecules_gnn"
     VARIANTS: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "gelu": {"activation": "gelu"},
-        "model_size": {"width": 32, "hops": 5},
+        "model_size": {"width": 64, "hops": 2},
     }
     suite_order = 10
 
