@@ -21,10 +21,11 @@ from commands.frameworks import FRAMEWORKS
 from submissions import registry as submissions
 from workloads import registry, study
 from workloads.runner import experiment
+from workloads.runner.jobs import CHECKOUT
 
 SUBMISSIONS = ("nadamw", "kfac_expand", "kfac_reduce")
 # No single point of NadamW is good on both workloads: it gets its best one on each, and the better trial counts.
-TUNED = study.CHECKOUT / "tuning_search_spaces" / "nadamw_tuned.json"
+TUNED = CHECKOUT / "tuning_search_spaces" / "nadamw_tuned.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,7 +69,7 @@ def demo(
     tell("==> Writing the report")
     report = output / "report"
     command = [sys.executable, "-m", "scoring", "report", str(output), f"--output_dir={report}"]
-    finished = subprocess.run(command, cwd=study.CHECKOUT, check=False)
+    finished = subprocess.run(command, cwd=CHECKOUT, check=False)
     if finished.returncode != 0:
         tell(f"error: the report could not be written ({' '.join(command[1:])})", sys.stderr)
         return 1

@@ -5,19 +5,18 @@
 
 leaves `<experiment_dir>/<submission>/study_<j>/<workload>_<framework>/trial_<i>/`. Run again, it skips finished
 trials and goes on with interrupted ones. Study j has the same seed for every submission and workload.
+
+    python -m workloads.study --suite=embedded --studies=3 --experiment_dir=runs/suite
+
+tunes every submission on every workload with the same means, races the best points, and ends with report and
+leaderboards (`workloads.suite`). Each of `--submissions`, `--workloads`, `--framework` and `--stages` takes a part.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
-import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from absl import flags
@@ -27,37 +26,9 @@ from commands.errors import UserError, tell
 from commands.flags import new, parse
 from commands.frameworks import FRAMEWORKS
 from submissions import registry as registered
-from workloads import registry
+from workloads import registry, suite, suite_run
 from workloads.runner import experiment, tuning
-from workloads.runner.outcome import Outcome, describe
-from workloads.runner.progress import is_terminal
-
-CHECKOUT = Path(__file__).resolve().parent.parent
-# One thread each: with several BLAS threads on as many cores, timings have outliers of ten times. XLA reads NPROC.
-ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC"), "1")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One trial.
-
-    Attributes:
-        folder: the trial's folder.
-        command: trains it.
-        log: gets what the command prints.
-        settings: the values of `workloads.runner.loop.SETTINGS`.
-    """
-
-    name: str
-    folder: Path
-    command: tuple[str, ...]
-    log: Path
-    settings: dict[str, object]
-
-    def finished(self) -> Outcome | None:
-        """The outcome of the trial, None if it is yet to be run, or was run with other settings."""
-        outcome = experiment.outcome(self.folder)
-        return outcome if outcome is not None and outcome["settings"] == self.settings else None
+from workloads.runner.jobs import Job, command, log_of, run
 
 
 def study_seed(study: int) -> int:
@@ -86,8 +57,6 @@ def jobs(
         max_steps, stop_at_target, save_checkpoints: as the runner's flags.
     """
     settings: dict[str, object] = {"max_global_steps": max_steps, "stop_at_target": stop_at_target}
-    common = [] if max_steps is None else [f"--max_global_steps={max_steps}"]
-    common += [f"--stop_at_target={stop_at_target}", f"--save_checkpoints={save_checkpoints}"]
     result = []
     for study in studies:
         for workload in workloads:
@@ -95,121 +64,33 @@ def jobs(
                 space = search_spaces.get(submission)
                 for index in trials if space else (0,):
                     name = f"{submission}/study_{study}/{workload}_{framework}/trial_{index + 1}"
-                    command = [
-                        sys.executable,
-                        "-m",
-                        "workloads.run",
-                        f"--workload={workload}",
-                        f"--framework={framework}",
-                        f"--submission_path={registered.path_of(submission, framework)}",
-                        f"--experiment_dir={experiment_dir / submission}",
-                        f"--experiment_name=study_{study}",
-                        f"--rng_seed={study_seed(study)}",
-                        "--resume_last_run",
-                        *common,
-                    ]
-                    if space:
-                        command += [f"--tuning_search_space={space}", f"--num_tuning_trials={max(trials) + 1}"]
-                        command += [f"--hparam_start_index={index}", f"--hparam_end_index={index + 1}"]
-                    else:
-                        command += ["--tuning_ruleset=self"]
-                    # Hidden, because a reader of the experiment takes every folder for a submission.
-                    log = experiment_dir / ".logs" / f"{name.replace('/', '.')}.log"
-                    result.append(Job(name, experiment_dir / name, tuple(command), log, settings))
+                    train = command(
+                        workload,
+                        framework,
+                        submission,
+                        experiment_dir,
+                        f"study_{study}",
+                        study_seed(study),
+                        settings,
+                        space=space,
+                        points=range(index, index + 1),
+                        of=max(trials) + 1,
+                        save_checkpoints=save_checkpoints,
+                    )
+                    log = log_of(experiment_dir, name)
+                    result.append(Job(name, (experiment_dir / name,), train, log, settings))
     return result
-
-
-def run(todo: Sequence[Job], parallel: int) -> list[str]:
-    """Runs jobs, `parallel` at a time, except finished trials; prints each outcome, returns the failed names."""
-    left: list[Job] = []
-    for job in todo:
-        outcome = job.finished()
-        if outcome is None:
-            left.append(job)
-        else:
-            tell(f"{job.name}: kept, {describe(outcome)}")
-    total = len(left)
-    failed: list[str] = []
-    running: dict[subprocess.Popen[bytes], Job] = {}
-    status = _Status()
-    started = time.monotonic()
-    try:
-        while left or running:
-            while left and len(running) < parallel:
-                job = left.pop(0)
-                started_process = _start(job)
-                if started_process is None:
-                    failed.append(job.name)
-                    status.clear()
-                    tell(f"{job.name}: FAILED, {experiment.BUSY.format(job.folder)}", sys.stderr)
-                else:
-                    running[started_process] = job
-            for process in [process for process in running if process.poll() is not None]:
-                job = running.pop(process)
-                status.clear()
-                outcome = job.finished()
-                if process.returncode != 0 or outcome is None:
-                    failed.append(job.name)
-                    tell(f"{job.name}: FAILED, {_last_line(job.log)} (see {job.log})", sys.stderr)
-                else:
-                    done = total - len(left) - len(running)
-                    minutes = (time.monotonic() - started) / done * (total - done) / 60
-                    tell(f"[{done}/{total}, {minutes:.0f} min left] {job.name}: {describe(outcome)}")
-            status.show([_last_line(job.log) for job in running.values()])
-            time.sleep(0.1)
-    finally:
-        status.clear()
-        for process in running:
-            process.send_signal(signal.SIGTERM)
-        for process in running:
-            process.wait()
-    return failed
-
-
-class _Status:
-    """On a terminal, one line with the progress of the running jobs; elsewhere nothing."""
-
-    def __init__(self) -> None:
-        self._terminal = is_terminal(sys.stderr)
-
-    def show(self, lines: Sequence[str]) -> None:
-        if self._terminal:
-            text = " | ".join(lines)[: shutil.get_terminal_size().columns - 1]
-            tell(f"\r\x1b[K{text}", sys.stderr, end="")
-
-    def clear(self) -> None:
-        self.show([])
-
-
-def _start(job: Job) -> subprocess.Popen[bytes] | None:
-    """Starts a job; None if another process is at work on it, whose log stays as it is."""
-    job.log.parent.mkdir(parents=True, exist_ok=True)
-    with open(job.log, "ab") as log:
-        # The job inherits the lock with its log: another study knows of it before the job has locked its trial.
-        if not experiment.take(log) or experiment.is_locked(job.folder):
-            return None
-        log.truncate(0)
-        return subprocess.Popen(
-            job.command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            cwd=CHECKOUT,
-            env={**os.environ, **ONE_THREAD},
-        )
-
-
-def _last_line(log: Path) -> str:
-    """The last line a job printed."""
-    with open(log, "rb") as file:
-        file.seek(max(0, os.path.getsize(log) - 4096))
-        lines = file.read().decode("utf-8", errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it has printed nothing"
 
 
 def define() -> flags.FlagValues:
     """The flags of `python -m workloads.study`."""
     values = new()
-    flags.DEFINE_list("submissions", None, "Names of folders in submissions/. Required.", flag_values=values)
+    flags.DEFINE_list(
+        "submissions",
+        None,
+        "Names of folders in submissions/. Required; default of a suite: its own.",
+        flag_values=values,
+    )
     flags.DEFINE_list("workloads", list(registry.WORKLOADS), "Workloads.", flag_values=values)
     flags.DEFINE_list("framework", ["pytorch"], f"Frameworks: {', '.join(FRAMEWORKS)}.", flag_values=values)
     flags.DEFINE_integer("num_studies", 1, "How many studies.", lower_bound=1, flag_values=values)
@@ -229,22 +110,46 @@ def define() -> flags.FlagValues:
     flags.DEFINE_bool("save_checkpoints", default=True, help="Lets trials resume.", flag_values=values)
     flags.DEFINE_integer("jobs", 2, "Trials at a time, a core each.", lower_bound=1, flag_values=values)
     flags.DEFINE_string("experiment_dir", None, "Where to. Required.", flag_values=values)
+    flags.DEFINE_string(
+        "suite", None, f"Tune and race as this suite says: {', '.join(suite.SUITES)}.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "studies", None, "How many studies of a suite. Default: its own.", lower_bound=1, flag_values=values
+    )
+    flags.DEFINE_list(
+        "stages", list(suite.STAGES), f"Parts of a suite: {', '.join(suite.STAGES)}.", flag_values=values
+    )
     return values
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs with the given arguments (default: the command line's); returns the exit code."""
 
-    def command() -> int:
+    def main_command() -> int:
         values = define()
         arguments = sys.argv[1:] if argv is None else argv
-        parse(arguments, values, "python -m workloads.study", ("submissions", "experiment_dir"))
+        parse(arguments, values, "python -m workloads.study", ("experiment_dir",))
+        if values.suite:
+            return _run_suite(values)
+        for name in ("studies", "stages"):
+            if values[name].present:
+                raise UserError(f"--{name} is for --suite; give that, too, or leave it out.")
+        if not values.submissions:
+            raise UserError("The flag --submissions is missing. See python -m workloads.study --help.")
         failed = run(_jobs_of(values), values.jobs)
         if failed:
             tell(f"error: {len(failed)} of the trials failed: {', '.join(failed)}", sys.stderr)
         return 1 if failed else 0
 
-    return errors.run(command, interrupted="interrupted; the same command goes on")
+    return errors.run(main_command, interrupted="interrupted; the same command goes on")
+
+
+def _run_suite(values: flags.FlagValues) -> int:
+    chosen = suite.get(values.suite)
+    names = values.submissions or list(chosen.submissions)
+    numbers = range(values.first_study, values.first_study + (values.studies or chosen.studies))
+    spaces = _search_spaces(values.tuning_search_space, names)
+    return suite_run.run(values, spaces, {study: study_seed(study) for study in numbers})
 
 
 def _jobs_of(values: flags.FlagValues) -> list[Job]:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.workloads.helpers import metrics
 from workloads import demo, study
+from workloads.runner import jobs
 
 
 def _main(folder, *flags):
@@ -40,7 +41,7 @@ def test_layout_and_seeds(finished):
 
 
 def test_finished_trials_are_skipped(finished, monkeypatch, capsys):
-    monkeypatch.setattr(study, "_start", lambda job: pytest.fail(f"{job.name} was started again"))
+    monkeypatch.setattr(jobs, "_start", lambda job: pytest.fail(f"{job.name} was started again"))
     assert _main(finished, "--num_studies=2") == 0
     assert capsys.readouterr().out.count(": kept, ") == 2
 
@@ -60,7 +61,7 @@ def test_only_what_is_missing_is_run(finished, monkeypatch, capsys):
         job.log.write_text("first line\nthe reason\n")
         return subprocess.Popen(["false"])
 
-    monkeypatch.setattr(study, "_start", fail)
+    monkeypatch.setattr(jobs, "_start", fail)
     assert _main(finished, "--num_studies=3", "--jobs=1") == 1
     assert started == ["nadamw/study_3/bible_lm_pytorch/trial_1"]
     assert "FAILED, the reason (see " in capsys.readouterr().err
@@ -91,12 +92,12 @@ def test_jobs_of_a_tuned_and_an_untuned_submission(tmp_path):
         "--nostop_at_target",
     ]
     values(flags)
-    jobs = study._jobs_of(values)
-    assert [job.folder.name for job in jobs[:2]] == ["trial_3", "trial_4"]
-    assert "--hparam_start_index=2" in jobs[0].command
-    assert "--num_tuning_trials=4" in jobs[0].command
-    assert "--stop_at_target=False" in jobs[0].command
-    assert "--save_checkpoints=True" in jobs[0].command
+    tuned = study._jobs_of(values)
+    assert [job.folders[0].name for job in tuned[:2]] == ["trial_3", "trial_4"]
+    assert "--hparam_start_index=2" in tuned[0].command
+    assert "--num_tuning_trials=4" in tuned[0].command
+    assert "--stop_at_target=False" in tuned[0].command
+    assert "--save_checkpoints=True" in tuned[0].command
     (untuned,) = study.jobs(tmp_path, ["nadamw"], ["mnist_vit"], "pytorch", [1], {}, [0, 1, 2])
     assert "--tuning_ruleset=self" in untuned.command
 
@@ -116,22 +117,22 @@ def test_demo_trains_and_reports(tmp_path, monkeypatch, capsys):
         assert len(metrics(tmp_path / f"nadamw/study_1/{workload}_pytorch/trial_1")) == 1
     assert commands[0][1:] == ["-m", "scoring", "report", str(tmp_path), f"--output_dir={tmp_path / 'report'}"]
     assert f"The report lies in {tmp_path / 'report'}" in capsys.readouterr().out
-    monkeypatch.setattr(study, "_start", lambda job: pytest.fail("nothing was left to train"))
+    monkeypatch.setattr(jobs, "_start", lambda job: pytest.fail("nothing was left to train"))
     assert demo.main(flags) == 0
 
 
 def test_demo_is_a_race_in_both_frameworks(tmp_path, monkeypatch):
-    jobs = []
+    raced = []
 
     def run(todo, parallel):
-        jobs.extend(todo)
+        raced.extend(todo)
         return []
 
     monkeypatch.setattr(study, "run", run)
     monkeypatch.setattr(demo.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0))
     assert demo.main([f"--output_dir={tmp_path}"]) == 0
     trials = {"nadamw": ("trial_1", "trial_2"), "kfac_expand": ("trial_1",), "kfac_reduce": ("trial_1",)}
-    assert {job.name for job in jobs} == {
+    assert {job.name for job in raced} == {
         f"{submission}/study_1/{workload}_{framework}/{trial}"
         for submission, names in trials.items()
         for trial in names

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from typing import TypedDict
 
 
@@ -44,3 +46,12 @@ def describe(outcome: Outcome) -> str:
         head = f"target {metric} {target} not reached in {outcome['global_step']} steps"
     best = "none" if outcome["best_metric"] is None else f"{outcome['best_metric']:.4f}"
     return f"{head}; best {best}, {outcome['ms_per_step']:.1f} ms per step (ended by: {outcome['reason']})"
+
+
+def describe_several(outcomes: Sequence[Outcome]) -> str:
+    """Several outcomes of one workload in words."""
+    steps = [outcome["steps_to_target"] for outcome in outcomes if outcome["steps_to_target"] is not None]
+    metric, target = outcomes[0]["metric"], outcomes[0]["target"]
+    fewest = f", the first at step {min(steps)}" if steps else ""
+    pace = statistics.median(outcome["ms_per_step"] for outcome in outcomes)
+    return f"{len(steps)} of {len(outcomes)} trials reached {metric} {target}{fewest}; {pace:.1f} ms per step"

@@ -32,6 +32,18 @@ def read_points(path: str, count: int) -> list[Point]:
     A list of points gives as many as it has, at most `count`.
 
     Raises:
+        UserError: as `read_space`.
+    """
+    space = read_space(path)
+    points = space[:count] if isinstance(space, list) else draw(space, count)
+    made: list[Any] = [namedtuple("Hyperparameters", point)(**point) for point in points]
+    return made
+
+
+def read_space(path: str) -> dict[str, Entry] | list[dict[str, object]]:
+    """The search space in a JSON file: the range or feasible points of each hyperparameter, or a list of points.
+
+    Raises:
         UserError: the file is missing or malformed; the message names the key and the allowed forms.
     """
     try:
@@ -51,13 +63,10 @@ def read_points(path: str, count: int) -> list[Point]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"The search space {path} is not valid JSON: {error}.") from None
     if isinstance(space, list):
-        points = _check_list(space, path)[:count]
-    elif isinstance(space, dict):
-        points = draw(_check_ranges(space, path), count)
-    else:
-        raise UserError(f"The search space {path} must be a JSON object of ranges or a list of points.")
-    made: list[Any] = [namedtuple("Hyperparameters", point)(**point) for point in points]
-    return made
+        return _check_list(space, path)
+    if isinstance(space, dict):
+        return _check_ranges(space, path)
+    raise UserError(f"The search space {path} must be a JSON object of ranges or a list of points.")
 
 
 class _SpaceError(Exception):

@@ -1,0 +1,353 @@
+"""A suite: every submission tuned on every workload with the same means, then raced over studies.
+
+For each workload and submission: the first points of the submission's search space, each trained up to its target
+on a seed of its own; the best of them are the trials of every study of the race, by AlgoPerf's external ruleset. A
+held-out variant is raced at the points found on its base workload, and JAX at those found in PyTorch.
+
+    <experiment_dir>/tuning/<submission>/seed_901/<workload>_<framework>/trial_<i>/
+    <experiment_dir>/chosen/<workload>/<submission>.json        the ranking, and what lies at an edge of the space
+    <experiment_dir>/race/<submission>/study_<j>/<workload>_<framework>/trial_<i>/
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from algoperf_kfac.config import as_mapping
+from commands import atomic
+from commands.errors import UserError
+from submissions import registry as submissions
+from workloads import choice, facts, registry
+from workloads.runner import experiment, tuning
+from workloads.runner.jobs import CHECKOUT, Job, command, log_of
+from workloads.runner.logs import read_hyperparameters
+
+SPACES = CHECKOUT / "tuning_search_spaces" / "suite"
+TUNING_SEED = 901  # used for nothing but tuning
+TUNED_IN = "pytorch"
+STAGES = ("tuning", "race", "report")
+# How many trials share a process in PyTorch, which takes seconds to start. In JAX they would share compiled
+# programs as well, and the times of all but the first would lack compilation.
+TOGETHER = {"pytorch": 4, "jax": 1}
+UNKNOWN_SECONDS = 20.0  # what a trial is expected to take where nothing was measured
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is compared, and what each side is given.
+
+    Attributes:
+        submissions: names of folders in submissions/.
+        points: how many points of its space each is tuned over.
+        raced: how many of them are the trials of a study.
+        studies: how many studies, unless told otherwise.
+    """
+
+    submissions: tuple[str, ...]
+    points: int
+    raced: int
+    studies: int
+
+
+SUITES = {
+    "embedded": Suite(
+        submissions=(
+            "nadamw",
+            "kfac_expand",
+            "kfac_reduce",
+            "soap",
+            "muon",
+            "shampoo",
+            "schedule_free_adamw",
+            "adamw",
+            "nesterov",
+            "heavy_ball",
+        ),
+        points=8,
+        raced=3,
+        studies=3,
+    )
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run of a suite.
+
+    Attributes:
+        directory: where to, absolute.
+        spaces: submission -> JSON file, one for all workloads.
+        seeds: of the studies, by their numbers.
+        max_steps: of every trial; None for each workload's step hint.
+    """
+
+    suite: Suite
+    directory: Path
+    workloads: tuple[str, ...]
+    submissions: tuple[str, ...]
+    frameworks: tuple[str, ...]
+    spaces: Mapping[str, Path]
+    seeds: Mapping[int, int]
+    max_steps: int | None = None
+    stages: tuple[str, ...] = STAGES
+
+    @property
+    def race(self) -> Path:
+        """The folder `scoring` reads."""
+        return self.directory / "race"
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """Of every trial, as `workloads.runner.loop.SETTINGS` names them."""
+        return {"max_global_steps": self.max_steps, "stop_at_target": True}
+
+    def tuned_in(self, submission: str) -> str:
+        """The framework a submission is tuned in: PyTorch, unless it is not there."""
+        there = [name for name in self.frameworks if submissions.path_of(submission, name).is_file()]
+        return TUNED_IN if submissions.path_of(submission, TUNED_IN).is_file() else there[0]
+
+    def tuning_folder(self, workload: str, submission: str) -> Path:
+        """The folder of the tuning trials of a base workload."""
+        name = f"{workload}_{self.tuned_in(submission)}"
+        return self.directory / "tuning" / submission / f"seed_{TUNING_SEED}" / name
+
+    def chosen_file(self, workload: str, submission: str) -> Path:
+        """The record of what was chosen on a base workload; the points lie beside it."""
+        return self.directory / "chosen" / workload / f"{submission}.json"
+
+    def runs(self) -> Iterator[tuple[str, str, str]]:
+        """Framework, workload and submission, workload by workload, so that an interruption leaves whole ones."""
+        for framework in self.frameworks:
+            for workload in facts.in_order(self.workloads):
+                if framework in registry.WORKLOADS[workload].frameworks:
+                    for submission in self.submissions:
+                        if submissions.path_of(submission, framework).is_file():
+                            yield framework, workload, submission
+
+
+def get(name: str) -> Suite:
+    """The suite of a name.
+
+    Raises:
+        UserError: there is none, with those that are.
+    """
+    if name not in SUITES:
+        raise UserError(f"Unknown suite '{name}'. Known: {', '.join(SUITES)}.")
+    return SUITES[name]
+
+
+def space_of(submission: str) -> Path:
+    """A submission's search space in a suite, the same for all workloads.
+
+    Raises:
+        UserError: it has none.
+    """
+    path = SPACES / f"{submission}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(found.stem for found in SPACES.glob("*.json"))) or "none"
+        raise UserError(
+            f"There is no search space of '{submission}' for the suite; write {path.relative_to(CHECKOUT)}, or "
+            f"give a file as --tuning_search_space={submission}=FILE. Known: {known}."
+        )
+    return path
+
+
+def jobs(plan: Plan) -> list[Job]:
+    """All jobs of the stages tuning and race, each behind those it needs.
+
+    Raises:
+        UserError: finished trials belong to another target or other points.
+    """
+    found: dict[str, Job] = {}
+    seconds = Seconds(plan.directory)
+    for framework, workload, submission in plan.runs():
+        base = facts.base_of(workload)
+        tuned = _tuning_jobs(plan, base, submission, seconds)
+        if "tuning" in plan.stages:
+            found |= {job.name: job for job in tuned}
+        needs = tuple(job.name for job in tuned) if "tuning" in plan.stages else ()
+        if "race" in plan.stages:
+            raced = _race_jobs(plan, framework, workload, submission, needs, seconds)
+            found |= {job.name: job for job in raced}
+    return list(found.values())
+
+
+def _tuning_jobs(plan: Plan, workload: str, submission: str, seconds: Seconds) -> list[Job]:
+    framework, space = plan.tuned_in(submission), plan.spaces[submission]
+    points = tuning.read_points(str(space), plan.suite.points)
+    folder = plan.tuning_folder(workload, submission)
+    for index, point in enumerate(points):
+        _check_point(folder / f"trial_{index + 1}", as_mapping(point))
+    found = []
+    for part in _parts(len(points), TOGETHER[framework]):
+        name = f"{workload} {framework}: tuning of {submission}, points {part.start + 1} to {part.stop}"
+        train = command(
+            workload,
+            framework,
+            submission,
+            plan.directory / "tuning",
+            folder.parent.name,
+            TUNING_SEED,
+            plan.settings,
+            space=space,
+            points=part,
+            of=len(points),
+            save_checkpoints=False,
+        )
+        folders = tuple(folder / f"trial_{index + 1}" for index in part)
+        expected = seconds.of(workload, framework, submission)
+        job = Job(name, folders, train, log_of(plan.directory, name), plan.settings, expected)
+        found.append(_checked(job, workload))
+    return found
+
+
+def _race_jobs(
+    plan: Plan, framework: str, workload: str, submission: str, needs: tuple[str, ...], seconds: Seconds
+) -> list[Job]:
+    base = facts.base_of(workload)
+    points = min(plan.suite.raced, len(tuning.read_points(str(plan.spaces[submission]), plan.suite.points)))
+    found = []
+    for study, seed in plan.seeds.items():
+        folder = plan.race / submission / f"study_{study}" / f"{workload}_{framework}"
+        for part in _parts(points, TOGETHER[framework]):
+            last = f" to {part.stop}" if len(part) > 1 else ""
+            name = f"{workload} {framework}: {submission} in study {study}, trial {part.start + 1}{last}"
+            folders = tuple(folder / f"trial_{index + 1}" for index in part)
+            train = command(
+                workload,
+                framework,
+                submission,
+                plan.race,
+                folder.parent.name,
+                seed,
+                plan.settings,
+                space=_points_file(plan, base, submission),
+                points=part,
+                of=points,
+                save_checkpoints=False,
+            )
+            job = Job(
+                name,
+                folders,
+                train,
+                log_of(plan.directory, name),
+                plan.settings,
+                seconds.of(workload, framework, submission),
+                needs,
+                functools.partial(_prepare_race, plan, base, submission, folders, part),
+            )
+            found.append(_checked(job, workload))
+    return found
+
+
+def _parts(count: int, size: int) -> list[range]:
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _prepare_race(plan: Plan, workload: str, submission: str, folders: Sequence[Path], part: range) -> None:
+    """Makes sure that the points are chosen, and that earlier trials ran them."""
+    points = choose(plan, workload, submission)
+    for folder, index in zip(folders, part, strict=True):
+        _check_point(folder, points[index])
+
+
+def choose(plan: Plan, workload: str, submission: str) -> list[dict[str, object]]:
+    """Ranks a submission's tuning trials on a base workload and records the best; returns their points.
+
+    Raises:
+        UserError: trials are missing.
+    """
+    folder, space = plan.tuning_folder(workload, submission), tuning.read_space(str(plan.spaces[submission]))
+    trials = []
+    for index, point in enumerate(tuning.read_points(str(plan.spaces[submission]), plan.suite.points)):
+        outcome = experiment.outcome(folder / f"trial_{index + 1}")
+        if outcome is None:
+            raise UserError(
+                f"{submission} is not tuned on {workload} yet: {folder} lacks trial_{index + 1}; run the stage "
+                "'tuning' first."
+            )
+        trials.append(choice.Tuned(index + 1, dict(as_mapping(point)), outcome))
+    ranked = choice.ranking(trials, lower_is_better=facts.task(workload).lower_is_better)
+    best = ranked[: plan.suite.raced]
+    record = {
+        "workload": workload,
+        "submission": submission,
+        "tuned_in": plan.tuned_in(submission),
+        "seed": TUNING_SEED,
+        "step_hint": facts.task(workload).step_hint,
+        "target": ranked[0].outcome["target"],
+        "metric": ranked[0].outcome["metric"],
+        "rule": "the fewest steps to the target, then the best validation metric",
+        "space": space,
+        "chosen": [tuned.trial for tuned in best],
+        "at_an_edge": {f"trial_{tuned.trial}": choice.edges(tuned.point, space) for tuned in best},
+        "ranking": [
+            {
+                "trial": tuned.trial,
+                "steps_to_target": tuned.outcome["steps_to_target"],
+                "best_metric": tuned.outcome["best_metric"],
+                "point": tuned.point,
+            }
+            for tuned in ranked
+        ],
+    }
+    path = plan.chosen_file(workload, submission)
+    points = [dict(tuned.point) for tuned in best]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if experiment.read_json(path) != record:
+        atomic.write_json(path, record)
+        atomic.write_text(_points_file(plan, workload, submission), json.dumps(points, indent=2))
+    return points
+
+
+def _points_file(plan: Plan, workload: str, submission: str) -> Path:
+    path = plan.chosen_file(workload, submission)
+    return path.with_name(f"{path.stem}.points.json")
+
+
+def _check_point(trial: Path, point: Mapping[str, object]) -> None:
+    saved = read_hyperparameters(trial)
+    if saved is not None and saved != point:
+        raise UserError(
+            f"The trial {trial} has other hyperparameters than its search space or its tuning give now; choose "
+            "another --experiment_dir, or remove that of the submission there."
+        )
+
+
+def _checked(job: Job, workload: str) -> Job:
+    """The job, unless trials that ran up to another target would be mixed with those that are to come."""
+    target = facts.task(workload).validation_target_value
+    for outcome in job.outcomes():
+        if outcome["target"] != target:
+            raise UserError(
+                f"Trials in {job.folders[0].parent} ran up to the target {outcome['target']}, but that of "
+                f"{workload} is {target} now; choose another --experiment_dir, or remove those trials."
+            )
+    return job
+
+
+class Seconds:
+    """What a trial is expected to take: from finished trials, else from the record of how the targets were set."""
+
+    def __init__(self, directory: Path) -> None:
+        self._measured: dict[tuple[str, str], float] = {}
+        self._paces: dict[tuple[str, str, str], list[float]] = {}
+        for path in directory.glob("*/*/*/*/*/outcome.json"):
+            outcome = experiment.outcome(path.parent)
+            if outcome is not None and outcome["global_step"]:
+                workload, _, framework = path.parts[-3].rpartition("_")
+                spent = outcome["accumulated_submission_time"] + outcome["accumulated_eval_time"]
+                key = (workload, framework, path.parts[-5])
+                self._paces.setdefault(key, []).append(spent / outcome["global_step"])
+
+    def of(self, workload: str, framework: str, submission: str) -> float:
+        """Seconds of a trial over the whole step hint, evaluations included."""
+        paces = self._paces.get((workload, framework, submission))
+        if paces:
+            return statistics.median(paces) * facts.task(workload).step_hint
+        return float(facts.record(workload).get("seconds", UNKNOWN_SECONDS))
