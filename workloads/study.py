@@ -9,7 +9,7 @@ trials and goes on with interrupted ones. Study j has the same seed for every su
     python -m workloads.study --suite=embedded --studies=3 --experiment_dir=runs/suite
 
 tunes every submission on every workload with the same means, races the best points, and ends with report and
-leaderboards (`workloads.suite`). Each of `--submissions`, `--workloads`, `--framework` and `--stages` takes a part.
+leaderboards (`workloads.studies.suite`). `--submissions`, `--workloads`, `--framework` and `--stages` take a part.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from commands.errors import UserError, tell
 from commands.flags import new, parse
 from commands.frameworks import FRAMEWORKS
 from submissions import registry as registered
-from workloads import registry, suite, suite_run
+from workloads import registry
 from workloads.runner import experiment, tuning
 from workloads.runner.jobs import Job, command, log_of, run
+from workloads.studies import suite, suite_run
 
 
 def study_seed(study: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -113,7 +114,7 @@ def command(
 
 def log_of(directory: Path, name: str) -> Path:
     """Where a job's log lies. Hidden, because a reader of the experiment takes every folder for a submission."""
-    return directory / ".logs" / f"{name.replace('/', '.').replace(' ', '_')}.log"
+    return directory / ".logs" / f"{re.sub(r'[^A-Za-z0-9_]+', '.', name)}.log"
 
 
 def run(todo: Sequence[Job], parallel: int, *, say_kept: bool = True, patient: bool = False) -> list[str]:

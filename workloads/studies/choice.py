@@ -25,15 +25,20 @@ class Tuned:
     outcome: Outcome
 
 
-def ranking(trials: Sequence[Tuned], *, lower_is_better: bool) -> list[Tuned]:
+def ranking(trials: Sequence[Tuned], *, lower_is_better: bool, by_steps: bool = True) -> list[Tuned]:
     """The trials, best first: those that reached the target by their steps, then the rest by their best metric.
 
     Ties go to the better metric, then to the lower number; a trial without a metric comes last.
+
+    Args:
+        trials: in any order.
+        lower_is_better: the direction of the metric.
+        by_steps: False for the best metric alone, whether or not a target was reached.
     """
 
     def key(tuned: Tuned) -> tuple[float, float, int]:
         steps, metric = tuned.outcome["steps_to_target"], tuned.outcome["best_metric"]
-        reached = math.inf if steps is None else steps
+        reached = math.inf if steps is None or not by_steps else steps
         distance = math.inf if metric is None else metric if lower_is_better else -metric
         return reached, distance, tuned.trial
 

@@ -12,9 +12,10 @@ from absl import flags
 from commands import frameworks
 from commands.errors import UserError, tell
 from submissions import registry as submissions
-from workloads import facts, registry, suite
+from workloads import registry
 from workloads.runner import experiment, jobs
-from workloads.suite import Plan
+from workloads.studies import facts, suite
+from workloads.studies.suite import Plan
 
 # Flags that a suite decides itself.
 NOT_OURS = ("num_studies", "hparam_start_index", "hparam_end_index", "stop_at_target", "save_checkpoints")

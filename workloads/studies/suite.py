@@ -22,10 +22,11 @@ from algoperf_kfac.config import as_mapping
 from commands import atomic
 from commands.errors import UserError
 from submissions import registry as submissions
-from workloads import choice, facts, registry
+from workloads import registry
 from workloads.runner import experiment, tuning
 from workloads.runner.jobs import CHECKOUT, Job, command, log_of
 from workloads.runner.logs import read_hyperparameters
+from workloads.studies import choice, facts
 
 SPACES = CHECKOUT / "tuning_search_spaces" / "suite"
 TUNING_SEED = 901  # used for nothing but tuning
@@ -182,9 +183,9 @@ def _tuning_jobs(plan: Plan, workload: str, submission: str, seconds: Seconds) -
     points = tuning.read_points(str(space), plan.suite.points)
     folder = plan.tuning_folder(workload, submission)
     for index, point in enumerate(points):
-        _check_point(folder / f"trial_{index + 1}", as_mapping(point))
+        check_point(folder / f"trial_{index + 1}", as_mapping(point))
     found = []
-    for part in _parts(len(points), TOGETHER[framework]):
+    for part in parts(len(points), TOGETHER[framework]):
         name = f"{workload} {framework}: tuning of {submission}, points {part.start + 1} to {part.stop}"
         train = command(
             workload,
@@ -214,7 +215,7 @@ def _race_jobs(
     found = []
     for study, seed in plan.seeds.items():
         folder = plan.race / submission / f"study_{study}" / f"{workload}_{framework}"
-        for part in _parts(points, TOGETHER[framework]):
+        for part in parts(points, TOGETHER[framework]):
             last = f" to {part.stop}" if len(part) > 1 else ""
             name = f"{workload} {framework}: {submission} in study {study}, trial {part.start + 1}{last}"
             folders = tuple(folder / f"trial_{index + 1}" for index in part)
@@ -245,7 +246,8 @@ def _race_jobs(
     return found
 
 
-def _parts(count: int, size: int) -> list[range]:
+def parts(count: int, size: int) -> list[range]:
+    """The indices up to `count`, in pieces of at most `size`."""
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
@@ -253,7 +255,7 @@ def _prepare_race(plan: Plan, workload: str, submission: str, folders: Sequence[
     """Makes sure that the points are chosen, and that earlier trials ran them."""
     points = choose(plan, workload, submission)
     for folder, index in zip(folders, part, strict=True):
-        _check_point(folder, points[index])
+        check_point(folder, points[index])
 
 
 def choose(plan: Plan, workload: str, submission: str) -> list[dict[str, object]]:
@@ -263,15 +265,7 @@ def choose(plan: Plan, workload: str, submission: str) -> list[dict[str, object]
         UserError: trials are missing.
     """
     folder, space = plan.tuning_folder(workload, submission), tuning.read_space(str(plan.spaces[submission]))
-    trials = []
-    for index, point in enumerate(tuning.read_points(str(plan.spaces[submission]), plan.suite.points)):
-        outcome = experiment.outcome(folder / f"trial_{index + 1}")
-        if outcome is None:
-            raise UserError(
-                f"{submission} is not tuned on {workload} yet: {folder} lacks trial_{index + 1}; run the stage "
-                "'tuning' first."
-            )
-        trials.append(choice.Tuned(index + 1, dict(as_mapping(point)), outcome))
+    trials = tuned_trials(folder, plan.spaces[submission], plan.suite.points)
     ranked = choice.ranking(trials, lower_is_better=facts.task(workload).lower_is_better)
     best = ranked[: plan.suite.raced]
     record = {
@@ -305,12 +299,28 @@ def choose(plan: Plan, workload: str, submission: str) -> list[dict[str, object]
     return points
 
 
+def tuned_trials(folder: Path, space: Path, count: int) -> list[choice.Tuned]:
+    """The finished trials of the first points of a space.
+
+    Raises:
+        UserError: one is missing.
+    """
+    found = []
+    for index, point in enumerate(tuning.read_points(str(space), count)):
+        outcome = experiment.outcome(folder / f"trial_{index + 1}")
+        if outcome is None:
+            raise UserError(f"{folder} lacks a finished trial_{index + 1}; run the tuning first.")
+        found.append(choice.Tuned(index + 1, dict(as_mapping(point)), outcome))
+    return found
+
+
 def _points_file(plan: Plan, workload: str, submission: str) -> Path:
     path = plan.chosen_file(workload, submission)
     return path.with_name(f"{path.stem}.points.json")
 
 
-def _check_point(trial: Path, point: Mapping[str, object]) -> None:
+def check_point(trial: Path, point: Mapping[str, object]) -> None:
+    """Raises UserError if a trial was begun at another point."""
     saved = read_hyperparameters(trial)
     if saved is not None and saved != point:
         raise UserError(

@@ -36,7 +36,7 @@ def in_order(names: Sequence[str]) -> list[str]:
 
 def targets_file(name: str) -> Path:
     """Where a base workload keeps the targets of itself and its variants, and how they were set."""
-    return Path(__file__).parent / base_of(name) / "targets.json"
+    return Path(registry.__file__).parent / base_of(name) / "targets.json"
 
 
 def record(name: str) -> dict[str, Any]:

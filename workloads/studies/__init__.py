@@ -1,0 +1,1 @@
+"""Comparisons over many trials: suites, what they choose, targets, archives."""
