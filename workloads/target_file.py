@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from commands import atomic
 from commands.errors import UserError
 
 FOLDER = Path(__file__).resolve().parent
@@ -26,6 +29,30 @@ class Targets:
     validation: float
     test: float
     provisional: bool
+
+
+def entries(base: str) -> dict[str, dict[str, Any]]:
+    """All that the file of a folder says, by workload: the targets and how they were set; empty without a file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = FOLDER / base / NAME
+    try:
+        found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    except FileNotFoundError:
+        return {}
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}); restore it, or remove it.") from None
+
+
+def write(base: str, name: str, entry: Mapping[str, object]) -> Path:
+    """Puts the entry of a workload into the file of its folder; the others stay."""
+    path = FOLDER / base / NAME
+    atomic.write_text(path, json.dumps({**entries(base), name: entry}, indent=2) + "\n")
+    read.cache_clear()
+    return path
 
 
 @functools.cache

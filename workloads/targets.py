@@ -30,7 +30,7 @@ from commands import atomic, errors
 from commands.errors import UserError, tell
 from commands.flags import new, parse
 from submissions import registry as submissions
-from workloads import registry
+from workloads import registry, target_file
 from workloads.runner import experiment, jobs, tuning
 from workloads.studies import choice, facts, suite
 from workloads.studies.target_values import REFERENCE, repeat_in, settle, verdict
@@ -254,12 +254,12 @@ def _or_none(value: float, digits: int = 4) -> float | None:
     return round(value, digits) if math.isfinite(value) else None
 
 
-def write(workload: str, entry: Mapping[str, object]) -> Path:
-    """Puts an entry into the file of targets; the others stay."""
-    path = facts.targets_file(workload)
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    atomic.write_text(path, json.dumps({**before, workload: entry}, indent=2) + "\n")
-    return path
+def ensure_entry(workload: str) -> None:
+    """Gives a workload without targets some that no run reaches: without any it cannot run."""
+    if not facts.record(workload):
+        unreachable = 0.0 if facts.task(workload).lower_is_better else 1.0
+        entry = {"validation": unreachable, "test": unreachable, "provisional": True, "how": "not set yet"}
+        target_file.write(facts.base_of(workload), workload, entry)
 
 
 # The command.
@@ -300,6 +300,8 @@ def _run(values: flags.FlagValues) -> int:
     settings = {**SETTINGS, "max_global_steps": values.max_global_steps}
     plan = Plan(directory, tuple(dict.fromkeys(values.submissions)), settings)
     write_spaces(plan)
+    for workload in {name for one in values.workloads for name in (facts.base_of(one), one)}:
+        ensure_entry(workload)
     todo = jobs_of(plan, values.workloads)
     trials = sum(len(job.folders) - len(job.outcomes()) for job in todo)
     seconds = sum(job.seconds * (len(job.folders) - len(job.outcomes())) for job in todo)
@@ -314,7 +316,12 @@ def _run(values: flags.FlagValues) -> int:
             incomplete.append(workload)
             tell(f"error: no target of {workload}: {errors.one_line(error)}", sys.stderr)
             continue
-        written = f"; written to {write(workload, entry).name}" if values.write else ""
+        base = facts.base_of(workload)
+        written = (
+            f"; written to {target_file.write(base, workload, entry).parent.name}/targets.json"
+            if values.write
+            else ""
+        )
         tell(_line(workload, entry) + written)
     return 1 if failed or incomplete else 0
 

@@ -1,4 +1,4 @@
-"""Finished trials as small files for the repository, and back: nothing of the machine, numbers to six digits.
+"""Finished trials as small files for the repository, and back: nothing of the machine, numbers to a few digits.
 
 One file for each stage, workload and framework: JSON, compressed by xz. What all its trials share stands once, a
 column of evaluations is a list, or one value if it never changes.
@@ -21,7 +21,8 @@ from workloads.runner.jobs import CHECKOUT
 from workloads.runner.logs import write_table
 
 STAGES = ("tuning", "race", "targets")
-DIGITS = 6
+# Significant digits: of what scores are made of, of other metrics, of other times.
+DIGITS, METRIC_DIGITS, TIME_DIGITS = 6, 5, 3
 FORMAT = 1
 # Columns that repeat another, and are written back from it.
 COPIES = {"score": "accumulated_submission_time"}
@@ -130,7 +131,10 @@ def _columns(path: Path, outcome: Mapping[str, Any], lower_is_better: bool) -> O
             columns.pop(name, None)
     found: Object = {"": len(rows)}
     for name, exact in columns.items():
-        values = [_rounded(value) for value in exact]
+        digits = METRIC_DIGITS if "/" in name else TIME_DIGITS
+        if name in (outcome["metric"], *COPIES, *COPIES.values()):
+            digits = DIGITS
+        values = [_rounded(value, digits) for value in exact]
         if name == outcome["metric"]:
             # A number that rounding would carry over the target stays as it is.
             values = [
@@ -209,8 +213,8 @@ def _number(text: str) -> Any:
     return value if math.isfinite(value) else text
 
 
-def _rounded(value: Any) -> Any:
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) and math.isfinite(value) else value
+def _rounded(value: Any, digits: int = DIGITS) -> Any:
+    return float(f"{value:.{digits}g}") if isinstance(value, float) and math.isfinite(value) else value
 
 
 def _without_machine(value: Any, directory: Path) -> Any:

@@ -331,7 +331,7 @@ def check_point(trial: Path, point: Mapping[str, object]) -> None:
 
 def _checked(job: Job, workload: str) -> Job:
     """The job, unless trials that ran up to another target would be mixed with those that are to come."""
-    target = facts.task(workload).validation_target_value
+    target = facts.validation_target(workload)
     for outcome in job.outcomes():
         if outcome["target"] != target:
             raise UserError(
