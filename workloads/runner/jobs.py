@@ -26,6 +26,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 # One thread each: with several BLAS threads on as many cores, timings have outliers of ten times. XLA reads NPROC.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC"), "1")
 _PERIOD = 2.0  # seconds between looks at how far running jobs are
+_LINE_PERIOD = 60.0  # seconds between lines where they cannot be rewritten
 
 
 @dataclass(frozen=True)
@@ -234,17 +235,22 @@ class _Run:
 
 
 class _Status:
-    """On a terminal, one line with the progress of the running jobs; elsewhere nothing."""
+    """On a terminal, one line with the progress of the running jobs; elsewhere a line every minute."""
 
     def __init__(self) -> None:
         self._terminal = is_terminal(sys.stderr)
+        self._last = time.monotonic()
 
     def show(self, line: str) -> None:
         if self._terminal:
             tell(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}", sys.stderr, end="")
+        elif time.monotonic() - self._last > _LINE_PERIOD:
+            self._last = time.monotonic()
+            tell(line, sys.stderr)
 
     def clear(self) -> None:
-        self.show("")
+        if self._terminal:
+            self.show("")
 
 
 def duration(seconds: float) -> str:

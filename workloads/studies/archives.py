@@ -12,7 +12,7 @@ import lzma
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from commands import atomic
 from commands.errors import UserError
@@ -24,10 +24,12 @@ STAGES = ("tuning", "race", "targets")
 # Significant digits: of what scores are made of, of other metrics, of other times.
 DIGITS, METRIC_DIGITS, TIME_DIGITS = 6, 5, 3
 FORMAT = 1
+EXACT = ("target", "best_metric")  # of an outcome: what tuning ranks by
 # Columns that repeat another, and are written back from it.
 COPIES = {"score": "accumulated_submission_time"}
 LEFT_OUT = ("os_platform",)  # of the meta data: it names the machine
 Object: TypeAlias = dict[str, Any]
+Chosen: TypeAlias = dict[str, dict[str, Object]]  # workload -> submission -> `chosen/<workload>/<submission>.json`
 
 
 def pack(directory: Path, destination: Path) -> list[Path]:
@@ -52,7 +54,7 @@ def pack(directory: Path, destination: Path) -> list[Path]:
         path = destination / f"{name}.json.xz"
         atomic.write_bytes(path, lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
         written.append(path)
-    chosen = _chosen(directory)
+    chosen = chosen_records(directory)
     if chosen:
         path = destination / "chosen.json"
         atomic.write_text(path, json.dumps(chosen, indent=1) + "\n")
@@ -94,16 +96,22 @@ def unpack(source: Path, directory: Path) -> int:
     return count
 
 
-def chosen_points(source: Path) -> dict[str, dict[str, list[Object]]]:
-    """Workload -> submission -> the points a packed suite chose, best first; empty without an archive."""
-    records = experiment.read_json(source / "chosen.json") or {}
-    return {
-        workload: {
-            name: [found["point"] for found in one["ranking"][: len(one["chosen"])]] for name, one in of.items()
-        }
-        for workload, of in records.items()
-        if isinstance(of, dict)
-    }
+def chosen_records(directory: Path) -> Chosen:
+    """What a suite chose, from its directory or from an archive; empty where nothing was."""
+    packed = experiment.read_json(directory / "chosen.json")
+    if packed is not None:
+        return cast(Chosen, packed)
+    found: Chosen = {}
+    for path in sorted(directory.glob("chosen/*/*.json")):
+        record = None if path.name.endswith(".points.json") else experiment.read_json(path)
+        if record is not None:
+            found.setdefault(path.parent.name, {})[path.stem] = record
+    return found
+
+
+def chosen_points(record: Object) -> list[Object]:
+    """The points a record of what was chosen names, best first."""
+    return [found["point"] for found in record["ranking"][: len(record["chosen"])]]
 
 
 def _packed(trial: Path, directory: Path) -> Object:
@@ -115,7 +123,7 @@ def _packed(trial: Path, directory: Path) -> Object:
         "hparams": experiment.read_json(trial / "hparams.json"),
         "meta": {name: value for name, value in meta.items() if name not in LEFT_OUT},
         "flags": {name: _without_machine(value, directory) for name, value in flags.items()},
-        "outcome": {name: value if name == "target" else _rounded(value) for name, value in outcome.items()},
+        "outcome": {name: value if name in EXACT else _rounded(value) for name, value in outcome.items()},
         "evaluations": _columns(
             trial / "eval_measurements.csv", outcome, bool(meta.get("workload.lower_is_better"))
         ),
@@ -189,15 +197,6 @@ def _unpacked(content: Object) -> Iterator[tuple[str, Object, list[dict[str, Any
             if copy not in full and source in full:
                 full[copy] = full[source]
         yield str(name), files, [{key: full[key][k] for key in full} for k in range(count)]
-
-
-def _chosen(directory: Path) -> dict[str, dict[str, Object]]:
-    found: dict[str, dict[str, Object]] = {}
-    for path in sorted(directory.glob("chosen/*/*.json")):
-        record = None if path.name.endswith(".points.json") else experiment.read_json(path)
-        if record is not None:
-            found.setdefault(path.parent.name, {})[path.stem] = record
-    return found
 
 
 def _number(text: str) -> Any:

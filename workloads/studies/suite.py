@@ -174,6 +174,10 @@ def jobs(plan: Plan) -> list[Job]:
         needs = tuple(job.name for job in tuned) if "tuning" in plan.stages else ()
         if "race" in plan.stages:
             raced = _race_jobs(plan, framework, workload, submission, needs, seconds)
+            if all(job.is_finished() for job in tuned):  # what does not fit shows before any work
+                for job in raced:
+                    if job.prepare is not None:
+                        job.prepare()
             found |= {job.name: job for job in raced}
     return list(found.values())
 

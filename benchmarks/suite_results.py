@@ -1,0 +1,138 @@
+"""Judges the race of a suite: the workloads in groups, those K-FAC was not tuned on first.
+
+`benchmarks.suite_table` writes what comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import scoring
+from scoring.judge import means
+from scoring.judge.rules import Rules
+from workloads import registry
+from workloads.studies import facts
+
+REFERENCE = "nadamw"
+COSTS = ("steps", "time")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Workloads whose results mean the same.
+
+    Attributes:
+        key: a word for files.
+        title: what they are.
+        workloads: in the order of the suite.
+    """
+
+    key: str
+    title: str
+    workloads: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A group in one framework.
+
+    Attributes:
+        cells: cost -> one row per submission and workload: median, least, most, values over studies, hits, state.
+        means: cost -> by submission the geometric mean ratio to the reference; see `means.geometric_means`.
+        ranking: cost -> by submission AlgoPerf's score on these logs.
+        pace: by submission and workload, ms per step.
+        studies: how many are due.
+    """
+
+    group: Group
+    framework: str
+    rules: Rules
+    cells: dict[str, pd.DataFrame]
+    means: dict[str, pd.DataFrame]
+    ranking: dict[str, pd.DataFrame]
+    pace: pd.DataFrame
+    studies: int
+
+    @property
+    def submissions(self) -> list[str]:
+        """By the geometric mean of steps; those without one last."""
+        order = self.means["steps"].sort_values(["workloads", "ratio"], ascending=[False, True])
+        order = pd.concat([order[order["ratio"].notna()].sort_values("ratio"), order[order["ratio"].isna()]])
+        return [str(name) for name in order.index]
+
+    def pace_of(self, submission: str, workload: str) -> float:
+        """Median ms per step of a submission on a workload; NaN where it was not run."""
+        table = self.pace
+        there = submission in table.index and workload in table.columns
+        return (
+            float(table.to_numpy()[table.index.get_loc(submission), table.columns.get_loc(workload)])
+            if there
+            else np.nan
+        )
+
+
+def groups(names: Sequence[str]) -> list[Group]:
+    """Our workloads among `names`, those nobody tuned K-FAC on first, base workloads before variants."""
+    ours = facts.in_order([name for name in names if name in registry.WORKLOADS])
+    new = [name for name in ours if not facts.task(name).tuned_on]
+    parts = [
+        Group(
+            "new",
+            "Workloads nobody tuned K-FAC on",
+            tuple(name for name in new if not registry.WORKLOADS[name].is_variant),
+        ),
+        Group(
+            "variants",
+            "Held-out variants of these, at the points found on their base workloads",
+            tuple(name for name in new if registry.WORKLOADS[name].is_variant),
+        ),
+        Group(
+            "tuned_on",
+            "Workloads K-FAC was tuned on while it was written, and their variants",
+            tuple(name for name in ours if facts.task(name).tuned_on),
+        ),
+    ]
+    return [part for part in parts if part.workloads]
+
+
+def judge(race: Path, studies: int) -> list[Judged]:
+    """Every group in every framework that was run.
+
+    Args:
+        race: the folder of a suite's race.
+        studies: how many are due; a missing one is a miss.
+
+    Raises:
+        UserError: there is no trial, or none of the reference.
+    """
+    logs = scoring.read(race)
+    found = []
+    for framework in sorted(set(logs.trials["framework"]), key=("pytorch", "jax").index):
+        part = logs.select(framework=framework)
+        for group in groups(sorted(set(part.trials["workload"]))):
+            found.append(_judge(part.select(workload=list(group.workloads)), group, framework, studies))
+    return found
+
+
+def _judge(logs: scoring.Logs, group: Group, framework: str, studies: int) -> Judged:
+    boards = {
+        cost: scoring.leaderboard(logs, workloads="present", cost=cost, reference=REFERENCE, studies=studies)
+        for cost in COSTS
+    }
+    rules = boards["steps"].rules
+    cells = {cost: board.cells for cost, board in boards.items()}
+    return Judged(
+        group,
+        framework,
+        rules,
+        cells,
+        {cost: means.geometric_means(table, rules, REFERENCE) for cost, table in cells.items()},
+        {cost: board.ranking for cost, board in boards.items()},
+        boards["time"].trials.groupby(["submission", "workload"])["ms_per_step"].median().unstack(),
+        studies,
+    )
