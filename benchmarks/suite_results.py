@@ -60,9 +60,8 @@ class Judged:
 
     @property
     def submissions(self) -> list[str]:
-        """By the geometric mean of steps; those without one last."""
-        order = self.means["steps"].sort_values(["workloads", "ratio"], ascending=[False, True])
-        order = pd.concat([order[order["ratio"].notna()].sort_values("ratio"), order[order["ratio"].isna()]])
+        """Those whose mean is over the most workloads first, and of them by the geometric mean of steps."""
+        order = self.means["steps"].sort_values(["workloads", "ratio"], ascending=[False, True], kind="stable")
         return [str(name) for name in order.index]
 
     def pace_of(self, submission: str, workload: str) -> float:

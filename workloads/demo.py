@@ -1,12 +1,15 @@
-"""The demo: K-FAC-expand, K-FAC-reduce and NadamW race to a target on real data, in each framework, then a report.
+"""The demo: both K-FACs, SOAP, Muon and NadamW race to a target on two workloads, in each framework, then a report.
 
     python -m workloads.demo --output_dir=runs/demo
 
-Run again, it keeps finished runs and only writes the report anew.
+The workloads are the first and the last of the suite. Each submission runs the best point that the suite found for
+it on the workload (docs/results/suite/chosen.json), one trial in one study. Run again, it keeps finished runs and
+only writes the report anew.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,18 +17,18 @@ from pathlib import Path
 
 from absl import flags
 
-from commands import errors
+from commands import atomic, errors
 from commands.errors import tell
 from commands.flags import new, parse
 from commands.frameworks import FRAMEWORKS
 from submissions import registry as submissions
 from workloads import registry, study
-from workloads.runner import experiment
-from workloads.runner.jobs import CHECKOUT
+from workloads.runner import experiment, jobs
+from workloads.runner.jobs import CHECKOUT, Job
+from workloads.studies import archives, facts
 
-SUBMISSIONS = ("nadamw", "kfac_expand", "kfac_reduce")
-# No single point of NadamW is good on both workloads: it gets its best one on each, and the better trial counts.
-TUNED = CHECKOUT / "tuning_search_spaces" / "nadamw_tuned.json"
+SUBMISSIONS = ("nadamw", "kfac_expand", "kfac_reduce", "soap", "muon")
+TUNED = CHECKOUT / "docs" / "results" / "suite"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,17 +58,19 @@ def demo(
         UserError: a package is missing, a framework unknown, or the folder cannot be written.
     """
     experiment.check_writable(output)
-    workloads = list(registry.WORKLOADS)
-    jobs = []
+    order = facts.in_order(registry.BASES)
+    workloads = [order[0], order[-1]]
+    todo = []
     for framework in frameworks:
-        for name in workloads:
+        here = [name for name in workloads if framework in registry.WORKLOADS[name].frameworks]
+        for name in here:
             registry.load(name, framework)  # missing packages show here, once, and not in every job
         there = submissions.names_in(framework)
         chosen = [name for name in SUBMISSIONS if name in there]
-        jobs += study.jobs(output, chosen, workloads, framework, [1], {"nadamw": str(TUNED)}, [0, 1], max_steps)
-        tell(f"==> Training {', '.join(chosen)} on {', '.join(workloads)} in {framework}")
-    tell(f"==> {len(jobs)} runs, {parallel} at a time")
-    failed = study.run(jobs, parallel)
+        todo += [_job(output, name, workload, framework, max_steps) for workload in here for name in chosen]
+        tell(f"==> Training {', '.join(chosen)} on {', '.join(here)} in {framework}")
+    tell(f"==> {len(todo)} runs, {parallel} at a time")
+    failed = jobs.run(todo, parallel)
     tell("==> Writing the report")
     report = output / "report"
     command = [sys.executable, "-m", "scoring", "report", str(output), f"--output_dir={report}"]
@@ -77,6 +82,24 @@ def demo(
     if failed:
         tell(f"error: {len(failed)} of the runs failed: {', '.join(failed)}", sys.stderr)
     return 1 if failed else 0
+
+
+def _job(output: Path, submission: str, workload: str, framework: str, max_steps: int | None) -> Job:
+    """The trial of a submission's best point, or of its own point where none was found."""
+    settings: dict[str, object] = {"max_global_steps": max_steps, "stop_at_target": True}
+    name = f"{submission}/study_1/{workload}_{framework}/trial_1"
+    record = archives.chosen_records(TUNED).get(workload, {}).get(submission)
+    space = None
+    if record is None:
+        tell(f"note: no point of {submission} was tuned on {workload}: it runs its own")
+    else:
+        space = output / ".points" / f"{workload}_{submission}.json"
+        space.parent.mkdir(exist_ok=True)
+        atomic.write_text(space, json.dumps(archives.chosen_points(record)[:1], indent=2))
+    train = jobs.command(
+        workload, framework, submission, output, "study_1", study.study_seed(1), settings, space=space
+    )
+    return Job(name, (output / name,), train, jobs.log_of(output, name), settings)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from tests.workloads.helpers import metrics
-from workloads import demo, study
+from workloads import demo, registry, study
 from workloads.runner import jobs
 
 
@@ -104,6 +105,8 @@ def test_jobs_of_a_tuned_and_an_untuned_submission(tmp_path):
 
 def test_demo_trains_and_reports(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "SUBMISSIONS", ("nadamw",))
+    monkeypatch.setattr(demo, "TUNED", tmp_path)
+    monkeypatch.setattr(registry, "BASES", ["bible_lm", "mnist_vit"])
     commands = []
 
     def report(command, **options):
@@ -128,14 +131,25 @@ def test_demo_is_a_race_in_both_frameworks(tmp_path, monkeypatch):
         raced.extend(todo)
         return []
 
-    monkeypatch.setattr(study, "run", run)
+    record = {"ranking": [{"point": {"learning_rate": rate}} for rate in (0.1, 0.2)], "chosen": [2, 1]}
+    (tmp_path / "chosen.json").write_text(json.dumps({"bible_lm": {"nadamw": record}}))
+    monkeypatch.setattr(demo, "TUNED", tmp_path)
+    monkeypatch.setattr(demo, "SUBMISSIONS", ("nadamw", "kfac_expand", "kfac_reduce"))
+    monkeypatch.setattr(registry, "BASES", ["bible_lm", "mnist_vit"])
+    monkeypatch.setattr(jobs, "run", run)
     monkeypatch.setattr(demo.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0))
-    assert demo.main([f"--output_dir={tmp_path}"]) == 0
-    trials = {"nadamw": ("trial_1", "trial_2"), "kfac_expand": ("trial_1",), "kfac_reduce": ("trial_1",)}
+    assert demo.main([f"--output_dir={tmp_path / 'x'}"]) == 0
     assert {job.name for job in raced} == {
-        f"{submission}/study_1/{workload}_{framework}/{trial}"
-        for submission, names in trials.items()
-        for trial in names
+        f"{submission}/study_1/{workload}_{framework}/trial_1"
+        for submission in ("nadamw", "kfac_expand", "kfac_reduce")
         for workload in ("mnist_vit", "bible_lm")
         for framework in ("pytorch", "jax")
     }
+    # The best point where one was found, else the submission's own.
+    for job in raced:
+        space = [part for part in job.command if part.startswith("--tuning_search_space=")]
+        if job.name.startswith("nadamw/study_1/bible_lm"):
+            assert json.loads(Path(space[0].partition("=")[2]).read_text()) == [{"learning_rate": 0.1}]
+        else:
+            assert space == []
+            assert "--tuning_ruleset=self" in job.command

@@ -1,0 +1,79 @@
+"""The tables and the figure of a suite, from trials that took no time."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+
+from benchmarks import suite_figure, suite_results, suite_table
+from commands.errors import UserError
+from tests.workloads.fake_training import Trainer
+from workloads import registry, study
+from workloads.runner import jobs
+from workloads.studies import archives, suite, suite_run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """NadamW reaches both targets at step 40, or 50 on odd seeds, K-FAC-expand at 20 or 30, K-FAC-reduce never."""
+    folder = tmp_path_factory.mktemp("suite")
+    points = {"nadamw": [0.025, 0.026], "kfac_expand": [0.05, 0.051], "kfac_reduce": [0.001, 0.0011]}
+    spaces = []
+    for name, rates in points.items():
+        (folder / f"{name}.json").write_text(json.dumps([{"learning_rate": rate} for rate in rates]))
+        spaces.append(f"{name}={folder / name}.json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs, "_start", Trainer())
+        patch.setattr(suite_run, "report", lambda *_: True)
+        patch.setitem(suite.SUITES, "embedded", suite.Suite(tuple(points), points=2, raced=1, studies=3))
+        flags = ["--suite=embedded", "--workloads=mnist_vit,bible_lm", f"--experiment_dir={folder / 'x'}"]
+        assert study.main([*flags, f"--tuning_search_space={','.join(spaces)}"]) == 0
+    return folder / "x"
+
+
+def test_what_nobody_tuned_on_comes_first(finished, monkeypatch):
+    monkeypatch.setattr(registry.WORKLOADS["bible_lm"].task(), "tuned_on", False)
+    judged = suite_results.judge(finished / "race", 3)
+    assert [(one.group.key, one.group.workloads) for one in judged] == [
+        ("new", ("bible_lm",)),
+        ("tuned_on", ("mnist_vit",)),
+    ]
+
+
+def test_tables_figure_and_rows(finished, tmp_path):
+    (one,) = suite_results.judge(finished / "race", 3)
+    assert one.submissions == ["kfac_expand", "nadamw", "kfac_reduce"]
+    summary = suite_table.summary_table(one, "title")
+    # Seeds 1001, 1002, 1003: two odd ones, so the medians are 30 and 50.
+    assert summary.rows[0][:3] == ["kfac_expand", "0.60 [0.40 to 0.75]", "2 of 2"]
+    assert summary.rows[2][:3] == ["kfac_reduce", "–", "0 of 2"]
+    cells = suite_table.cost_table(one, "steps")
+    assert cells.rows[0] == ["kfac_expand", *["30 (20 to 30)"] * 2]
+    assert cells.rows[2] == ["kfac_reduce", *["miss, 0 of 3"] * 2]
+    table = suite_table.rows([one])
+    assert table.query("submission == 'nadamw'")["steps"].tolist() == [50, 50]
+    assert suite_figure.draw([one]).startswith(b"\x89PNG")
+    archives.pack(finished, tmp_path / "packed")
+    archives.unpack(tmp_path / "packed", tmp_path / "y")
+    (again,) = suite_results.judge(tmp_path / "y/race", 3)
+    pd.testing.assert_frame_equal(suite_table.rows([again]), table, rtol=1e-5)
+
+
+def test_best_points_at_an_edge_are_said(finished):
+    record = {"chosen": [3], "at_an_edge": {"trial_3": ["learning_rate (high)"]}}
+    inside = {"chosen": [1], "at_an_edge": {"trial_1": []}}
+    table = suite_table.edges_table({"bible_lm": {"nadamw": record, "soap": inside}})
+    assert table.rows == [["bible_lm", "nadamw", "learning_rate (high)"]]
+    assert table.note.startswith("1 of 2 best points.")
+
+
+def test_only_what_stands_between_the_markers_is_replaced(tmp_path):
+    document = tmp_path / "results.md"
+    document.write_text(f"before\n{suite_table.BEGIN}\nold\n{suite_table.END}\nafter\n")
+    suite_table.insert(document, "new")
+    assert document.read_text() == f"before\n{suite_table.BEGIN}\n\nnew\n\n{suite_table.END}\nafter\n"
+    document.write_text("nothing")
+    with pytest.raises(UserError, match="lacks the lines"):
+        suite_table.insert(document, "new")
