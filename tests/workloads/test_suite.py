@@ -213,6 +213,10 @@ def test_an_archive_scores_the_same_and_the_suite_goes_on_from_it(trainer, space
     assert str(tmp_path) not in text
     assert str(jobs.CHECKOUT) not in text
     assert "Machine" not in text
+    notes = (tmp_path / "packed/suite.json").read_text()
+    assert str(tmp_path) not in notes
+    command = "python -m workloads.study --experiment_dir=runs/x --suite=embedded --tuning_search_space=space.json"
+    assert json.loads(notes)["commands"] == [f"{command} --workloads=mnist_vit,bible_lm"]
     assert "submissions/nadamw/pytorch/submission.py" in text
     assert archive.main(["unpack", str(tmp_path / "packed"), str(tmp_path / "y")]) == 0
     assert "32 trials unpacked" in capsys.readouterr().out

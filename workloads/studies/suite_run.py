@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from absl import flags
 
-from commands import frameworks
+from commands import atomic, frameworks
 from commands.errors import UserError, tell
 from submissions import registry as submissions
 from workloads import registry
@@ -36,6 +37,7 @@ def run(values: flags.FlagValues, spaces: dict[str, str], seeds: dict[int, int])
     plan = _plan(values, spaces, seeds)
     experiment.check_writable(plan.directory)
     todo = suite.jobs(plan)
+    _note(plan, values)
     _announce(plan, todo, values.jobs)
     failed = jobs.run(todo, values.jobs, say_kept=False, patient=True)
     if failed:
@@ -98,6 +100,43 @@ def _announce(plan: Plan, todo: Sequence[jobs.Job], parallel: int) -> None:
             f"==> {trials} trials to run, {parallel} at a time: about {jobs.duration(seconds)} if each ran to its "
             "step limit, less as far as they reach their targets (an estimate, set right as trials finish)"
         )
+
+
+def _note(plan: Plan, values: flags.FlagValues) -> None:
+    """Writes `suite.json`: what each side is given, on how many cores, by which commands."""
+    path = plan.directory / "suite.json"
+    before = experiment.read_json(path) or {}
+    commands = before.get("commands")
+    commands = list(commands) if isinstance(commands, list) else []
+    command = " ".join(["python -m workloads.study", *_as_typed(values)])
+    content = {
+        "suite": values.suite,
+        "points_tuned": plan.suite.points,
+        "points_raced": plan.suite.raced,
+        "tuning_seed": suite.TUNING_SEED,
+        "study_seeds": list(plan.seeds.values()),
+        "processes_at_a_time": values.jobs,
+        "cores": os.cpu_count(),
+        "commands": commands if command in commands else [*commands, command],
+    }
+    if content != before:
+        atomic.write_json(path, content)
+
+
+def _as_typed(values: flags.FlagValues) -> Iterator[str]:
+    """The flags that were given, with no folder of this machine in them."""
+    for name in sorted(values):
+        if not values[name].present:
+            continue
+        if name == "experiment_dir":
+            yield f"--{name}=runs/{Path(values.experiment_dir).name}"
+        elif name == "tuning_search_space":
+            parts = [entry.rpartition("=")[::2] for entry in values.tuning_search_space]
+            yield f"--{name}=" + ",".join(
+                f"{who}={Path(path).name}" if who else Path(path).name for who, path in parts
+            )
+        else:
+            yield values[name].serialize()
 
 
 def report(race: Path, output: Path, frameworks: Sequence[str], studies: int = 0) -> bool:
