@@ -1,5 +1,5 @@
 # Two commands for a newcomer, each complete from a fresh clone and incremental afterwards:
-#   make demo   race K-FAC-expand, K-FAC-reduce and NadamW on real data, and write a report
+#   make demo   race K-FAC, SOAP, Muon and NadamW on real data, and write a report
 #   make test   the whole test suite
 PYTHON ?= python3
 VENV   ?= .venv
@@ -14,14 +14,16 @@ export MKL_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo test test-newest-jax lint results clean
+.PHONY: help environment demo suite targets test test-newest-jax lint results clean
 
 help:
-	@echo "make demo         race K-FAC-expand, K-FAC-reduce and NadamW on real data; prints where the report lies"
+	@echo "make demo         race K-FAC, SOAP, Muon and NadamW on real data; prints where the report lies"
+	@echo "make suite        tune and race every submission on every workload; says how long it takes, goes on when run again"
+	@echo "make targets      set the targets of all workloads anew (docs/suite.md)"
 	@echo "make test         run the whole test suite"
 	@echo "make test-newest-jax   the JAX tests on the newest JAX, flax and optax that this Python can install"
 	@echo "make lint         ruff and mypy"
-	@echo "make results      measure every figure of docs/results.md (about an hour)"
+	@echo "make results      make suite, and write the tables of docs/results.md; cost of a step; controls"
 	@echo "make environment  only create $(VENV) with the pinned packages"
 	@echo "make clean        remove the environments and $(RUNS)"
 
@@ -39,16 +41,19 @@ $(READY): pyproject.toml constraints.txt data.txt
 demo: $(READY)
 	@$(BIN)/python -m workloads.demo --output_dir=$(RUNS)/demo
 
-# Every figure of docs/results.md, from the tuning of the reference to the race; about an hour.
-results: $(READY)
-	@$(BIN)/python -m workloads.study --submissions=nadamw --nostop_at_target --experiment_dir=$(RUNS)/tuning \
-		--tuning_search_space=nadamw=tuning_search_spaces/nadamw.json --num_tuning_trials=20
-	@$(BIN)/python -m benchmarks.tuning_table $(RUNS)/tuning/nadamw
-	@$(BIN)/python -m workloads.study --submissions=nadamw --nostop_at_target --experiment_dir=$(RUNS)/targets \
-		--tuning_search_space=nadamw=tuning_search_spaces/nadamw_tuned.json --num_tuning_trials=2 --num_studies=3 --first_study=6
-	@$(BIN)/python -m workloads.study --submissions=nadamw,kfac_expand,kfac_reduce --num_studies=5 --experiment_dir=$(RUNS)/race \
-		--tuning_search_space=nadamw=tuning_search_spaces/nadamw_tuned.json --num_tuning_trials=2
-	@$(BIN)/python -m scoring report $(RUNS)/race --output_dir=$(RUNS)/race/report
+# FRAMEWORK=pytorch,jax races in JAX, too, at the points found in PyTorch.
+FRAMEWORK ?= pytorch
+
+suite: $(READY)
+	@$(BIN)/python -m workloads.study --suite=embedded --framework=$(FRAMEWORK) --experiment_dir=$(RUNS)/suite
+
+# Changes workloads/*/targets.json: what was raced up to the old targets has to be raced again.
+targets: $(READY)
+	@$(BIN)/python -m workloads.targets --experiment_dir=$(RUNS)/targets
+
+results: suite
+	@$(BIN)/python -m workloads.archive pack $(RUNS)/suite docs/results/suite
+	@$(BIN)/python -m benchmarks.suite_table docs/results/suite
 	@$(BIN)/python -m benchmarks.step_time
 	@$(BIN)/python -m benchmarks.controls
 

@@ -20,6 +20,7 @@ from workloads.studies import choice, facts, suite, suite_run
 
 # By steps: points 2 (10), 4 (20), 1 (30), 3 (never).
 POINTS = [{"learning_rate": value} for value in (0.03, 0.1, 0.001, 0.05)]
+REPORT = suite_run.report
 SMALL = suite.Suite(("nadamw", "kfac_expand"), points=4, raced=2, studies=2)
 
 
@@ -75,6 +76,28 @@ def test_interrupted_anywhere_it_goes_on(trainer, space, tmp_path):
     assert len(trainer.started) == len(set(trainer.started)) == 6
     assert _main(tmp_path / "x", space) == 0
     assert len(trainer.started) == 6
+
+
+def test_what_another_process_has_at_work_is_waited_for(trainer, space, tmp_path):
+    first = "mnist_vit pytorch: tuning of nadamw, points 1 to 4"
+    trainer.busy[first] = 3
+    assert _main(tmp_path / "x", space) == 0
+    assert len(trainer.started) == 6
+    assert trainer.started.index(first) > trainer.started.index(
+        "mnist_vit pytorch: tuning of kfac_expand, points 1 to 4"
+    )
+
+
+def test_report_and_leaderboards(trainer, space, tmp_path):
+    assert _main(tmp_path / "x", space, "--stages=tuning,race") == 0
+    assert REPORT(tmp_path / "x/race", tmp_path / "x", ["pytorch", "jax"], 2)
+    for name, file in (
+        ("report", "report.html"),
+        ("leaderboard_steps", "ranking.csv"),
+        ("leaderboard_time", "ranking.csv"),
+    ):
+        assert (tmp_path / f"x/{name}_pytorch" / file).exists()
+        assert not (tmp_path / f"x/{name}_jax").exists()
 
 
 def test_termination_ends_the_jobs(tmp_path, monkeypatch):
