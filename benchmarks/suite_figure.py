@@ -20,8 +20,12 @@ _RC = {"font.family": "sans-serif", "font.size": 10, "axes.spines.top": False, "
 
 
 def draw(judged: list[Judged]) -> bytes:
-    """A row of two panels for each group of each framework, as PNG; the same bytes for the same data."""
-    shown = [one for one in judged if len(one.submissions) > 1]
+    """A row of two panels for what K-FAC was not tuned on and one for what it was, as PNG.
+
+    Of the first framework alone, and without held-out variants: these are in the tables. The same bytes for the same
+    data.
+    """
+    shown = [one for one in judged if one.framework == judged[0].framework and one.group.key != "variants"]
     heights = [0.9 + 0.32 * len(one.submissions) for one in shown]
     with mpl.rc_context(_RC):  # type: ignore[arg-type]
         figure = Figure(figsize=(10, sum(heights)), layout="constrained")

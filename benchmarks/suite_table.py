@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from commands.arguments import Parser
 from commands.errors import UserError, tell
 from scoring.frames import lookup, records
 from scoring.show import text
+from workloads.runner import experiment
 from workloads.runner.jobs import CHECKOUT
 from workloads.studies import archives
 
@@ -47,7 +49,8 @@ def main() -> int:
             judged = judge(source / "race", given.studies)
             chosen = archives.chosen_records(Path(given.source))
         link = figure.relative_to(document.parent) if figure.is_relative_to(document.parent) else figure
-        insert(document, page(judged, chosen, str(link)))
+        notes = experiment.read_json(Path(given.source) / "suite.json") or {}
+        insert(document, page(judged, chosen, notes, str(link)))
         figure.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_bytes(figure, suite_figure.draw(judged))
         csv.parent.mkdir(parents=True, exist_ok=True)
@@ -78,9 +81,16 @@ def insert(document: Path, content: str) -> None:
     atomic.write_text(document, f"{before}{BEGIN}\n\n{content}\n\n{END}{after}")
 
 
-def page(judged: list[Judged], chosen: archives.Chosen, figure: str) -> str:
-    """All tables as Markdown."""
-    parts = [f"![Steps and time to target relative to NadamW]({figure})", NOTE]
+def page(judged: list[Judged], chosen: archives.Chosen, notes: Mapping[str, object], figure: str) -> str:
+    """All tables as Markdown.
+
+    Args:
+        judged: what is shown, in this order.
+        chosen: the records of what tuning chose.
+        notes: the suite's `suite.json`.
+        figure: the path of the picture, from the document.
+    """
+    parts = [f"![Steps and time to target relative to NadamW]({figure})", NOTE, *_given(notes)]
     for one in judged:
         title = f"{one.group.title}: {NAMES[one.framework]}"
         parts.append(text.markdown(summary_table(one, title), level=3))
@@ -88,6 +98,19 @@ def page(judged: list[Judged], chosen: archives.Chosen, figure: str) -> str:
         parts.append(text.markdown(pace_table(one), level=4))
     parts.append(text.markdown(edges_table(chosen), level=3))
     return "\n\n".join(parts)
+
+
+def _given(notes: Mapping[str, object]) -> list[str]:
+    """What each side was given, in a sentence."""
+    if not notes:
+        return []
+    seeds = notes["study_seeds"]
+    return [
+        f"Each submission was given {notes['points_tuned']} points of its own space on every base workload, "
+        f"trained on seed {notes['tuning_seed']}, the horizon among the tuned values; its best "
+        f"{notes['points_raced']} were raced on the seeds {', '.join(map(str, seeds)) if isinstance(seeds, list) else seeds}, "
+        f"{notes['processes_at_a_time']} processes on {notes['cores']} cores."
+    ]
 
 
 NOTE = (

@@ -61,6 +61,15 @@ def test_tables_figure_and_rows(finished, tmp_path):
     pd.testing.assert_frame_equal(suite_table.rows([again]), table, rtol=1e-5)
 
 
+def test_the_page_says_what_each_side_was_given(finished):
+    judged = suite_results.judge(finished / "race", 3)
+    notes = json.loads((finished / "suite.json").read_text())
+    page = suite_table.page(judged, archives.chosen_records(finished), notes, "figures/suite.png")
+    assert "Each submission was given 2 points of its own space" in page
+    assert "its best 1 were raced on the seeds 1001, 1002, 1003, 2 processes on" in page
+    assert page.count("### ") == 1 + 3 + 1  # a summary, three tables below it, the edges
+
+
 def test_best_points_at_an_edge_are_said(finished):
     record = {"chosen": [3], "at_an_edge": {"trial_3": ["learning_rate (high)"]}}
     inside = {"chosen": [1], "at_an_edge": {"trial_1": []}}

@@ -107,14 +107,15 @@ class Plan:
         """Of every trial, as `workloads.runner.loop.SETTINGS` names them."""
         return {"max_global_steps": self.max_steps, "stop_at_target": True}
 
-    def tuned_in(self, submission: str) -> str:
-        """The framework a submission is tuned in: PyTorch, unless it is not there."""
-        there = [name for name in self.frameworks if submissions.path_of(submission, name).is_file()]
-        return TUNED_IN if submissions.path_of(submission, TUNED_IN).is_file() else there[0]
+    def tuned_in(self, workload: str, submission: str) -> str:
+        """The framework a submission is tuned in on a workload: PyTorch, unless one of the two is not there."""
+        there = registry.WORKLOADS[workload].frameworks
+        order = (TUNED_IN, *self.frameworks)
+        return next(name for name in order if name in there and submissions.path_of(submission, name).is_file())
 
     def tuning_folder(self, workload: str, submission: str) -> Path:
         """The folder of the tuning trials of a base workload."""
-        name = f"{workload}_{self.tuned_in(submission)}"
+        name = f"{workload}_{self.tuned_in(workload, submission)}"
         return self.directory / "tuning" / submission / f"seed_{TUNING_SEED}" / name
 
     def chosen_file(self, workload: str, submission: str) -> Path:
@@ -183,7 +184,7 @@ def jobs(plan: Plan) -> list[Job]:
 
 
 def _tuning_jobs(plan: Plan, workload: str, submission: str, seconds: Seconds) -> list[Job]:
-    framework, space = plan.tuned_in(submission), plan.spaces[submission]
+    framework, space = plan.tuned_in(workload, submission), plan.spaces[submission]
     points = tuning.read_points(str(space), plan.suite.points)
     folder = plan.tuning_folder(workload, submission)
     for index, point in enumerate(points):
@@ -275,7 +276,7 @@ def choose(plan: Plan, workload: str, submission: str) -> list[dict[str, object]
     record = {
         "workload": workload,
         "submission": submission,
-        "tuned_in": plan.tuned_in(submission),
+        "tuned_in": plan.tuned_in(workload, submission),
         "seed": TUNING_SEED,
         "step_hint": facts.task(workload).step_hint,
         "target": ranked[0].outcome["target"],
