@@ -22,8 +22,8 @@ _RC = {"font.family": "sans-serif", "font.size": 10, "axes.spines.top": False, "
 def draw(judged: list[Judged]) -> bytes:
     """A row of two panels for what K-FAC was not tuned on and one for what it was, as PNG.
 
-    Of the first framework alone, and without held-out variants: these are in the tables. The same bytes for the same
-    data.
+    Of the first framework alone, and without held-out variants, which are in the tables. The same data give the
+    same bytes.
     """
     shown = [one for one in judged if one.framework == judged[0].framework and one.group.key != "variants"]
     heights = [0.9 + 0.32 * len(one.submissions) for one in shown]

@@ -105,10 +105,11 @@ def _given(notes: Mapping[str, object]) -> list[str]:
     if not notes:
         return []
     seeds = notes["study_seeds"]
+    raced_on = ", ".join(map(str, seeds)) if isinstance(seeds, list) else seeds
     return [
         f"Each submission was given {notes['points_tuned']} points of its own space on every base workload, "
         f"trained on seed {notes['tuning_seed']}, the horizon among the tuned values; its best "
-        f"{notes['points_raced']} were raced on the seeds {', '.join(map(str, seeds)) if isinstance(seeds, list) else seeds}, "
+        f"{notes['points_raced']} were raced on the seeds {raced_on}, "
         f"{notes['processes_at_a_time']} processes on {notes['cores']} cores."
     ]
 
