@@ -62,7 +62,9 @@ class Entry:
         if not self.is_variant:
             return class_
         changes = class_.VARIANTS[self.name.removeprefix(f"{self.base}_")]
-        return type(class_.__name__, (class_,), {**changes, "name": self.name, "__module__": class_.__module__})
+        # Nobody tuned on a variant, whatever its base.
+        own = {"tuned_on": False, "name": self.name, "__module__": class_.__module__}
+        return type(class_.__name__, (class_,), {**changes, **own})
 
 
 def _entries() -> dict[str, Entry]:
