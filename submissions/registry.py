@@ -10,6 +10,7 @@ from algoperf_kfac.config import KFACConfig
 from commands import frameworks
 from commands.errors import UserError
 from submissions.common.description import Description, OptimizerConfig
+from submissions.common.packages import MissingPackage
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -40,11 +41,13 @@ def load(submission: str, framework: str) -> ModuleType:
     """The module with AlgoPerf's functions and a `DESCRIPTION`.
 
     Raises:
-        UserError: there is no such submission, or its framework is not installed.
+        UserError: there is no such submission, or its framework or a package of its is not installed.
     """
     check(submission, framework)
     try:
         return importlib.import_module(module_name(submission, framework))
+    except MissingPackage as error:
+        raise UserError(str(error)) from None
     except ModuleNotFoundError as error:
         raise frameworks.missing(error, framework) from None
 
