@@ -100,7 +100,9 @@ def describe(
         raise ValueError(f"{title} declares no hyperparameter 'learning_rate'")
     both = sorted(names_of(TrainingConfig) & set(hyperparameters))
     if both:
-        raise ValueError(f"{title} declares the hyperparameter {both[0]!r}, which the training reads: move it there")
+        raise ValueError(
+            f"{title} declares the hyperparameter {both[0]!r}, which the training reads: move it there"
+        )
 
     def check_all(self: object) -> None:
         for name, (_, allowed) in hyperparameters.items():
@@ -110,7 +112,7 @@ def describe(
         "Config", list(hyperparameters), frozen=True, namespace={"__post_init__": check_all}
     )
     own = {name: default for name, (default, _) in hyperparameters.items()}
-    described = Description(
+    described: Description[Any] = Description(
         title, text, config, own | dataclasses.asdict(TrainingConfig()) | dict(training or {}), tuple(packages)
     )
     described.configure(None)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 from torch import nn
 
-from submissions.common.api import DataSelection, InitOptimizerState, PrepareForEval, Rng, UpdateParams, Workload
+from submissions.common.api import Rng, Workload
 from submissions.common.batch_sizes import get_batch_size
-from submissions.common.description import Description, Hyperparameter, describe
+from submissions.common.description import Hyperparameter, describe
+from submissions.common.functions import Functions
 from submissions.common.packages import Package, require
 from submissions.common.parameters import Parameters, parameters_of
 from submissions.common.pass_through import data_selection
@@ -18,17 +19,6 @@ from submissions.common.schedule import Schedule, learning_rate_factor
 
 Make: TypeAlias = Callable[[Parameters, Any], Steps | Sequence[Steps]]
 """Makes the optimizer, or several for different parameters, of a model's parameters and a point by attributes."""
-
-
-class Functions(NamedTuple):
-    """What a `submission.py` has: AlgoPerf's functions, and the description."""
-
-    DESCRIPTION: Description[Any]
-    init_optimizer_state: InitOptimizerState
-    update_params: UpdateParams
-    prepare_for_eval: PrepareForEval
-    data_selection: DataSelection
-    get_batch_size: Callable[[str], int]
 
 
 def from_torch(

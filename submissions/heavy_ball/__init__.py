@@ -1,4 +1,4 @@
-"""Heavy ball (Polyak 1964): what it is in both frameworks, as in AlgoPerf's target-setting runs."""
+"""Heavy ball (Polyak 1964): what it is in both frameworks, as AlgoPerf's baselines set it up."""
 
 from submissions.common.description import Said
 from submissions.common.hyperparameters import NON_NEGATIVE, POSITIVE, UNIT

@@ -1,7 +1,8 @@
 """Muon (Jordan et al., 2024; Liu et al., arXiv 2502.16982): what it is in both frameworks.
 
-Configured as Liu et al. recommend for matrices that share learning rate and weight decay with AdamW: updates of an
-RMS of 0.2, Nesterov momentum of 0.95, five Newton-Schulz iterations; AdamW for embeddings, output layer and vectors.
+Configured as Liu et al. recommend for matrices that share learning rate and weight decay with AdamW: updates of
+an RMS of 0.2, Nesterov momentum of 0.95, five Newton-Schulz iterations; AdamW for embeddings, output layer and
+vectors.
 """
 
 from submissions.common.description import Said

@@ -1,4 +1,4 @@
-"""Nesterov momentum (Sutskever et al. 2013): what it is in both frameworks, as in AlgoPerf's target-setting runs."""
+"""Nesterov momentum (Sutskever et al. 2013): what it is in both frameworks, as AlgoPerf's baselines set it up."""
 
 from submissions.common.description import Said
 from submissions.common.hyperparameters import NON_NEGATIVE, POSITIVE, UNIT
@@ -6,7 +6,7 @@ from submissions.common.hyperparameters import NON_NEGATIVE, POSITIVE, UNIT
 SAID: Said = {
     "title": "Nesterov momentum",
     "text": (
-        "Gradient descent with Nesterov momentum (Sutskever et al., 2013) for all parameters, with the weight decay in "
+        "Gradient descent with Nesterov momentum (Sutskever et al., 2013) for all parameters, weight decay in "
         "the gradient. Linear warm-up, then cosine decay."
     ),
     "hyperparameters": {

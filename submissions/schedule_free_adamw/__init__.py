@@ -1,7 +1,7 @@
 """Schedule-free AdamW (Defazio et al., arXiv 2405.15682): what it is in both frameworks.
 
-Configured as its authors recommend: a constant learning rate after a warm-up, which may be several times AdamW's, an
-interpolation of 0.9, and evaluations at the average.
+Configured as its authors recommend: a constant learning rate after a warm-up, which may be several times AdamW's,
+an interpolation of 0.9, and evaluations at the average.
 """
 
 from submissions.common.description import Said
@@ -10,8 +10,8 @@ from submissions.common.hyperparameters import FRACTION, NON_NEGATIVE, OPEN_UNIT
 SAID: Said = {
     "title": "Schedule-free AdamW",
     "text": (
-        "Schedule-free AdamW (Defazio et al., 2024, https://arxiv.org/abs/2405.15682) for all parameters, evaluated "
-        "at its average. Linear warm-up, then a constant learning rate."
+        "Schedule-free AdamW (Defazio et al., 2024, https://arxiv.org/abs/2405.15682) for all parameters, "
+        "evaluated at its average. Linear warm-up, then a constant learning rate."
     ),
     "hyperparameters": {
         "learning_rate": (1e-2, POSITIVE),

@@ -36,7 +36,7 @@ def load(path: str) -> Submission:
     """The submission in a Python file.
 
     Raises:
-        UserError: there is no such file, it cannot be imported, a package of its is missing, or it lacks a function.
+        UserError: there is no such file, it cannot be imported, or it or one of its packages lacks something.
     """
     if not os.path.isfile(path):
         raise UserError(f"The submission {path} does not exist; give its Python file as --submission_path.")

@@ -1,7 +1,7 @@
 """Muon in PyTorch, from `pytorch_optimizer`.
 
-`torch.optim.Muon` would need torch 2.9, which AlgoPerf does not pin, and refuses the weights of convolutions; a test
-holds this one to it.
+`torch.optim.Muon` would need torch 2.9, which AlgoPerf does not pin, and refuses the weights of convolutions; a
+test holds this one to it.
 """
 
 from submissions.common.api import Tree

@@ -93,7 +93,8 @@ class Shampoo(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(gradient)
             state["exp_avg_sq"] = torch.zeros_like(gradient)
             zeros = [
-                [block.new_zeros(side, side) for side in block.shape] for block in blocks(gradient, group["max_dim"])
+                [block.new_zeros(side, side) for side in block.shape]
+                for block in blocks(gradient, group["max_dim"])
             ]
             state["factors"] = zeros
             state["roots"] = [[torch.zeros_like(factor) for factor in factors] for factors in zeros]

@@ -1,10 +1,10 @@
 """Distributed Shampoo in PyTorch, as it won AlgoPerf 0.5.
 
-The authors' code (facebookresearch/optimizers) is on no package index, and what is there grafts no Adam and keeps its
-state in objects that no checkpoint loads: `optimizer.py` is ours, held to its formulas by a test. Configured as the
-winning submission: betas shared by factors and Adam grafting, blocks of 1024, all parameters, those of one dimension
-too. It renewed its roots every 100 of some 10^5 steps; here it is every 10, since the authors start from 1 and raise
-it as far as time demands.
+The authors' code (facebookresearch/optimizers) is on no package index, and what is there grafts no Adam and keeps
+its state in objects that no checkpoint loads: `optimizer.py` is ours, held to its formulas by a test. Configured
+as the winning submission: betas shared by factors and Adam grafting, blocks of 1024, all parameters, those of one
+dimension too. It renewed its roots every 100 of some 10^5 steps; here it is every 10, since the authors start
+from 1 and raise it as far as time demands.
 """
 
 from submissions.common.api import Tree

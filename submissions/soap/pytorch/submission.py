@@ -1,6 +1,6 @@
 """SOAP (arXiv 2409.11321) in PyTorch, from `pytorch_optimizer`.
 
-The authors' own code is one file to copy and on no package index. Configured as they recommend: betas of 0.95, a new
+The authors' own code is one file to copy, on no package index. Configured as they recommend: betas of 0.95, a new
 basis every 10 steps, Adam without a basis for parameters of one dimension and for sides above 10,000.
 """
 
