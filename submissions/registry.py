@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from pathlib import Path
 from types import ModuleType
@@ -79,6 +80,16 @@ def kfac_config(submission: str, framework: str) -> KFACConfig:
     """
     _, config = describe(submission, framework).configure(None)
     if not isinstance(config, KFACConfig):
-        known = [name for name in names_in(framework) if is_kfac(name, framework)]
-        raise UserError(f"{submission} is no K-FAC submission; plan {' or '.join(known)}")
+        known = " or ".join(_kfac_names(framework))
+        raise UserError(f"{submission} is no K-FAC submission; plan {known}")
     return config
+
+
+def _kfac_names(framework: str) -> list[str]:
+    """The K-FAC submissions of a framework, as far as their packages are installed; K-FAC needs none."""
+    found = []
+    for name in names_in(framework):
+        with contextlib.suppress(UserError):
+            if is_kfac(name, framework):
+                found.append(name)
+    return found

@@ -10,7 +10,7 @@ SAID: Said = {
         "the gradient. Linear warm-up, then cosine decay."
     ),
     "hyperparameters": {
-        "learning_rate": (0.1, POSITIVE),
+        "learning_rate": (0.3, POSITIVE),
         "one_minus_beta1": (0.1, UNIT),
         "weight_decay": (1e-5, NON_NEGATIVE),
     },

@@ -14,7 +14,7 @@ SAID: Said = {
         "evaluated at its average. Linear warm-up, then a constant learning rate."
     ),
     "hyperparameters": {
-        "learning_rate": (1e-2, POSITIVE),
+        "learning_rate": (5e-3, POSITIVE),
         "one_minus_beta1": (0.1, OPEN_UNIT),
         "beta2": (0.99, FRACTION),
         "weight_decay": (0.05, NON_NEGATIVE),

@@ -42,7 +42,7 @@ DESCRIPTION, init_optimizer_state, update_params, prepare_for_eval, data_selecti
         "new roots every 10 steps. Linear warm-up, then cosine decay."
     ),
     hyperparameters={
-        "learning_rate": (3e-3, POSITIVE),
+        "learning_rate": (1e-2, POSITIVE),
         "one_minus_beta1": (0.1, UNIT),
         "beta2": (0.99, FRACTION),
         "weight_decay": (0.05, NON_NEGATIVE),

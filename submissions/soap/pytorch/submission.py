@@ -41,7 +41,7 @@ DESCRIPTION, init_optimizer_state, update_params, prepare_for_eval, data_selecti
         "decay."
     ),
     hyperparameters={
-        "learning_rate": (3e-3, POSITIVE),
+        "learning_rate": (1e-2, POSITIVE),
         "one_minus_beta1": (0.05, UNIT),
         "beta2": (0.95, FRACTION),
         "weight_decay": (0.01, NON_NEGATIVE),
