@@ -3,7 +3,7 @@
 The authors' code (facebookresearch/optimizers) is on no package index, and what is there grafts no Adam and keeps
 its state in objects that no checkpoint loads: `optimizer.py` is ours, held to its formulas by a test. Configured
 as the winning submission: betas shared by factors and Adam grafting, blocks of 1024, all parameters, those of one
-dimension too. It renewed its roots every 100 of some 10^5 steps; here it is every 10, since the authors start
+dimension too. It renewed its roots every 100 of some 10^5 steps; here it is every 5, since the authors start
 from 1 and raise it as far as time demands.
 """
 
@@ -39,14 +39,14 @@ DESCRIPTION, init_optimizer_state, update_params, prepare_for_eval, data_selecti
     text=(
         "Distributed Shampoo (Anil et al., 2020, https://arxiv.org/abs/2002.09018; Shi et al., 2023, "
         "https://arxiv.org/abs/2309.06497) with Adam grafting for all parameters, in blocks of at most 1024, with "
-        "new roots every 10 steps. Linear warm-up, then cosine decay."
+        "new roots every 5 steps. Linear warm-up, then cosine decay."
     ),
     hyperparameters={
         "learning_rate": (1e-2, POSITIVE),
         "one_minus_beta1": (0.1, UNIT),
         "beta2": (0.99, FRACTION),
         "weight_decay": (0.05, NON_NEGATIVE),
-        "precondition_frequency": (10, COUNT),
+        "precondition_frequency": (5, COUNT),
     },
     training={"warmup_factor": 0.1},
     make=make,
