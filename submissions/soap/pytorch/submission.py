@@ -1,8 +1,8 @@
 """SOAP (arXiv 2409.11321) in PyTorch, from `pytorch_optimizer`.
 
 The authors' own code is one file to copy, on no package index. Configured as they recommend: betas of 0.95, Adam
-without a basis for parameters of one dimension and for sides above 10,000. The basis is new every 5 steps instead of their 10:
-they train for thousands of steps, and find fewer steps between bases to be better per step.
+without a basis for parameters of one dimension and for sides above 10,000. The basis is new every 5 steps instead
+of their 10: they train for thousands of steps, and find fewer steps between bases to be better per step.
 """
 
 from submissions.common.api import Tree
