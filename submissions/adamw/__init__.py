@@ -15,6 +15,6 @@ SAID: Said = {
         "beta2": (0.99, FRACTION),
         "weight_decay": (0.05, NON_NEGATIVE),
     },
-    "training": {"warmup_factor": 0.1},
+    "training": {"warmup_factor": 0.1, "grad_clip": 0.5},
 }
 EPSILON = 1e-8

@@ -21,7 +21,7 @@ SAID: Said = {
         "beta2": (0.95, FRACTION),  # of Adam
         "weight_decay": (0.1, NON_NEGATIVE),
     },
-    "training": {"warmup_factor": 0.1},
+    "training": {"warmup_factor": 0.1, "grad_clip": 0.5},
 }
 ADAM_BETA1 = 0.9
 RMS = 0.2

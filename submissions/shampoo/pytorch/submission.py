@@ -48,6 +48,6 @@ DESCRIPTION, init_optimizer_state, update_params, prepare_for_eval, data_selecti
         "weight_decay": (0.05, NON_NEGATIVE),
         "precondition_frequency": (5, COUNT),
     },
-    training={"warmup_factor": 0.1},
+    training={"warmup_factor": 0.1, "grad_clip": 0.5},
     make=make,
 )

@@ -48,7 +48,7 @@ DESCRIPTION, init_optimizer_state, update_params, prepare_for_eval, data_selecti
         "weight_decay": (0.01, NON_NEGATIVE),
         "precondition_frequency": (5, COUNT),
     },
-    training={"warmup_factor": 0.1},
+    training={"warmup_factor": 0.1, "grad_clip": 0.5},
     make=make,
     packages=[Package("pytorch_optimizer", "4.1.0", "its SOAP; the authors' code is no package")],
 )
