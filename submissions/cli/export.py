@@ -96,7 +96,7 @@ def contents(
     # JSON's strings are YAML's double-quoted ones.
     files["submission_info.yml"] = MARK + "".join(f"{key}: {json.dumps(value)}\n" for key, value in info.items())
     files["README.md"] = _readme(submission, framework, ruleset, described, files)
-    files["requirements.txt"] = _requirements(framework)
+    files["requirements.txt"] = _requirements(framework, described)
     files["LICENSE"] = (CHECKOUT / "LICENSE").read_text(encoding="utf-8")
     if ruleset == "external":
         files["tuning_search_space.json"] = _search_space(submission)
@@ -104,7 +104,10 @@ def contents(
 
 
 def _search_space(submission: str) -> str:
-    path = CHECKOUT / "tuning_search_spaces" / f"{submission}.json"
+    spaces = CHECKOUT / "tuning_search_spaces"
+    path = spaces / f"{submission}.json"
+    if not path.is_file():
+        path = spaces / "suite" / path.name
     try:
         text = path.read_text(encoding="utf-8")
     except OSError:
@@ -115,13 +118,14 @@ def _search_space(submission: str) -> str:
     return text
 
 
-def _requirements(framework: str) -> str:
+def _requirements(framework: str, described: Description[OptimizerConfig]) -> str:
     own = {"pytorch": "torch", "jax": "jax, flax and optax"}[framework]
+    beyond = "Needed beyond" if described.packages else "Nothing is needed beyond"
     return (
-        "# Nothing is needed beyond what AlgoPerf installs itself, in the versions it pins:\n"
+        f"# {beyond} what AlgoPerf installs itself, in the versions it pins:\n"
         f"#   {own}: the framework; the algorithm is written in it.\n"
         "#   algoperf: the enums of its API.\n"
-    )
+    ) + "".join(f"{package.requirement}  # {package.reason}\n" for package in described.packages)
 
 
 def _run(submission: str, framework: str, ruleset: str) -> str:
@@ -154,12 +158,17 @@ def _readme(
     ]
     if ruleset == "external":
         rows.append("| `tuning_search_space.json` | the points of the external ruleset |")
+    packages = ", ".join(f"`{package.requirement}`" for package in described.packages)
+    needed = (
+        f"Needed beyond AlgoPerf's own packages: {packages}"
+        if packages
+        else ("No other package is needed than AlgoPerf's own")
+    )
     tuning = "five points" if ruleset == "external" else "no hyperparameters: the point is in the submission"
     return (
         f"# {described.title}\n\n{described.text}\n\n"
-        f"AlgoPerf submission in {FRAMEWORKS[framework]}, {RULESETS[ruleset]} ruleset ({tuning}). No other package "
-        "is needed than AlgoPerf's own (`requirements.txt`), and nothing depends on the workload but the batch "
-        "size.\n\n"
+        f"AlgoPerf submission in {FRAMEWORKS[framework]}, {RULESETS[ruleset]} ruleset ({tuning}). {needed} "
+        "(`requirements.txt`), and nothing depends on the workload but the batch size.\n\n"
         f"| | |\n|---|---|\n" + "\n".join(rows) + "\n\n"
         f"From the folder that holds `{FOLDERS[ruleset]}`:\n\n```bash\n"
         f"{textwrap.dedent(_run(submission, framework, ruleset))}\n```\n\n"

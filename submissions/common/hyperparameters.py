@@ -13,6 +13,8 @@ POSITIVE: Check = (lambda value: value > 0, "a number > 0")
 NON_NEGATIVE: Check = (lambda value: value >= 0, "a number >= 0")
 FRACTION: Check = (lambda value: 0 <= value < 1, "a number in [0, 1)")
 UNIT: Check = (lambda value: 0 < value <= 1, "a number in (0, 1]")
+OPEN_UNIT: Check = (lambda value: 0 < value < 1, "a number in (0, 1)")
+COUNT: Check = (lambda value: isinstance(value, int) and value >= 1, "a whole number >= 1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from submissions.common.api import Batch, EvalResults, Hyperparameters, Rng, Tre
 from submissions.common.description import Config, Description
 from submissions.common.hyperparameters import TrainingConfig
 from submissions.common.jax import Step, log_step, replicate
-from submissions.common.schedule import learning_rate_factor
+from submissions.common.schedule import Schedule, learning_rate_factor
 from submissions.common.spec import LossType
 
 
@@ -38,15 +38,18 @@ class Submission(Generic[Config]):
     Args:
         description: what the submission says of itself.
         make_run: function of what the training reads, the optimizer's hyperparameters, and the workload.
+        schedule: of the learning rate.
     """
 
     def __init__(
         self,
         description: Description[Config],
         make_run: Callable[[TrainingConfig, Config, Workload], Run],
+        schedule: Schedule = learning_rate_factor,
     ) -> None:
         self._description = description
         self._make_run = make_run
+        self._schedule = schedule
 
     def init_optimizer_state(
         self,
@@ -85,9 +88,7 @@ class Submission(Generic[Config]):
         training, config = self._description.configure(hyperparameters)
         opt_state, run = optimizer_state
         opt_state = run.prepare(current_param_container, opt_state, model_state, batch, rng)
-        factor = learning_rate_factor(
-            workload.step_hint, training.horizon_factor, training.warmup_factor, global_step
-        )
+        factor = self._schedule(workload.step_hint, training.horizon_factor, training.warmup_factor, global_step)
         learning_rate = np.float32(config.learning_rate * factor)
         params, opt_state, model_state = replicate((current_param_container, opt_state, model_state))
         params, opt_state, model_state, metrics = run.step(

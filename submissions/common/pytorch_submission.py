@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Generic, TypedDict, TypeVar
+from typing import Any, Generic, NotRequired, Protocol, TypedDict, TypeVar, runtime_checkable
 
 import torch
 from torch import nn
@@ -12,16 +13,57 @@ from torch import nn
 from submissions.common.api import Batch, EvalResults, Hyperparameters, Rng, Tree, Workload
 from submissions.common.description import Config, Description
 from submissions.common.pytorch import Capture, clip_gradient, compute_gradient, log_step
-from submissions.common.schedule import learning_rate_factor
-from submissions.common.spec import LossType
+from submissions.common.schedule import Schedule, learning_rate_factor
+from submissions.common.spec import ForwardPassMode, LossType
 
-Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
+
+class Steps(Protocol):
+    """What is asked of an optimizer: a `torch.optim.Optimizer`, or several as one."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+    def step(self) -> object: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None: ...
+
+
+@runtime_checkable
+class Averages(Protocol):
+    """An optimizer that evaluates at other parameters than it trains at, as those of `schedulefree` do."""
+
+    def train(self) -> object:
+        """Puts the parameters to train at into the model, unless they are there."""
+
+    def eval(self) -> object:
+        """Puts the parameters to evaluate at into the model, unless they are there."""
+
+
+Optimizer = TypeVar("Optimizer", bound=Steps)
+
+
+class RecentBatches:
+    """The batches since the last evaluation, for statistics of batch norm; a checkpoint, made there, has none."""
+
+    KEPT = 10
+
+    def __init__(self) -> None:
+        self.batches: deque[Batch] = deque(maxlen=self.KEPT)
+
+    def state_dict(self) -> dict[str, Tree]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Tree]) -> None:
+        self.batches.clear()
 
 
 class OptimizerState(TypedDict, Generic[Optimizer]):
     """What AlgoPerf's runner keeps in its checkpoints, by `state_dict`."""
 
     optimizer: Optimizer
+    recent: NotRequired[RecentBatches]  # of averages over models with batch norm
 
 
 class Submission(Generic[Config, Optimizer]):
@@ -30,8 +72,10 @@ class Submission(Generic[Config, Optimizer]):
     Args:
         description: what the submission says of itself.
         make_optimizer: function of the model, the optimizer's hyperparameters, the workload and an rng; the
-            learning rate of its groups is set before every step.
+            learning rate of its groups is set before every step, to the schedule's share of the hyperparameter,
+            or of a group's own "initial_lr".
         capture: function of the optimizer and a batch: a context for the forward and backward pass.
+        schedule: of the learning rate.
     """
 
     def __init__(
@@ -39,10 +83,12 @@ class Submission(Generic[Config, Optimizer]):
         description: Description[Config],
         make_optimizer: Callable[[nn.Module, Config, Workload, Rng], Optimizer],
         capture: Callable[[Optimizer, Batch], AbstractContextManager[Capture]] | None = None,
+        schedule: Schedule = learning_rate_factor,
     ) -> None:
         self._description = description
         self._make_optimizer = make_optimizer
         self._capture = capture
+        self._schedule = schedule
 
     def init_optimizer_state(
         self,
@@ -59,7 +105,10 @@ class Submission(Generic[Config, Optimizer]):
         """
         del model_state
         _, config = self._description.configure(hyperparameters)
-        return {"optimizer": self._make_optimizer(model_params, config, workload, rng)}
+        optimizer = self._make_optimizer(model_params, config, workload, rng)
+        if isinstance(optimizer, Averages) and _has_batch_norm(model_params):
+            return {"optimizer": optimizer, "recent": RecentBatches()}
+        return {"optimizer": optimizer}
 
     def update_params(
         self,
@@ -80,6 +129,10 @@ class Submission(Generic[Config, Optimizer]):
         del current_params_types, eval_results, train_state
         model, optimizer = current_param_container, optimizer_state["optimizer"]
         training, config = self._description.configure(hyperparameters)
+        if isinstance(optimizer, Averages):
+            optimizer.train()
+        if "recent" in optimizer_state:
+            optimizer_state["recent"].batches.append(batch)
         result = compute_gradient(
             workload,
             model,
@@ -93,10 +146,50 @@ class Submission(Generic[Config, Optimizer]):
         )
         log_step(workload, model, result.loss, global_step)
         clip_gradient(model.parameters(), training.grad_clip)
-        factor = learning_rate_factor(
-            workload.step_hint, training.horizon_factor, training.warmup_factor, global_step
-        )
+        factor = self._schedule(workload.step_hint, training.horizon_factor, training.warmup_factor, global_step)
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * factor
+            group["lr"] = group.get("initial_lr", config.learning_rate) * factor
         optimizer.step()
         return optimizer_state, model, result.new_model_state
+
+    def prepare_for_eval(
+        self,
+        workload: Workload,
+        current_param_container: nn.Module,
+        current_params_types: Tree,
+        model_state: Tree,
+        hyperparameters: Hyperparameters,
+        loss_type: LossType,
+        optimizer_state: OptimizerState[Optimizer],
+        eval_results: EvalResults,
+        global_step: int,
+        rng: Rng,
+    ) -> tuple[OptimizerState[Optimizer], nn.Module, Tree]:
+        """Puts an average into the model, where the optimizer has one, until the next step.
+
+        Batch norm then takes in the batches since the last evaluation once more, at the average: its statistics
+        are of the parameters trained at. So recommend the authors of schedule-free optimizers (README of
+        facebookresearch/schedule_free), with fresh batches, which AlgoPerf's API does not give here.
+        """
+        del current_params_types, hyperparameters, loss_type, eval_results, global_step
+        model, optimizer = current_param_container, optimizer_state["optimizer"]
+        if isinstance(optimizer, Averages):
+            optimizer.eval()
+        recent = optimizer_state["recent"].batches if "recent" in optimizer_state else deque()
+        with torch.no_grad():
+            while recent:
+                model.train()
+                _, model_state = workload.model_fn(
+                    params=model,
+                    augmented_and_preprocessed_input_batch=recent.popleft(),
+                    model_state=model_state,
+                    mode=ForwardPassMode.TRAIN,
+                    rng=rng,
+                    update_batch_norm=True,
+                )
+        return optimizer_state, model, model_state
+
+
+def _has_batch_norm(model: nn.Module) -> bool:
+    """Whether statistics of its inputs are among a model's buffers, by torch's name for them."""
+    return any(name.rpartition(".")[2] == "running_mean" for name, _ in model.named_buffers())

@@ -1,8 +1,14 @@
-"""The learning-rate schedule all submissions share: a function of the step alone, so resuming needs no state."""
+"""The learning-rate schedules of the submissions: functions of the step alone, so resuming needs no state."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 from algoperf_kfac.schedule import warmup_cosine
+
+Schedule: TypeAlias = Callable[[int, float, float, int], float]
+"""A factor for the learning rate, of the arguments of `learning_rate_factor`."""
 
 
 def learning_rate_factor(step_hint: int, horizon_factor: float, warmup_factor: float, step: int) -> float:
@@ -14,6 +20,17 @@ def learning_rate_factor(step_hint: int, horizon_factor: float, warmup_factor: f
         warmup_factor: length of the warm-up, relative to the whole.
         step: the number of updates made so far.
     """
-    total = max(1, round(horizon_factor * step_hint))
-    warmup = min(round(warmup_factor * total), total - 1)
+    total, warmup = _lengths(step_hint, horizon_factor, warmup_factor)
     return warmup_cosine(step, total, warmup)
+
+
+def constant_after_warmup(step_hint: int, horizon_factor: float, warmup_factor: float, step: int) -> float:
+    """The same warm-up, and no decay: for optimizers that average instead. The horizon sets the warm-up alone."""
+    _, warmup = _lengths(step_hint, horizon_factor, warmup_factor)
+    return min(1.0, (step + 1) / warmup) if warmup else 1.0
+
+
+def _lengths(step_hint: int, horizon_factor: float, warmup_factor: float) -> tuple[int, int]:
+    """Steps of the whole schedule and of its warm-up."""
+    total = max(1, round(horizon_factor * step_hint))
+    return total, min(round(warmup_factor * total), total - 1)

@@ -18,9 +18,22 @@ from workloads import registry
 CHECKOUT = Path(__file__).resolve().parents[2]
 SUBMISSIONS = ("kfac_expand", "kfac_reduce", "nadamw")
 FRAMEWORKS = ("pytorch", "jax")
+REFERENCES = [
+    *((name, "pytorch") for name in ("adamw", "heavy_ball", "muon", "schedule_free_adamw", "shampoo", "soap")),
+    ("adamw", "jax"),
+]
 
 # What may be asked of a workload: what the technical documentation hands to every submission.
-ALLOWED = {"init_model_fn", "model_fn", "loss_fn", "loss_type", "step_hint", "metrics_logger", "model_params_types"}
+ALLOWED = {
+    "init_model_fn",
+    "is_output_params",
+    "loss_fn",
+    "loss_type",
+    "metrics_logger",
+    "model_fn",
+    "model_params_types",
+    "step_hint",
+}
 NAMES = {
     *batch_sizes.SCORED,
     *batch_sizes.UNSCORED,
@@ -160,6 +173,14 @@ class Toy:
         kind = importlib.import_module("submissions.common.spec").LossType
         self.loss_type = kind.SOFTMAX_CROSS_ENTROPY
 
+    @property
+    def model_params_types(self):
+        kind = importlib.import_module("submissions.common.spec").ParameterType.WEIGHT
+        return dict.fromkeys(("0.weight", "2.weight") if self.framework == "pytorch" else ("a", "b"), kind)
+
+    def is_output_params(self, param_key):
+        return param_key in ("2.weight", "b")
+
     def init_model_fn(self, rng):
         return self.parameters(), None
 
@@ -250,8 +271,9 @@ def trajectory(submission: str, workload: Toy, steps: int = 8) -> list[bytes]:
     return history
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS)
-@pytest.mark.parametrize("submission", SUBMISSIONS)
+@pytest.mark.parametrize(
+    ("submission", "framework"), [*((name, fw) for fw in FRAMEWORKS for name in SUBMISSIONS), *REFERENCES]
+)
 def test_names_and_attributes_change_nothing(submission, framework):
     pytest.importorskip({"pytorch": "torch", "jax": "jax"}[framework])
     plain = trajectory(submission, Toy(framework))

@@ -14,6 +14,7 @@ from types import ModuleType
 
 from commands.errors import UserError
 from submissions.common.api import DataSelection, InitOptimizerState, PrepareForEval, UpdateParams
+from submissions.common.packages import MissingPackage
 
 REQUIRED = ("init_optimizer_state", "update_params", "data_selection", "get_batch_size")
 
@@ -35,12 +36,14 @@ def load(path: str) -> Submission:
     """The submission in a Python file.
 
     Raises:
-        UserError: there is no such file, it cannot be imported, or it lacks a function.
+        UserError: there is no such file, it cannot be imported, or it or one of its packages lacks something.
     """
     if not os.path.isfile(path):
         raise UserError(f"The submission {path} does not exist; give its Python file as --submission_path.")
     try:
         module = _import(Path(path))
+    except MissingPackage as error:
+        raise UserError(str(error)) from None
     except Exception as error:
         raise UserError(f"The submission {path} cannot be imported: {type(error).__name__}: {error}.") from error
     missing = [name for name in REQUIRED if not callable(getattr(module, name, None))]

@@ -1,0 +1,1 @@
+"""Nesterov momentum in JAX."""

@@ -1,0 +1,1 @@
+"""Distributed Shampoo: PyTorch alone has it."""

@@ -1,0 +1,1 @@
+"""Distributed Shampoo in PyTorch."""

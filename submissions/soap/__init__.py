@@ -1,0 +1,1 @@
+"""SOAP: PyTorch alone has it."""
