@@ -87,12 +87,12 @@ def groups(names: Sequence[str]) -> list[Group]:
         ),
         Group(
             "variants",
-            "Held-out variants of these, at the points found on their base workloads",
+            "Held-out variants, at the best points found on their base workloads",
             tuple(name for name in new if registry.WORKLOADS[name].is_variant),
         ),
         Group(
             "tuned_on",
-            "Workloads K-FAC was tuned on while it was written, and their variants",
+            "Workloads K-FAC was tuned on while it was written",
             tuple(name for name in ours if facts.task(name).tuned_on),
         ),
     ]

@@ -27,7 +27,9 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jobs, "_start", Trainer())
         patch.setattr(suite_run, "report", lambda *_: True)
-        patch.setitem(suite.SUITES, "embedded", suite.Suite(tuple(points), points=2, raced=1, studies=3))
+        patch.setitem(
+            suite.SUITES, "embedded", suite.Suite(tuple(points), points=2, raced=1, raced_on_variants=1, studies=3)
+        )
         flags = ["--suite=embedded", "--workloads=mnist_vit,bible_lm", f"--experiment_dir={folder / 'x'}"]
         assert study.main([*flags, f"--tuning_search_space={','.join(spaces)}"]) == 0
     return folder / "x"

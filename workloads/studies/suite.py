@@ -2,7 +2,7 @@
 
 For each workload and submission: the first points of the submission's search space, each trained up to its target
 on a seed of its own; the best of them are the trials of every study of the race, by AlgoPerf's external ruleset. A
-held-out variant is raced at the points found on its base workload, and JAX at those found in PyTorch.
+held-out variant is raced at the best point found on its base workload, and JAX at those found in PyTorch.
 
     <experiment_dir>/tuning/<submission>/seed_901/<workload>_<framework>/trial_<i>/
     <experiment_dir>/chosen/<workload>/<submission>.json        the ranking, and what lies at an edge of the space
@@ -46,12 +46,14 @@ class Suite:
         submissions: names of folders in submissions/.
         points: how many points of its space each is tuned over.
         raced: how many of them are the trials of a study.
+        raced_on_variants: the same on a held-out variant.
         studies: how many studies, unless told otherwise.
     """
 
     submissions: tuple[str, ...]
     points: int
     raced: int
+    raced_on_variants: int
     studies: int
 
 
@@ -71,6 +73,7 @@ SUITES = {
         ),
         points=8,
         raced=3,
+        raced_on_variants=1,
         studies=3,
     )
 }
@@ -216,7 +219,8 @@ def _race_jobs(
     plan: Plan, framework: str, workload: str, submission: str, needs: tuple[str, ...], seconds: Seconds
 ) -> list[Job]:
     base = facts.base_of(workload)
-    points = min(plan.suite.raced, len(tuning.read_points(str(plan.spaces[submission]), plan.suite.points)))
+    raced = plan.suite.raced if workload == base else plan.suite.raced_on_variants
+    points = min(raced, len(tuning.read_points(str(plan.spaces[submission]), plan.suite.points)))
     found = []
     for study, seed in plan.seeds.items():
         folder = plan.race / submission / f"study_{study}" / f"{workload}_{framework}"
