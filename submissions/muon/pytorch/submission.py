@@ -1,7 +1,6 @@
 """Muon in PyTorch, from `pytorch_optimizer`.
 
-`torch.optim.Muon` would need torch 2.9, which AlgoPerf does not pin, and refuses the weights of convolutions; a
-test holds this one to it.
+`torch.optim.Muon` refuses the weights of convolutions, and needs torch 2.9; a test holds this one to it.
 """
 
 from submissions.common.api import Tree
@@ -38,5 +37,5 @@ def make(parameters: Parameters, point: Tree) -> Tree:
 DESCRIPTION, init_optimizer_state, update_params, prepare_for_eval, data_selection, get_batch_size = from_torch(
     **SAID,
     make=make,
-    packages=[Package("pytorch_optimizer", "4.1.0", "its Muon, which takes convolutions and AlgoPerf's torch")],
+    packages=[Package("pytorch_optimizer", "4.1.0", "its Muon, which takes convolutions")],
 )
