@@ -23,6 +23,12 @@ UNREAD = "no operation with a rule reads it"
 SHARED_BIAS = "bias that several layers share"
 STOPPED = "its gradient is stopped before it is read"
 
+# Statistics steps after which a layer that none of them has seen is taken for a mistake.
+NEVER_SEEN = 10
+# How far captured pairs may be from a weight's gradient: a share of it, and rounding units of what was summed.
+MAX_ERROR = 0.02
+ROUNDING = 16.0
+
 
 def too_large(config: KFACConfig) -> str:
     """The reason of a layer both of whose factors are the identity."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,26 +19,33 @@ from jax.extend.core import Var
 from algoperf_kfac import errors
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.jax import fisher
+from algoperf_kfac.jax.checks import Checks, Compared, compare, in_short, is_known
 from algoperf_kfac.jax.factors import Reading
 from algoperf_kfac.jax.interpreter import Key, Visitor
-from algoperf_kfac.jax.kinds import Sums, kind_of
+from algoperf_kfac.jax.kinds import Kind, Sums, kind_of
 from algoperf_kfac.jax.layer_book import CoveredLayer, Layers, check_params, paths
 from algoperf_kfac.jax.mistakes import Mistakes
 from algoperf_kfac.jax.operations import Call, Lookup, Use
-from algoperf_kfac.jax.statistics import Statistics, Tap
-from algoperf_kfac.jax.tracing import Survey, TracedModel, trace
+from algoperf_kfac.jax.statistics import Gathered, Product, Statistics, Tap
+from algoperf_kfac.jax.tracing import Survey, TracedModel, arrays_of, is_array, trace
 from algoperf_kfac.jax.trained import put_back, trained
 from algoperf_kfac.jax.types import ApplyFn, Loss, LossFn, LossTypeLike, Tree
+from algoperf_kfac.layers import LayerSpec, also_read_by
 from algoperf_kfac.positions import Candidates, PositionsLike, as_candidates, check_fits, choose
+
+NOT_CALLED = "The model does not call them with these arguments: leave them out with exclude=[...]"
 
 Readings: TypeAlias = dict[str, dict[Key, Reading]]
 """Per layer, how each of its calls is read."""
+
+KindOf: TypeAlias = Callable[[LayerSpec], Kind[Any]]
+"""From a layer to its kind."""
 
 AllSums: TypeAlias = Mapping[str, Sums]
 """Per layer, what it collects."""
 
 
-ValueGradAndStatistics: TypeAlias = Callable[..., tuple[Tree, Tree, dict[str, Statistics]]]
+ValueGradAndStatistics: TypeAlias = Callable[..., tuple[Tree, Tree, Gathered]]
 """What `value_grad_and_statistics` returns."""
 
 
@@ -50,6 +57,7 @@ def value_grad_and_statistics(
     *,
     has_aux: bool = False,
     loss_type: LossTypeLike | None = None,
+    class_dim: int = -1,
     mistakes: Mistakes | None = None,
 ) -> ValueGradAndStatistics:
     """Like `jax.value_and_grad`, with the statistics of every covered layer.
@@ -62,11 +70,13 @@ def value_grad_and_statistics(
         config: the configuration; `fisher` says whose output gradients make B.
         has_aux: see `apply_fn`.
         loss_type: see `losses.LossType`; needed for fisher="mc" and "exact".
+        class_dim: dimension of the outputs over classes, for these; 1 for (N, C, H, W).
         mistakes: what warnings were given so far, if others share them.
 
     Returns:
         A function of (params, *args, positions=None, loss_normalizer=None, rng=None, loss_mask=None) to
-        (loss, gradient, statistics), the loss being (loss, aux) with `has_aux`. `positions` says which positions
+        (loss, gradient, statistics), the loss being (loss, aux) with `has_aux`, and the statistics those of the
+        layers that were called, which know the names of the others. `positions` says which positions
         count and to which example they belong: a mask, "gradient", a `Positions`, a sequence of them of which a
         layer takes the first that fits, or a mapping from patterns of layer names to one of those.
         `loss_normalizer` is what the summed loss was divided by, by default the "n_valid_examples" of a mapping or
@@ -74,8 +84,8 @@ def value_grad_and_statistics(
         `loss_mask` the mask of its labels.
 
     Raises:
-        MissingStatisticsError: (the function) naming layers that were not called or whose output does not reach
-            the loss.
+        MissingStatisticsError: (the function) naming layers whose output does not reach the loss, or that ten
+            traces did not call; or if none is called.
         ValueError: (the function) for parameters that are not those of `layers`, or positions that do not fit.
     """
     if config.fisher != "empirical" and loss_type is None:
@@ -91,15 +101,19 @@ def value_grad_and_statistics(
         rng: Array | None = None,
         loss_mask: Array | None = None,
         **named: Tree,
-    ) -> tuple[Tree, Tree, dict[str, Statistics]]:
+    ) -> tuple[Tree, Tree, Gathered]:
         if named:
             raise TypeError(f"{next(iter(named))}=: arguments of apply_fn are given by position, after params")
         check_params(layers, params)
         model = trace(apply_fn, params, args, has_aux=has_aux)
-        tapped = TappedModel(model, layers, as_candidates(positions))
+        # Within a program nothing can be looked at: there `check_gradients` does it, when it is asked.
+        wanted = not said.checked and config.fisher == "empirical" and is_known((params, args))
+        checks = Checks(kind_of) if wanted else None
+        tapped = TappedModel(model, layers, as_candidates(positions), checks)
         said.statistics()
         forward = ForwardPass(tapped, params, args, lambda outputs: loss_fn(outputs, *args), has_aux=has_aux)
         value, n_valid, cotangent = forward.loss()
+        said.layers(layers.covered, tapped.idle)
         said.rows(tapped.numbers(), scaled=loss_normalizer is not None or n_valid is not None)
         gradient, sums = forward.backward(cotangent)
         if config.fisher == "empirical":
@@ -107,7 +121,7 @@ def value_grad_and_statistics(
             statistics = tapped.statistics(sums, normalizer)
         else:
             assert loss_type is not None
-            draws = fisher.cotangents(config, forward.outputs, forward.floats, loss_type, loss_mask, rng)
+            draws = fisher.cotangents(config, forward.outputs, forward.floats, loss_type, loss_mask, rng, class_dim)
             # The exact Fisher is the sum over its columns, a sampled one the mean over the draws.
             scale = draws.passes**0.5 if config.fisher == "exact" else 1.0
             statistics = fisher.sweep(
@@ -115,9 +129,42 @@ def value_grad_and_statistics(
             )
         tapped.check_reached()
         gradient = put_back(trained(gradient, params), params)
-        return ((value, forward.aux) if has_aux else value), gradient, statistics
+        if checks is not None and is_known((gradient, checks.products)):
+            said.gradients(*in_short(checks.compare(layers, gradient, tapped.penalised)))
+        return ((value, forward.aux) if has_aux else value), gradient, Gathered(statistics, tapped.idle)
 
     return run
+
+
+def check_gradients(
+    apply_fn: ApplyFn, loss_fn: LossFn, layers: Layers, params: Tree, *args: Tree, has_aux: bool = False
+) -> dict[str, Compared]:
+    """G^T A of each layer that the model calls beside its weight's gradient; computed, outside of any program.
+
+    Args:
+        apply_fn, loss_fn, layers, has_aux: as for `value_grad_and_statistics`.
+        params: parameters.
+        *args: the other arguments.
+
+    Raises:
+        MissingStatisticsError: as `value_grad_and_statistics`.
+    """
+    check_params(layers, params)
+    checks = Checks(kind_of)
+    tapped = TappedModel(trace(apply_fn, params, args, has_aux=has_aux), layers, [], checks)
+    leaves, tree = jax.tree.flatten(args)
+
+    @jax.jit
+    def run(params: Tree, arrays: list[Array]) -> tuple[Tree, dict[str, Product]]:
+        given = iter(arrays)
+        args = jax.tree.unflatten(tree, [next(given) if is_array(t) else t for t in leaves])
+        forward = ForwardPass(tapped, params, args, lambda outputs: loss_fn(outputs, *args), has_aux=has_aux)
+        gradient, sums = forward.backward(forward.loss()[2])
+        return put_back(trained(gradient, params), params), checks.products_of(sums)
+
+    gradient, products = run(params, arrays_of(args))
+    tapped.check_reached()
+    return compare(layers, gradient, products, checks.eps, tapped.penalised)
 
 
 class TappedModel:
@@ -127,16 +174,28 @@ class TappedModel:
         model: the model.
         layers: from `discover`.
         positions: which positions count, from `as_candidates`.
+        checks: collects the layers' products G^T A beside their statistics.
+
+    Attributes:
+        model: the same.
+        idle: names of the layers that it does not call.
+        penalised: parameters that the loss depends on apart from what the model computes with them.
 
     Raises:
-        MissingStatisticsError: naming layers that the model does not call.
-        ValueError: naming a layer that the positions do not fit.
+        MissingStatisticsError: the model calls none of them.
+        ValueError: naming a layer that the positions do not fit, or that it reads in other ways than it did.
     """
 
-    def __init__(self, model: TracedModel, layers: Layers, positions: Candidates) -> None:
+    def __init__(
+        self, model: TracedModel, layers: Layers, positions: Candidates, checks: Checks | None = None
+    ) -> None:
         self.model = model
-        self._layers = layers.covered
-        self._readings = read_calls(self._layers, model.survey(), positions)
+        self._kind_of: KindOf = kind_of if checks is None else checks.kind_of
+        notes = model.survey()
+        self._layers = called_layers(layers.covered, notes)
+        self.idle = tuple(layers.covered.keys() - self._layers.keys())
+        self._readings = read_calls(self._layers, notes, positions)
+        self.penalised = frozenset(notes.penalised)
         # How a layer's first call is read stands for all.
         self._first = {name: next(iter(calls.values())) for name, calls in self._readings.items()}
         self._reached: set[str] = set()
@@ -144,13 +203,15 @@ class TappedModel:
     def zeros(self) -> dict[str, Sums]:
         """What the layers collect, at the start of a backward pass."""
         return {
-            name: kind_of(layer.spec).zeros(layer.spec, layer.slices, self._first[name].total, layer.dtype)
+            name: self._kind_of(layer.spec).zeros(layer.spec, layer.slices, self._first[name].total, layer.dtype)
             for name, layer in self._layers.items()
         }
 
     def run(self, params: Tree, args: Sequence[Tree], sums: AllSums) -> list[Array]:
         """The flat outputs; the gradient with respect to `sums`, zeros as they are, is what the layers collect."""
-        return self.model.run(_Tapper(self._layers, self._readings, sums, self._reached.add), params, args)
+        return self.model.run(
+            _Tapper(self._layers, self._readings, sums, self._reached.add, self._kind_of), params, args
+        )
 
     def statistics(self, sums: AllSums, normalizer: Array | float | None) -> dict[str, Statistics]:
         """The statistics of one backward pass.
@@ -161,7 +222,7 @@ class TappedModel:
         """
         number = self._num_examples(sums) if normalizer is None else normalizer
         return {
-            name: kind_of(layer.spec).finalise(
+            name: self._kind_of(layer.spec).finalise(
                 layer.spec, sums[name], self._first[name].layout, jnp.asarray(number, sums[name].counts.dtype)
             )
             for name, layer in self._layers.items()
@@ -203,7 +264,9 @@ class _Tapper(Visitor):
         readings: Readings,
         sums: AllSums,
         on_backward: Callable[[str], None],
+        kind_of: KindOf,
     ) -> None:
+        self._kind_of = kind_of
         self._by_weight = {layer.spec.weight: layer for layer in layers.values()}
         self._readings = readings
         self._sums = sums
@@ -221,7 +284,7 @@ class _Tapper(Visitor):
             return out
         name = layer.spec.name
         tap = Tap(layer.spec, use, layer.dtype, self._on_backward)
-        return kind_of(layer.spec).tap(tap, out, x, self._readings[name][key], self._sums[name])
+        return self._kind_of(layer.spec).tap(tap, out, x, self._readings[name][key], self._sums[name])
 
     def sliced(self, names: Sequence[str], length: int) -> AllSums:
         layers = [self._by_weight[name].spec.name for name in names if name in self._by_weight]
@@ -328,19 +391,50 @@ def used_outputs(loss_of: Callable[[Tree], Loss], shapes: Tree) -> list[bool]:
     return [v in needed and jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in jaxpr.invars]
 
 
+def called_layers(layers: Mapping[str, CoveredLayer], notes: Survey) -> dict[str, CoveredLayer]:
+    """The layers that the model calls with these arguments, in the order of `layers`.
+
+    Raises:
+        MissingStatisticsError: it calls none of them.
+        ValueError: naming a layer that it reads in ways that it did not when K-FAC was made.
+    """
+    called = {name: layer for name, layer in layers.items() if layer.spec.weight in notes.calls}
+    if layers and not called:
+        raise errors.missing_statistics(dict.fromkeys(layers, "inputs"), len(layers), NOT_CALLED)
+    for name, layer in called.items():
+        weight, bias = layer.spec.weight, layer.spec.bias
+        reader = next((next(iter(notes.other_uses[p])) for p in (weight, bias) if p in notes.other_uses), None)
+        for key, call in notes.calls[weight].items():
+            source = notes.biases.get(key)
+            if bias is not None and (source is None or source.name != bias):
+                reader = reader or "a call without its bias"
+            if (call.view.groups, call.view.out_dim) != (layer.view.groups, layer.view.out_dim):
+                reader = reader or "a call in another layout"
+        if reader is not None:
+            raise ValueError(
+                f"layer {name} is {also_read_by(reader)}. It was not when K-FAC was made: make it with arguments "
+                f"like these, or with exclude=[{name!r}]"
+            )
+    return called
+
+
+def idle_layers(
+    apply_fn: ApplyFn, layers: Layers, params: Tree, *args: Tree, has_aux: bool = False
+) -> tuple[str, ...]:
+    """The layers that the model does not call with these arguments; it is traced, not run."""
+    check_params(layers, params)
+    calls = trace(apply_fn, params, args, has_aux=has_aux).survey().calls
+    return tuple(name for name, layer in layers.covered.items() if layer.spec.weight not in calls)
+
+
 def read_calls(layers: Mapping[str, CoveredLayer], notes: Survey, positions: Candidates) -> Readings:
     """Fit the positions to every call of every layer.
 
     Calls with equal numbers of examples see the same examples, others see others.
 
     Raises:
-        MissingStatisticsError: naming layers without a call.
         ValueError: naming a layer that the positions do not fit, or positions that fit no layer.
     """
-    missing = {name: "inputs" for name, layer in layers.items() if layer.spec.weight not in notes.calls}
-    if missing:
-        remedy = "The model does not call them with these arguments: leave them out with exclude=[...]"
-        raise errors.missing_statistics(missing, len(layers), remedy)
     uses = {name: kind_of(layer.spec).counted(notes.uses(layer.spec.weight)) for name, layer in layers.items()}
     rows = {name: [use.rows for use in of_layer.values()] for name, of_layer in uses.items()}
     check_fits(positions, rows, {path for name in notes.names for path in paths(name)})

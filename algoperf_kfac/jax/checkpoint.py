@@ -54,6 +54,8 @@ def _renewed(saved: StateDict) -> StateDict:
     saved = dict(saved)
     if "taken" not in saved:  # not counted then: at least those of the refreshes
         saved["taken"] = np.asarray(saved["refreshes"])
+    if "idle" not in saved:
+        saved["idle"] = np.zeros_like(saved["refreshes"])
     moment = saved.get("second_moment")
     if not isinstance(moment, dict):
         return saved

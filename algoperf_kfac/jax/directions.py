@@ -6,7 +6,7 @@ Nothing here waits for the device: whether a K-FAC direction is usable is select
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from jax import Array
 
 from algoperf_kfac.jax.preconditioner import LayerState
 from algoperf_kfac.jax.scalings import Scaling
-from algoperf_kfac.jax.stacks import Stack, broadcast
+from algoperf_kfac.jax.stacks import Stack, broadcast, select
 from algoperf_kfac.jax.tracing import named_leaves
 from algoperf_kfac.jax.types import Tree
 
@@ -43,6 +43,7 @@ def second_order(
     states: Mapping[str, LayerState],
     *,
     monitor: bool,
+    idle: Collection[str] = (),
 ) -> SecondOrder:
     """The directions with those of covered layers replaced.
 
@@ -54,6 +55,7 @@ def second_order(
         directions: first-order ones.
         states: by stack.
         monitor: whether to note ratio and cosine in the states.
+        idle: layers that the step did not call: their states stay, their directions mean nothing.
     """
     leaves, tree = jax.tree.flatten(directions)
     momentum_leaves, gradient_leaves = jax.tree.leaves(momenta), jax.tree.leaves(gradients)
@@ -61,17 +63,22 @@ def second_order(
     new_states = {}
     failed = jnp.zeros((), jnp.int32)
     for key, stack in stacks.items():
+        called = [name not in idle for name in stack.names]
+        if not any(called):
+            new_states[key] = states[key]
+            continue
         places = _Places(stack, number)
         momentum, first_order = places.matrices(momentum_leaves), places.matrices(leaves)
         direction, kept = jax.vmap(scaling.precondition)(states[key], momentum, places.matrices(gradient_leaves))
         state = dataclasses.replace(states[key], kept=kept)
         norm = _long_norms(direction)
         ratio, usable = _graft(norm, first_order, grafting=scaling.config.grafting)
-        failed = failed + (~usable).sum(dtype=jnp.int32)
+        useless = ~usable if all(called) else ~usable & jnp.array(called)
+        failed = failed + useless.sum(dtype=jnp.int32)
         if monitor:
             cosine = (momentum * direction).sum((1, 2, 3)) / (_norms(momentum) * norm)
             state = dataclasses.replace(state, graft_ratio=ratio, cosine=cosine)
-        new_states[key] = state
+        new_states[key] = state if all(called) else select(jnp.array(called), state, states[key])
         steps = jnp.where(broadcast(usable, direction), direction * broadcast(ratio, direction), first_order)
         places.put_back(steps, leaves)
     return SecondOrder(jax.tree.unflatten(tree, leaves), new_states, failed)

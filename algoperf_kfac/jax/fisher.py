@@ -48,6 +48,7 @@ def cotangents(
     loss_type: LossTypeLike,
     mask: Array | None,
     rng: Array | None,
+    class_dim: int = -1,
 ) -> Cotangents:
     """The backward passes that a Fisher takes.
 
@@ -58,13 +59,14 @@ def cotangents(
         loss_type: see `sampled_loss`.
         mask: 1 where an output counts; shape of the labels or of its first dimensions.
         rng: a key, for "mc".
+        class_dim: dimension of the logits over classes; 1 for (N, C, H, W).
 
     Raises:
         ValueError: without a key for "mc"; for "exact" with CTC or too many outputs per example.
     """
     kind = loss_type_of(loss_type)
     if kind is not LossType.CTC_LOSS:
-        outputs = _single(outputs, floats)
+        outputs = _classes_last(_single(outputs, floats), class_dim)
     if config.fisher == "mc":
         if rng is None:
             raise ValueError("fisher='mc' draws labels: pass rng=, a key of its own at each step")
@@ -92,6 +94,11 @@ def _single(outputs: Callable[[list[Array]], Tree], floats: list[Array]) -> Call
         f"the loss reads {len(floats)} arrays of the model's outputs, and the exact or sampled Fisher is that of "
         "one: let apply_fn return the logits alone (the rest with has_aux=True), or take fisher='empirical'"
     )
+
+
+def _classes_last(outputs: Callable[[list[Array]], Array], class_dim: int) -> Callable[[list[Array]], Array]:
+    """The outputs with their dimension over classes last."""
+    return outputs if class_dim == -1 else lambda floats: jnp.moveaxis(outputs(floats), class_dim, -1)
 
 
 def sweep(count: int, gather: Callable[[Array], dict[str, Statistics]]) -> dict[str, Statistics]:

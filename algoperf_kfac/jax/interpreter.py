@@ -100,6 +100,9 @@ class Visitor:
     def without_gradient(self, source: Source) -> None:
         """Something reads a parameter through which no gradient goes."""
 
+    def penalty(self, source: Source) -> None:
+        """A scalar that goes into the loss has a summand that depends on the parameter alone."""
+
     def sliced(self, names: Sequence[str], length: int) -> Tree:
         """A pytree to be sliced along with the parameters `names` as a scan of `length` runs over them."""
         return None
@@ -137,7 +140,10 @@ class Interpreter:
         for out, tag, is_returned in zip(outs, out_tags, returned or [True] * len(outs), strict=True):
             # A loss could do anything with a parameter that it is given; a scalar of parameters is a penalty.
             penalty = out.ndim == 0 and not (isinstance(tag, Derived) and tag.with_data)
-            if is_returned and not penalty:
+            if is_returned and penalty:
+                for source in sources_of(tag):
+                    self.visitor.penalty(source)
+            elif is_returned:
                 self._missed((), tag, RETURNED)
         return outs
 

@@ -65,6 +65,11 @@ class Layers:
         """The same with some of the covered layers only."""
         return dataclasses.replace(self, covered={n: layer for n, layer in self.covered.items() if n in names})
 
+    def parameters_of(self, names: Collection[str]) -> set[str]:
+        """The parameters of some of the covered layers, by name."""
+        specs = [layer.spec for name, layer in self.covered.items() if name in names]
+        return {name for spec in specs for name in (spec.weight, spec.bias) if name is not None}
+
     def within(self, params: Tree) -> Layers:
         """The layers whose parameters are in a tree, which may be masked (`optax.masked`, `optax.multi_transform`).
 
@@ -154,3 +159,12 @@ def check_known(layers: Layers, names: set[str]) -> None:
     for name in sorted(layers.covered.keys() ^ names):
         what = "missing" if name in layers.covered else "of a layer that K-FAC does not know"
         raise ValueError(f"statistics of {name} are {what}: they must come from the same Layers")
+
+
+def put_in(tree: Tree, other: Tree, names: Collection[str]) -> Tree:
+    """A tree with some leaves, by the names of parameters, taken from another one."""
+    if not names:
+        return tree
+    leaves, structure = jax.tree.flatten(tree)
+    given = zip(named_leaves(tree), leaves, jax.tree.leaves(other), strict=True)
+    return jax.tree.unflatten(structure, [new if name in names else old for name, old, new in given])

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 
-from algoperf_kfac.errors import warn
+from algoperf_kfac import judging
+from algoperf_kfac.errors import MissingStatisticsError, listed, missing_statistics, warn
+from algoperf_kfac.layers import NEVER_SEEN, not_its_gradient
 from algoperf_kfac.positions import other_rows
 
 
 class Mistakes:
-    """Remembers what was said, and whether statistics were ever computed."""
+    """Remembers what was said, and whether statistics were ever computed.
+
+    Attributes:
+        checked: whether G^T A was ever compared with the gradient.
+        errors: by layer, how far it was from it, relative to it.
+    """
 
     def __init__(self) -> None:
         self._named: set[str] = set()
+        self._called: set[str] = set()
+        self._traces = 0
+        self.checked = False
+        self.errors: dict[str, float] = {}
         self._statistics = False
 
     def rows(self, rows: Mapping[str, int], *, scaled: bool) -> None:
@@ -25,6 +36,55 @@ class Mistakes:
         message = other_rows(rows, "{}", scaled=scaled)
         if message is not None:
             self._say("rows", message)
+
+    def layers(self, layers: Collection[str], idle: Collection[str]) -> None:
+        """Some layers are not called by what is traced.
+
+        Args:
+            layers: all of them.
+            idle: those that are not called.
+
+        Raises:
+            MissingStatisticsError: naming layers that no trace out of many has called.
+        """
+        self._traces += 1
+        self._called |= set(layers) - set(idle)
+        unseen = [name for name in idle if name not in self._called]
+        if unseen and self._traces >= NEVER_SEEN:
+            raise never_seen(unseen, len(layers))
+        if unseen:
+            self._say(
+                "idle",
+                f"{listed(sorted(unseen))}: not called with these arguments. A layer that a step does not call "
+                "keeps its factors and gets no update on statistics steps; on the others say so: update(..., "
+                "idle=optimizer.idle(params, ...)). If no step calls it, leave it out with exclude=[...]",
+            )
+
+    def gradients(self, errors: Mapping[str, float], wrong: Iterable[str]) -> None:
+        """G^T A was compared with the gradient; layers that fall short of it are named.
+
+        Args:
+            errors: by layer, how far it is from it, relative to it.
+            wrong: the layers where that is more than rounding.
+        """
+        self.checked = True
+        self.errors |= errors
+        for name in wrong:
+            warn(
+                f"layer {name}: {not_its_gradient(errors[name])}. Leave it out with exclude=[{name!r}]; "
+                "optimizer.check(params, ...) compares again"
+            )
+
+    def directions(self, steps: float, ratios: Mapping[str, float]) -> None:
+        """Directions that are noise in most layers.
+
+        Args:
+            steps: updates made.
+            ratios: by layer, the length of its first-order step over that of its K-FAC direction.
+        """
+        message = judging.noise(ratios) if steps >= judging.WHEN_JUDGED[0] else None
+        if message is not None:
+            self._say("directions", message)
 
     def statistics(self) -> None:
         """Statistics are computed, or come with an update."""
@@ -45,3 +105,14 @@ class Mistakes:
         if what not in self._named:
             self._named.add(what)
             warn(text)
+
+
+def never_seen(names: Iterable[str], total: int) -> MissingStatisticsError:
+    """The error for layers that are never called.
+
+    Args:
+        names: of the layers.
+        total: number of covered layers.
+    """
+    remedy = "No step so far has called them: leave them out with exclude=[...]"
+    return missing_statistics(dict.fromkeys(sorted(names), "inputs"), total, remedy)

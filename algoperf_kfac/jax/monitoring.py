@@ -15,10 +15,13 @@ from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.errors import check_reduction, no_statistics, warn
 from algoperf_kfac.jax.kinds import kind_of
 from algoperf_kfac.jax.layer_book import Layers
-from algoperf_kfac.jax.preconditioner import Blocks, corrected
+from algoperf_kfac.jax.mistakes import never_seen
+from algoperf_kfac.jax.preconditioner import Blocks, LayerState, corrected, damping_terms
 from algoperf_kfac.jax.stacks import layer_numbers, layer_states
 from algoperf_kfac.jax.transform import find_state
 from algoperf_kfac.jax.types import Tree
+from algoperf_kfac.judging import Judged, table, worst_first
+from algoperf_kfac.layers import NEVER_SEEN
 
 
 class FactorPair(NamedTuple):
@@ -72,18 +75,26 @@ def metrics(state: Tree, layers: Layers, config: KFACConfig | None = None) -> di
     `statistics_steps` counts the updates that came with statistics, `stand_ins` K-FAC directions that vanished or
     overflowed and were replaced by first-order ones. `coverage` is the share of the parameters whose layers have
     statistics: 0 before the first. Per layer: refreshes, failures, skipped refreshes, dropped statistics, drift,
-    the graft ratio and the cosine between K-FAC direction and momentum, both at the last statistics step and NaN
-    before the first; and their totals or means over layers.
+    statistics steps in a row that went by without it (`idle`; of all, how many layers they are), the graft ratio
+    and the cosine between K-FAC direction and momentum, both at the last statistics step and NaN before the first;
+    and their totals or means over layers.
 
     Args:
         state: of `scale_by_kfac`, `kfac`, or a chain with one of them.
         layers: from `discover`.
         config: the configuration: warns if statistics are missing on most statistics steps.
+
+    Raises:
+        MissingStatisticsError: naming layers that none of many statistics steps has called.
+        ValueError: a state without K-FAC.
     """
     inner = find_state(state)
-    each = ("refreshes", "failures", "skipped", "dropped", "drift", "graft_ratio", "cosine")
+    each = ("refreshes", "failures", "skipped", "dropped", "idle", "drift", "graft_ratio", "cosine")
     numbers = layer_numbers(inner.stacks, layers, ("taken", *each))
     took = {name: int(values["taken"]) for name, values in numbers.items()}
+    unseen = [name for name, own in numbers.items() if not own["taken"] and own["idle"] >= NEVER_SEEN]
+    if unseen:
+        raise never_seen(unseen, len(numbers))
     if config is not None:
         check_statistics(int(inner.steps), took, config)
     at_work = sum(layers.covered[name].spec.num_parameters for name, count in took.items() if count)
@@ -99,10 +110,50 @@ def metrics(state: Tree, layers: Layers, config: KFACConfig | None = None) -> di
             values = {name: value if took[name] else math.nan for name, value in values.items()}
             seen = [value for value in values.values() if not math.isnan(value)]
             out[key] = sum(seen) / len(seen) if seen else math.nan
+        elif key == "idle":
+            out[key] = float(sum(value > 0 for value in values.values()))
         elif key != "drift":
             out[key] = sum(values.values())
         out |= {f"{name}/{key}": value for name, value in values.items()}
     return out
+
+
+def summary(state: Tree, layers: Layers, config: KFACConfig, worst: int = 8) -> str:
+    """A table of the layers whose directions are the most doubtful, for a person to read; see `KFAC.summary`.
+
+    Args:
+        state: of `scale_by_kfac`, `kfac`, or a chain with one of them.
+        layers: from `discover`.
+        config: the configuration.
+        worst: number of layers, those with the smallest graft ratio first.
+    """
+    stacks = find_state(state).stacks
+    numbers = layer_numbers(stacks, layers, ("taken", "refreshes", "idle", "graft_ratio", "cosine"))
+    seen = {name: own for name, own in numbers.items() if own["taken"]}
+    ratios = {name: own["graft_ratio"] for name, own in seen.items()} if config.grafting else {}
+    names = worst_first(numbers, ratios)
+    states = layer_states(stacks, layers)
+    shown = {}
+    for name in names[:worst]:
+        cosine = seen[name]["cosine"] if name in seen else None
+        shares = _at_damping(states[name], config) if name in seen else (None, None)
+        shown[name] = Judged(
+            ratios.get(name), cosine, *shares, int(numbers[name]["refreshes"]), int(numbers[name]["idle"])
+        )
+    return table(shown, len(names) - len(shown))
+
+
+def _at_damping(state: LayerState, config: KFACConfig) -> tuple[float | None, float | None]:
+    """For A and for B, the share of damped eigenvalues within twice the smallest; None for the identity."""
+    factors = corrected(state)
+
+    def share(blocks: Blocks, damping: Array) -> float | None:
+        values = [jnp.maximum(jnp.linalg.eigvalsh(m), 0) + damping[:, None] for m in blocks]
+        near = sum(int((v < 2 * v.min(-1, keepdims=True)).sum()) for v in values)
+        return near / sum(v.size for v in values) if values else None
+
+    a, b = map(share, factors, damping_terms(*factors, config))
+    return a, b
 
 
 def check_statistics(steps: int, took: Mapping[str, int], config: KFACConfig) -> None:

@@ -46,6 +46,7 @@ class LayerState:
         examples: moving average of the number of examples, not corrected; (), or (groups,) of scanned layers.
         dropped: how many statistics were left out because they were not finite, ().
         taken: how many statistics went into the averages, ().
+        idle: statistics steps in a row that went by without the layer, ().
         a_operator, b_operator: what the momentum is multiplied by, the identity before the first refresh; empty
             for a scaling without operators.
         a_basis, b_basis: eigenbases, where the scaling keeps them.
@@ -65,6 +66,7 @@ class LayerState:
     examples: Array
     dropped: Array
     taken: Array
+    idle: Array
     a_operator: Blocks
     b_operator: Blocks
     a_basis: Blocks
@@ -84,7 +86,7 @@ FIELDS = tuple(field.name for field in dataclasses.fields(LayerState))
 jax.tree_util.register_dataclass(LayerState, data_fields=FIELDS, meta_fields=())
 
 # Scalars of a state that are counters (int32), and those that are numbers.
-NUM_COUNTERS, NUM_NUMBERS = 5, 5
+NUM_COUNTERS, NUM_NUMBERS = 6, 5
 
 
 def init_layer(spec: LayerSpec, slices: int, scaling: Scaling, dtype: DTypeLike) -> LayerState:
@@ -114,6 +116,7 @@ def init_layer(spec: LayerSpec, slices: int, scaling: Scaling, dtype: DTypeLike)
         examples=jnp.zeros(() if slices == 1 else (spec.groups,), dtype),
         dropped=jnp.zeros((), jnp.int32),
         taken=jnp.zeros((), jnp.int32),
+        idle=jnp.zeros((), jnp.int32),
         a_operator=eyes(ins, kept=scaling.keeps_operators),
         b_operator=eyes(outs, kept=scaling.keeps_operators),
         a_basis=eyes(ins, kept=scaling.keeps_bases),

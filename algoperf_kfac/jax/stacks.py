@@ -189,3 +189,9 @@ def stack_trees(trees: list[Pytree]) -> Pytree:
 def broadcast(flags: Array, like: Array) -> Array:
     """(layers,) shaped to select entries of an array with the layer as leading dimension."""
     return flags.reshape(flags.shape + (1,) * (like.ndim - flags.ndim))
+
+
+def select(chosen: Array, new: LayerState, old: LayerState) -> LayerState:
+    """The new state of some layers of a stack, (layers,), and the old one of the others."""
+    state: LayerState = jax.tree.map(lambda n, o: jnp.where(broadcast(chosen, n), n, o), new, old)
+    return state

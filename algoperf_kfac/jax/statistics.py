@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,29 @@ class Statistics(NamedTuple):
     examples: Array
 
 
+@jax.tree_util.register_pytree_with_keys_class
+class Gathered(dict[str, Statistics]):
+    """The statistics of a batch by layer; a pytree.
+
+    Args:
+        statistics: of the layers that were called.
+        idle: names of those that were not.
+    """
+
+    def __init__(self, statistics: Mapping[str, Statistics], idle: Iterable[str] = ()) -> None:
+        super().__init__(statistics)
+        self.idle = tuple(sorted(idle))
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        names = sorted(self)
+        return tuple((jax.tree_util.DictKey(name), self[name]) for name in names), (tuple(names), self.idle)
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, children: Any) -> Gathered:
+        names, idle = static
+        return cls(dict(zip(names, children, strict=True)), idle)
+
+
 class LayerSums(NamedTuple):
     """What a layer collects in a backward pass, `groups` over scanned layers and channel groups.
 
@@ -52,6 +75,18 @@ class LayerSums(NamedTuple):
     inputs: tuple[Array, ...]
     gradients: tuple[Array, ...]
     counts: Array
+
+
+class Product(NamedTuple):
+    """What a layer's inputs and output gradients say of its weight's gradient, (groups, P_out, P_in [+ 1]).
+
+    Attributes:
+        total: sum_n sum_r g a^T, with the bias as last column.
+        magnitude: sum_n sum_r |g| |a|^T, which rounding is relative to.
+    """
+
+    total: Array
+    magnitude: Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,6 +171,27 @@ def _sums(static: Tap, x: Array, reading: Reading, gradient: Array) -> LayerSums
     )
 
 
+def product(static: Tap, x: Array, gradient: Array) -> Product:
+    """G^T A of one call: of all its positions, as those that do not count have no gradient."""
+    call, spec = static.use, static.spec
+    assert isinstance(call, Call)
+    g = call.outputs(gradient.astype(static.dtype)).reshape(-1, call.groups, spec.out_dim)
+    x = call.inputs(x.astype(static.dtype))
+    a = (x if call.conv is None else call.conv.patches(x)).reshape(-1, call.groups, spec.in_dim)
+    if spec.bias is not None:
+        a = jnp.concatenate([a, jnp.ones((*a.shape[:2], 1), a.dtype)], 2)
+    return multiplied(g, a)
+
+
+def multiplied(g: Array, a: Array) -> Product:
+    """The product of output gradients (M, groups, P_out) and inputs (M, groups, P_in)."""
+
+    def sums(g: Array, a: Array) -> Array:
+        return jnp.einsum("mgi,mgj->gij", g, a, precision=jax.lax.Precision.HIGHEST)
+
+    return Product(sums(g, a), sums(jnp.abs(g), jnp.abs(a)))
+
+
 def finalise(spec: LayerSpec, sums: LayerSums, layout: Layout, scale: Array | float) -> Statistics:
     """Statistics of one backward pass from the sums of all calls in it.
 
@@ -174,6 +230,22 @@ def finalise(spec: LayerSpec, sums: LayerSums, layout: Layout, scale: Array | fl
     return Statistics(a, b, per_group(a_count), per_group(examples))
 
 
-def add(first: Statistics, second: Statistics) -> Statistics:
-    """Statistics of two micro-batches or passes together."""
-    return jax.tree.map(jnp.add, first, second)
+Added = TypeVar("Added", Statistics, "Gathered")
+
+
+def add(first: Added, second: Added) -> Added:
+    """Statistics of two micro-batches or passes together, of one layer or of all.
+
+    Of all layers they are merged by name: what one batch did not call keeps the statistics of the other.
+    """
+    if isinstance(first, Gathered) and isinstance(second, Gathered):
+        names = {**first, **second}
+        merged = {
+            name: jax.tree.map(jnp.add, first[name], second[name])
+            if name in first and name in second
+            else (first if name in first else second)[name]
+            for name in names
+        }
+        return Gathered(merged, [name for name in first.idle if name in second.idle])
+    together: Added = jax.tree.map(jnp.add, first, second)
+    return together

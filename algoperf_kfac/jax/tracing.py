@@ -80,6 +80,7 @@ class Survey(Visitor):
         other_uses: parameter -> the primitives without a rule that read it, in order; and whether they read a
             function of it.
         stopped: parameters that something reads through which no gradient goes.
+        penalised: parameters that the loss depends on apart from what the model computes with them.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -89,6 +90,7 @@ class Survey(Visitor):
         self.biases: dict[Key, Source] = {}
         self.other_uses: dict[str, dict[str, bool]] = {}
         self.stopped: set[str] = set()
+        self.penalised: set[str] = set()
 
     def operation(self, key: Key, call: Call, x: Array, out: Array) -> Array:
         self.calls.setdefault(call.view.source.name, {})[key] = call
@@ -106,6 +108,9 @@ class Survey(Visitor):
 
     def without_gradient(self, source: Source) -> None:
         self.stopped.add(source.name)
+
+    def penalty(self, source: Source) -> None:
+        self.penalised.add(source.name)
 
     def uses(self, weight: str) -> kinds.Uses:
         """All weighted operations that read a parameter."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -15,14 +16,14 @@ from jax.sharding import Mesh
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.jax import preconditioner
 from algoperf_kfac.jax.directions import second_order
-from algoperf_kfac.jax.layer_book import Layers, check_known, check_params, check_real
+from algoperf_kfac.jax.layer_book import Layers, check_known, check_params, check_real, put_in
 from algoperf_kfac.jax.mistakes import Mistakes
 from algoperf_kfac.jax.nadamw import nadamw_directions, nesterov
 from algoperf_kfac.jax.preconditioner import LayerState
 from algoperf_kfac.jax.refresh import refresh_due
 from algoperf_kfac.jax.scalings import scaling_of
-from algoperf_kfac.jax.stacks import Stacks, check_members, members_of, stack_trees, stacks_of
-from algoperf_kfac.jax.statistics import Statistics
+from algoperf_kfac.jax.stacks import Stacks, check_members, members_of, select, stack_trees, stacks_of
+from algoperf_kfac.jax.statistics import Gathered, Statistics
 from algoperf_kfac.jax.tracing import named_leaves
 from algoperf_kfac.jax.trained import are_trained, put_back, trained
 from algoperf_kfac.jax.types import Tree
@@ -67,9 +68,10 @@ def scale_by_kfac(
 
     Covered layers move along their K-FAC direction, by default with the length of their NadamW update; all other
     parameters take the NadamW update itself. `update` takes the keyword argument `statistics`: those of this step,
-    as `value_grad_and_statistics` returns them, or None on steps without. Refreshes happen on steps with
-    statistics, layers taking turns; everything that depends on the step number is decided on the device, so that
-    `jit` compiles a step with and a step without statistics, once each.
+    as `value_grad_and_statistics` returns them, or None on steps without. Layers that a step did not call get no
+    update: the statistics know which they are, on steps without them the argument `idle` says it (`KFAC.idle`).
+    Refreshes happen on steps with statistics, layers taking turns; everything that depends on the step number is
+    decided on the device, so that `jit` compiles a step with and a step without statistics, once each.
 
     Args:
         layers: from `discover`.
@@ -104,6 +106,7 @@ def scale_by_kfac(
         params: Tree | None = None,
         *,
         statistics: Mapping[str, Statistics] | None = None,
+        idle: Collection[str] = (),
         **extra: object,
     ) -> tuple[Tree, KFACState]:
         del params, extra
@@ -117,7 +120,8 @@ def scale_by_kfac(
             said.without_statistics()
         else:
             said.statistics()
-            check_known(layers, set(statistics))
+            idle = _idle(statistics, idle)
+            check_known(layers, {*statistics, *idle})
             states = move_averages(states, statistics, here, config)
             states = refresh_due(dict(states), stacks, state.steps, scaling, mesh)
         count = state.steps + 1
@@ -130,10 +134,13 @@ def scale_by_kfac(
             put_back(leaves, state.mu) for leaves in (gradients, momenta, directions, mu, nu)
         )
         outcome = second_order(
-            stacks, scaling, gradients, momenta, directions, states, monitor=statistics is not None
+            stacks, scaling, gradients, momenta, directions, states, monitor=statistics is not None, idle=idle
         )
+        still = here.parameters_of(idle)
+        mu, nu = put_in(mu, state.mu, still), put_in(nu, state.nu, still)
+        directions = _stopped(outcome.directions, still)
         new = Stacks(outcome.states, members_of(stacks), masked=here is not layers)
-        return outcome.directions, KFACState(count, mu, nu, new, state.stand_ins + outcome.stand_ins)
+        return directions, KFACState(count, mu, nu, new, state.stand_ins + outcome.stand_ins)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -157,17 +164,42 @@ def kfac(
         mesh, mistakes: see `scale_by_kfac`.
     """
     rate = config.learning_rate if learning_rate is None else learning_rate
-    whole = [name for name, (_, dtype) in layers.shapes.items() if not jnp.issubdtype(dtype, jnp.inexact)]
     return optax.chain(
         scale_by_kfac(layers, config, mesh, mistakes),
-        # Whole numbers do not decay: rounded down, they would.
-        *(
-            [optax.masked(optax.add_decayed_weights(config.weight_decay, weight_decay_mask), are_trained)]
-            if whole
-            else [optax.add_decayed_weights(config.weight_decay, weight_decay_mask)]
-        ),
+        _add_decayed_weights(layers, config.weight_decay, weight_decay_mask),
         optax.scale_by_learning_rate(rate),
     )
+
+
+def _add_decayed_weights(layers: Layers, weight_decay: float, mask: Mask) -> optax.GradientTransformationExtraArgs:
+    """optax.add_decayed_weights for what moves: neither whole numbers nor layers that a step did not call."""
+    decay = optax.add_decayed_weights(weight_decay, mask)
+    if not all(jnp.issubdtype(dtype, jnp.inexact) for _, dtype in layers.shapes.values()):
+        decay = optax.masked(decay, are_trained)  # whole numbers, rounded down, would decay
+
+    def update(
+        updates: Tree,
+        state: optax.OptState,
+        params: Tree | None = None,
+        *,
+        statistics: Mapping[str, Statistics] | None = None,
+        idle: Collection[str] = (),
+        **extra: object,
+    ) -> tuple[Tree, optax.OptState]:
+        decayed, state = decay.update(updates, state, params)
+        return _stopped(decayed, layers.parameters_of(_idle(statistics, idle))), state
+
+    return optax.GradientTransformationExtraArgs(decay.init, update)
+
+
+def _idle(statistics: Mapping[str, Statistics] | None, idle: Collection[str]) -> set[str]:
+    """The layers that a step did not call: those that its statistics know of, and those that are said to be."""
+    return {*idle, *(statistics.idle if isinstance(statistics, Gathered) else ())}
+
+
+def _stopped(updates: Tree, names: Collection[str]) -> Tree:
+    """Updates with zeros for some parameters."""
+    return put_in(updates, jax.tree.map(jnp.zeros_like, updates), names) if names else updates
 
 
 def move_averages(
@@ -177,17 +209,21 @@ def move_averages(
 
     Args:
         states: by stack.
-        statistics: by layer, from `value_grad_and_statistics`.
+        statistics: by layer, from `value_grad_and_statistics`; a layer without keeps its averages.
         layers: from `discover`.
         config: the configuration.
 
     """
     move = jax.vmap(functools.partial(preconditioner.update_statistics, decay=config.factor_decay))
     stacks = stacks_of(layers)
-    moved = {
-        key: move(states[key], stack_trees([statistics[name] for name in stack.names]))
-        for key, stack in stacks.items()
-    }
+    moved = {}
+    for key, stack in stacks.items():
+        state, called = states[key], [name in statistics for name in stack.names]
+        if any(called):
+            filling = statistics[stack.names[called.index(True)]]
+            new = move(state, stack_trees([statistics.get(name, filling) for name in stack.names]))
+            state = new if all(called) else select(jnp.array(called), new, state)
+        moved[key] = dataclasses.replace(state, idle=jnp.where(jnp.array(called), 0, state.idle + 1))
     return Stacks(moved, members_of(stacks))
 
 

@@ -22,7 +22,15 @@ from torch.overrides import TorchFunctionMode
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.errors import MissingStatisticsError
-from algoperf_kfac.layers import LayerSpec, Layout, also_read_by, computed_before, not_its_gradient
+from algoperf_kfac.layers import (
+    MAX_ERROR,
+    ROUNDING,
+    LayerSpec,
+    Layout,
+    also_read_by,
+    computed_before,
+    not_its_gradient,
+)
 from algoperf_kfac.positions import Candidates, Positions, Rows, candidates_for, check_fits, choose
 from algoperf_kfac.pytorch import fisher
 from algoperf_kfac.pytorch.contractions import operations_of
@@ -37,10 +45,6 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from algoperf_kfac.pytorch.layer_book import Layers
-
-# How far the captured pairs may be from a weight's gradient: a share of it, and rounding units of what was summed.
-MAX_ERROR = 0.02
-ROUNDING = 16.0
 
 
 @dataclasses.dataclass(frozen=True)

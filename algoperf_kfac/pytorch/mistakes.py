@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from algoperf_kfac import judging
 from algoperf_kfac.errors import listed, warn
 from algoperf_kfac.positions import other_rows
 
 TIMES_ASKED = 3
-SMALL_RATIO = 0.01
 
 
 class Mistakes:
@@ -62,25 +62,18 @@ class Mistakes:
             warn(message)
 
     def directions(self, ratios: Mapping[str, Tensor]) -> None:
-        """Directions that are hundreds of times as long as first-order ones in most layers: noise, scaled up.
+        """Directions that are noise in most layers.
 
         Args:
             ratios: by layer, the length of its first-order step over that of its K-FAC direction.
         """
-        names = list(ratios)
-        if not names or "directions" in self._named:
+        if not ratios or "directions" in self._named:
             return
-        values = torch.stack([ratios[name].float().cpu() for name in names]).tolist()
-        small = {name: value for name, value in zip(names, values, strict=True) if 0 < value < SMALL_RATIO}
-        if 2 * len(small) > len(names):
+        values = torch.stack([ratio.float().cpu() for ratio in ratios.values()]).tolist()
+        message = judging.noise(dict(zip(ratios, values, strict=True)))
+        if message is not None:
             self._named.add("directions")
-            worst = listed(f"{name} ({value:.0e})" for name, value in sorted(small.items(), key=lambda x: x[1]))
-            warn(
-                f"in {len(small)} of {len(names)} layers K-FAC's direction is over {1 / SMALL_RATIO:.0f} times as "
-                f"long as the first-order step, a sign of factors that are all but singular: {worst}. Take "
-                'approximation="expand" for convolutions (reduce averages the patches of a kernel, which hardly '
-                "differ), or damping=1e-2; optimizer.summary() shows the layers"
-            )
+            warn(message)
 
     def strangers(self, params: Sequence[Tensor]) -> None:
         """Parameters that layers were called with, and that the optimizer does not train.

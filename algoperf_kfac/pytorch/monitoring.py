@@ -10,10 +10,10 @@ from torch import Tensor
 
 from algoperf_kfac.config import TABLE
 from algoperf_kfac.errors import check_reduction, no_statistics
+from algoperf_kfac.judging import Judged, table, worst_first
 from algoperf_kfac.pytorch.layer_book import Layers
 
 COUNTED = ("refreshes", "failures", "skipped")
-HEAD = ("layer", "graft ratio", "cosine", "A at damping", "B at damping", "refreshes", "idle")
 
 
 class FactorPair(NamedTuple):
@@ -72,34 +72,28 @@ def metrics(
 
 def summary(layers: Layers, ratios: Mapping[str, Tensor], cosines: Mapping[str, Tensor], worst: int) -> str:
     """A table for a person to read; see `KFAC.summary`."""
-    names = [name for name in layers.covered if name in layers.states]
-    names.sort(key=lambda name: float(ratios[name]) if name in ratios else 1.0)
-    rows = [HEAD]
+    known = {name: float(ratio) for name, ratio in ratios.items()}
+    names = worst_first((name for name in layers.covered if name in layers.states), known)
+    shown = {}
     for name in names[:worst]:
         state = layers.states[name]
-        rows.append(
-            (
-                name,
-                f"{float(ratios[name]):.2g}" if name in ratios else "-",
-                f"{float(cosines[name]):.2f}" if name in cosines else "-",
-                _at_damping(state.a_values),
-                _at_damping(state.b_values),
-                str(state.refreshes),
-                str(layers.missed_steps.get(name, 0)),
-            )
+        shown[name] = Judged(
+            known.get(name),
+            float(cosines[name]) if name in cosines else None,
+            _at_damping(state.a_values),
+            _at_damping(state.b_values),
+            state.refreshes,
+            layers.missed_steps.get(name, 0),
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    rest = len(names) - worst
-    return "\n".join([*lines, *([f"... and {rest} more layers"] if rest > 0 else [])])
+    return table(shown, len(names) - len(shown))
 
 
-def _at_damping(values: list[Tensor]) -> str:
-    """The share of a factor's damped eigenvalues within twice the smallest; "-" where there are none."""
+def _at_damping(values: list[Tensor]) -> float | None:
+    """The share of a factor's damped eigenvalues within twice the smallest; None where there are none."""
     if not values:
-        return "-"
+        return None
     near = sum(int((v < 2 * v.amin(-1, keepdim=True)).sum()) for v in values)
-    return f"{100 * near / sum(v.numel() for v in values):.0f} %"
+    return near / sum(v.numel() for v in values)
 
 
 def _present(blocks: list[Tensor]) -> Tensor | tuple[Tensor, ...]:

@@ -12,11 +12,9 @@ from torch.distributed import ProcessGroup
 
 from algoperf_kfac import cadence
 from algoperf_kfac.config import KFACConfig
-from algoperf_kfac.errors import (
-    MissingStatisticsError,
-    missing_statistics,
-)
-from algoperf_kfac.layers import Coverage, LayerSpec
+from algoperf_kfac.errors import MissingStatisticsError, missing_statistics
+from algoperf_kfac.judging import WHEN_JUDGED
+from algoperf_kfac.layers import NEVER_SEEN, Coverage, LayerSpec
 from algoperf_kfac.positions import PositionsLike, as_candidates
 from algoperf_kfac.pytorch import checkpoint, distributed, monitoring
 from algoperf_kfac.pytorch.capture import Capture, Gathered, Options
@@ -33,10 +31,6 @@ REMEDY = (
     "Run the forward and the backward pass inside capture(), leave unused layers out with exclude=[...], or pass "
     "allow_partial_coverage=True to move them to the fallback"
 )
-# Statistics steps after which a layer that none of them has seen is taken for a mistake.
-NEVER_SEEN = 10
-# Updates at which directions are judged, which waits for the device.
-WHEN_JUDGED = (20, 100)
 
 
 class KFAC(torch.optim.Optimizer):

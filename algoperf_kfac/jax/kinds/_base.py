@@ -9,10 +9,11 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 from jax import Array
 from jax.typing import DTypeLike
 
+from algoperf_kfac.jax import statistics
 from algoperf_kfac.jax.factors import Reading
 from algoperf_kfac.jax.interpreter import Key
 from algoperf_kfac.jax.operations import Call, Lookup, Rule, Use, WeightView
-from algoperf_kfac.jax.statistics import Statistics, Tap
+from algoperf_kfac.jax.statistics import Product, Statistics, Tap
 from algoperf_kfac.jax.types import Sizes
 from algoperf_kfac.layers import LayerSpec
 from algoperf_kfac.positions import Layout
@@ -93,6 +94,10 @@ class Kind(Generic[S]):
             sums: the layer's.
         """
         raise NotImplementedError
+
+    def product(self, tap: Tap, x: Array, gradient: Array) -> Product:
+        """What one use adds to the gradient of the weight, from its input and output gradient."""
+        return statistics.product(tap, x, gradient)
 
     def finalise(self, spec: LayerSpec, sums: S, layout: Layout, scale: Array | float) -> Statistics:
         """Statistics of one backward pass from the sums of all uses in it.

@@ -22,7 +22,7 @@ from algoperf_kfac.jax.kinds._base import Kind
 from algoperf_kfac.jax.operations import Call, Read, WeightView, shape_of
 from algoperf_kfac.jax.sharding import replicated
 from algoperf_kfac.jax.sources import Source, is_data
-from algoperf_kfac.jax.statistics import LayerSums, Statistics, Tap
+from algoperf_kfac.jax.statistics import LayerSums, Product, Statistics, Tap
 from algoperf_kfac.layers import LayerSpec
 from algoperf_kfac.positions import Layout
 
@@ -75,6 +75,13 @@ class Experts(Kind[LayerSums]):
 
     def tap(self, tap: Tap, out: Array, x: Array, reading: Reading, sums: LayerSums) -> Array:
         return tap_experts(tap, out, x, reading, sums)
+
+    def product(self, tap: Tap, x: Array, gradient: Array) -> Product:
+        call = tap.use
+        assert isinstance(call, Call)
+        member = (x[:, -1:] == jnp.arange(call.groups)).astype(tap.dtype)[:, :, None]
+        g, a = gradient.astype(tap.dtype)[:, None] * member, x[:, None, :-1].astype(tap.dtype) * member
+        return statistics.multiplied(g, a)
 
     def finalise(self, spec: LayerSpec, sums: LayerSums, layout: Layout, scale: Array | float) -> Statistics:
         return statistics.finalise(spec, sums, layout, scale)

@@ -31,7 +31,7 @@ from algoperf_kfac.jax.interpreter import Key
 from algoperf_kfac.jax.kinds._base import Kind, Uses
 from algoperf_kfac.jax.operations import Call, Lookup, Use, WeightView
 from algoperf_kfac.jax.sharding import replicated
-from algoperf_kfac.jax.statistics import Statistics, Tap
+from algoperf_kfac.jax.statistics import Product, Statistics, Tap
 from algoperf_kfac.jax.types import Sizes
 from algoperf_kfac.layers import LayerSpec
 from algoperf_kfac.positions import Layout
@@ -90,6 +90,13 @@ class TiedTable(Kind[TiedSums]):
     def tap(self, tap: Tap, out: Array, x: Array, reading: Reading, sums: TiedSums) -> Array:
         chosen = tap_lookup if isinstance(tap.use, Lookup) else tap_output
         return chosen(tap, out, x, reading, sums)
+
+    def product(self, tap: Tap, x: Array, gradient: Array) -> Product:
+        if not isinstance(tap.use, Lookup):
+            return super().product(tap, x, gradient)
+        rows, spec = gradient.astype(tap.dtype).reshape(-1, tap.spec.in_dim), tap.spec
+        nothing = jnp.zeros((1, spec.out_dim, spec.in_dim), tap.dtype).at[0, x.reshape(-1)]
+        return Product(nothing.add(rows), nothing.add(jnp.abs(rows)))
 
     def finalise(self, spec: LayerSpec, sums: TiedSums, layout: Layout, scale: Array | float) -> Statistics:
         return finalise(spec, sums, layout, scale)
