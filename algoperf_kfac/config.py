@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -32,6 +32,13 @@ def scaling_names() -> tuple[str, ...]:
     return tuple(sorted({path.stem for path in files if not path.stem.startswith("_")} | set(POWERS)))
 
 
+@functools.cache
+def kind_names() -> tuple[str, ...]:
+    """The layer kinds that a configuration may name: the usual ones, and those with a file of their name."""
+    files = Path(__file__).parent.glob("*/kinds/*.py")
+    return (*LAYER_KINDS, *sorted({path.stem for path in files if not path.stem.startswith("_")}))
+
+
 @dataclasses.dataclass(frozen=True)
 class KFACConfig:
     """Hyperparameters, named as in AlgoPerf where a name exists there.
@@ -44,7 +51,8 @@ class KFACConfig:
         eps: added to the root of the second moment.
         weight_decay: decoupled, multiplied by the learning rate.
         approximation: "expand" or "reduce" for all layers, or a mapping from layer kind ("linear", "conv",
-            "conv_transpose") to one of them; kinds left out take "expand".
+            "conv_transpose", or the name of a file in `kinds` that has layers of this kind) to one of them; kinds
+            left out take "expand".
         fisher: "empirical" (gradients of the training loss), "mc" (labels sampled from the model) or "exact"
             (type-2, all columns of the output Hessian's root; small outputs only).
         fisher_samples: label samples per statistics step, for "mc".
@@ -122,7 +130,7 @@ class KFACConfig:
         check("weight_decay", self.weight_decay >= 0, "a number >= 0")
         choice = self.approximation
         if isinstance(choice, Mapping):
-            ok = set(choice) <= set(LAYER_KINDS) and set(choice.values()) <= set(APPROXIMATIONS)
+            ok = set(choice) <= set(kind_names()) and set(choice.values()) <= set(APPROXIMATIONS)
         else:
             ok = choice in APPROXIMATIONS
         check("approximation", ok, f"one of {APPROXIMATIONS}, or a mapping from {LAYER_KINDS} to them")
@@ -189,6 +197,21 @@ class KFACConfig:
     def exponent(self) -> float:
         """Power of the inverse eigenvalues for the scalings that use them."""
         return POWERS.get(self.scaling, self.power) if isinstance(self.scaling, str) else self.power
+
+    def check_kinds(self, declared: Iterable[str]) -> None:
+        """Refuse an approximation for a kind of layer that there is none of.
+
+        Args:
+            declared: the names that a framework's kinds declare.
+
+        Raises:
+            ValueError: naming the kind.
+        """
+        named = self.approximation if isinstance(self.approximation, Mapping) else ()
+        known = sorted({*LAYER_KINDS, *declared} - {TABLE})
+        for kind in named:
+            if kind not in known:
+                raise ValueError(f"hyperparameter approximation: no layer is of the kind {kind!r}, only {known}")
 
     def approximation_for(self, kind: str) -> str:
         """The approximation of a layer kind."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, Self, TypeAlias
 
@@ -142,11 +143,29 @@ def to_front(sizes: Sequence[int], dim: int) -> tuple[int, ...]:
 
 
 def candidates_for(name: str, candidates: Candidates) -> list[Positions]:
-    """The descriptions that a layer may take, in order."""
-    if isinstance(candidates, Mapping):
-        matches = (value for pattern, value in candidates.items() if fnmatch.fnmatchcase(name, pattern))
-        return next(matches, [])
-    return candidates
+    """The descriptions that a layer may take, in order.
+
+    Of several patterns that match its name it takes the one that says most of it. Which stands first means
+    nothing: a mapping that goes through `jax.jit` comes out sorted.
+
+    Raises:
+        ValueError: naming the layer, if two patterns say equally much of it.
+    """
+    if not isinstance(candidates, Mapping):
+        return candidates
+    matches = sorted((p for p in candidates if fnmatch.fnmatchcase(name, p)), key=_said, reverse=True)
+    if len(matches) > 1 and _said(matches[0]) == _said(matches[1]):
+        raise ValueError(
+            f"positions: layer {name} matches {matches[0]!r} and {matches[1]!r}, and neither says more of its "
+            f"name: give {name!r} itself, too"
+        )
+    return candidates[matches[0]] if matches else []
+
+
+def _said(pattern: str) -> tuple[bool, int]:
+    """How much a pattern says of a name: whether it is the name, and how many of its characters it fixes."""
+    fixed = re.sub(r"\[.[^]]*\]|[*?]", "", pattern)
+    return fixed == pattern, len(fixed)
 
 
 def choose(name: str, candidates: Candidates, rows: Rows) -> Positions | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.errors import MissingStatisticsError
-from algoperf_kfac.jax import checkpoint  # noqa: F401  # tells flax of the states
 from algoperf_kfac.jax.capture import value_grad_and_statistics
+from algoperf_kfac.jax.checkpoint import from_orbax  # which tells flax of the states, too
 from algoperf_kfac.jax.discovery import discover
 from algoperf_kfac.jax.layer_book import CoveredLayer, Layers
-from algoperf_kfac.jax.monitoring import FactorPair, factors, metrics
+from algoperf_kfac.jax.monitoring import FactorPair, factors, metrics, summary
 from algoperf_kfac.jax.optimizer import KFAC
 from algoperf_kfac.jax.sharding import batch_mesh, replicate, shard_batch
 from algoperf_kfac.jax.stacks import layer_states
@@ -29,11 +29,13 @@ __all__ = [
     "batch_mesh",
     "discover",
     "factors",
+    "from_orbax",
     "kfac",
     "layer_states",
     "metrics",
     "replicate",
     "scale_by_kfac",
     "shard_batch",
+    "summary",
     "value_grad_and_statistics",
 ]

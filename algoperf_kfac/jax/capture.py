@@ -244,8 +244,20 @@ class TappedModel:
         return number
 
     def numbers(self) -> dict[str, int]:
-        """How many examples each layer sees, whether they count or not, in the order of the first calls."""
-        return {name: first.total for name, first in self._first.items()}
+        """How many examples each layer sees, whether they count or not, in the order of the first calls.
+
+        Where that changes nothing but the scale of B (tokens of experts, with expand) a layer is left out.
+        """
+        free = {
+            name
+            for name, layer in self._layers.items()
+            if layer.spec.approximation == "expand" and self._kind_of(layer.spec).by_row
+        }
+        return {
+            name: first.total
+            for number, (name, first) in enumerate(self._first.items())
+            if not number or name not in free
+        }
 
     def check_reached(self) -> None:
         """Raises MissingStatisticsError, naming the layers, unless backward passes came by all of them."""

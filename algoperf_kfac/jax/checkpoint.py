@@ -17,12 +17,35 @@ from flax import serialization
 from algoperf_kfac.errors import listed
 from algoperf_kfac.jax.preconditioner import FIELDS, LayerState
 from algoperf_kfac.jax.stacks import Stacks
+from algoperf_kfac.jax.types import Tree
 
 StateDict: TypeAlias = dict[str, Any]
 """A state as nested dictionaries with arrays at the leaves."""
 
 # Of 0.1.0: a tuple of one array or none, and a number that was kept without it, too.
 OLD_FIELDS = ("second_moment", "second_moment_steps")
+
+
+def from_orbax(like: Tree, restored: Tree) -> Tree:
+    """A state from what orbax restores without a template: `checkpointer.restore(path)`; also of what 0.1.0 saved.
+
+    Args:
+        like: a state of the same structure, for instance a fresh one: `optimizer.init(params)`.
+        restored: lists and dictionaries with arrays at the leaves.
+
+    Raises:
+        ValueError: it is the state of other layers.
+    """
+    return serialization.from_state_dict(like, _as_state_dict(restored))
+
+
+def _as_state_dict(node: Tree) -> Tree:
+    """What orbax restores in flax's form: lists as dictionaries by number, and such for nothing."""
+    if isinstance(node, Mapping):
+        return {str(key): _as_state_dict(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return {str(number): _as_state_dict(value) for number, value in enumerate(node)}
+    return {} if node is None else node
 
 
 def layer_to_dict(state: LayerState) -> StateDict:
@@ -83,7 +106,10 @@ def stacks_from_dict(like: Stacks, saved: StateDict) -> Stacks:
         ValueError: the dictionaries are those of other layers.
     """
     orders = {key: members.names for key, members in like.members.items()}
-    if saved.keys() == {"states", "names"}:
+    if saved.keys() == {"states"}:  # orbax keeps arrays alone
+        states = saved["states"]
+        found = {key: orders.get(key, (key,)) for key in states}
+    elif saved.keys() == {"states", "names"}:
         states = saved["states"]
         found = {key: tuple(bytes(np.asarray(text)).decode().split("\n")) for key, text in saved["names"].items()}
     else:

@@ -108,6 +108,7 @@ class _CheckedKind(Kind[Checked]):
     """
 
     def __init__(self, kind: Kind[Any], checks: Checks) -> None:
+        self.by_row = kind.by_row
         self._kind = kind
         self._checks = checks
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.errors import check_patterns
 from algoperf_kfac.jax.interpreter import ELEMENTWISE, Key
-from algoperf_kfac.jax.kinds import kind_for
+from algoperf_kfac.jax.kinds import KINDS, kind_for
 from algoperf_kfac.jax.layer_book import CoveredLayer, Layers, check_dtypes, check_real, paths
 from algoperf_kfac.jax.operations import Call
 from algoperf_kfac.jax.tracing import Survey, named_leaves, trace
@@ -54,8 +54,10 @@ def discover(
 
     Raises:
         TypeError: if `apply_fn` is a module.
-        ValueError: for parameters of mixed precision, no parameters, or a pattern that matches nothing.
+        ValueError: for parameters of mixed precision, no parameters, a pattern that matches nothing, or an
+            approximation for a kind of layer that there is none of.
     """
+    config.check_kinds(name for kind in KINDS for name in kind.names)
     leaves = named_leaves(params)
     if not leaves:
         raise ValueError("params holds no parameter")

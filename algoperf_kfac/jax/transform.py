@@ -38,7 +38,8 @@ Mask: TypeAlias = Tree | Callable[[Tree], Tree] | None
 # Restored without a template, a state is nested dictionaries.
 NO_STATE = (
     "the optimizer's state is a {}, not a KFACState: restore it with a template, such as a fresh state: "
-    "checkpointer.restore(path, optimizer.init(params))"
+    "checkpointer.restore(path, optimizer.init(params)); or from_orbax(optimizer.init(params), restored), which "
+    "also takes what version 0.1.0 saved"
 )
 
 

@@ -474,7 +474,11 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         factor = self._factor(counted)
         by_loss = self.loss_normalizer is None and self._options.config.fisher == "empirical"
         statistics = {name: recorder.statistics(factor, by_loss=by_loss) for name, recorder in counted.items()}
-        rows = {name: counted[name].rows for name in self._by_batch(counted)}
+        rows = {
+            name: counted[name].rows
+            for number, name in enumerate(self._by_batch(counted))
+            if not number or not self._by_row(name)
+        }
         strangers = list(self._strangers.values())
         readers = self.uses.missed
         scaled = self.loss_normalizer is not None
@@ -511,6 +515,11 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
 
         batch = next(filter(sees_the_batch, recorders), None)
         return list(recorders) if batch is None else [batch, *(name for name in recorders if name != batch)]
+
+    def _by_row(self, name: str) -> bool:
+        """Whether it changes nothing but the scale of B how a layer's rows are put together: tokens of experts."""
+        spec = self.layers.covered[name].spec
+        return spec.is_part and spec.approximation == "expand"
 
     def _check(self, recorders: Mapping[str, AnyRecorder]) -> tuple[dict[str, float], dict[str, str]]:
         """By layer, how far the captured pairs are from the weight's gradient; and the layers that are too far."""

@@ -78,6 +78,7 @@ class Layers:
         self._exclude = list(exclude)
         self._config, self._scaling, self._output_splits = config, scaling, dict(output_splits)
         self._kinds = [kind() for kind in KINDS]
+        config.check_kinds(name for kind in self._kinds for name in kind.names)
         self.params: dict[str, Tensor] = {}
         self.fallbacks: list[FallbackSpec] = []
         self._raw: set[str] = set()  # parameters that an operation with a rule may prove to read

@@ -50,7 +50,9 @@ def test_sequences(framework: str, approximation: str, given: Any, weights: Any,
     ("given", "count"),
     [
         pytest.param([np.ones((2, 3)), MASK, np.ones((4, 3))], 3, id="first-that-fits"),
-        pytest.param({"*": MASK, "l0": np.ones((4, 3))}, 3, id="first-name-that-matches"),
+        pytest.param({"*": np.ones((4, 3)), "l0": MASK, "?0": np.ones((4, 3))}, 3, id="the-name-itself"),
+        pytest.param({"l?": MASK, "*": np.ones((4, 3))}, 3, id="the-pattern-that-says-most"),
+        pytest.param({"*": np.ones((4, 3)), "l?": MASK}, 3, id="in-any-order"),
         pytest.param({"l0": [np.ones((2, 3)), MASK]}, 3, id="a-list-by-name"),
     ],
 )
@@ -70,6 +72,7 @@ def test_which_mask_a_layer_takes(framework: str, given: Any, count: int) -> Non
         ),
         ({"l0": [np.ones((2, 3)), np.ones(7)]}, r"positions\['l0'\]: a mask of shape \(2, 3\) and \(7,\) fits no"),
         ({"other*": MASK}, r"positions: no layer matches 'other\*'"),
+        ({"l*": MASK, "?0": MASK}, r"positions: layer l0 matches .* and neither says more of its name: give 'l0'"),
     ],
 )
 def test_what_fits_nothing(framework: str, given: Any, message: str) -> None:

@@ -91,6 +91,14 @@ def test_a_scaling_given_as_a_class(framework: str) -> None:
     assert all((p != q).any() for p, q in zip(before, run.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("framework", NAMES)
+def test_a_kind_that_a_framework_has_no_layers_of(framework: str) -> None:
+    """Files of the rooms that declare no such kind, or are the other framework's."""
+    for kind in ("tied_table", *(["recurrent"] if framework == "jax" else ["experts"])):
+        with pytest.raises(ValueError, match=f"approximation: no layer is of the kind '{kind}', only .*'linear'"):
+            trained(framework, MLP, approximation={kind: "reduce"})
+
+
 def test_an_unknown_scaling_is_refused() -> None:
     with pytest.raises(ValueError, match="smoothed"):
         algoperf_kfac.KFACConfig(scaling="smoothed")

@@ -44,12 +44,15 @@ class Kind(Generic[S]):
         names: `LayerSpec.kind` of its layers.
         rules: by primitive, operations that only this kind knows; see `operations.Rule`.
         has_bias: whether the bias that its operations add is part of the layer.
+        by_row: whether a row is an example of its own by nature: with expand, how rows are put together changes
+            nothing but the scale of B.
         product_in_a: whether A stands for the whole product of both factors, B being the identity.
     """
 
     names: frozenset[str]
     rules: Mapping[str, Rule] = {}
     has_bias = True
+    by_row = False
     product_in_a = False
 
     def claims(self, uses: Uses) -> bool:

@@ -66,6 +66,7 @@ class Experts(Kind[LayerSums]):
     names = frozenset({NAME})
     rules = {"ragged_dot": read_ragged_dot, "ragged_dot_general": read_ragged_dot}  # noqa: RUF012  # as declared
     has_bias = False
+    by_row = True
 
     def slices(self, view: WeightView) -> int:
         return view.groups

@@ -110,6 +110,12 @@ def the_kind_is_covered() -> None:
     assert seen.model == 6 * 24 * 3
 
 
+def its_approximation_is_its_own() -> None:
+    coverage = Run(approximation={"scale": "reduce"}).optimizer.coverage()
+    found = {spec.kind: spec.approximation for spec in coverage.layers}
+    assert found == {"linear": "expand", "scale": "reduce"}, found
+
+
 def its_factors_are_right() -> None:
     params, x = initial(), normal(9, 6, 4, 5)
     with listening() as products:
@@ -136,4 +142,5 @@ if __name__ == "__main__":
     the_scaling_trains_and_resumes()
     the_plan_counts_it()
     the_kind_is_covered()
+    its_approximation_is_its_own()
     its_factors_are_right()

@@ -86,6 +86,12 @@ def the_kind_is_covered() -> None:
     assert seen.model == 6 * 18 * 12 * 7
 
 
+def its_approximation_is_its_own() -> None:
+    coverage = made(0, approximation={"bilinear": "reduce"})[1].coverage()
+    found = {spec.kind: spec.approximation for spec in coverage.layers}
+    assert found == {"linear": "expand", "bilinear": "reduce"}, found
+
+
 def its_factors_are_right() -> None:
     for approximation in ("expand", "reduce"):
         model, optimizer = made(0, approximation=approximation)
@@ -141,5 +147,6 @@ if __name__ == "__main__":
     the_scaling_trains_and_resumes()
     the_plan_counts_it()
     the_kind_is_covered()
+    its_approximation_is_its_own()
     its_factors_are_right()
     its_direction_is_right()
