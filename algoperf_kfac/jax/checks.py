@@ -160,6 +160,8 @@ def compare(
     products: Mapping[str, Product],
     eps: Mapping[str, float] | None = None,
     penalised: Collection[str] = (),
+    *,
+    with_bias: bool = False,
 ) -> dict[str, Compared]:
     """Each layer's product beside its gradient, on the host.
 
@@ -169,16 +171,19 @@ def compare(
         products: by layer.
         eps: by layer; that of the products' type by default.
         penalised: parameters whose gradient is more than the layer's own: theirs are not compared.
+        with_bias: whether the bias, too, or the weight alone, whose share it may hide.
     """
     gradients = {name: jnp.asarray(leaf) for name, leaf in named_leaves(gradient).items()}
     found = {}
     for name, product in products.items():
         spec, layer = layers.covered[name].spec, layers.covered[name]
-        if {spec.weight, spec.bias} & set(penalised):
+        if spec.weight in penalised:
             continue
         bias = None if spec.bias is None else gradients[spec.bias]
-        wanted = np.asarray(layer.matrix(gradients[spec.weight], bias), np.float64)
-        total, magnitude = (np.asarray(t, np.float64) for t in product)
+        columns = spec.factor_in_dim if with_bias else spec.in_dim
+        wanted, total, magnitude = (
+            np.asarray(m, np.float64)[..., :columns] for m in (layer.matrix(gradients[spec.weight], bias), *product)
+        )
         found[name] = Compared(
             difference=float(np.linalg.norm(total - wanted)),
             gradient=float(np.linalg.norm(wanted)),

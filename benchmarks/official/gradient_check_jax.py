@@ -83,7 +83,7 @@ def compare(
     layers: Layers, gradient: Tree, products: Mapping[str, Product]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Each layer's error against its gradient and its rounding bound, relative to the products' Frobenius norm."""
-    compared = checks.compare(layers, gradient, products)
+    compared = checks.compare(layers, gradient, products, with_bias=True)
     norms = {name: max(one.product, 1e-30) for name, one in compared.items()}
     eps = float(np.finfo(np.float32).eps)
     return (
