@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from algoperf_kfac.jax import from_orbax
 from tests.contract.old_states import CASES, FOLDER, JAX_CASES, Late, read_jax, train, train_in_jax
 
 
@@ -65,6 +66,26 @@ def test_jax(name: str) -> None:
     assert optimizer.metrics(state)["steps"] == case.stop
     params, _ = train_in_jax(optimizer, case.apply, saved["params"], state, batches, case.stop)
     jax.tree.map(assert_close, params, saved["after"], saved["params"])
+
+
+@pytest.mark.parametrize("name", JAX_CASES)
+def test_jax_as_orbax_restores_it(name: str) -> None:
+    """Without a template: lists, and such of nothing where nothing was."""
+    case, saved = JAX_CASES[name], read_jax(name)
+    batches = [(batch["x"], batch["y"]) for _, batch in sorted(saved["batches"].items())]
+    fresh = case.optimizer(saved["params"], batches[0]).init(saved["params"])
+    want = flax.serialization.from_bytes(fresh, saved["optimizer"])
+    got = from_orbax(fresh, as_lists(flax.serialization.msgpack_restore(saved["optimizer"])))
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    assert all(map(np.array_equal, jax.tree.leaves(got), jax.tree.leaves(want)))
+
+
+def as_lists(node: Any) -> Any:
+    """Dictionaries by number as lists, empty ones as nothing."""
+    if not isinstance(node, dict):
+        return node
+    values = {key: as_lists(value) for key, value in node.items()}
+    return list(values.values()) or None if all(key.isdigit() for key in values) else values
 
 
 def test_the_files_are_small() -> None:

@@ -64,6 +64,21 @@ def test_each_expert_is_a_layer_of_its_rows(approximation: str, positions: str |
     assert not pair.B[1].any()
 
 
+def test_tokens_of_experts_are_not_warned_of(recwarn: pytest.WarningsRecorder) -> None:
+    """With expand it only changes the scale of B which of them belong to one example; with reduce it does more."""
+
+    def mixed(p: Any, x: Array, sizes: Array) -> Array:
+        h = jnp.tanh(x @ p["in"])
+        return lax.ragged_dot(h.reshape(-1, 5), p["experts"], sizes).reshape(2, 3, 3) @ p["out"]
+
+    x, sizes = normal(3, 2, 3, 4), jnp.array(SIZES)
+    for approximation in ("expand", "reduce"):
+        ours = KFAC(mixed, lambda f, *_: wavy(f), params(), x, sizes, approximation=approximation)
+        ours.value_grad_and_statistics(params(), x, sizes)
+        said = [str(w.message) for w in recwarn]
+        assert [("experts (6)" in text) for text in said] == [True] * (approximation == "reduce"), said
+
+
 @pytest.mark.filterwarnings("ignore:K-FAC. the batch has")
 def test_an_expert_without_rows_keeps_its_factors() -> None:
     """It is seen first, or again, with the right average; the others do not lose a step for it."""

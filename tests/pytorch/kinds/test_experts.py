@@ -134,6 +134,20 @@ def test_grouped_products() -> None:
     assert all(first.metrics()[f"{name}/gradient_error"] < 1e-5 for name in seen)
 
 
+@pytest.mark.parametrize(("approximation", "is_said"), [("expand", False), ("reduce", True)])
+def test_tokens_of_experts_are_not_warned_of(
+    approximation: str, is_said: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    """With expand it makes no difference but to the scale of B which of them belong to one example."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Stacked(Modules(), slices, turned=False))
+    optimizer = KFAC(model, approximation=approximation)
+    with optimizer.capture():
+        model(torch.randn(10, WIDTH)).square().mean().backward()
+    assert any("other layers have other numbers of rows" in str(w.message) for w in recwarn) == is_said
+    assert {"1.up.0", "1.up.1", "1.up.2"} <= covered(optimizer)
+
+
 def test_an_expert_joins_when_it_has_tokens() -> None:
     global ROUTE
     model = Stacked(Modules(), slices, turned=False)
