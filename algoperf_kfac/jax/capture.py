@@ -411,12 +411,12 @@ def called_layers(layers: Mapping[str, CoveredLayer], notes: Survey) -> dict[str
         ValueError: naming a layer that it reads in ways that it did not when K-FAC was made.
     """
     called = {name: layer for name, layer in layers.items() if layer.spec.weight in notes.calls}
-    if layers and not called:
-        raise errors.missing_statistics(dict.fromkeys(layers, "inputs"), len(layers), NOT_CALLED)
-    for name, layer in called.items():
+    for name, layer in layers.items():
         weight, bias = layer.spec.weight, layer.spec.bias
         reader = next((next(iter(notes.other_uses[p])) for p in (weight, bias) if p in notes.other_uses), None)
-        for key, call in notes.calls[weight].items():
+        if name not in called and weight in notes.lookups:
+            reader = reader or "lookups alone"
+        for key, call in notes.calls.get(weight, {}).items():
             source = notes.biases.get(key)
             if bias is not None and (source is None or source.name != bias):
                 reader = reader or "a call without its bias"
@@ -427,16 +427,23 @@ def called_layers(layers: Mapping[str, CoveredLayer], notes: Survey) -> dict[str
                 f"layer {name} is {also_read_by(reader)}. It was not when K-FAC was made: make it with arguments "
                 f"like these, or with exclude=[{name!r}]"
             )
+    if layers and not called:
+        raise errors.missing_statistics(dict.fromkeys(layers, "inputs"), len(layers), NOT_CALLED)
     return called
 
 
 def idle_layers(
     apply_fn: ApplyFn, layers: Layers, params: Tree, *args: Tree, has_aux: bool = False
 ) -> tuple[str, ...]:
-    """The layers that the model does not call with these arguments; it is traced, not run."""
+    """The layers that the model does not call with these arguments; it is traced, not run.
+
+    Raises:
+        MissingStatisticsError: it calls none of them.
+        ValueError: naming a layer that it reads in ways that it did not when K-FAC was made.
+    """
     check_params(layers, params)
-    calls = trace(apply_fn, params, args, has_aux=has_aux).survey().calls
-    return tuple(name for name, layer in layers.covered.items() if layer.spec.weight not in calls)
+    called = called_layers(layers.covered, trace(apply_fn, params, args, has_aux=has_aux).survey())
+    return tuple(name for name in layers.covered if name not in called)
 
 
 def read_calls(layers: Mapping[str, CoveredLayer], notes: Survey, positions: Candidates) -> Readings:

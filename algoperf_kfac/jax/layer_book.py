@@ -127,7 +127,7 @@ def check_dtypes(leaves: Mapping[str, Leaf]) -> None:
         if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
             raise ValueError(
                 f"parameter {name} is no array but {type(leaf).__name__}: split what is trained from the rest "
-                "(equinox.partition, nnx.split)"
+                "(params, static = equinox.partition(model, equinox.is_inexact_array), or nnx.split)"
             )
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
             raise ValueError(

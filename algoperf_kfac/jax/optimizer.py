@@ -44,7 +44,7 @@ class KFAC:
         params, state, loss = run(params, state, x, y)
     ```
 
-    It holds nothing that changes: the state is a pytree of arrays. `init` and `update` are those of `kfac`, and
+    It holds nothing that training needs and changes: the state is a pytree of arrays. `init` and `update` are those of `kfac`, and
     `transformation` goes into `optax.chain`.
 
     Args:

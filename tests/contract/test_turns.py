@@ -189,13 +189,16 @@ def test_a_call_that_reads_a_layer_otherwise_than_it_did() -> None:
 
     def apply(params: Any, x: Any, how: str) -> Any:
         h = linear(params[BODY], x) if how != "no bias" else x @ params[BODY]["kernel"]
+        if how == "scaled":
+            h = x @ (2 * params[BODY]["kernel"])
         return h + jnp.sin(params[BODY]["kernel"].sum() * x[:, :1]) if how == "twice" else h
 
     params = InJAX().params
     optimizer = algoperf_kfac.jax.KFAC(
         apply, lambda f, *_: jnp.square(f).mean(), {BODY: params[BODY]}, jnp.asarray(X), ""
     )
-    for how, reader in (("no bias", "a call without its bias"), ("twice", "mul")):
+    # Read otherwise alone, it is not taken for one that is not called.
+    for how, reader in (("no bias", "a call without its bias"), ("twice", "mul"), ("scaled", "dot_general")):
         with pytest.raises(
             ValueError, match=f"layer body is also read by {reader}.*It was not when K-FAC was made"
         ):
