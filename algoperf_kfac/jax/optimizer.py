@@ -44,8 +44,8 @@ class KFAC:
         params, state, loss = run(params, state, x, y)
     ```
 
-    It holds nothing that changes but what it said and what `check` found: the state is a pytree of arrays. `init` and
-    `update` are those of `kfac`, and `transformation` goes into `optax.chain`.
+    It holds nothing that changes but what it said and what `check` found: the state is a pytree of arrays. `init`
+    and `update` are those of `kfac`, and `transformation` goes into `optax.chain`.
 
     Args:
         apply_fn: function of (params, *args) to the model's outputs, or to (outputs, aux) with `has_aux`.
