@@ -7,7 +7,7 @@ import numpy as np
 from workloads import seeds
 from workloads.data import mnist
 
-NOISE = 1.5  # standard deviation of what is added, where that of the pixels is 1
+NOISE = 2.5  # standard deviation of what is added, where that of the pixels is 1
 _EVAL_SEED = 20242
 # Splits that are evaluated -> the part they are the first images of (of each class equally many).
 _PARTS = {"eval_train": "train", "validation": "validation", "test": "test"}
