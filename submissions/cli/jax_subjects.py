@@ -11,6 +11,7 @@ from commands.errors import UserError
 from submissions.cli import references
 from submissions.cli.jax_probe import Subject
 from submissions.common.api import Batch, Tree, Workload
+from submissions.common.positions import graph_rows
 from submissions.common.spec import ForwardPassMode
 from workloads import algoperf
 
@@ -37,7 +38,7 @@ def embedded(name: str, batch_size: int) -> Subject:
 
     workload = registry.load(name, "jax")
     batch = next(workload._build_input_queue(seeds.root(0), "train", "", batch_size))
-    return _of_workload(workload, {"inputs": jnp.asarray(batch["inputs"])})
+    return _of_workload(workload, jax.tree.map(jnp.asarray, batch), graph_rows(batch["inputs"]))
 
 
 def custom(reference: str, batch_size: int | None) -> Subject:

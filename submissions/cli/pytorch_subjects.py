@@ -14,6 +14,7 @@ from commands.errors import UserError
 from submissions.cli import references
 from submissions.cli.pytorch_probe import Subject
 from submissions.common.api import Batch, Tree, Workload
+from submissions.common.positions import graph_rows
 from submissions.common.spec import ForwardPassMode
 from workloads import algoperf
 
@@ -50,16 +51,29 @@ def embedded(name: str, batch_size: int) -> Subject:
         UserError: there is no such workload, or its data are not installed.
     """
     from workloads import registry, seeds
+    from workloads.data.trees import map_arrays
 
     workload = registry.load(name, "pytorch")
-    first = next(workload._build_input_queue(seeds.root(0), "train", "", batch_size))
+
+    def batch(examples: int) -> Batch:
+        return next(workload._build_input_queue(seeds.root(0), "train", "", examples))
 
     def outputs(model: nn.Module, examples: int) -> Tree:
         device = next(model.parameters()).device
-        values = {k: v[:examples].to(device) for k, v in first.items()}
-        return _model_fn(workload, model, values)
 
-    return Subject(lambda: workload.init_model_fn(seeds.root(0))[0], outputs, batch_size, None, workload=workload)
+        def moved(value: Tree) -> Tree:
+            return value.to(device)
+
+        return _model_fn(workload, model, map_arrays(moved, batch(examples)))
+
+    return Subject(
+        lambda: workload.init_model_fn(seeds.root(0))[0],
+        outputs,
+        batch_size,
+        None,
+        graph_rows(batch(batch_size)["inputs"]),
+        workload,
+    )
 
 
 def custom(reference: str, batch_size: int | None) -> Subject:

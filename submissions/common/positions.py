@@ -27,6 +27,12 @@ def graph_in(inputs: Tree) -> Tree:
     return next((graph for part in parts if (graph := graph_in(part)) is not None), None)
 
 
+def graph_rows(inputs: Tree) -> dict[int, int]:
+    """Rows of nodes and of edges -> the number of graphs, of inputs that hold a batch of graphs; else nothing."""
+    graph = graph_in(inputs)
+    return {} if graph is None else {len(rows): len(graph.n_node) for rows in (graph.nodes, graph.edges)}
+
+
 def rows_tell(graphs: int, sizes: Sequence[int]) -> bool:
     """Whether the number of a layer's rows shows what they are, nodes, edges or graphs; warns if it does not.
 

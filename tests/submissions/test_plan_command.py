@@ -38,6 +38,15 @@ def test_an_embedded_workload(capsys):
     assert r"| blocks.\*.attention.query | x 3 | linear | 64 | 64 | 16 | yes | reduce | 65 | 64 |" in markdown
 
 
+def test_an_embedded_workload_of_graphs(capsys):
+    """Rows of nodes and edges are positions of their graphs, 104 with the padding."""
+    code, out, _ = command(capsys, "plan", "--workload=molecules_gnn", "--devices=1")
+    assert code == 0
+    rows = [" ".join(line.split()) for line in out.splitlines()]
+    assert "edge_embedding linear 3 48 52.92307692 yes reduce 4 48" in rows  # 5,504 edges
+    assert "decoder linear 48 1 1 yes reduce 49 1" in rows
+
+
 def example_model():
     return Net(), inputs(2)
 

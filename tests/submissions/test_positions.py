@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from algoperf_kfac.pytorch import KFAC, Positions
 from submissions.common.kfac.pytorch import output_splits, positions
-from submissions.common.positions import graph_in, parts_of_types
+from submissions.common.positions import graph_in, graph_rows, parts_of_types
 from tests.math import naive
 
 
@@ -133,6 +133,11 @@ def test_other_batches_are_masked_by_their_gradients():
     assert found.by_gradient
     assert found.segment_ids is None
     assert graph_in({"a": [torch.randn(2)], "b": None}) is None
+
+
+def test_rows_of_a_batch_of_graphs():
+    assert graph_rows((graphs(), 1)) == {10: 4, 13: 4}
+    assert graph_rows(torch.randn(2, 3)) == {}
 
 
 class Type(enum.Enum):
