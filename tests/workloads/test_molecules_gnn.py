@@ -62,7 +62,7 @@ def test_parts_share_no_scaffold_and_have_the_labels_of_the_file(parts):
         assert len(set(part.rows)) == len(part.rows)
         assert [entries[row]["BBB+/BBB-"] == "BBB-" for row in part.rows] == part.labels[:, 0].tolist()
         assert 1 < part.n_node.min() <= part.n_node.max() <= data.MAX_ATOMS
-    assert [len(parts[name].rows) for name in ("train", "validation", "test")] == [6393, 512, 192]
+    assert [len(parts[name].rows) for name in ("train", "validation", "test")] == [6078, 768, 128]
 
 
 def test_a_molecule_is_read_as_it_is_written():

@@ -29,16 +29,16 @@ class MnistResnetTask(Workload):
     loss_type = LossType.SOFTMAX_CROSS_ENTROPY
     num_train_examples = mnist.NUM_EXAMPLES["train"]
     num_eval_train_examples = 100
-    num_validation_examples = 500
-    num_test_examples = 200
+    num_validation_examples = 800
+    num_test_examples = 100
     batch_size = 128
     eval_batch_size = 100
     train_mean = mnist.MEAN
     train_stddev = mnist.STDDEV
     max_allowed_runtime_sec = 600
     eval_period_time_sec = 2
-    eval_period_steps = 10
-    step_hint = 300
+    eval_period_steps = 12
+    step_hint = 240
 
     def __init__(self) -> None:
         super().__init__()

@@ -39,7 +39,7 @@ class MoleculesGnnTask(Workload):
     train_stddev = None
     max_allowed_runtime_sec = 600
     eval_period_time_sec = 2
-    eval_period_steps = 10
+    eval_period_steps = 12
     step_hint = 300
 
     def __init__(self) -> None:
