@@ -31,14 +31,14 @@ class MnistResnetTask(Workload):
     num_eval_train_examples = 100
     num_validation_examples = 800
     num_test_examples = 100
-    batch_size = 128
+    batch_size = 192
     eval_batch_size = 100
     train_mean = mnist.MEAN
     train_stddev = mnist.STDDEV
     max_allowed_runtime_sec = 600
     eval_period_time_sec = 2
-    eval_period_steps = 12
-    step_hint = 240
+    eval_period_steps = 10
+    step_hint = 320
 
     def __init__(self) -> None:
         super().__init__()

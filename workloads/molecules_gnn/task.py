@@ -40,7 +40,7 @@ class MoleculesGnnTask(Workload):
     max_allowed_runtime_sec = 600
     eval_period_time_sec = 2
     eval_period_steps = 12
-    step_hint = 300
+    step_hint = 400
 
     def __init__(self) -> None:
         super().__init__()
