@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +27,7 @@ def from_named(named: Mapping[str, torch.Tensor], template: Any) -> Any:
 
     def take(path: Any, leaf: jax.Array) -> np.ndarray:
         *modules, kind = [entry.key for entry in path]
-        name = ".".join(part.replace("blocks_", "blocks.") for part in modules)
+        name = ".".join(re.sub(r"_(\d+)$", r".\1", part) for part in modules)
         value = left.pop(f"{name}.{'bias' if kind == 'bias' else 'weight'}").detach().numpy()
         if kind == "kernel" and value.ndim == 4:
             value = value.transpose(2, 3, 1, 0)  # (out, in, height, width) -> (height, width, in, out)
