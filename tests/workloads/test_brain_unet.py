@@ -18,7 +18,7 @@ from workloads.brain_unet import data
 from workloads.brain_unet.ssim import structural_similarity
 from workloads.data import source
 
-NAMES = [name for name, entry in registry.WORKLOADS.items() if entry.base == "brain_unet"]
+NAMES = ["brain_unet_layernorm", "brain_unet_mse"]  # with norms that have parameters and without, both losses
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,8 @@ def test_both_frameworks_agree(name, request):
     request.getfixturevalue("double_precision")
     model.double()
     arrays = pytorch.numpy_batch(seeds.root(1), "train", 0, 2)
-    inputs, targets = (arrays[key].astype(np.float64) for key in ("inputs", "targets"))
+    # A corner of the images, as the model takes any size: in double precision convolutions are slow.
+    inputs, targets = (arrays[key][:, :16, :16].astype(np.float64) for key in ("inputs", "targets"))
     batch = {"inputs": torch.tensor(inputs), "targets": torch.tensor(targets)}
     outputs, _ = pytorch.model_fn(model, batch, None, ForwardPassMode.TRAIN, seeds.root(2), True)
     loss = pytorch.loss_fn(batch["targets"], outputs)

@@ -17,7 +17,7 @@ from tests.workloads.parity import from_named, jax_params
 from workloads import registry, seeds
 from workloads.flights_dlrm import data
 
-NAMES = [name for name, entry in registry.WORKLOADS.items() if entry.base == "flights_dlrm"]
+NAMES = ["flights_dlrm_layernorm", "flights_dlrm_resnet"]  # products and vectors, with norms and without
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,15 @@ def test_no_flight_leaks_into_its_own_features():
     np.testing.assert_array_equal(first["categories"], second["categories"])
     assert first["late"].tolist() == [False, False]
     assert second["late"].tolist() == [True, False]
+
+
+def test_rare_values_share_a_row_and_only_the_training_part_counts():
+    values = np.array(["N1"] * 150 + ["N2"] * 149 + ["N2"])
+    counted = np.arange(300) < 299
+    rows = data._table_rows("tailnum", values, counted)
+    assert set(rows[:150].tolist()) == {data.table_row("tailnum", "N1")}
+    assert set(rows[150:].tolist()) == {data.table_row("tailnum", "rare")}
+    assert data.table_row("carrier", "rare") != data.table_row("tailnum", "rare")
 
 
 def test_batches_pad_and_repeat(parts):

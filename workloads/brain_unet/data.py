@@ -146,6 +146,6 @@ def _read_volume(content: bytes) -> np.ndarray:
     try:
         import nibabel  # needed only when the cache is made
     except ModuleNotFoundError:
-        remedy = f"{sys.executable} -m pip install '{READER}'"
-        raise UserError(f"The package 'nibabel', which reads the slices, is not installed. Run: {remedy}") from None
+        remedy = f"{sys.executable} -m pip install --no-deps '{READER}'"
+        raise UserError(f"The data package 'nibabel' is not installed. Run: {remedy}") from None
     return np.asarray(nibabel.Nifti1Image.from_bytes(gzip.decompress(content)).dataobj, dtype=np.float64)
