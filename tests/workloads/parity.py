@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,10 +27,10 @@ def from_named(named: Mapping[str, torch.Tensor], template: Any) -> Any:
 
     def take(path: Any, leaf: jax.Array) -> np.ndarray:
         *modules, kind = [entry.key for entry in path]
-        name = ".".join(part.replace("blocks_", "blocks.") for part in modules)
+        name = ".".join(re.sub(r"_(\d+)$", r".\1", part) for part in modules)
         value = left.pop(f"{name}.{'bias' if kind == 'bias' else 'weight'}").detach().numpy()
         if kind == "kernel" and value.ndim == 4:
-            value = value.transpose(2, 3, 1, 0)  # (out, in, height, width) -> (height, width, in, out)
+            value = _kernel(value, leaf.shape)
         elif kind == "kernel":
             value = value.T
         assert value.size == leaf.size, f"{name}: {value.shape} does not fill {leaf.shape}"
@@ -38,3 +39,12 @@ def from_named(named: Mapping[str, torch.Tensor], template: Any) -> Any:
     tree = jax.tree_util.tree_map_with_path(take, template)
     assert not left, f"JAX has no counterpart of {list(left)}"
     return tree
+
+
+def _kernel(weight: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """(out, in, height, width) as (height, width, in, out).
+
+    A transposed convolution's is (in, out, height, width), told apart by its shape; in flax it is mirrored.
+    """
+    kernel = weight.transpose(2, 3, 1, 0)
+    return kernel if kernel.shape == shape else weight.transpose(2, 3, 0, 1)[::-1, ::-1]

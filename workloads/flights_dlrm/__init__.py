@@ -1,0 +1,1 @@
+"""A click model with one embedding table on flights that arrive late: neither positions nor weight sharing."""
