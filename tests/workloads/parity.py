@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ def from_named(named: Mapping[str, torch.Tensor], template: Any) -> Any:
     Raises:
         AssertionError: a tensor has no place in the tree.
     """
-    left = dict(named)
+    left = _by_gate(named)
 
     def take(path: Any, leaf: jax.Array) -> np.ndarray:
         *modules, kind = [entry.key for entry in path]
@@ -38,3 +39,23 @@ def from_named(named: Mapping[str, torch.Tensor], template: Any) -> Any:
     tree = jax.tree_util.tree_map_with_path(take, template)
     assert not left, f"JAX has no counterpart of {list(left)}"
     return tree
+
+
+def _by_gate(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of LSTMs under the names of flax's: a layer for each gate, on inputs and on hidden states.
+
+    Of PyTorch's two biases that of the hidden states is flax's only one; the other starts at 0 and has the same
+    gradient.
+    """
+    found = {}
+    for name, value in named.items():
+        path, _, kind = name.rpartition(".")
+        match = re.fullmatch(r"(weight|bias)_(i|h)h_l0(_reverse)?", kind)
+        if match is None:
+            found[name] = value
+            continue
+        role, side, is_reverse = match.groups()
+        if (role, side) != ("bias", "i"):
+            for gate, part in zip("ifgo", value.chunk(4), strict=True):
+                found[f"{path}.{'backward' if is_reverse else 'forward'}.{side}{gate}.{role}"] = part
+    return found

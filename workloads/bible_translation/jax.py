@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from workloads.bible_translation.byte_pairs import PADDING
 from workloads.bible_translation.task import BibleTranslationTask, TransformerConfig
-from workloads.jax.transformer import Attention, Dropout, Rate, dense, norm
+from workloads.jax.transformer import Attention, Dropout, Rate, dense, norm, sinusoids
 from workloads.jax.workload import JaxWorkload
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"relu": nn.relu, "tanh": jnp.tanh}
@@ -121,13 +121,6 @@ class Mlp(nn.Module):
         if config.glu:
             hidden = hidden * dense(config.mlp_width, "gate")(x)
         return dense(x.shape[-1], "linear2")(Dropout()(hidden, dropout_rate, train=train))
-
-
-def sinusoids(length: int, width: int, longest: float = 10_000.0) -> jax.Array:
-    """Position codes (length, width): sines, then cosines, of wavelengths from 2 pi to 2 pi `longest`."""
-    frequencies = longest ** -jnp.linspace(0, 1, width // 2)
-    angles = jnp.arange(length)[:, None] * frequencies
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
 
 
 class BibleTranslationWorkload(JaxWorkload, BibleTranslationTask):

@@ -11,7 +11,7 @@ from torch import nn
 
 from workloads.bible_translation.byte_pairs import PADDING
 from workloads.bible_translation.task import BibleTranslationTask, TransformerConfig
-from workloads.pytorch.transformer import Attention, initialise_linear
+from workloads.pytorch.transformer import Attention, initialise_linear, sinusoids
 from workloads.pytorch.workload import PyTorchWorkload
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu": F.relu, "tanh": torch.tanh}
@@ -114,13 +114,6 @@ class Mlp(nn.Module):
         if self.gate is not None:
             hidden = hidden * self.gate(x)
         return self.linear2(F.dropout(hidden, dropout_rate, self.training))
-
-
-def sinusoids(length: int, width: int, longest: float = 10_000.0) -> torch.Tensor:
-    """Position codes (length, width): sines, then cosines, of wavelengths from 2 pi to 2 pi `longest`."""
-    frequencies = longest ** -torch.linspace(0, 1, width // 2)
-    angles = torch.arange(length)[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class BibleTranslationWorkload(PyTorchWorkload, BibleTranslationTask):

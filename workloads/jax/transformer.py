@@ -121,3 +121,10 @@ def dense(features: int, name: str) -> nn.Dense:
 def norm(name: str) -> nn.LayerNorm:
     """A layer normalisation that computes the variance as PyTorch does, from the centred values."""
     return nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, name=name)
+
+
+def sinusoids(length: int, width: int, longest: float = 10_000.0) -> jax.Array:
+    """Position codes (length, width): sines, then cosines, of wavelengths from 2 pi to 2 pi `longest`."""
+    frequencies = longest ** -jnp.linspace(0, 1, width // 2)
+    angles = jnp.arange(length)[:, None] * frequencies
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)

@@ -97,3 +97,10 @@ def initialise_linear(module: nn.Module) -> None:
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+def sinusoids(length: int, width: int, longest: float = 10_000.0) -> torch.Tensor:
+    """Position codes (length, width): sines, then cosines, of wavelengths from 2 pi to 2 pi `longest`."""
+    frequencies = longest ** -torch.linspace(0, 1, width // 2)
+    angles = torch.arange(length)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
