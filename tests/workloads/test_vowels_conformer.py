@@ -225,12 +225,24 @@ def test_batch_norm_without_padding_is_that_of_torch():
     torch.testing.assert_close(ours(x, visible)[:, :3], ours(x[:, :3], visible[:, :3]))
 
 
+def test_running_statistics_stay_without_an_update():
+    workload = _workload("pytorch", "lstm")
+    model, _ = workload.init_model_fn(seeds.root(1))
+    batch, norm = _batch(workload), model.blocks[0].batch_norm
+    outputs = []
+    for update in (False, True):
+        logits, _ = workload.model_fn(model, batch, None, ForwardPassMode.TRAIN, seeds.root(2), update)
+        outputs.append(logits[0])
+        assert (norm.running_mean.abs().max() > 0) == update
+    torch.testing.assert_close(*outputs)
+
+
 @pytest.mark.parametrize("changes", ["base", "lstm"])
 def test_an_evaluation_does_not_depend_on_its_batch_size(changes):
     workload = _workload("pytorch", changes)
     model, _ = workload.init_model_fn(seeds.root(1))
     first, other = (
-        workload._eval_model_on_split("test", 64, size, model, None, seeds.root(1), "") for size in (48, 64)
+        workload._eval_model_on_split("test", 32, size, model, None, seeds.root(1), "") for size in (20, 32)
     )
     assert first == pytest.approx(other, rel=1e-5)
     assert set(first) == {"loss", "label_error_rate"}

@@ -27,8 +27,8 @@ NUM_FEATURES = 12
 MAX_UTTERANCE = 29  # frames
 FRAMES = 128  # of a sequence
 MIN_LABELS, MAX_LABELS = 3, 8
-NUM_SEQUENCES = {"eval_train": 32, "validation": 128, "test": 64}
-NOISE = 0.5  # standard deviation, in those of the features
+NUM_SEQUENCES = {"eval_train": 32, "validation": 128, "test": 32}
+NOISE = 2.0  # standard deviation, in those of the features
 TIME_MASKS, MAX_TIME_MASK, MAX_FEATURE_MASK = 2, 8, 3
 _EVAL_SEED = 20250
 

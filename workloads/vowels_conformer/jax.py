@@ -150,7 +150,7 @@ class Lstm(nn.Module):
         for name in ("forward", "backward"):
             cell = nn.OptimizedLSTMCell(self.features, kernel_init=init, recurrent_kernel_init=init, name=name)
             recurrence = nn.RNN(cell, reverse=name == "backward", keep_order=True)
-            output: jax.Array = recurrence(x, seq_lengths=lengths)
+            output: jax.Array = recurrence(x, seq_lengths=lengths)  # type: ignore[assignment]  # no carry
             outputs.append(output)
         return jnp.concatenate(outputs, axis=-1) * visible[..., None]
 

@@ -66,7 +66,7 @@ class VowelsConformerTask(Workload):
     activation = "swish"
     convolution_norm = "batch"
 
-    target_metric_name = "label_error_rate"
+    target_metric_name = "loss"  # of CTC, nats per label
     lower_is_better = True
     loss_type = LossType.CTC_LOSS
     num_eval_train_examples = data.NUM_SEQUENCES["eval_train"]
