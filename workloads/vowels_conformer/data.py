@@ -84,7 +84,12 @@ def train_batch(part: Utterances, rng: np.ndarray, index: int, batch_size: int) 
     Returns:
         inputs: features (batch_size, 128, 12) and their paddings (batch_size, 128), 1 behind the end, float32.
         targets: speakers (batch_size, 8) int64 and their paddings (batch_size, 8), float32.
+
+    Raises:
+        ValueError: the batch is larger than the part.
     """
+    if batch_size > len(part.lengths):
+        raise ValueError(f"batch size {batch_size} exceeds the {len(part.lengths)} training utterances")
     generator = seeds.generator(seeds.fold_in(rng, index))
     (features, paddings), targets = _joined(part, generator, batch_size)
     lengths = (1 - paddings).sum(axis=1)
