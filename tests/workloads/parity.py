@@ -23,7 +23,7 @@ def from_named(named: Mapping[str, torch.Tensor], template: Any) -> Any:
     Raises:
         AssertionError: a tensor has no place in the tree.
     """
-    left = dict(named)
+    left = _by_gate(named)
 
     def take(path: Any, leaf: jax.Array) -> np.ndarray:
         *modules, kind = [entry.key for entry in path]
@@ -48,3 +48,23 @@ def _kernel(weight: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """
     kernel = weight.transpose(2, 3, 1, 0)
     return kernel if kernel.shape == shape else weight.transpose(2, 3, 0, 1)[::-1, ::-1]
+
+
+def _by_gate(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of LSTMs under the names of flax's: a layer for each gate, on inputs and on hidden states.
+
+    Of PyTorch's two biases that of the hidden states is flax's only one; the other starts at 0 and has the same
+    gradient.
+    """
+    found = {}
+    for name, value in named.items():
+        path, _, kind = name.rpartition(".")
+        match = re.fullmatch(r"(weight|bias)_(i|h)h_l0(_reverse)?", kind)
+        if match is None:
+            found[name] = value
+            continue
+        role, side, is_reverse = match.groups()
+        if (role, side) != ("bias", "i"):
+            for gate, part in zip("ifgo", value.chunk(4), strict=True):
+                found[f"{path}.{'backward' if is_reverse else 'forward'}.{side}{gate}.{role}"] = part
+    return found

@@ -38,7 +38,7 @@ class BrainUnetTask(Workload):
     num_eval_train_examples = 8
     num_validation_examples = 32
     num_test_examples = 18
-    batch_size = 8
+    batch_size = 12
     eval_batch_size = 32
     train_mean = None
     train_stddev = None

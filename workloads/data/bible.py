@@ -84,11 +84,23 @@ def _windows(tokens: np.ndarray, starts: np.ndarray, batch_size: int) -> dict[st
     }
 
 
-def _parse(content: bytes) -> dict[str, np.ndarray]:
+def verses(content: bytes) -> dict[int, str]:
+    """The cleaned verses of `SOURCE`, without footnotes, in their order.
+
+    Args:
+        content: of the file.
+
+    Returns:
+        Number of book * 1,000,000 + chapter * 1,000 + verse -> its text.
+    """
     rows = csv.reader(io.StringIO(gzip.decompress(content).decode("utf-8")))
     next(rows)  # the header
-    verses = (re.sub(r"\{[^}]*\}", "", html.unescape(row[4]).replace("\ufeff", "")) for row in rows)
-    text = " ".join(" ".join(verse.split()) for verse in verses)
+    texts = ((int(row[0]), html.unescape(row[4]).replace("\ufeff", "")) for row in rows)
+    return {number: " ".join(re.sub(r"\{[^}]*\}", "", text).split()) for number, text in texts}
+
+
+def _parse(content: bytes) -> dict[str, np.ndarray]:
+    text = " ".join(verses(content).values())
     codes = np.array(sorted(set(map(ord, text))), dtype=np.uint32)
     tokens = np.searchsorted(codes, np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32))
     return {"tokens": tokens.astype(np.uint8), "codes": codes}

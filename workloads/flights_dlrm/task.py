@@ -36,13 +36,13 @@ class FlightsDlrmTask(Workload):
     num_eval_train_examples = 512
     num_validation_examples = 4_096
     num_test_examples = 1_536
-    batch_size = 512
+    batch_size = 1_536
     eval_batch_size = 2_048
     train_mean = None
     train_stddev = None
     max_allowed_runtime_sec = 900
     eval_period_time_sec = 3
-    eval_period_steps = 16
+    eval_period_steps = 10
     step_hint = 400
 
     def __init__(self) -> None:

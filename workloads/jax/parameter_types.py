@@ -35,7 +35,7 @@ def _type(path: list[str], leaf: jax.Array) -> ParameterType:
         return ParameterType.BATCH_NORM_BIAS if is_bias else ParameterType.BATCH_NORM_SCALE
     if modules[-1].startswith("norm"):
         return ParameterType.LAYER_NORM_BIAS if is_bias else ParameterType.LAYER_NORM_SCALE
-    if "attention" in modules and modules[-1] in _ATTENTION:
+    if ".".join(modules[:-1]).endswith("attention") and modules[-1] in _ATTENTION:
         return ParameterType.ATTENTION_BIAS if is_bias else _ATTENTION[modules[-1]]
     if is_bias:
         return ParameterType.BIAS

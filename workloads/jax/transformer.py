@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -30,28 +31,52 @@ class Dropout(nn.Module):
         return jax.lax.cond(rate > 0, drop, lambda x: x, x)
 
 
+HIDDEN_SCORE = -1e10  # not -inf: where all is hidden, a softmax of it is uniform and not NaN
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention over (N, R, width), in flax's own layers: kernels (width, heads, width / heads)."""
+    """Multi-head attention over (N, R, width), in flax's own layers: kernels (width, heads, width / heads)."""
 
     heads: int
     causal: bool
+    use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x: jax.Array, dropout_rate: Rate, *, train: bool) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        dropout_rate: Rate,
+        memory: jax.Array | None = None,
+        visible: jax.Array | None = None,
+        *,
+        train: bool,
+    ) -> jax.Array:
+        """What each position of `x` finds.
+
+        Args:
+            x: (N, R, width).
+            dropout_rate: on the attention.
+            memory: (N, S, width), what is looked at; None for `x` itself.
+            visible: (N, S), which positions may be looked at; None for all.
+            train: whether dropout acts.
+        """
         width = x.shape[-1]
         size = width // self.heads
+        layer = partial(nn.DenseGeneral, use_bias=self.use_bias, kernel_init=nn.initializers.xavier_uniform())
+        seen = x if memory is None else memory
         query, key, value = (
-            nn.DenseGeneral((self.heads, size), kernel_init=nn.initializers.xavier_uniform(), name=name)(x)
-            for name in ("query", "key", "value")
-        )  # (N, R, heads, size)
+            layer((self.heads, size), name=name)(inputs)
+            for name, inputs in (("query", x), ("key", seen), ("value", seen))
+        )  # (N, R or S, heads, size)
         scores = jnp.einsum("nqhd,nkhd->nhqk", query, key) / math.sqrt(size)
+        if visible is not None:
+            scores = jnp.where(visible[:, None, None, :], scores, HIDDEN_SCORE)
         if self.causal:
             future = jnp.triu(jnp.ones(scores.shape[-2:], bool), 1)
             scores = jnp.where(future, -jnp.inf, scores)
         attention = Dropout()(nn.softmax(scores), dropout_rate, train=train)
         mixed = jnp.einsum("nhqk,nkhd->nqhd", attention, value)
-        out = nn.DenseGeneral(width, axis=(-2, -1), kernel_init=nn.initializers.xavier_uniform(), name="out")
-        return out(mixed)
+        return layer(width, axis=(-2, -1), name="out")(mixed)
 
 
 class Mlp(nn.Module):
@@ -96,3 +121,10 @@ def dense(features: int, name: str) -> nn.Dense:
 def norm(name: str) -> nn.LayerNorm:
     """A layer normalisation that computes the variance as PyTorch does, from the centred values."""
     return nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, name=name)
+
+
+def sinusoids(length: int, width: int, longest: float = 10_000.0) -> jax.Array:
+    """Position codes (length, width): sines, then cosines, of wavelengths from 2 pi to 2 pi `longest`."""
+    frequencies = longest ** -jnp.linspace(0, 1, width // 2)
+    angles = jnp.arange(length)[:, None] * frequencies
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)

@@ -35,8 +35,8 @@ def _type(module_name: str, module: nn.Module, name: str) -> ParameterType:
         return ParameterType.BATCH_NORM_BIAS if is_bias else ParameterType.BATCH_NORM_SCALE
     if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)):
         return ParameterType.LAYER_NORM_BIAS if is_bias else ParameterType.LAYER_NORM_SCALE
-    role = module_name.rsplit(".", 1)[-1]
-    if ".attention." in f".{module_name}" and role in _ATTENTION:
+    parent, _, role = module_name.rpartition(".")
+    if parent.endswith("attention") and role in _ATTENTION:
         return ParameterType.ATTENTION_BIAS if is_bias else _ATTENTION[role]
     if is_bias:
         return ParameterType.BIAS

@@ -8,24 +8,44 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+HIDDEN_SCORE = -1e10  # not -inf: where all is hidden, a softmax of it is uniform and not NaN
+
 
 class Attention(nn.Module):
-    """Multi-head self-attention over (N, R, width), written out so that its four linear layers stay visible."""
+    """Multi-head attention over (N, R, width), written out so that its four linear layers stay visible."""
 
-    def __init__(self, width: int, heads: int, *, causal: bool) -> None:
+    def __init__(self, width: int, heads: int, *, causal: bool, bias: bool = True) -> None:
         super().__init__()
         self.heads = heads
         self.causal = causal
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
+        self.query = nn.Linear(width, width, bias=bias)
+        self.key = nn.Linear(width, width, bias=bias)
+        self.value = nn.Linear(width, width, bias=bias)
+        self.out = nn.Linear(width, width, bias=bias)
 
-    def forward(self, x: torch.Tensor, dropout_rate: float) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        dropout_rate: float,
+        memory: torch.Tensor | None = None,
+        visible: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What each position of `x` finds.
+
+        Args:
+            x: (N, R, width).
+            dropout_rate: on the attention.
+            memory: (N, S, width), what is looked at; None for `x` itself.
+            visible: (N, S), which positions may be looked at; None for all.
+        """
         n, r, width = x.shape
-        shape = (n, r, self.heads, width // self.heads)
-        query, key, value = (layer(x).view(shape).transpose(1, 2) for layer in (self.query, self.key, self.value))
-        scores = query @ key.transpose(-2, -1) / math.sqrt(shape[-1])  # (N, heads, R, R)
+        shape = (n, -1, self.heads, width // self.heads)
+        seen = x if memory is None else memory
+        inputs = ((self.query, x), (self.key, seen), (self.value, seen))
+        query, key, value = (layer(input_).view(shape).transpose(1, 2) for layer, input_ in inputs)
+        scores = query @ key.transpose(-2, -1) / math.sqrt(shape[-1])  # (N, heads, R, S)
+        if visible is not None:
+            scores = scores.masked_fill(~visible[:, None, None, :], HIDDEN_SCORE)
         if self.causal:
             future = torch.ones(r, r, dtype=torch.bool, device=x.device).triu(1)
             scores = scores.masked_fill(future, -math.inf)
@@ -75,4 +95,12 @@ def initialise_linear(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def sinusoids(length: int, width: int, longest: float = 10_000.0) -> torch.Tensor:
+    """Position codes (length, width): sines, then cosines, of wavelengths from 2 pi to 2 pi `longest`."""
+    frequencies = longest ** -torch.linspace(0, 1, width // 2)
+    angles = torch.arange(length)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -1,0 +1,1 @@
+"""A conformer that tells who speaks in joined recordings, by CTC: sequences of varying length with paddings."""
