@@ -28,6 +28,7 @@ class CoveredLayer:
         slices: number of layers that one parameter holds, a slice for each (`nn.scan` over layers); 1 if none.
         calls: leading dimensions of the input at each call, of the example arguments.
         dtype: of its factors, at least float32.
+        rounding: the coarsest eps among the dtypes of its inputs and outputs.
     """
 
     spec: LayerSpec
@@ -36,6 +37,7 @@ class CoveredLayer:
     slices: int
     calls: tuple[Sizes, ...]
     dtype: DTypeLike
+    rounding: float
 
     def matrix(self, weight: Array, bias: Array | None) -> Array:
         """Parameters, gradients or momenta as (groups, P_out, P_in [+ 1]) in the dtype of the factors."""

@@ -179,7 +179,7 @@ def test_equal_sizes_are_decomposed_together() -> None:
 
 def test_refreshes_take_turns() -> None:
     """After the young phase each statistics step refreshes the layers whose turn it is, in the model's order."""
-    ours = optimizer(factor_interval=1, refresh_interval=3, initial_statistics=0)
+    ours = optimizer(factor_interval=1, refresh_interval=3, initial_statistics=0, initial_refreshes="every")
     _, with_statistics, _ = steps(ours)
     run = jax.jit(with_statistics)
     params, state = mlp_params(), ours.init(mlp_params())
@@ -196,7 +196,8 @@ def test_refreshes_take_turns() -> None:
 @pytest.mark.parametrize("options", [{}, {"preconditioner": "inverse"}, {"scaling": "second_moment"}])
 def test_a_layer_that_no_gradient_reached_waits_for_one(options: dict[str, Any]) -> None:
     """Behind a weight that starts at zero there is no curvature: no refresh, and one out of turn once there is."""
-    ours = optimizer(factor_interval=2, refresh_interval=6, initial_statistics=1, **options)
+    intervals = {"factor_interval": 2, "refresh_interval": 6, "initial_statistics": 1, "initial_refreshes": "every"}
+    ours = optimizer(**intervals, **options)
     plain, with_statistics, _ = steps(ours)
     run = jax.jit(plain), jax.jit(with_statistics)
     params = mlp_params()
