@@ -11,6 +11,7 @@ import optax
 from jax import Array
 from jax.typing import DTypeLike
 
+from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.jax.operations import WeightView
 from algoperf_kfac.jax.tracing import Leaf, named_leaves
 from algoperf_kfac.jax.types import Sizes, Tree
@@ -38,6 +39,10 @@ class CoveredLayer:
     calls: tuple[Sizes, ...]
     dtype: DTypeLike
     rounding: float
+
+    def noise_level(self, config: KFACConfig) -> float:
+        """See `KFACConfig.noise_level`; rounding of the factors themselves is part of it."""
+        return config.noise_level(max(self.rounding, float(jnp.finfo(self.dtype).eps)))
 
     def matrix(self, weight: Array, bias: Array | None) -> Array:
         """Parameters, gradients or momenta as (groups, P_out, P_in [+ 1]) in the dtype of the factors."""

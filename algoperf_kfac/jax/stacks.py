@@ -38,8 +38,7 @@ class Stack:
 
     def noise_level(self, config: KFACConfig) -> float:
         """Of the layer whose inputs and outputs are rounded most; see `KFACConfig.noise_level`."""
-        own = float(jnp.finfo(self.dtype).eps)
-        return config.noise_level(max(own, *(layer.rounding for layer in self.layers)))
+        return max(layer.noise_level(config) for layer in self.layers)
 
 
 @dataclasses.dataclass(frozen=True)
