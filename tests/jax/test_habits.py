@@ -433,7 +433,7 @@ def test_the_coarsest_precision_of_a_layer_decides_on_its_noise_level(dtype: str
         return jnp.tanh(x @ params["in"]).astype(dtype) @ params["out"].astype(dtype)
 
     params = {"in": jnp.zeros((3, 4), jnp.float32), "out": jnp.zeros((4, 2), jnp.float32)}
-    layers = discover(apply, params, jnp.zeros((5, 3), jnp.float32))
     config = KFACConfig(power=0.5)
+    layers = discover(apply, params, jnp.zeros((5, 3), jnp.float32), config=config)
     levels = {name: layer.noise_level(config) for name, layer in layers.covered.items()}
     assert levels == pytest.approx({"in": 2.0**-23 / 12**0.5, "out": eps / 12**0.5})

@@ -139,7 +139,7 @@ def test_two_traces_and_no_waiting() -> None:
     assert all(leaf.is_deleted() for leaf in old if leaf.ndim)
     metrics = ours.metrics(state)
     assert metrics["steps"] == 100
-    # Steps 0, 1 and 4 refresh all layers (statistics are young until step 6); then each layer has its turn of three.
+    # Steps 0, 1 and 4 refresh all layers (statistics are young until step 6); then each has its turn of three.
     assert metrics["failures"] == metrics["dropped"] == metrics["stand_ins"] == 0
     assert all(metrics[f"{name}/refreshes"] >= 17 for name in ours.layers.covered)
 
