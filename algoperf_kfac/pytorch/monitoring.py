@@ -90,7 +90,7 @@ def summary(
             _at_damping(state.b_values),
             state.refreshes,
             layers.missed_steps.get(name, 0),
-            _noise(state, config),
+            _noise(state, config) if state.a_values or state.b_values else None,
         )
     return table(shown, len(names) - len(shown))
 
