@@ -15,6 +15,7 @@ PRECONDITIONERS = ("eigen", "inverse")
 POWERS = {"root": 0.5, "inverse": 1.0}  # scalings that are powers by name
 DAMPING_MODES = ("relative", "absolute")
 LARGE_FACTORS = ("block", "one_sided")
+INITIAL_REFRESHES = ("doubling", "every")
 LAYER_KINDS = ("linear", "conv", "conv_transpose")
 TABLE = "embedding"  # the kind of a table that is the output layer, too: approximated like a linear layer
 
@@ -66,11 +67,15 @@ class KFACConfig:
             "absolute", lambda_A = pi sqrt(damping) and lambda_B = sqrt(damping)/pi with
             pi^2 = (tr(A)/P_in) / (tr(B)/P_out) (Martens and Grosse 2015, section 6.3).
         damping_mode: "relative" or "absolute".
+        noise_floor: lambda_A and lambda_B are at least this multiple of the level below which rounding is scaled up
+            to whole steps (`noise_level`); 0 for none.
         factor_decay: decay of the moving averages of A and B per statistics step, bias-corrected.
         factor_interval: steps between statistics steps.
         initial_statistics: the first so many steps all take statistics, so that the first bases do not rest on
             one batch.
         refresh_interval: steps between refreshes of a layer's preconditioner, a multiple of factor_interval.
+        initial_refreshes: which statistics steps refresh all layers until the first refresh interval is over: the
+            first, second, fourth, eighth, ... ("doubling"), or "every" one.
         drift_tolerance: with "eigen", a due refresh is skipped where the old basis still diagonalises the
             factor up to this share of its Frobenius norm; the eigenvalues are updated all the same.
         grafting: give each covered layer's direction the norm of its NadamW update.
@@ -92,15 +97,17 @@ class KFACConfig:
     preconditioner: str = "eigen"
     scaling: str | type = "power"
     power: float = 0.75
-    damping: float = 1e-4
+    damping: float = 1e-2
     damping_mode: str = "relative"
+    noise_floor: float = 1.0
     factor_decay: float = 0.9
     factor_interval: int = 10
     initial_statistics: int = 10
     refresh_interval: int = 20
+    initial_refreshes: str = "doubling"
     drift_tolerance: float = 0.0
     grafting: bool = True
-    max_factor_dim: int = 4096
+    max_factor_dim: int = 1024
     large_factor: str = "block"
 
     def __post_init__(self) -> None:
@@ -142,6 +149,7 @@ class KFACConfig:
         check("power", 0 < self.power <= 1, "a number in (0, 1]")
         check("damping", self.damping > 0, "a number > 0")
         check("damping_mode", self.damping_mode in DAMPING_MODES, f"one of {DAMPING_MODES}")
+        check("noise_floor", self.noise_floor >= 0, "a number >= 0")
         check("factor_decay", 0 <= self.factor_decay < 1, "a number in [0, 1)")
         check("factor_interval", self.factor_interval >= 1, "at least 1")
         check("initial_statistics", self.initial_statistics >= 0, "at least 0")
@@ -150,6 +158,7 @@ class KFACConfig:
             self.refresh_interval >= 1 and self.refresh_interval % self.factor_interval == 0,
             f"a multiple of factor_interval={self.factor_interval}",
         )
+        check("initial_refreshes", self.initial_refreshes in INITIAL_REFRESHES, f"one of {INITIAL_REFRESHES}")
         check("drift_tolerance", 0 <= self.drift_tolerance < 1, "a number in [0, 1)")
         check("grafting", isinstance(self.grafting, bool), "True or False")
         check("max_factor_dim", self.max_factor_dim >= 1, "at least 1")
@@ -212,6 +221,21 @@ class KFACConfig:
         for kind in named:
             if kind not in known:
                 raise ValueError(f"hyperparameter approximation: no layer is of the kind {kind!r}, only {known}")
+
+    def noise_level(self, eps: float) -> float:
+        """The damping below which rounding takes part in steps, relative to a factor's largest eigenvalue.
+
+        Rounding leaves errors of standard deviation eps / sqrt(12), relative, in the entries of a gradient, and so
+        in directions where both factors are empty. Beside the directions of the largest eigenvalues a_max and b_max
+        those are scaled up by (a_max b_max / (lambda_A lambda_B))^p: by the share lambda / max, to the power -2p.
+        At the share (eps / sqrt(12))^(1 / 2p) the errors of all empty directions together come to the length of
+        the largest part of the gradient; below, they exceed it.
+
+        Args:
+            eps: of the coarsest dtype among those that inputs, output gradients and factors came in.
+        """
+        power = 1.0 if self.preconditioner == "inverse" else self.exponent
+        return float((eps / math.sqrt(12)) ** (0.5 / power))
 
     def approximation_for(self, kind: str) -> str:
         """The approximation of a layer kind."""

@@ -10,7 +10,7 @@ from algoperf_kfac.errors import listed
 # Updates after which directions are judged; looking at them waits for the device.
 WHEN_JUDGED = (20, 100)
 SMALL_RATIO = 0.01
-HEAD = ("layer", "graft ratio", "cosine", "A at damping", "B at damping", "refreshes", "idle")
+HEAD = ("layer", "graft ratio", "cosine", "A at damping", "B at damping", "refreshes", "idle", "noise")
 
 
 class Judged(NamedTuple):
@@ -22,6 +22,7 @@ class Judged(NamedTuple):
         a_at_damping, b_at_damping: share of a factor's damped eigenvalues that are within twice the smallest.
         refreshes: how many succeeded.
         idle: statistics steps in a row that went by without the layer.
+        noise: how many eigenvalues of A and B are on the level of rounding (`KFACConfig.noise_level`).
     """
 
     graft_ratio: float | None
@@ -30,13 +31,15 @@ class Judged(NamedTuple):
     b_at_damping: float | None
     refreshes: int
     idle: int
+    noise: int | None = None
 
     def cells(self) -> tuple[str, ...]:
         """As text, in the order of `HEAD`."""
         ratio = "-" if self.graft_ratio is None else f"{self.graft_ratio:.2g}"
         cosine = "-" if self.cosine is None else f"{self.cosine:.2f}"
+        noise = "-" if self.noise is None else str(self.noise)
         shares = ("-" if s is None else f"{100 * s:.0f} %" for s in (self.a_at_damping, self.b_at_damping))
-        return (ratio, cosine, *shares, str(self.refreshes), str(self.idle))
+        return (ratio, cosine, *shares, str(self.refreshes), str(self.idle), noise)
 
 
 def worst_first(names: Iterable[str], ratios: Mapping[str, float]) -> list[str]:
@@ -71,5 +74,5 @@ def noise(ratios: Mapping[str, float]) -> str | None:
         f"in {len(small)} of {len(ratios)} layers K-FAC's direction is over {1 / SMALL_RATIO:.0f} times as "
         f"long as the first-order step, a sign of factors that are all but singular: {worst}. Take "
         'approximation="expand" for convolutions (reduce averages the patches of a kernel, which hardly '
-        "differ), or damping=1e-2; optimizer.summary() shows the layers"
+        "differ), or more damping; optimizer.summary() shows the layers"
     )

@@ -161,6 +161,7 @@ class _Discovery:
             slices=kind.slices(view),
             calls=tuple(call.leading for call in calls.values()),
             dtype=jnp.promote_types(dtype, jnp.float32),
+            rounding=self._notes.rounding.get(weight, 0.0),
         )
 
     def _reason(self, name: str, of_layer: str) -> str:

@@ -11,6 +11,7 @@ import optax
 from jax import Array
 from jax.typing import DTypeLike
 
+from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.jax.operations import WeightView
 from algoperf_kfac.jax.tracing import Leaf, named_leaves
 from algoperf_kfac.jax.types import Sizes, Tree
@@ -28,6 +29,7 @@ class CoveredLayer:
         slices: number of layers that one parameter holds, a slice for each (`nn.scan` over layers); 1 if none.
         calls: leading dimensions of the input at each call, of the example arguments.
         dtype: of its factors, at least float32.
+        rounding: the coarsest eps among the dtypes of its inputs and outputs.
     """
 
     spec: LayerSpec
@@ -36,6 +38,11 @@ class CoveredLayer:
     slices: int
     calls: tuple[Sizes, ...]
     dtype: DTypeLike
+    rounding: float
+
+    def noise_level(self, config: KFACConfig) -> float:
+        """See `KFACConfig.noise_level`; rounding of the factors themselves is part of it."""
+        return config.noise_level(max(self.rounding, float(jnp.finfo(self.dtype).eps)))
 
     def matrix(self, weight: Array, bias: Array | None) -> Array:
         """Parameters, gradients or momenta as (groups, P_out, P_in [+ 1]) in the dtype of the factors."""

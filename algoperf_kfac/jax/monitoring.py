@@ -136,24 +136,27 @@ def summary(state: Tree, layers: Layers, config: KFACConfig, worst: int = 8) -> 
     shown = {}
     for name in names[:worst]:
         cosine = seen[name]["cosine"] if name in seen else None
-        shares = _at_damping(states[name], config) if name in seen else (None, None)
-        shown[name] = Judged(
-            ratios.get(name), cosine, *shares, int(numbers[name]["refreshes"]), int(numbers[name]["idle"])
-        )
+        level = layers.covered[name].noise_level(config)
+        a, b, noise = _eigenvalues(states[name], config, level) if name in seen else (None, None, None)
+        own = numbers[name]
+        shown[name] = Judged(ratios.get(name), cosine, a, b, int(own["refreshes"]), int(own["idle"]), noise)
     return table(shown, len(names) - len(shown))
 
 
-def _at_damping(state: LayerState, config: KFACConfig) -> tuple[float | None, float | None]:
-    """For A and for B, the share of damped eigenvalues within twice the smallest; None for the identity."""
-    factors = corrected(state)
+def _eigenvalues(state: LayerState, config: KFACConfig, level: float) -> tuple[float | None, float | None, int]:
+    """Of damped eigenvalues: for A and for B, the share within twice the smallest (None for the identity); and how
+    many of both are less than twice the level of rounding."""
+    factors, noise = corrected(state), 0
 
     def share(blocks: Blocks, damping: Array) -> float | None:
+        nonlocal noise
         values = [jnp.maximum(jnp.linalg.eigvalsh(m), 0) + damping[:, None] for m in blocks]
+        noise += sum(int((v < 2 * level * v.max(-1, keepdims=True)).sum()) for v in values)
         near = sum(int((v < 2 * v.min(-1, keepdims=True)).sum()) for v in values)
         return near / sum(v.size for v in values) if values else None
 
-    a, b = map(share, factors, damping_terms(*factors, config))
-    return a, b
+    a, b = map(share, factors, damping_terms(*factors, config, level))
+    return a, b, noise
 
 
 def check_statistics(steps: int, took: Mapping[str, int], config: KFACConfig) -> None:

@@ -191,16 +191,33 @@ def mean_eigenvalue(blocks: Blocks) -> Array:
     return jnp.asarray(trace) / sum(m.shape[-1] for m in blocks)
 
 
-def damping_terms(a: Blocks, b: Blocks, config: KFACConfig) -> tuple[Array, Array]:
-    """lambda_A and lambda_B, (groups,) each; see `KFACConfig.damping`."""
+def damping_terms(a: Blocks, b: Blocks, config: KFACConfig, noise_level: float) -> tuple[Array, Array]:
+    """lambda_A and lambda_B, (groups,) each; see `KFACConfig.damping` and `KFACConfig.noise_floor`.
+
+    Args:
+        a, b: corrected blocks of the factors.
+        config: the configuration.
+        noise_level: of the layer, see `KFACConfig.noise_level`.
+    """
     damping = config.damping
     one = jnp.ones((a or b)[0].shape[0], (a or b)[0].dtype)
     mean_a = jnp.maximum(mean_eigenvalue(a), MEAN_FLOOR) if a else one
     mean_b = jnp.maximum(mean_eigenvalue(b), MEAN_FLOOR) if b else one
     if config.damping_mode == "relative":
-        return _relative(mean_a, damping), _relative(mean_b, damping)
-    pi = jnp.sqrt(mean_a / mean_b)
-    return pi * damping**0.5, damping**0.5 / pi
+        damping_a, damping_b = _relative(mean_a, damping), _relative(mean_b, damping)
+    else:
+        pi = jnp.sqrt(mean_a / mean_b)
+        damping_a, damping_b = pi * damping**0.5, damping**0.5 / pi
+    floor = config.noise_floor * noise_level
+    if not floor:
+        return damping_a, damping_b
+    damping_a = jnp.maximum(damping_a, floor * frobenius_norm(a)) if a else damping_a
+    return damping_a, jnp.maximum(damping_b, floor * frobenius_norm(b)) if b else damping_b
+
+
+def frobenius_norm(blocks: Blocks) -> Array:
+    """(groups,): of a factor, over its blocks. At least its largest eigenvalue; hardly more if few are large."""
+    return jnp.linalg.norm(jnp.stack([jnp.linalg.norm(m, axis=(-2, -1)) for m in blocks]), axis=0)
 
 
 def _relative(mean: Array, damping: float) -> Array:

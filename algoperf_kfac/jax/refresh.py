@@ -53,11 +53,13 @@ def refresh_due(
         return states
     config = scaling.config
     cycle = cadence.cycle(config)
+    levels = {key: stack.noise_level(config) for key, stack in stacks.items()}
     turns = min(cycle, sum(len(stack.names) for stack in stacks.values()))
     turn = cadence.turn(config, count)
-    due = {key: (count < cadence.young_until(config)) | (state.refreshes == 0) for key, state in states.items()}
+    all_due = cadence.all_are_due(config, count)
+    due = {key: all_due | (state.refreshes == 0) for key, state in states.items()}
     if turns == 1:
-        return refresh(states, {key: flags | (turn == 0) for key, flags in due.items()}, scaling, mesh)
+        return refresh(states, {key: flags | (turn == 0) for key, flags in due.items()}, levels, scaling, mesh)
 
     windows = {key: _windows(stack, cycle, turns) for key, stack in stacks.items()}
     numbers = jnp.arange(turns)
@@ -76,7 +78,7 @@ def refresh_due(
             rows = windows[key].rows[i]
             members[key] = jax.tree.map(lambda leaf, rows=rows: leaf[rows], state)
             wanted[key] = windows[key].valid[i] & (due[key][rows] | (i == turn))
-        new = refresh(members, wanted, scaling, mesh)
+        new = refresh(members, wanted, levels, scaling, mesh)
         return {key: windows[key].put_back(i, _written(current[key]), _written(new[key])) for key in states}
 
     start = (from_turn(0), {key: _written(state) for key, state in states.items()})
@@ -124,7 +126,9 @@ def _windows(stack: Stack, cycle: int, turns: int) -> _Windows:
     return _Windows(*map(jnp.asarray, (rows, valid, slots, inside)))
 
 
-def refresh(states: States, due: Mapping[str, Array], scaling: Scaling, mesh: Mesh | None = None) -> States:
+def refresh(
+    states: States, due: Mapping[str, Array], levels: Mapping[str, float], scaling: Scaling, mesh: Mesh | None
+) -> States:
     """Recompute the preconditioners of the layers that are due.
 
     Matrices of equal size are decomposed in one batched call, split over the devices of `mesh`. What fails is
@@ -134,10 +138,14 @@ def refresh(states: States, due: Mapping[str, Array], scaling: Scaling, mesh: Me
     Args:
         states: by stack, the layer as leading dimension.
         due: which layers to refresh, (layers,) for each stack.
+        levels: noise level of each stack.
         scaling: what is made of the decompositions.
         mesh: a one-dimensional mesh whose devices share the work; None to do it where the state lies.
     """
-    prepared = {key: jax.vmap(functools.partial(_prepare, scaling=scaling))(state) for key, state in states.items()}
+    prepared = {
+        key: jax.vmap(functools.partial(_prepare, level=levels[key], scaling=scaling))(state)
+        for key, state in states.items()
+    }
     due = {key: due[key] & ~one.silent for key, one in prepared.items()}
     needed = {key: due[key] & one.drifted for key, one in prepared.items()}
     decomposed = _decompose_by_size(prepared, needed, scaling, mesh)
@@ -163,10 +171,10 @@ class _Prepared(NamedTuple):
     drift: Array
 
 
-def _prepare(state: LayerState, scaling: Scaling) -> _Prepared:
+def _prepare(state: LayerState, level: float, scaling: Scaling) -> _Prepared:
     config = scaling.config
     a, b = corrected(state)
-    damping_a, damping_b = damping_terms(a, b, config)
+    damping_a, damping_b = damping_terms(a, b, config, level)
     # NaN is not zero: it shall fail and be counted.
     silent = jnp.stack([mean_eigenvalue(blocks).max() == 0 for blocks in (a, b) if blocks]).any()
     damping = [damping_a] * len(a) + [damping_b] * len(b)

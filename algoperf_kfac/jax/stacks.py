@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.errors import listed
 from algoperf_kfac.jax.layer_book import CoveredLayer, Layers
 from algoperf_kfac.jax.preconditioner import LayerState
@@ -34,6 +35,10 @@ class Stack:
     numbers: tuple[int, ...]
     layers: tuple[CoveredLayer, ...]
     dtype: DTypeLike
+
+    def noise_level(self, config: KFACConfig) -> float:
+        """Of the layer whose inputs and outputs are rounded most; see `KFACConfig.noise_level`."""
+        return max(layer.noise_level(config) for layer in self.layers)
 
 
 @dataclasses.dataclass(frozen=True)

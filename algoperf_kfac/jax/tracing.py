@@ -81,6 +81,7 @@ class Survey(Visitor):
             function of it.
         stopped: parameters that something reads through which no gradient goes.
         penalised: parameters that the loss depends on apart from what the model computes with them.
+        rounding: weight -> the coarsest eps among the dtypes of its operations' inputs and outputs.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -91,9 +92,13 @@ class Survey(Visitor):
         self.other_uses: dict[str, dict[str, bool]] = {}
         self.stopped: set[str] = set()
         self.penalised: set[str] = set()
+        self.rounding: dict[str, float] = {}
 
     def operation(self, key: Key, call: Call, x: Array, out: Array) -> Array:
-        self.calls.setdefault(call.view.source.name, {})[key] = call
+        name = call.view.source.name
+        self.calls.setdefault(name, {})[key] = call
+        eps = [float(jnp.finfo(t.dtype).eps) for t in (x, out) if jnp.issubdtype(t.dtype, jnp.floating)]
+        self.rounding[name] = max(self.rounding.get(name, 0.0), *eps)
         return out
 
     def lookup(self, key: Key, lookup: Lookup, rows: Array, out: Array) -> Array:

@@ -107,6 +107,21 @@ class Layers:
         for layer in found:
             self._add(layer)
 
+    def let_go(self, names: Iterable[str]) -> None:
+        """Forget parameters that the model no longer has, and the layers they were of, of which the rest is new."""
+        gone = set(names)
+        for name, layer in list(self.covered.items()):
+            own = {layer.spec.weight, *([layer.spec.bias] if layer.spec.bias else [])}
+            if own & gone:
+                gone |= own
+                del self.covered[name], self.states[name], self.by_weight[id(layer.weight)][layer.spec.layout]
+                self.missed_steps.pop(name, None)
+                self.seen.discard(name)
+        self.fallbacks = [f for f in self.fallbacks if f.name not in gone]
+        self._raw -= gone
+        self.left_parameters -= gone
+        self.params = {name: p for name, p in self.params.items() if name not in gone}
+
     def names(self) -> set[str]:
         """What a pattern may mean: covered layers, other parameters and the modules they are of."""
         others = {f.name for f in self.fallbacks}

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from algoperf_kfac.config import TABLE
+from algoperf_kfac.config import TABLE, KFACConfig
 from algoperf_kfac.errors import check_reduction, no_statistics
 from algoperf_kfac.judging import Judged, table, worst_first
 from algoperf_kfac.pytorch.layer_book import Layers
+from algoperf_kfac.pytorch.preconditioner import LayerState
 
 COUNTED = ("refreshes", "failures", "skipped")
 
@@ -43,12 +44,13 @@ def factors(layers: Layers, reduction: str) -> dict[str, FactorPair]:
 
 
 def metrics(
-    layers: Layers, judged: Mapping[str, Mapping[str, Tensor]], errors: Mapping[str, float]
+    layers: Layers, config: KFACConfig, judged: Mapping[str, Mapping[str, Tensor]], errors: Mapping[str, float]
 ) -> dict[str, float]:
     """Counts and ratios, of all layers and of each; see `KFAC.metrics`.
 
     Args:
         layers: the book of layers.
+        config: the configuration.
         judged: by name of a ratio, by layer: its value at the last statistics step.
         errors: by layer, how far what was captured was from the weight's gradient.
     """
@@ -67,10 +69,14 @@ def metrics(
     for name, state in states.items():
         out |= {f"{name}/{key}": float(getattr(state, key)) for key in (*COUNTED, "drift", "dropped")}
         out[f"{name}/idle"] = float(layers.missed_steps.get(name, 0))
+        out[f"{name}/noise"] = float(_noise(state, config))
+    out["noise"] = sum(out[f"{name}/noise"] for name in states)
     return out
 
 
-def summary(layers: Layers, ratios: Mapping[str, Tensor], cosines: Mapping[str, Tensor], worst: int) -> str:
+def summary(
+    layers: Layers, config: KFACConfig, ratios: Mapping[str, Tensor], cosines: Mapping[str, Tensor], worst: int
+) -> str:
     """A table for a person to read; see `KFAC.summary`."""
     known = {name: float(ratio) for name, ratio in ratios.items()}
     names = worst_first((name for name in layers.covered if name in layers.states), known)
@@ -84,6 +90,7 @@ def summary(layers: Layers, ratios: Mapping[str, Tensor], cosines: Mapping[str, 
             _at_damping(state.b_values),
             state.refreshes,
             layers.missed_steps.get(name, 0),
+            _noise(state, config) if state.a_values or state.b_values else None,
         )
     return table(shown, len(names) - len(shown))
 
@@ -94,6 +101,16 @@ def _at_damping(values: list[Tensor]) -> float | None:
         return None
     near = sum(int((v < 2 * v.amin(-1, keepdim=True)).sum()) for v in values)
     return near / sum(v.numel() for v in values)
+
+
+def _noise(state: LayerState, config: KFACConfig) -> int:
+    """How many eigenvalues of A and B, damping included, are less than twice the level of rounding.
+
+    They are those below it where damping is that level itself, and none where it is more than twice that.
+    """
+    twice = 2 * state.noise_level(config)
+    values = [*state.a_values, *state.b_values]
+    return sum(int((v < twice * v.amax(-1, keepdim=True)).sum()) for v in values)
 
 
 def _present(blocks: list[Tensor]) -> Tensor | tuple[Tensor, ...]:

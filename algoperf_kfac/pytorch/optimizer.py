@@ -14,7 +14,7 @@ from algoperf_kfac import cadence
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.errors import MissingStatisticsError, missing_statistics
 from algoperf_kfac.judging import WHEN_JUDGED
-from algoperf_kfac.layers import NEVER_SEEN, Coverage, LayerSpec
+from algoperf_kfac.layers import NEVER_SEEN, Coverage
 from algoperf_kfac.positions import PositionsLike, as_candidates
 from algoperf_kfac.pytorch import checkpoint, distributed, monitoring
 from algoperf_kfac.pytorch.capture import Capture, Gathered, Options
@@ -297,10 +297,14 @@ class KFAC(torch.optim.Optimizer):
         """
         layers = self._layers
         pending = self._pending
-        mine = {name: layers.covered[name].spec for name in layers.covered if name in pending.statistics}
+        mine = {
+            name: (layers.covered[name].spec, pending.statistics[name].rounding)
+            for name in layers.covered
+            if name in pending.statistics
+        }
         gathered = self._processes.all_gather((pending.captured or not layers.covered, mine, sorted(layers.left)))
         silent = [rank for rank, (captured, _, _) in enumerate(gathered) if not captured]
-        if silent or (layers.covered and not any(specs for _, specs, _ in gathered)):
+        if silent or (layers.covered and not any(seen for _, seen, _ in gathered)):
             where = f" on process {silent[0]}" if silent and len(gathered) > 1 else ""
             missed = pending.unfinished
             lost = f" ({missing_statistics(missed, len(layers.covered), '')})" if missed else ""
@@ -310,14 +314,17 @@ class KFAC(torch.optim.Optimizer):
             )
         left = {name for _, _, names in gathered for name in names}
         layers.leave_out({name: "its statistics on another process" for name in left if name in layers.covered})
-        everywhere: dict[str, LayerSpec] = {}
-        for _, specs, _ in gathered:
-            everywhere |= {n: spec for n, spec in specs.items() if n not in everywhere and n not in left}
-        for name, spec in everywhere.items():
+        everywhere: dict[str, float] = {}
+        for name, (spec, rounding) in ((n, what) for _, seen, _ in gathered for n, what in seen.items()):
+            if name in left:
+                continue
+            everywhere[name] = max(everywhere.get(name, 0.0), rounding)
             if name not in layers.covered:  # a raw parameter that only another process has used so far
                 layers.adopt(spec)
         # Raw parameters joined in the order of their use, which may differ; refreshes take turns in this one.
         layers.order(everywhere)
+        for name, rounding in everywhere.items():
+            layers.states[name].rounding = max(layers.states[name].rounding, rounding)
         return list(everywhere)
 
     def _due(self) -> list[str]:
@@ -400,30 +407,33 @@ class KFAC(torch.optim.Optimizer):
         """Counts and ratios for monitoring; reading them synchronises with the device.
 
         `stand_ins` counts K-FAC directions that vanished or overflowed and were replaced by first-order ones.
-        Per layer: refreshes, failures, skipped refreshes, dropped statistics, drift, the graft ratio
-        and the cosine between K-FAC direction and momentum gradient, both at the last statistics step; and
-        their totals or means over layers.
+        Per layer: refreshes, failures, skipped refreshes, dropped statistics, drift, the eigenvalues of A and B on
+        the level of rounding ("noise", see `KFACConfig.noise_level`), the graft ratio and the cosine between K-FAC
+        direction and momentum gradient, both at the last statistics step; and their totals or means over layers.
         """
         run = {"steps": float(self._steps), "stand_ins": float(self._stand_ins)}
         judged = {"graft_ratio": self._graft, "cosine": self._cosine}
-        return run | monitoring.metrics(self._layers, judged, self._gradient_errors)
+        return run | monitoring.metrics(self._layers, self.config, judged, self._gradient_errors)
 
     def summary(self, worst: int = 8) -> str:
         """A table of the layers whose directions are the most doubtful, for a person to read.
 
         By layer: the graft ratio (the length of NadamW's step over that of K-FAC's: far below 1 where factors are
         all but singular), the cosine between K-FAC direction and momentum, the share of eigenvalues of A and B that
-        are hardly more than damping, refreshes, and statistics steps in a row that went by without the layer.
+        are hardly more than damping, refreshes, statistics steps in a row that went by without the layer, and how
+        many eigenvalues of A and B are on the level of rounding.
 
         Args:
             worst: number of layers, those with the smallest graft ratio first.
         """
-        return monitoring.summary(self._layers, self._graft, self._cosine, worst)
+        return monitoring.summary(self._layers, self.config, self._graft, self._cosine, worst)
 
     # State -------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take further parameters of the model: their layers start as new, all others go on bit for bit.
+
+        Parameters that the model no longer has (`model.head = nn.Linear(...)`) are let go.
 
         Raises:
             ValueError: if a parameter does not belong to the model, or cannot be trained.
@@ -437,10 +447,27 @@ class KFAC(torch.optim.Optimizer):
         for p in params:
             check_parameter(p, names.get(id(p)))
         super().add_param_group({**param_group, "params": params})
+        order = list(self._layers.covered)
+        self._let_go({name: p for name, p in self._params.items() if id(p) not in names})
         self._params |= {names[id(p)]: p for p in params}
         self._mistakes.take(self._params)
         self._layers.extend(self._model, self._params)
+        # A layer in the place of another has its turn, so that the others keep theirs.
+        self._layers.order(name for name in order if name in self._layers.covered)
         self._unchecked = True
+
+    def _let_go(self, gone: Mapping[str, Tensor]) -> None:
+        """Train these parameters no longer; their groups stay, if empty."""
+        if not gone:
+            return
+        self._pending.forget()
+        self._layers.let_go(gone)
+        identities = {id(p) for p in gone.values()}
+        for group in self.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in identities]
+        for name, p in gone.items():
+            self.state.pop(p, None)
+            del self._params[name]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue bit for bit; loadable with torch.load(weights_only=True).

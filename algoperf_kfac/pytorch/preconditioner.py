@@ -27,6 +27,7 @@ class LayerState:
         weight: what the averages are divided by to correct their bias, a scalar tensor.
         examples: moving average of the number of examples, not corrected.
         dropped: how many statistics were left out because they were not finite, a scalar tensor.
+        rounding: the coarsest eps among the dtypes that inputs and output gradients came in so far.
         a_basis, b_basis: eigenbases ("eigen") or inverses ("inverse"); empty before the first refresh.
         a_values, b_values: damped eigenvalues, (groups, size) per block; "eigen" only.
         a_operator, b_operator: what the momentum is multiplied by, for scalings that use them; they follow from the
@@ -50,6 +51,7 @@ class LayerState:
     a_operator: list[Tensor] = dataclasses.field(default_factory=list)
     b_operator: list[Tensor] = dataclasses.field(default_factory=list)
     kept: dict[str, Tensor | int] = dataclasses.field(default_factory=dict)
+    rounding: float = 0.0
     refreshes: int = 0
     failures: int = 0
     skipped: int = 0
@@ -108,6 +110,10 @@ class LayerState:
         scale = 1 / self.weight.clamp(min=torch.finfo(self.weight.dtype).tiny)
         return [m * scale for m in self.a], [m * scale for m in self.b]
 
+    def noise_level(self, config: KFACConfig) -> float:
+        """See `KFACConfig.noise_level`; rounding of the factors themselves is part of it."""
+        return config.noise_level(max(self.rounding, torch.finfo(self.weight.dtype).eps))
+
 
 def _moved(value: object, like: Tensor) -> object:
     return value.to(device=like.device, dtype=like.dtype) if isinstance(value, Tensor) else value
@@ -120,17 +126,35 @@ def mean_eigenvalue(blocks: list[Tensor]) -> Tensor:
 
 
 def damping_terms(
-    a: list[Tensor], b: list[Tensor], config: KFACConfig, multiple: float = 1.0
+    a: list[Tensor], b: list[Tensor], config: KFACConfig, noise_level: float, multiple: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """lambda_A and lambda_B, (groups,) each; see `KFACConfig.damping`."""
+    """lambda_A and lambda_B, (groups,) each; see `KFACConfig.damping` and `KFACConfig.noise_floor`.
+
+    Args:
+        a, b: corrected blocks of the factors.
+        config: the configuration.
+        noise_level: of the layer, see `KFACConfig.noise_level`.
+        multiple: of the configured damping.
+    """
     damping = config.damping * multiple
     one = (a or b)[0].new_ones((a or b)[0].shape[0])
     mean_a = mean_eigenvalue(a).clamp(min=MEAN_FLOOR) if a else one
     mean_b = mean_eigenvalue(b).clamp(min=MEAN_FLOOR) if b else one
     if config.damping_mode == "relative":
-        return damping * mean_a, damping * mean_b
-    pi = (mean_a / mean_b).sqrt()
-    return pi * damping**0.5, damping**0.5 / pi
+        damping_a, damping_b = damping * mean_a, damping * mean_b
+    else:
+        pi = (mean_a / mean_b).sqrt()
+        damping_a, damping_b = pi * damping**0.5, damping**0.5 / pi
+    floor = config.noise_floor * noise_level
+    if not floor:
+        return damping_a, damping_b
+    damping_a = damping_a.maximum(floor * frobenius_norm(a)) if a else damping_a
+    return damping_a, damping_b.maximum(floor * frobenius_norm(b)) if b else damping_b
+
+
+def frobenius_norm(blocks: list[Tensor]) -> Tensor:
+    """(groups,): of a factor, over its blocks. At least its largest eigenvalue; hardly more if few are large."""
+    return torch.stack([torch.linalg.matrix_norm(m) for m in blocks]).norm(dim=0)
 
 
 def multiply(

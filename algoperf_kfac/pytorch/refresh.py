@@ -61,7 +61,9 @@ def decompose(states: list[LayerState], scaling: Scaling) -> list[Refresh]:
     jobs = []
     for state in states:
         a, b = state.corrected()
-        jobs.append(_Job(state, a, b, damping_terms(a, b, config), Refresh(drift=state.drift)))
+        jobs.append(
+            _Job(state, a, b, damping_terms(a, b, config, state.noise_level(config)), Refresh(drift=state.drift))
+        )
     if scaling.uses_bases:
         _decompose_bases(jobs, config)
     else:
@@ -249,7 +251,7 @@ def _retry(job: _Job, decompose: Decomposition, config: KFACConfig) -> list[tupl
     doubles = dataclasses.replace(job, a=a, b=b)
     dtype = (job.a or job.b)[0].dtype
     for multiple in RETRIES:
-        doubles.damping = damping_terms(doubles.a, doubles.b, config, multiple)
+        doubles.damping = damping_terms(a, b, config, job.state.noise_level(config), multiple)
         attempts = [_attempt(decompose, m) for m in doubles.damped()]
         if all(attempt is not None and bool(attempt[1].all()) for attempt in attempts):
             job.damping = (doubles.damping[0].to(dtype), doubles.damping[1].to(dtype))

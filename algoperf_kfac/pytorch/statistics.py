@@ -36,12 +36,14 @@ class Statistics:
         b: sums of output-gradient outer products of the per-example loss, per block of B.
         a_count: what `a` is divided by: valid positions (expand) or examples (reduce).
         examples: what `b` is divided by.
+        rounding: the coarsest eps among the dtypes that inputs and output gradients came in.
     """
 
     a: list[Tensor]
     b: list[Tensor]
     a_count: Scalar
     examples: Scalar
+    rounding: float = 0.0
 
     @classmethod
     def zeros(cls, spec: LayerSpec, like: Tensor) -> Statistics:
@@ -61,6 +63,7 @@ class Statistics:
         self.b = [x + y for x, y in zip(self.b, other.b, strict=True)]
         self.a_count = self.a_count + other.a_count
         self.examples = self.examples + other.examples
+        self.rounding = max(self.rounding, other.rounding)
 
 
 @dataclasses.dataclass
@@ -154,6 +157,7 @@ class Recorder:
     Attributes:
         loss_gradient: the gradient that the mean of a loss function got in the backward pass at hand, None if
             there is none; see `note_loss`.
+        rounding: the coarsest eps among the dtypes of inputs and output gradients.
     """
 
     def __init__(self, spec: LayerSpec, dtype: torch.dtype, *, one_pass: bool = True, checks: bool = False) -> None:
@@ -167,6 +171,7 @@ class Recorder:
         self.rows = 0
         self.product: Product | None = None
         self.loss_gradient: Tensor | None = None
+        self.rounding = 0.0
         self.a: list[Tensor] | None = None
         self.b: list[Tensor] | None = None
         self.a_count: Scalar = 0.0
@@ -201,6 +206,7 @@ class Recorder:
         layout = MaskedLayout.fitted(positions, rows, self.spec.name, self.dtype)
         call = Call(layout, conv)
         x = self._batch_first(operation.input.detach(), call)
+        self._note_rounding(x)
         self._prepare(call, operation, x)
         self.calls.append(call)
         if self.checks:
@@ -210,6 +216,10 @@ class Recorder:
         else:
             self._take(call, x)
         return call
+
+    def _note_rounding(self, x: Tensor) -> None:
+        if x.is_floating_point():
+            self.rounding = max(self.rounding, torch.finfo(x.dtype).eps)
 
     def _prepare(self, call: Call, operation: Operation, x: Tensor) -> None:
         """A place for what subclasses know of a call beforehand."""
@@ -273,14 +283,13 @@ class Recorder:
                 "of gradients (penalties, create_graph=True) outside of capture()"
             )
         call.fired = call.seen = True
-        eps = torch.finfo(grad.dtype).eps
+        self._note_rounding(grad)
         grad = self._batch_first(grad.to(self.dtype), call)
         rows = factors.output_rows(grad, self.spec.groups, call.conv)
         if call.drop is not None:
             rows = rows.masked_fill(call.drop[:, :, None, None], 0)
         if call.checked is not None:
-            eps = max(eps, torch.finfo(call.checked.dtype).eps) if call.checked.is_floating_point() else eps
-            product = self._product(call, call.checked, grad, eps)
+            product = self._product(call, call.checked, grad, self.rounding)
             self.product = product if self.product is None else self.product + product
             call.checked = None
         if self.spec.approximation == "reduce":
@@ -426,7 +435,7 @@ class Recorder:
         assert self.a is not None
         assert self.b is not None
         b = self._own if by_loss and self._own is not None else [matrix * factor for matrix in self.b]
-        return Statistics(self.a, b, self.a_count, self.examples)
+        return Statistics(self.a, b, self.a_count, self.examples, self.rounding)
 
     def kept_inputs(self) -> Iterator[Tensor]:
         """Inputs that are kept until their gradients come."""

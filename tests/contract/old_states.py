@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.jax import KFAC as KFACInJAX
 from algoperf_kfac.pytorch import KFAC
 
@@ -110,7 +111,7 @@ class Case:
 
     def optimizer(self, model: nn.Module, **more: Any) -> KFAC:
         params = None if self.groups is None else self.groups(model)
-        return KFAC(model, params, learning_rate=0.05, **INTERVALS, **self.options, **more)
+        return KFAC(model, params, learning_rate=0.05, **(DEFAULTS | INTERVALS | self.options), **more)
 
 
 def two_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -121,6 +122,14 @@ def two_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 # Statistics at steps 0, 1, 3, 6, 9, 12, ...; from step 6 on refreshes are staggered, in turns at 6, 9, 12, ....
 INTERVALS = {"factor_interval": 3, "refresh_interval": 6, "initial_statistics": 2}
+# Those of version 0.1.0, and what it did where it had no such field.
+DEFAULTS = {
+    name: value
+    for name, value in {
+        "damping": 1e-4, "noise_floor": 0.0, "initial_refreshes": "every", "max_factor_dim": 4096,
+    }.items()
+    if name in {field.name for field in dataclasses.fields(KFACConfig)}
+}  # fmt: skip
 CASES = {
     "expand": Case(perceptron, sequences, {"weight_decay": 0.01}, stop=9),
     "reduce": Case(Convolutions, images, {"approximation": "reduce"}, stop=8),
@@ -206,7 +215,7 @@ class JAXCase:
     stop: int
 
     def optimizer(self, params: Any, batch: tuple[Any, Any], **more: Any) -> KFACInJAX:
-        options = {"learning_rate": 0.05, **INTERVALS, **self.options, **more}
+        options = {"learning_rate": 0.05, **DEFAULTS, **INTERVALS, **self.options, **more}
         return KFACInJAX(self.apply, cross_entropy, params, *batch, **options)
 
 

@@ -16,7 +16,7 @@ from tests.contract.models import normal, perceptron
 
 SIZE, EXAMPLES = 24, 60
 # Statistics of one step alone: the factor of one example has rank one, but for rounding, which makes it indefinite.
-OPTIONS = {"preconditioner": "inverse", "grafting": False, "factor_decay": 0.0, **EVERY_STEP}
+OPTIONS = {"preconditioner": "inverse", "grafting": False, "factor_decay": 0.0, "noise_floor": 0.0, **EVERY_STEP}
 ONE = positions(np.arange(EXAMPLES) == 0)
 
 

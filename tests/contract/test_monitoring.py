@@ -93,7 +93,7 @@ def summary(run: Run, worst: int) -> str:
 def test_the_table_of_doubtful_layers(framework: str) -> None:
     run = start(framework, MLP, **EVERY_STEP)
     assert [line.split() for line in summary(run, 1).splitlines()][1:] == [
-        ["l0", "-", "-", "-", "-", "0", "0"],
+        ["l0", "-", "-", "-", "-", "0", "0", "-"],
         ["...", "and", "2", "more", "layers"],
     ]
     run.step()
@@ -103,11 +103,11 @@ def test_the_table_of_doubtful_layers(framework: str) -> None:
     cells = [row.replace(" %", "%").split() for row in rows]
     ratios = {f"l{i}": metrics[f"l{i}/graft_ratio"] for i in range(3)}
     assert [name for name, *_ in cells] == sorted(ratios, key=lambda name: ratios[name])
-    for name, ratio, cosine, *shares, refreshes, idle in cells:
+    for name, ratio, cosine, *shares, refreshes, idle, noise in cells:
         assert float(ratio) == pytest.approx(ratios[name], rel=0.05)
         assert float(cosine) == pytest.approx(metrics[f"{name}/cosine"], abs=0.005)
         assert all(0 < float(share.removesuffix("%")) <= 100 for share in shares)
-        assert (refreshes, idle) == ("1", "0")
+        assert (refreshes, idle, noise) == ("1", "0", "0")
 
 
 def test_the_share_of_eigenvalues_at_damping() -> None:

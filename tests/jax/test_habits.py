@@ -19,7 +19,7 @@ from flax.training.train_state import TrainState
 from jax import Array, lax
 from orbax import checkpoint
 
-from algoperf_kfac.jax import KFAC, KFACConfig, add, from_orbax, kfac
+from algoperf_kfac.jax import KFAC, KFACConfig, add, discover, from_orbax, kfac
 from tests.jax.models import check, wavy
 from tests.jax.support import factors, normal
 from tests.jax.toys import OPTIONS, batch, cross_entropy, mlp, mlp_params, optimizer, steps, train
@@ -423,3 +423,17 @@ def test_recurrent_cells_are_covered(cell: Any) -> None:
     params = module.init(jax.random.key(0), x)["params"]
     ours = KFAC(lambda p, x: module.apply({"params": p}, x), lambda f, x: wavy(f), params, x)
     assert ours.coverage().fraction > 0.9, ours.coverage()
+
+
+@pytest.mark.parametrize(("dtype", "eps"), [("float32", 2.0**-23), ("bfloat16", 2.0**-7)])
+def test_the_coarsest_precision_of_a_layer_decides_on_its_noise_level(dtype: str, eps: float) -> None:
+    """At the power 1/2 it is eps / sqrt(12) of the largest eigenvalue."""
+
+    def apply(params: Any, x: Any) -> Any:
+        return jnp.tanh(x @ params["in"]).astype(dtype) @ params["out"].astype(dtype)
+
+    params = {"in": jnp.zeros((3, 4), jnp.float32), "out": jnp.zeros((4, 2), jnp.float32)}
+    config = KFACConfig(power=0.5)
+    layers = discover(apply, params, jnp.zeros((5, 3), jnp.float32), config=config)
+    levels = {name: layer.noise_level(config) for name, layer in layers.covered.items()}
+    assert levels == pytest.approx({"in": 2.0**-23 / 12**0.5, "out": eps / 12**0.5})

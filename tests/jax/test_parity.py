@@ -318,6 +318,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "inverse": {"preconditioner": "inverse", "grafting": False, "damping": 1e-2, "damping_mode": "absolute"},
     "root": {"scaling": "root", "drift_tolerance": 0.2, "damping": 1e-2, "refresh_interval": 6},
     "second-moment": {"scaling": "second_moment", "damping": 1e-2},
+    "floor": {"damping": 1e-8, "noise_floor": 1e9, "max_factor_dim": 4},  # 0.02 of the largest eigenvalue
     "blocks": {"max_factor_dim": 4, "damping_mode": "absolute", "scaling": "inverse", "damping": 1e-2},
 }
 MODELS = {"mlp": mlp, "cnn": cnn, "attention": attention, "graph": graph, "language-model": language_model}
@@ -335,6 +336,7 @@ def test_models(model: str, configuration: str, approximation: str) -> None:
     [
         ("graph", "root", "expand"),
         ("mlp", "root", "reduce"),
+        ("mlp", "floor", "expand"),
         ("language-model", "second-moment", "expand"),
         ("graph", "second-moment", "reduce"),
         ("attention", "blocks", "expand"),

@@ -139,7 +139,7 @@ def test_two_traces_and_no_waiting() -> None:
     assert all(leaf.is_deleted() for leaf in old if leaf.ndim)
     metrics = ours.metrics(state)
     assert metrics["steps"] == 100
-    # Steps 0, 1, 2, 4 refresh all layers (statistics are young until step 6); then each layer its turn of three.
+    # Steps 0, 1 and 4 refresh all layers (statistics are young until step 6); then each has its turn of three.
     assert metrics["failures"] == metrics["dropped"] == metrics["stand_ins"] == 0
     assert all(metrics[f"{name}/refreshes"] >= 17 for name in ours.layers.covered)
 
@@ -179,7 +179,7 @@ def test_equal_sizes_are_decomposed_together() -> None:
 
 def test_refreshes_take_turns() -> None:
     """After the young phase each statistics step refreshes the layers whose turn it is, in the model's order."""
-    ours = optimizer(factor_interval=1, refresh_interval=3, initial_statistics=0)
+    ours = optimizer(factor_interval=1, refresh_interval=3, initial_statistics=0, initial_refreshes="every")
     _, with_statistics, _ = steps(ours)
     run = jax.jit(with_statistics)
     params, state = mlp_params(), ours.init(mlp_params())
@@ -196,7 +196,8 @@ def test_refreshes_take_turns() -> None:
 @pytest.mark.parametrize("options", [{}, {"preconditioner": "inverse"}, {"scaling": "second_moment"}])
 def test_a_layer_that_no_gradient_reached_waits_for_one(options: dict[str, Any]) -> None:
     """Behind a weight that starts at zero there is no curvature: no refresh, and one out of turn once there is."""
-    ours = optimizer(factor_interval=2, refresh_interval=6, initial_statistics=1, **options)
+    intervals = {"factor_interval": 2, "refresh_interval": 6, "initial_statistics": 1, "initial_refreshes": "every"}
+    ours = optimizer(**intervals, **options)
     plain, with_statistics, _ = steps(ours)
     run = jax.jit(plain), jax.jit(with_statistics)
     params = mlp_params()

@@ -29,8 +29,15 @@ def damped(blocks: list[Tensor], group: int, damping: float, dim: int) -> Tensor
     return torch.block_diag(*(m[group] for m in blocks)) + damping * torch.eye(dim)
 
 
-def direction(pair: FactorPair, g: Tensor, damping: float, mode: str, power: float) -> Tensor:
-    """kron(B + l_B I, A + l_A I)^power vec(G) for G (groups, P_out, P_in), by a dense eigendecomposition."""
+def norm(blocks: list[Tensor], group: int) -> float:
+    return math.sqrt(sum(float(m[group].square().sum()) for m in blocks))
+
+
+def direction(pair: FactorPair, g: Tensor, damping: float, mode: str, power: float, least: float = 0.0) -> Tensor:
+    """kron(B + l_B I, A + l_A I)^power vec(G) for G (groups, P_out, P_in), by a dense eigendecomposition.
+
+    Dampings are at least `least` times the Frobenius norms.
+    """
     groups, p_out, p_in = g.shape
     a, b = (blocks_of(factor, groups) for factor in pair)
     out = []
@@ -41,6 +48,7 @@ def direction(pair: FactorPair, g: Tensor, damping: float, mode: str, power: flo
         else:
             pi = math.sqrt(mean_a / mean_b)
             lambda_a, lambda_b = pi * math.sqrt(damping), math.sqrt(damping) / pi
+        lambda_a, lambda_b = max(lambda_a, least * norm(a, group)), max(lambda_b, least * norm(b, group))
         product = torch.kron(damped(b, group, lambda_b, p_out), damped(a, group, lambda_a, p_in))
         vector = g[group].flatten()
         if power == -1:

@@ -65,7 +65,7 @@ def test_rank_deficient_factors(config: dict[str, Any], grafting: bool, dtype: t
 def test_eigenvalues_below_the_rounding_error_stay_at_the_damping(scaling: str) -> None:
     """Float32 gives the null space eigenvalues of either sign; none may fall below the damping."""
     net = nn.Sequential(nn.Linear(40, 30)).float()
-    optimizer = KFAC(net, scaling=scaling, damping=1e-9, factor_interval=1, refresh_interval=1)
+    optimizer = KFAC(net, scaling=scaling, damping=1e-9, noise_floor=0.0, factor_interval=1, refresh_interval=1)
     update(net, optimizer, torch.randn(2, 40, dtype=torch.float32))
     assert_finite(net)
     state = optimizer.state_dict()["kfac"]["layers"]["0"]["state"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -55,14 +56,14 @@ def directions(net: nn.Module, optimizer: KFAC) -> tuple[dict[str, Tensor], dict
     return tuple({n: matrix(net, n, tensors) for n in names} for tensors in (grads, steps))
 
 
-def assert_dense(net: nn.Module, exponent: float, **config: Any) -> None:
+def assert_dense(net: nn.Module, exponent: float, *, least: float = 0.0, **config: Any) -> None:
     """Two steps, so that moving averages and not the last factors are used."""
     optimizer = KFAC(net, factor_interval=1, refresh_interval=1, **(PLAIN | config))
     for _ in range(2):
         grads, steps = directions(net, optimizer)
         for name, pair in optimizer.factors(reduction="mean").items():
             expected = dense.direction(
-                pair, grads[name], optimizer.config.damping, optimizer.config.damping_mode, exponent
+                pair, grads[name], optimizer.config.damping, optimizer.config.damping_mode, exponent, least
             )
             torch.testing.assert_close(steps[name], expected, rtol=1e-7, atol=1e-8 * float(expected.abs().max()))
 
@@ -93,6 +94,27 @@ def test_inverse(damping: dict[str, Any], form: dict[str, Any], approximation: s
 def test_eigen(damping: dict[str, Any], form: dict[str, Any], scaling: str) -> None:
     config = {"preconditioner": "eigen", "scaling": scaling, "power": 0.75}  # root and inverse ignore the power
     assert_dense(model(), POWERS[scaling], **config, **damping, **form)
+
+
+@FORMS
+@pytest.mark.parametrize(
+    ("config", "exponent"),
+    [
+        ({"power": 0.5}, -0.5),
+        ({"scaling": "inverse", "damping_mode": "absolute"}, -1.0),
+        ({"preconditioner": "inverse"}, -1.0),
+    ],
+    ids=str,
+)
+def test_the_noise_floor(config: dict[str, Any], exponent: float, form: dict[str, Any]) -> None:
+    """Damping is at least a multiple of what keeps rounding, 2.2e-16 / sqrt(12), from outgrowing the largest part.
+
+    At the power -p of either side the largest part of a gradient is scaled by (max max)^-p, what lies in empty
+    directions by (l l)^-p.
+    """
+    level = (torch.finfo(torch.float64).eps / math.sqrt(12)) ** (-0.5 / exponent)
+    factor = 0.01 / level
+    assert_dense(model(), exponent, least=0.01, damping=1e-8, noise_floor=factor, **config, **form)
 
 
 @pytest.mark.parametrize("power", [0.3, 0.5, 1.0])

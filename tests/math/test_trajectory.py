@@ -26,7 +26,7 @@ class Reference:
         self.w, self.config = w.clone(), config
         self.m, self.v = torch.zeros_like(w), torch.zeros_like(w)
         self.a, self.b = torch.zeros(w.shape[1], w.shape[1]), torch.zeros(w.shape[0], w.shape[0])
-        self.weight, self.rotated_v, self.rotations = 0.0, torch.zeros_like(w), 0
+        self.weight, self.rotated_v, self.rotations, self.batches = 0.0, torch.zeros_like(w), 0, 0
         self.u_a = self.u_b = None
 
     def refresh(self) -> None:
@@ -60,7 +60,13 @@ class Reference:
         if t % every == 0 or t < initial:
             self.a, self.b = (DECAY * old + (1 - DECAY) * new for old, new in ((self.a, a), (self.b, b)))
             self.weight = DECAY * self.weight + 1 - DECAY
-            if t % refresh == 0 or t < refresh or t < initial:
+            self.batches += 1
+            young = t < refresh or t < initial
+            if self.config["initial_refreshes"] == "doubling" and young:
+                due = self.batches in (1, 2, 4, 8, 16) or (t % refresh == 0 and t >= initial)
+            else:
+                due = young or t % refresh == 0
+            if due:
                 self.refresh()
         t += 1
         self.m = BETA1 * self.m + (1 - BETA1) * g
@@ -83,6 +89,7 @@ def test_trajectory(scaling: str, grafting: bool, intervals: tuple[int, int, int
         "factor_interval": intervals[0],
         "refresh_interval": intervals[1],
         "initial_statistics": intervals[2],
+        "initial_refreshes": "every" if grafting else "doubling",
     }
     net = nn.Sequential(nn.Linear(3, 2))
     optimizer = KFAC(

@@ -44,7 +44,7 @@ def test_beats_gradient_descent_on_an_ill_conditioned_regression(preconditioner:
     model = copy.deepcopy(start)
     kfac = KFAC(
         model, preconditioner=preconditioner, scaling="inverse", fisher="exact", grafting=False, damping=1e-6,
-        learning_rate=0.5, one_minus_beta1=1.0, factor_interval=5, refresh_interval=5,
+        noise_floor=0.0, learning_rate=0.5, one_minus_beta1=1.0, factor_interval=5, refresh_interval=5,
     )  # fmt: skip
     best = min(loss for loss in descent if math.isfinite(loss))
     assert best > 0.1, "the problem is not ill-conditioned"
@@ -144,7 +144,8 @@ def test_a_layer_that_no_gradient_reached_waits_for_one(options: dict[str, Any])
     """Behind a weight that starts at zero there is no curvature: no refresh, and one out of turn once there is."""
     model = mlp(4, 4, 4, 3)
     x, y = torch.randn(24, 4), torch.arange(24) % 3
-    optimizer = KFAC(model, factor_interval=2, refresh_interval=6, initial_statistics=1, **options)
+    intervals = {"factor_interval": 2, "refresh_interval": 6, "initial_statistics": 1, "initial_refreshes": "every"}
+    optimizer = KFAC(model, **intervals, **options)
     for step in range(9):
         if step < 8:
             nn.init.zeros_(model[4].weight)

@@ -27,7 +27,7 @@ BATCH = 8
 # Four processes on fewer cores are slow: they run these.
 OF_FOUR = ("eigen-expand", "inverse-reduce", "drift", "fails_later", "short")
 # All layers are refreshed up to step 6, then they take turns of three.
-INTERVALS = {"factor_interval": 2, "refresh_interval": 6, "initial_statistics": 5}
+INTERVALS = {"factor_interval": 2, "refresh_interval": 6, "initial_statistics": 5, "initial_refreshes": "every"}
 BAD_SIZE = 13  # of the matrices that do not decompose in the cases "fails_..."
 CASES: dict[str, dict[str, Any]] = {
     **{

@@ -26,6 +26,8 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "power": ([0.0, -0.5, 1.01, math.nan, math.inf, "1", None, True], "number"),
     "damping": ([0.0, -1.0], "number > 0"),
     "damping_mode": (["adaptive"], "'relative', 'absolute'"),
+    "noise_floor": ([-1.0, math.nan, "1", None], "number"),
+    "initial_refreshes": (["all", 2, None], "'doubling', 'every'"),
     "factor_decay": ([1.0, -0.1], r"\[0, 1\)"),
     "factor_interval": ([0, -5, 2.5, True, math.nan, math.inf, "10"], "(at least 1|whole number)"),
     "initial_statistics": ([-1, 2.5, True, math.nan, math.inf, "10", None], "(at least 0|whole number)"),

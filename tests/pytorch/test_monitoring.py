@@ -23,10 +23,15 @@ TOTALS = {
     "skipped",
     "dropped",
     "idle",
+    "noise",
     "graft_ratio",
     "cosine",
 }
-EACH = {"refreshes", "failures", "skipped", "dropped", "idle", "drift", "gradient_error", "graft_ratio", "cosine"}
+EACH = {
+    *("refreshes", "failures", "skipped", "dropped", "idle", "noise"),
+    *("drift", "gradient_error", "graft_ratio", "cosine"),
+}
+EVERY_STEP: dict[str, Any] = {"factor_interval": 1, "refresh_interval": 1, "initial_refreshes": "every"}
 LATER = {"graft_ratio", "cosine", "gradient_error"}  # after the first step
 
 
@@ -76,7 +81,7 @@ def test_meaning_of_graft_ratio_and_cosine() -> None:
 def test_statistics_and_refreshes_keep_their_intervals() -> None:
     """Once the statistics are no longer young, each layer is refreshed once per interval, not all at once."""
     model = Patches()
-    optimizer = KFAC(model, factor_interval=2, refresh_interval=8, initial_statistics=1)
+    optimizer = KFAC(model, factor_interval=2, refresh_interval=8, initial_statistics=1, initial_refreshes="every")
     names = ["patch", "up", "down", "head"]
     history = []
     for step in range(33):
@@ -112,7 +117,7 @@ def test_initial_statistics(options: dict[str, int]) -> None:
     do. In that phase, or for a first refresh_interval if that is longer, they refresh every layer."""
     initial, interval, refresh = options.values() if options else (10, 10, 20)
     model, names, steps = Patches(), ["patch", "up", "down", "head"], 45
-    optimizer = KFAC(model, **options)
+    optimizer = KFAC(model, initial_refreshes="every", **options)
     statistics, refreshed = [], []
     for _ in range(steps):
         states = optimizer._layers.states
@@ -134,7 +139,7 @@ def test_initial_statistics(options: dict[str, int]) -> None:
 def test_drift_decides_on_a_due_refresh() -> None:
     """The same statistics again leave the basis as it is; other ones do not. Eigenvalues follow in any case."""
     model, batch = mlp(5, 4, 3), vectors()
-    optimizer = KFAC(model, learning_rate=0.0, drift_tolerance=0.05, factor_interval=1, refresh_interval=1)
+    optimizer = KFAC(model, learning_rate=0.0, drift_tolerance=0.05, **EVERY_STEP)
     train(model, optimizer, [batch] * 3)
     metrics = optimizer.metrics()
     assert (metrics["refreshes"], metrics["skipped"]) == (2, 4)
@@ -199,7 +204,7 @@ def test_a_failure_keeps_the_last_good_decomposition(
     preconditioner: str, fail: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = mlp(5, 4, 3)
-    optimizer = KFAC(model, preconditioner=preconditioner, factor_interval=1, refresh_interval=1)
+    optimizer = KFAC(model, preconditioner=preconditioner, **EVERY_STEP)
     train(model, optimizer, [vectors(), vectors()])
     good = bases(optimizer)
     with monkeypatch.context() as patch:

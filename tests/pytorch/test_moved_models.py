@@ -89,6 +89,57 @@ def test_a_new_head_can_be_given_to_the_optimizer() -> None:
     assert not torch.equal(before, model.extra.weight)
 
 
+def test_a_head_in_the_place_of_another_starts_as_new() -> None:
+    """The other layers, the one behind it among them, keep states, moments and turns; a checkpoint goes on."""
+    options = {"learning_rate": 1e-2, "factor_interval": 1, "refresh_interval": 3, "initial_statistics": 1}
+    model = mlp(5, 4, 4, 3)
+    optimizer = KFAC(model, **options)
+    batches = [vectors() for _ in range(12)]
+    train(model, optimizer, batches[:5])
+    old, (first, last) = (
+        model[2].weight,
+        (optimizer.state_dict()["kfac"]["layers"][name]["state"] for name in ("0", "4")),
+    )
+    first, last = copy.deepcopy(first), copy.deepcopy(last)
+    moment = optimizer.state[model[0].weight]["exp_avg"].clone()
+    model[2] = nn.Linear(4, 4)
+    optimizer.add_param_group({"params": model[2].parameters()})
+    assert [layer.name for layer in optimizer.coverage().layers] == ["0", "2", "4"]  # in the order of turns
+    now = optimizer.state_dict()["kfac"]["layers"]
+    for name, before in (("0", first), ("4", last)):
+        torch.testing.assert_close(now[name]["state"], before, rtol=0, atol=0)
+    assert torch.equal(optimizer.state[model[0].weight]["exp_avg"], moment)
+    assert now["2"]["state"]["refreshes"] == 0
+    assert not now["2"]["state"]["a"][0].any()
+    assert all(p is not old for group in optimizer.param_groups for p in group["params"])
+    before = model[2].weight.detach().clone()
+    train(model, optimizer, batches[5:8])
+    assert optimizer.metrics()["2/refreshes"] > 0
+    assert not torch.equal(before, model[2].weight)
+
+    other = copy.deepcopy(model)
+    order = [[0, 4], [2]]
+    groups = [{"params": [p for i in layers for p in other[i].parameters()]} for layers in order]
+    resumed = KFAC(other, groups, **options)
+    resumed.load_state_dict(optimizer.state_dict())
+    for net, own in ((model, optimizer), (other, resumed)):
+        train(net, own, batches[8:])
+    assert_same_parameters(model, other, rtol=0, atol=0)
+
+
+def test_a_bias_is_new_with_its_weight() -> None:
+    model = mlp(5, 4, 3)
+    optimizer = KFAC(model, learning_rate=1e-2)
+    train(model, optimizer, [vectors()])
+    model[2].weight = nn.Parameter(torch.zeros(3, 4))
+    optimizer.add_param_group({"params": [model[2].weight]})
+    assert optimizer.coverage().fraction == 1
+    assert len(optimizer.coverage().layers) == 2
+    train(model, optimizer, [vectors()])
+    assert optimizer.metrics()["2/refreshes"] == 1
+    assert model[2].weight.any()
+
+
 def test_a_layer_frozen_at_first_is_listed_and_trained_later() -> None:
     model = mlp(5, 4, 3)
     model[0].requires_grad_(False)

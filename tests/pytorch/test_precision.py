@@ -208,3 +208,29 @@ def test_a_direction_whose_squares_overflow_is_scaled_and_kept() -> None:
     # NadamW's first step is the sign of each entry, longer by its look-ahead.
     length = float((before - model.weight.detach()).norm())
     assert 1e-3 * 48**0.5 < length < 2e-3 * 48**0.5
+
+
+def first_direction(*, autocast: bool, floor: float) -> tuple[Tensor, Tensor, float]:
+    """Gradient and first step of a layer whose inputs and gradients lie in three directions; its metric "noise"."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 64, bias=False), nn.Linear(64, 32, bias=False), nn.Linear(32, 3, bias=False))
+    x, y = torch.randn(200, 3), torch.randint(3, (200,))
+    optimizer = KFAC(model, learning_rate=1.0, grafting=False, damping=1e-9, noise_floor=floor)
+    before = model[1].weight.detach().clone()
+    with optimizer.capture(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        F.cross_entropy(model(x).float(), y).backward()
+    optimizer.step()
+    return model[1].weight.grad, before - model[1].weight.detach(), optimizer.metrics()["1/noise"]
+
+
+def test_rounding_is_not_scaled_up_to_whole_steps() -> None:
+    """Under bf16 autocast the empty directions hold rounding, which little damping lets outgrow everything else."""
+    gradient = first_direction(autocast=False, floor=1.0)[0]
+    u, values, v = torch.linalg.svd(gradient, full_matrices=False)
+    assert values[3] < 1e-5 * values[0]
+    shares = []
+    for floor in (1.0, 0.0):
+        _, step, noise = first_direction(autocast=True, floor=floor)
+        shares.append(float((u[:, :3].T @ step @ v[:3].T).norm() / step.norm()))
+        assert noise >= 90  # of 96 eigenvalues, three on either side of which are signal
+    assert shares[0] > 0.8 > 0.1 > shares[1], shares

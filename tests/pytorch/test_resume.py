@@ -75,7 +75,7 @@ def test_every_step_of_an_interval(stop: int) -> None:
 @pytest.mark.parametrize("stop", [2, 5, 6, 7])
 def test_in_and_after_the_initial_statistics(stop: int) -> None:
     """The phase is counted in steps of the whole run: the resumed one neither repeats nor prolongs it."""
-    options = {"factor_interval": 4, "refresh_interval": 4, "initial_statistics": 6}
+    options = {"factor_interval": 4, "refresh_interval": 4, "initial_statistics": 6, "initial_refreshes": "every"}
     fresh = check_resume(Patches, options, stop=stop, total=9)
     # Steps 0 to 5 and 8, four layers each.
     assert fresh.metrics()["refreshes"] == 7 * 4

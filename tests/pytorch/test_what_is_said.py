@@ -122,7 +122,8 @@ def test_directions_that_are_noise_are_named_once(
 ) -> None:
     torch.manual_seed(0)
     model = Residual()
-    optimizer = KFAC(model, lr=1e-2, approximation=approximation, factor_interval=2, refresh_interval=6)
+    options = {"factor_interval": 2, "refresh_interval": 6, "damping": 1e-4, "noise_floor": 0.0}
+    optimizer = KFAC(model, lr=1e-2, approximation=approximation, **options)
     for _ in range(25):
         x, y = torch.randn(32, 1, 8, 8).cumsum(2).cumsum(3) / 8, torch.randint(3, (32,))
         optimizer.zero_grad()
@@ -133,5 +134,5 @@ def test_directions_that_are_noise_are_named_once(
     assert len(said) == is_said
     assert all('approximation="expand"' in text and "blocks." in text for text in said)
     table = optimizer.summary(3)
-    assert "graft ratio  cosine  A at damping  B at damping  refreshes  idle" in table
+    assert "graft ratio  cosine  A at damping  B at damping  refreshes  idle  noise" in table
     assert "... and 2 more layers" in table

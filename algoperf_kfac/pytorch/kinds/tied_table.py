@@ -285,7 +285,7 @@ class TableStatistics(Statistics):
     def zeros(cls, spec: LayerSpec, like: Tensor) -> TableStatistics:
         blocks = Statistics.zeros(spec, like).a
         scalars = [like.new_zeros(1, 1, 1) for _ in range(2)]
-        return cls(blocks, [*scalars, *(torch.zeros_like(m) for m in blocks)], 0.0, 0.0, spec.out_dim)
+        return cls(blocks, [*scalars, *(torch.zeros_like(m) for m in blocks)], 0.0, 0.0, vocabulary=spec.out_dim)
 
     def averages(self) -> tuple[list[Tensor], list[Tensor]]:
         """X in place of A, B being the identity."""
@@ -350,4 +350,5 @@ class TiedRecorder:
             # A count of zero comes with a sum of zero.
             share, blocks = emb.a[0] / torch.as_tensor(emb.a_count).clamp(min=1), emb.b
         sums = [trace, share * out.examples, *blocks]
-        return TableStatistics(out.a, sums, out.a_count, out.examples, self.spec.out_dim)
+        rounding = max(self.output.rounding, self.lookups.rounding)
+        return TableStatistics(out.a, sums, out.a_count, out.examples, rounding, self.spec.out_dim)
