@@ -25,7 +25,7 @@ from scoring.frames import lookup, records
 from scoring.show import text
 from workloads.runner import experiment
 from workloads.runner.jobs import CHECKOUT
-from workloads.studies import archives
+from workloads.studies import archives, facts
 
 BEGIN, END = "<!-- suite: begin -->", "<!-- suite: end -->"
 NAMES = {"pytorch": "PyTorch", "jax": "JAX"}
@@ -152,6 +152,9 @@ def summary_table(one: Judged, title: str) -> text.Table:
         f"Workloads: {', '.join(one.group.workloads)}. {one.studies} studies of each; the last column is the "
         "geometric mean ratio of the median time per step."
     )
+    provisional = [name for name in one.group.workloads if facts.record(name)["provisional"]]
+    if provisional:
+        table.note += f" Against targets that are provisional: {', '.join(provisional)}."
     return table
 
 

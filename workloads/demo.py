@@ -18,7 +18,7 @@ from pathlib import Path
 from absl import flags
 
 from commands import atomic, errors
-from commands.errors import tell
+from commands.errors import UserError, tell
 from commands.flags import new, parse
 from commands.frameworks import FRAMEWORKS
 from submissions import registry as submissions
@@ -65,8 +65,7 @@ def demo(
         here = [name for name in workloads if framework in registry.WORKLOADS[name].frameworks]
         for name in here:
             registry.load(name, framework)  # missing packages show here, once, and not in every job
-        there = submissions.names_in(framework)
-        chosen = [name for name in SUBMISSIONS if name in there]
+        chosen = _runnable(framework)
         todo += [_job(output, name, workload, framework, max_steps) for workload in here for name in chosen]
         tell(f"==> Training {', '.join(chosen)} on {', '.join(here)} in {framework}")
     tell(f"==> {len(todo)} runs, {parallel} at a time")
@@ -82,6 +81,21 @@ def demo(
     if failed:
         tell(f"error: {len(failed)} of the runs failed: {', '.join(failed)}", sys.stderr)
     return 1 if failed else 0
+
+
+def _runnable(framework: str) -> list[str]:
+    """The submissions that exist in a framework and have their packages; says which are left out."""
+    there = submissions.names_in(framework)
+    found = []
+    for name in SUBMISSIONS:
+        if name in there:
+            try:
+                submissions.load(name, framework)
+            except UserError as error:
+                tell(f"note: {name} does not run in {framework}. {error}")
+            else:
+                found.append(name)
+    return found
 
 
 def _job(output: Path, submission: str, workload: str, framework: str, max_steps: int | None) -> Job:
