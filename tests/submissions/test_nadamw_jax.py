@@ -21,8 +21,8 @@ from submissions.common.spec import LossType
 from submissions.kfac_reduce.jax import submission as jax_kfac
 from submissions.nadamw.jax import submission as jax_submission
 from submissions.nadamw.pytorch import submission as torch_submission
-from workloads.jax.workload import JaxWorkload
-from workloads.pytorch.workload import PyTorchWorkload
+from workloads.jax import losses as jax_losses
+from workloads.pytorch import losses as pytorch_losses
 
 STEPS = 20
 SHAPES = {"w": (5, 8), "b": (8,), "v": (8, 4)}
@@ -109,10 +109,12 @@ def _workload(framework: str) -> Any:
             return params(x), model_state
         return jnp.tanh(x @ params["w"] + params["b"]) @ params["v"], model_state
 
-    owner: Any = PyTorchWorkload if framework == "pytorch" else JaxWorkload
+    owner: Any = pytorch_losses if framework == "pytorch" else jax_losses
     return SimpleNamespace(
         model_fn=model_fn,
-        loss_fn=lambda **arguments: owner.loss_fn(None, **arguments),
+        loss_fn=lambda label_batch, logits_batch, mask_batch, label_smoothing: owner.softmax_cross_entropy(
+            label_batch, logits_batch, mask_batch, label_smoothing
+        ),
         step_hint=2 * STEPS,
         loss_type=LossType.SOFTMAX_CROSS_ENTROPY,
         metrics_logger=None,

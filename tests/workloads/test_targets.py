@@ -97,7 +97,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         ours = entry["submissions"]["nadamw"]
         # The fastest of the draws 0.06, 0.04, 0.08, 0.03, 0.07, 0.05, 0.09, 0.025; the horizon does not vary.
         assert ours["trial"] == 7
-        assert ours["point"] == {"learning_rate": pytest.approx(0.09), "horizon_factor": 1.0}
+        assert ours["point"] == {"learning_rate": pytest.approx(0.09), "horizon_factor": targets.HORIZON}
         # Of the fake training: 0.01 below the target for ten steps that it goes on after step 1 / rate, one more
         # evaluation on odd seeds; the median of 7001, 7002, 7003 is an odd one.
         expected = 1.5 + 0.01 * (1 / 0.09 + 10 - 80) / 10
