@@ -91,7 +91,9 @@ def _winner(report: Report, workload: str) -> str:
     if part.empty:
         return ""
     best = part.sort_values(["steps", "time"], kind="stable").iloc[0]
-    name = f"{best['algorithm']} on {workload} ({text.steps(best['steps'])}"
+    ties = int((part["steps"] == best["steps"]).sum()) - 1
+    ahead = f", by time ahead of {ties} with as many" if ties else ""
+    name = f"{best['algorithm']} on {workload} ({text.steps(best['steps'])}{ahead}"
     reference = report.reference_of(best["algorithm"])
     ratio = best["steps_ratio"]
     if not reference or reference == best["algorithm"] or np.isnan(ratio):
