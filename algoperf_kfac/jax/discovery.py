@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import jax.numpy as jnp
 
 from algoperf_kfac.config import KFACConfig
-from algoperf_kfac.errors import check_patterns
+from algoperf_kfac.errors import check_patterns, listed, warn
 from algoperf_kfac.jax.interpreter import ELEMENTWISE, Key
 from algoperf_kfac.jax.kinds import KINDS, kind_for
 from algoperf_kfac.jax.layer_book import CoveredLayer, Layers, check_dtypes, check_real, paths
@@ -56,6 +56,10 @@ def discover(
         TypeError: if `apply_fn` is a module.
         ValueError: for parameters of mixed precision, no parameters, a pattern that matches nothing, or an
             approximation for a kind of layer that there is none of.
+
+    Warns:
+        UserWarning: naming weights that linear operations or convolutions read, and that are left to the fallback
+            because something else reads them, too.
     """
     config.check_kinds(name for kind in KINDS for name in kind.names)
     leaves = named_leaves(params)
@@ -69,7 +73,12 @@ def discover(
     known = {path for name in shapes for path in paths(name)}
     unmatched = [pattern for pattern in patterns if not fnmatch.filter(known, pattern)]
     check_patterns("exclude", patterns, unmatched, "layer or parameter")
-    return _Discovery(notes, shapes, config, patterns).layers()
+    layers = _Discovery(notes, shapes, config, patterns).layers()
+    read_twice = notes.calls.keys() & notes.other_uses.keys()
+    lost = [f"{f.name} ({f.reason})" for f in layers.fallbacks if f.name in read_twice and f.reason != EXCLUDED]
+    if lost:
+        warn(f"left to NadamW: {listed(lost)}. If it is meant so, say it: exclude=[...]")
+    return layers
 
 
 class _Discovery:
@@ -182,7 +191,7 @@ class _Discovery:
         if name in notes.lookups or (uses and len(shape) > 1 and uses.keys() <= SELECTIONS):
             return EMBEDDING
         if any(source.name == name for source in notes.biases.values()):
-            return SHARED_BIAS
+            return also_read_by(next(iter(uses))) if uses else SHARED_BIAS
         for operation, computed in uses.items():
             if computed:
                 return computed_before(operation)

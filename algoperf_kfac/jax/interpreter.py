@@ -6,7 +6,8 @@ its output. Calls, rematerialised blocks, loops and branches are entered whereve
 
 No list says which operations read a weight. Functions of parameters and constants alone are followed as such; where
 one meets data, or leaves the model, without a rule for it, its parameters have another use than those that are
-recorded. Harmless is only what has no gradient, and a scalar of parameters that is added to a scalar: a penalty.
+recorded. Harmless is only what has no gradient, and a scalar of parameters that is added to a scalar: a penalty. It
+may be one of parameters and what the program holds beside its data: old weights, coefficients.
 """
 
 from __future__ import annotations
@@ -23,7 +24,19 @@ from jax import Array, lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from algoperf_kfac.jax.operations import RULES, Call, Lookup, Rule, is_bias, shape_of
-from algoperf_kfac.jax.sources import CONSTANT, Derived, Fused, Move, Penalised, Source, as_source, fuse, sources_of
+from algoperf_kfac.jax.sources import (
+    CONSTANT,
+    Derived,
+    Fused,
+    Held,
+    Move,
+    Penalised,
+    Source,
+    as_source,
+    fuse,
+    is_float,
+    sources_of,
+)
 from algoperf_kfac.jax.types import Sizes, Tree
 
 Key: TypeAlias = tuple[int, ...]
@@ -65,7 +78,7 @@ class Output:
     dims: Sizes
 
 
-Tag: TypeAlias = Source | Fused | Output | Derived | Penalised
+Tag: TypeAlias = Source | Fused | Output | Derived | Held | Penalised
 """What a value is of the parameters; None for data."""
 
 Tags: TypeAlias = Sequence[Tag | None]
@@ -103,6 +116,9 @@ class Visitor:
     def penalty(self, source: Source) -> None:
         """A scalar that goes into the loss has a summand that depends on the parameter alone."""
 
+    def conditional(self, key: Key) -> None:
+        """What is nested in the operation `key` runs only if its branch is taken."""
+
     def sliced(self, names: Sequence[str], length: int) -> Tree:
         """A pytree to be sliced along with the parameters `names` as a scan of `length` runs over them."""
         return None
@@ -139,8 +155,7 @@ class Interpreter:
         outs, out_tags = self._evaluate(closed.jaxpr, closed.consts, args, tags, ())
         for out, tag, is_returned in zip(outs, out_tags, returned or [True] * len(outs), strict=True):
             # A loss could do anything with a parameter that it is given; a scalar of parameters is a penalty.
-            penalty = out.ndim == 0 and not (isinstance(tag, Derived) and tag.with_data)
-            if is_returned and penalty:
+            if is_returned and out.ndim == 0 and _is_penalty(tag):
                 for source in sources_of(tag):
                     self.visitor.penalty(source)
             elif is_returned:
@@ -152,15 +167,16 @@ class Interpreter:
     ) -> Evaluated:
         values: dict[Var, Array] = dict(zip(jaxpr.constvars, consts, strict=True))
         values |= dict(zip(jaxpr.invars, args, strict=True))
-        tagged: dict[Var, Tag] = {v: t for v, t in zip(jaxpr.invars, tags, strict=True) if t is not None}
+        tagged: dict[Var, Tag] = {v: Held() for v, c in zip(jaxpr.constvars, consts, strict=True) if is_float(c)}
+        tagged |= {v: t for v, t in zip(jaxpr.invars, tags, strict=True) if t is not None}
 
         for number, eqn in enumerate(jaxpr.eqns):
             ins = [v.val if isinstance(v, Literal) else values[v] for v in eqn.invars]
             in_tags = [CONSTANT if isinstance(v, Literal) else tagged.get(v) for v in eqn.invars]
-            if not any(tag for tag in in_tags if tag != CONSTANT):
+            if all(tag in (None, CONSTANT, Held()) for tag in in_tags):
                 outs = _bind(eqn, ins)
                 if all(in_tags):
-                    tagged |= dict.fromkeys(eqn.outvars, CONSTANT)
+                    tagged |= dict.fromkeys(eqn.outvars, Held() if Held() in in_tags else CONSTANT)
             else:
                 outs, out_tags = self._equation(eqn, ins, in_tags, (*key, number))
                 tagged |= {v: t for v, t in zip(eqn.outvars, out_tags, strict=True) if t is not None}
@@ -199,6 +215,10 @@ class Interpreter:
         if read is None:
             return None
         (out,) = _bind(eqn, ins)
+        if any(jnp.issubdtype(t.dtype, jnp.complexfloating) for t in (ins[read.operand], out)):
+            for tag in tags:
+                self._missed(key, tag, f"{eqn.primitive.name} of complex numbers")
+            return [out], [None]
         self._missed(key, tags[read.operand], eqn.primitive.name)
         x = ins[read.operand] if read.prepare is None else read.prepare(ins)
         if isinstance(read.use, Lookup):
@@ -233,9 +253,13 @@ class Interpreter:
             return CONSTANT if all(isinstance(tag, Source | Fused | Derived) for tag in tags) else None
         if name not in _OPAQUE and (function := _function(name, tags, outs)) is not None:
             return function
+        penalties = frozenset[Source]()
         for tag in tags:
-            self._missed(key, tag, name)
-        return None
+            if name in _SUMS and outs[0].ndim == 0 and _is_penalty(tag):
+                penalties |= frozenset(sources_of(tag))
+            else:
+                self._missed(key, tag, name)
+        return Penalised(penalties) if penalties else None
 
     def _missed(self, key: Key, tag: Tag | None, what: str) -> None:
         """Tell the visitor of the parameters in a value that something without a rule reads."""
@@ -276,6 +300,7 @@ class Interpreter:
             return run
 
         branches = [branch(i, closed) for i, closed in enumerate(eqn.params["branches"])]
+        self.visitor.conditional(key)
         outs: list[Array] = lax.switch(ins[0], branches, *ins[1:])
         return outs, [_either(alternatives) for alternatives in zip(*of_branches, strict=True)]
 
@@ -316,7 +341,7 @@ class Interpreter:
         """
         inner: list[Tag | None] = []
         for position, tag in enumerate(tags):
-            if position < num_consts and isinstance(tag, Source | Fused | Derived):
+            if position < num_consts and isinstance(tag, Source | Fused | Derived | Held):
                 inner.append(tag)
             elif position >= first_x and isinstance(tag, Source):
                 inner.append(dataclasses.replace(tag, scans=tag.scans + 1))
@@ -396,24 +421,30 @@ def _aligned(before: Sizes, after: Sizes) -> dict[int, int]:
 
 def _function(name: str, tags: Tags, outs: Sequence[Array]) -> Derived | Penalised | None:
     """The outputs as a function of parameters, where no data go into them in a way that would be a use."""
-    read = [tag for tag in tags if tag != CONSTANT]
+    read = [tag for tag in tags if tag not in (CONSTANT, Held())]
     sources = frozenset(source for tag in read for source in sources_of(tag))
     pure = all(isinstance(tag, Source | Fused | Derived) for tag in read)
+    if pure and Held() in tags:
+        # What is held may be data, closed over: constant is what has the size of the parameters, or of one number.
+        sizes = [math.prod(source.shape) for source in sources]
+        pure = name in ELEMENTWISE and outs[0].size in (1, *sizes, sum(sizes))
     mixed = any(isinstance(tag, Derived) and tag.with_data for tag in read)
     if pure:
         return Derived(sources, mixed)
-    scalar = all(out.ndim == 0 for out in outs)
-    if scalar and not mixed:
-        # Sums of losses and penalties, and their multiples.
-        multiple = len(read) == 1 and (name in ("mul", "neg") or (name == "div" and tags[0] != CONSTANT))
-        if name in _SUMS or multiple:
-            return Penalised(sources) if sources else None
-        return None
+    if all(out.ndim == 0 for out in outs):
+        # Multiples of losses with penalties; sums of them are told apart, summand by summand.
+        multiple = len(read) == 1 and (name in ("mul", "neg") or (name == "div" and tags[0] is read[0]))
+        return Penalised(sources) if multiple and sources and not mixed else None
     # Data of a size that only the weight has: of a scalar or vector nothing could be told.
     of_its_size = any(len(source.shape) > 1 and math.prod(source.shape) == outs[0].size for source in sources)
     if name in ELEMENTWISE and of_its_size and not any(isinstance(tag, Penalised) for tag in read):
         return Derived(sources, with_data=True)
     return None
+
+
+def _is_penalty(tag: Tag | None) -> bool:
+    """Whether a scalar may be added to a loss without a use of its parameters: no data met them before."""
+    return not (isinstance(tag, Derived) and tag.with_data)
 
 
 def _either(tags: Tags) -> Derived | None:

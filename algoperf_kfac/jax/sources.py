@@ -127,6 +127,14 @@ class Derived:
 
 
 @dataclasses.dataclass(frozen=True)
+class Held:
+    """What a program holds beside parameters and data, or a function of it: floats that it closes over, that are a
+    single number, or that come in trees like the parameters (old weights, Fisher information). A constant beside a
+    parameter of its size. Random keys are none: noise is data.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
 class Penalised:
     """A scalar of the data to which scalars of parameters were added: a loss with penalties.
 
@@ -169,6 +177,11 @@ def sources_of(tag: object) -> tuple[Source, ...]:
 def is_data(tag: object) -> bool:
     """Whether a value may be the input of a weighted operation: it is no function of parameters alone."""
     return not sources_of(tag) or (isinstance(tag, Derived) and tag.with_data)
+
+
+def is_float(value: object) -> bool:
+    """Whether a number or an array is floating."""
+    return isinstance(value, float) or jnp.issubdtype(getattr(value, "dtype", jnp.int32), jnp.floating)
 
 
 def hollow(shape: Sizes) -> np.ndarray:

@@ -16,7 +16,7 @@ from jax.extend.core import ClosedJaxpr
 from algoperf_kfac.jax import kinds
 from algoperf_kfac.jax.interpreter import Interpreter, Key, Visitor
 from algoperf_kfac.jax.operations import Call, Lookup
-from algoperf_kfac.jax.sources import Source
+from algoperf_kfac.jax.sources import Held, Source, is_float
 from algoperf_kfac.jax.types import ApplyFn, Tree
 
 Leaf: TypeAlias = Array | np.ndarray | jax.ShapeDtypeStruct
@@ -30,14 +30,14 @@ class TracedModel:
     Attributes:
         program: its primitives.
         outputs: shapes of what it returns, as it returns it.
-        tags: which of the flat (params, *args) are parameters.
+        tags: which of the flat (params, *args) are parameters, and which are held beside data.
         leaves: the flat (params, *args) themselves, or their shapes; without the arguments that are no arrays.
         has_aux: whether it returns (outputs, aux).
     """
 
     program: ClosedJaxpr
     outputs: Tree
-    tags: list[Source | None]
+    tags: list[Source | Held | None]
     leaves: list[Leaf]
     has_aux: bool = False
 
@@ -62,7 +62,7 @@ class TracedModel:
 
     def survey(self) -> Survey:
         """What reads the parameters."""
-        notes = Survey(tag.name for tag in self.tags if tag is not None)
+        notes = Survey(tag.name for tag in self.tags if isinstance(tag, Source))
         self.show(notes)
         return notes
 
@@ -82,6 +82,7 @@ class Survey(Visitor):
         stopped: parameters that something reads through which no gradient goes.
         penalised: parameters that the loss depends on apart from what the model computes with them.
         rounding: weight -> the coarsest eps among the dtypes of its operations' inputs and outputs.
+        conditions: operations in which a branch is taken.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -93,12 +94,13 @@ class Survey(Visitor):
         self.stopped: set[str] = set()
         self.penalised: set[str] = set()
         self.rounding: dict[str, float] = {}
+        self.conditions: set[Key] = set()
 
     def operation(self, key: Key, call: Call, x: Array, out: Array) -> Array:
         name = call.view.source.name
         self.calls.setdefault(name, {})[key] = call
         eps = [float(jnp.finfo(t.dtype).eps) for t in (x, out) if jnp.issubdtype(t.dtype, jnp.floating)]
-        self.rounding[name] = max(self.rounding.get(name, 0.0), *eps)
+        self.rounding[name] = max([self.rounding.get(name, 0.0), *eps])
         return out
 
     def lookup(self, key: Key, lookup: Lookup, rows: Array, out: Array) -> Array:
@@ -116,6 +118,14 @@ class Survey(Visitor):
 
     def penalty(self, source: Source) -> None:
         self.penalised.add(source.name)
+
+    def conditional(self, key: Key) -> None:
+        self.conditions.add(key)
+
+    def is_conditional(self, weight: str) -> bool:
+        """Whether a step may go by without the weight: all operations that read it are in branches."""
+        keys = [*self.calls.get(weight, {}), *self.lookups.get(weight, {})]
+        return all(any(key[:length] in self.conditions for length in range(len(key))) for key in keys)
 
     def uses(self, weight: str) -> kinds.Uses:
         """All weighted operations that read a parameter."""
@@ -150,12 +160,29 @@ def trace(apply_fn: ApplyFn, params: Tree, args: Sequence[Tree], *, has_aux: boo
     program, outputs = jax.make_jaxpr(apply, return_shape=True)(params, arrays)
     if has_aux and not (isinstance(outputs, tuple) and len(outputs) == 2):
         raise ValueError(f"has_aux: apply_fn must return (outputs, aux), it returned {_kind(outputs)}")
-    tags: list[Source | None] = [
+    tags: list[Source | Held | None] = [
         Source(name, tuple(leaf.shape)) if jnp.issubdtype(leaf.dtype, jnp.floating) else None
         for name, leaf in named_leaves(params).items()
     ]
-    tags += [None] * len(arrays)
+    tags += _held(params, args)
     return TracedModel(program, outputs, tags, [*jax.tree.leaves(params), *arrays], has_aux)
+
+
+def _held(params: Tree, args: Sequence[Tree]) -> list[Held | None]:
+    """Which traced leaves of the arguments are held beside data: numbers, and trees like the parameters."""
+    structure, shapes = jax.tree.structure(params), [leaf.shape for leaf in jax.tree.leaves(params)]
+
+    def alike(node: Tree) -> bool:
+        own: object = jax.tree.structure(node)
+        if own != structure or jax.tree_util.treedef_is_leaf(structure):
+            return False
+        return [getattr(leaf, "shape", None) for leaf in jax.tree.leaves(node)] == shapes
+
+    tags: list[Held | None] = []
+    for node in jax.tree.leaves(tuple(args), is_leaf=alike):
+        leaves, like = [leaf for leaf in jax.tree.leaves(node) if is_array(leaf)], alike(node)
+        tags += [Held() if is_float(leaf) and (like or np.ndim(leaf) == 0) else None for leaf in leaves]
+    return tags
 
 
 def is_array(leaf: object) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import Array, lax
 
@@ -169,6 +171,58 @@ def test_penalties() -> None:
     beside = lambda p, x, e: (x @ p["w"], jnp.square(p["w"]).sum(), jnp.linalg.norm(p["w"]))  # noqa: E731
     for apply in (penalised, beside):
         assert KFAC(apply, wavy, params, *args).coverage().fraction == 1
+
+
+# Of everything, with old weights that are closed over, or come as an argument in a tree like the parameters.
+PENALTIES: dict[str, Callable[[Any, Any], Array]] = {
+    "distance": lambda p, old: jnp.square(p["w"] - old["w"]).sum(),
+    "distances": lambda p, old: sum(
+        ((a - b) ** 2).sum() for a, b in zip(*map(jax.tree.leaves, (p, old)), strict=True)
+    ),
+    "norm": lambda p, old: optax.global_norm(jax.tree.map(jnp.subtract, p, old)),
+    "weighted": lambda p, old: (
+        1e-3 * (jnp.square(old["w"]) * jnp.abs(p["w"] - 1)).sum() + 1e-3 * (p["v"] ** 2).sum()
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PENALTIES)
+@pytest.mark.parametrize("given", [True, False])
+def test_penalties_of_old_weights(case: str, *, given: bool) -> None:
+    params = {"w": normal(0, D, D), "b": normal(1, D), "v": normal(2, D, D)}
+    closed, x = jax.tree.map(lambda t: t + 0.1, params), normal(3, 5, D)
+
+    def apply(p: Any, x: Array, old: Any, strength: float) -> Any:
+        penalty = PENALTIES[case](p, old if given else closed)
+        return (x @ p["w"] + p["b"]) @ p["v"], strength * penalty
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = KFAC(apply, wavy, params, x, closed, 0.1)
+    assert optimizer.coverage().fraction == 1
+
+
+def test_a_penalty_of_data_takes_no_other_layer_along() -> None:
+    """The reasons name the use, in a warning, too; a penalty that is added to it stays one."""
+
+    def apply(p: Any, x: Array, e: Array) -> Any:
+        return (x @ p["w"] + p["b"]) @ p["v"], (p["w"] * e).sum() + (p["b"] * e[0]).sum() + (p["v"] ** 2).sum()
+
+    params = {"w": normal(0, D, D), "b": normal(1, D), "v": normal(2, D, D)}
+    with pytest.warns(UserWarning, match="left to NadamW: w "):
+        coverage = KFAC(apply, wavy, params, normal(3, 5, D), normal(4, D, D)).coverage()
+    assert [layer.weight for layer in coverage.layers] == ["v"]
+    assert all(f.reason.startswith("also read by") for f in coverage.fallbacks)
+
+
+def test_a_real_weight_on_complex_data_is_left_by_name() -> None:
+    def apply(p: Any, x: Array) -> Array:
+        return jnp.abs(jnp.fft.fft(x) @ p["w"]) + x @ p["v"]
+
+    params, x = {"w": normal(0, D, D), "v": normal(1, D, D)}, normal(2, 5, D)
+    coverage = KFAC(apply, wavy, params, x).coverage()
+    assert [layer.weight for layer in coverage.layers] == ["v"]
+    assert "complex numbers" in coverage.fallbacks[0].reason
 
 
 def test_aux_may_hold_parameters() -> None:
