@@ -16,6 +16,7 @@ POWERS = {"root": 0.5, "inverse": 1.0}  # scalings that are powers by name
 DAMPING_MODES = ("relative", "absolute")
 LARGE_FACTORS = ("block", "one_sided")
 INITIAL_REFRESHES = ("doubling", "every")
+DAMPING = 1e-2  # the default
 LAYER_KINDS = ("linear", "conv", "conv_transpose")
 TABLE = "embedding"  # the kind of a table that is the output layer, too: approximated like a linear layer
 
@@ -68,7 +69,8 @@ class KFACConfig:
             pi^2 = (tr(A)/P_in) / (tr(B)/P_out) (Martens and Grosse 2015, section 6.3).
         damping_mode: "relative" or "absolute".
         noise_floor: lambda_A and lambda_B are at least this multiple of the level below which rounding is scaled up
-            to whole steps (`noise_level`); 0 for none.
+            to whole steps (`noise_level`); 0 for none. None is 1 with the default damping, and 0 with a damping of
+            your own, which is taken as it is.
         factor_decay: decay of the moving averages of A and B per statistics step, bias-corrected.
         factor_interval: steps between statistics steps.
         initial_statistics: the first so many steps all take statistics, so that the first bases do not rest on
@@ -97,9 +99,9 @@ class KFACConfig:
     preconditioner: str = "eigen"
     scaling: str | type = "power"
     power: float = 0.75
-    damping: float = 1e-2
+    damping: float = DAMPING
     damping_mode: str = "relative"
-    noise_floor: float = 1.0
+    noise_floor: float | None = None
     factor_decay: float = 0.9
     factor_interval: int = 10
     initial_statistics: int = 10
@@ -122,7 +124,7 @@ class KFACConfig:
             ):  # of numpy, or an array of one number
                 value = value.item()
                 object.__setattr__(self, field.name, value)
-            if field.type == "float":
+            if field.type == "float" or (field.type == "float | None" and value is not None):
                 number = isinstance(value, int | float) and not isinstance(value, bool)
                 check(field.name, number and math.isfinite(value), "a finite number")
             elif field.type == "int":
@@ -149,7 +151,7 @@ class KFACConfig:
         check("power", 0 < self.power <= 1, "a number in (0, 1]")
         check("damping", self.damping > 0, "a number > 0")
         check("damping_mode", self.damping_mode in DAMPING_MODES, f"one of {DAMPING_MODES}")
-        check("noise_floor", self.noise_floor >= 0, "a number >= 0")
+        check("noise_floor", self.noise_floor is None or self.noise_floor >= 0, "a number >= 0, or None")
         check("factor_decay", 0 <= self.factor_decay < 1, "a number in [0, 1)")
         check("factor_interval", self.factor_interval >= 1, "at least 1")
         check("initial_statistics", self.initial_statistics >= 0, "at least 0")
@@ -221,6 +223,13 @@ class KFACConfig:
         for kind in named:
             if kind not in known:
                 raise ValueError(f"hyperparameter approximation: no layer is of the kind {kind!r}, only {known}")
+
+    @property
+    def floor(self) -> float:
+        """The multiple of the noise level that damping is at least: `noise_floor`, or what None stands for."""
+        if self.noise_floor is not None:
+            return self.noise_floor
+        return 1.0 if self.damping == DAMPING else 0.0
 
     def noise_level(self, eps: float) -> float:
         """The damping below which rounding takes part in steps, relative to a factor's largest eigenvalue.

@@ -192,7 +192,7 @@ def mean_eigenvalue(blocks: Blocks) -> Array:
 
 
 def damping_terms(a: Blocks, b: Blocks, config: KFACConfig, noise_level: float) -> tuple[Array, Array]:
-    """lambda_A and lambda_B, (groups,) each; see `KFACConfig.damping` and `KFACConfig.noise_floor`.
+    """lambda_A and lambda_B, (groups,) each; see `KFACConfig.damping` and `KFACConfig.floor`.
 
     Args:
         a, b: corrected blocks of the factors.
@@ -208,7 +208,7 @@ def damping_terms(a: Blocks, b: Blocks, config: KFACConfig, noise_level: float) 
     else:
         pi = jnp.sqrt(mean_a / mean_b)
         damping_a, damping_b = pi * damping**0.5, damping**0.5 / pi
-    floor = config.noise_floor * noise_level
+    floor = config.floor * noise_level
     if not floor:
         return damping_a, damping_b
     damping_a = jnp.maximum(damping_a, floor * frobenius_norm(a)) if a else damping_a

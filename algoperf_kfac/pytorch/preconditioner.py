@@ -128,7 +128,7 @@ def mean_eigenvalue(blocks: list[Tensor]) -> Tensor:
 def damping_terms(
     a: list[Tensor], b: list[Tensor], config: KFACConfig, noise_level: float, multiple: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """lambda_A and lambda_B, (groups,) each; see `KFACConfig.damping` and `KFACConfig.noise_floor`.
+    """lambda_A and lambda_B, (groups,) each; see `KFACConfig.damping` and `KFACConfig.floor`.
 
     Args:
         a, b: corrected blocks of the factors.
@@ -145,7 +145,7 @@ def damping_terms(
     else:
         pi = (mean_a / mean_b).sqrt()
         damping_a, damping_b = pi * damping**0.5, damping**0.5 / pi
-    floor = config.noise_floor * noise_level
+    floor = config.floor * noise_level
     if not floor:
         return damping_a, damping_b
     damping_a = damping_a.maximum(floor * frobenius_norm(a)) if a else damping_a

@@ -26,7 +26,7 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "power": ([0.0, -0.5, 1.01, math.nan, math.inf, "1", None, True], "number"),
     "damping": ([0.0, -1.0], "number > 0"),
     "damping_mode": (["adaptive"], "'relative', 'absolute'"),
-    "noise_floor": ([-1.0, math.nan, "1", None], "number"),
+    "noise_floor": ([-1.0, math.nan, "1", True], "number"),
     "initial_refreshes": (["all", 2, None], "'doubling', 'every'"),
     "factor_decay": ([1.0, -0.1], r"\[0, 1\)"),
     "factor_interval": ([0, -5, 2.5, True, math.nan, math.inf, "10"], "(at least 1|whole number)"),
@@ -69,6 +69,16 @@ def test_out_of_range(name: str, value: Any, allowed: str) -> None:
 )  # fmt: skip
 def test_the_ends_of_the_ranges(good: dict[str, Any]) -> None:
     KFACConfig(**good)
+
+
+def test_a_damping_of_ones_own_is_not_raised() -> None:
+    """The floor stands beside the default damping, and where it is asked for; points and updates keep to that."""
+    assert KFACConfig().floor == KFACConfig(power=0.5).floor == 1
+    assert KFACConfig(damping=1e-12).floor == KFACConfig.from_hyperparameters({"damping": 1e-1}).floor == 0
+    assert KFACConfig.updated(KFACConfig(), {"damping": 1e-4}).floor == 0
+    assert KFACConfig.updated(KFACConfig(damping=1e-4), {"damping": 1e-2}).floor == 1
+    assert KFACConfig(damping=1e-12, noise_floor=2).floor == 2
+    assert KFACConfig(noise_floor=0.0).floor == 0
 
 
 def test_integers_of_a_search_space_come_as_floats() -> None:
