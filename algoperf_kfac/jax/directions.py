@@ -44,6 +44,7 @@ def second_order(
     *,
     monitor: bool,
     idle: Collection[str] = (),
+    absent: Mapping[str, Array] | None = None,
 ) -> SecondOrder:
     """The directions with those of covered layers replaced.
 
@@ -56,7 +57,9 @@ def second_order(
         states: by stack.
         monitor: whether to note ratio and cosine in the states.
         idle: layers that the step did not call: their states stay, their directions mean nothing.
+        absent: of layers in branches, whether the step went by without them, () each: as idle ones then.
     """
+    absent = absent or {}
     leaves, tree = jax.tree.flatten(directions)
     momentum_leaves, gradient_leaves = jax.tree.leaves(momenta), jax.tree.leaves(gradients)
     number = {name: i for i, name in enumerate(named_leaves(directions))}
@@ -67,18 +70,23 @@ def second_order(
         if not any(called):
             new_states[key] = states[key]
             continue
+        # Which of them the step called, (layers,), where it did not call them all.
+        part = None if all(called) else jnp.array(called)
+        for i, name in enumerate(stack.names):
+            if called[i] and name in absent:
+                part = (jnp.array(called) if part is None else part).at[i].set(~absent[name])
         places = _Places(stack, number)
         momentum, first_order = places.matrices(momentum_leaves), places.matrices(leaves)
         direction, kept = jax.vmap(scaling.precondition)(states[key], momentum, places.matrices(gradient_leaves))
         state = dataclasses.replace(states[key], kept=kept)
         norm = _long_norms(direction)
         ratio, usable = _graft(norm, first_order, grafting=scaling.config.grafting)
-        useless = ~usable if all(called) else ~usable & jnp.array(called)
+        useless = ~usable if part is None else ~usable & part
         failed = failed + useless.sum(dtype=jnp.int32)
         if monitor:
             cosine = (momentum * direction).sum((1, 2, 3)) / (_norms(momentum) * norm)
             state = dataclasses.replace(state, graft_ratio=ratio, cosine=cosine)
-        new_states[key] = state if all(called) else select(jnp.array(called), state, states[key])
+        new_states[key] = state if part is None else select(part, state, states[key])
         steps = jnp.where(broadcast(usable, direction), direction * broadcast(ratio, direction), first_order)
         places.put_back(steps, leaves)
     return SecondOrder(jax.tree.unflatten(tree, leaves), new_states, failed)

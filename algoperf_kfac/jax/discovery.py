@@ -171,6 +171,7 @@ class _Discovery:
             calls=tuple(call.leading for call in calls.values()),
             dtype=jnp.promote_types(dtype, jnp.float32),
             rounding=self._notes.rounding.get(weight, 0.0),
+            conditional=self._notes.is_conditional(weight),
         )
 
     def _reason(self, name: str, of_layer: str) -> str:

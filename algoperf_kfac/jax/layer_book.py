@@ -30,6 +30,7 @@ class CoveredLayer:
         calls: leading dimensions of the input at each call, of the example arguments.
         dtype: of its factors, at least float32.
         rounding: the coarsest eps among the dtypes of its inputs and outputs.
+        conditional: whether only branches (`lax.cond`) call it, so that a step may go by without it.
     """
 
     spec: LayerSpec
@@ -39,6 +40,7 @@ class CoveredLayer:
     calls: tuple[Sizes, ...]
     dtype: DTypeLike
     rounding: float
+    conditional: bool = False
 
     def noise_level(self, config: KFACConfig) -> float:
         """See `KFACConfig.noise_level`; rounding of the factors themselves is part of it."""

@@ -134,12 +134,19 @@ def scale_by_kfac(
         gradients, momenta, directions, mu, nu = (
             put_back(leaves, state.mu) for leaves in (gradients, momenta, directions, mu, nu)
         )
+        absent = _absent(here, updates)
         outcome = second_order(
-            stacks, scaling, gradients, momenta, directions, states, monitor=statistics is not None, idle=idle
+            *(stacks, scaling, gradients, momenta, directions, states),
+            monitor=statistics is not None,
+            idle=idle,
+            absent=absent,
         )
         still = here.parameters_of(idle)
-        mu, nu = put_in(mu, state.mu, still), put_in(nu, state.nu, still)
+        mu, nu = (
+            _kept(put_in(new, old, still), old, here, absent) for new, old in ((mu, state.mu), (nu, state.nu))
+        )
         directions = _stopped(outcome.directions, still)
+        directions = _kept(directions, jax.tree.map(jnp.zeros_like, directions), here, absent)
         new = Stacks(outcome.states, members_of(stacks), masked=here is not layers)
         return directions, KFACState(count, mu, nu, new, state.stand_ins + outcome.stand_ins)
 
@@ -188,7 +195,9 @@ def _add_decayed_weights(layers: Layers, weight_decay: float, mask: Mask) -> opt
         **extra: object,
     ) -> tuple[Tree, optax.OptState]:
         decayed, state = decay.update(updates, state, params)
-        return _stopped(decayed, layers.parameters_of(_idle(statistics, idle))), state
+        here = layers.within(updates)
+        decayed = _kept(decayed, updates, here, _absent(here, updates))
+        return _stopped(decayed, here.parameters_of(_idle(statistics, idle))), state
 
     return optax.GradientTransformationExtraArgs(decay.init, update)
 
@@ -196,6 +205,34 @@ def _add_decayed_weights(layers: Layers, weight_decay: float, mask: Mask) -> opt
 def _idle(statistics: Mapping[str, Statistics] | None, idle: Collection[str]) -> set[str]:
     """The layers that a step did not call: those that its statistics know of, and those that are said to be."""
     return {*idle, *(statistics.idle if isinstance(statistics, Gathered) else ())}
+
+
+def _absent(layers: Layers, updates: Tree) -> dict[str, Array]:
+    """Of layers that are called in branches alone, whether a step went by without them, ().
+
+    Args:
+        layers: the layers.
+        updates: gradients, or directions made of them: then all of a layer's are exactly zero.
+    """
+    if not any(layer.conditional for layer in layers.covered.values()):
+        return {}
+    leaves = named_leaves(updates)
+    return {
+        name: ~jnp.stack([jnp.any(leaves[parameter] != 0) for parameter in layers.parameters_of([name])]).any()
+        for name, layer in layers.covered.items()
+        if layer.conditional
+    }
+
+
+def _kept(tree: Tree, other: Tree, layers: Layers, absent: Mapping[str, Array]) -> Tree:
+    """A tree with the leaves of another one for the parameters of layers that a step went by without."""
+    owners = {parameter: name for name in absent for parameter in layers.parameters_of([name])}
+    if not owners:
+        return tree
+    leaves, structure = jax.tree.flatten(tree)
+    given = zip(named_leaves(tree), leaves, jax.tree.leaves(other), strict=True)
+    kept = [jnp.where(absent[owners[name]], old, new) if name in owners else new for name, new, old in given]
+    return jax.tree.unflatten(structure, kept)
 
 
 def _stopped(updates: Tree, names: Collection[str]) -> Tree:
@@ -220,11 +257,15 @@ def move_averages(
     moved = {}
     for key, stack in stacks.items():
         state, called = states[key], [name in statistics for name in stack.names]
+        seen = jnp.array(called)
+        for i, (name, layer) in enumerate(zip(stack.names, stack.layers, strict=True)):
+            if layer.conditional and called[i]:  # a branch that is not taken counts no examples
+                seen = seen.at[i].set((statistics[name].examples > 0).any())
         if any(called):
             filling = statistics[stack.names[called.index(True)]]
             new = move(state, stack_trees([statistics.get(name, filling) for name in stack.names]))
             state = new if all(called) else select(jnp.array(called), new, state)
-        moved[key] = dataclasses.replace(state, idle=jnp.where(jnp.array(called), 0, state.idle + 1))
+        moved[key] = dataclasses.replace(state, idle=jnp.where(seen, 0, state.idle + 1))
     return Stacks(moved, members_of(stacks))
 
 

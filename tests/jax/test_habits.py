@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,10 @@ from flax.training.train_state import TrainState
 from jax import Array, lax
 from orbax import checkpoint
 
-from algoperf_kfac.jax import KFAC, KFACConfig, add, discover, from_orbax, kfac
+from algoperf_kfac.errors import MissingStatisticsError
+from algoperf_kfac.jax import KFAC, KFACConfig, add, discover, from_orbax, kfac, layer_states
+from algoperf_kfac.jax.transform import find_state
+from algoperf_kfac.layers import NEVER_SEEN
 from tests.jax.models import check, wavy
 from tests.jax.support import factors, normal
 from tests.jax.toys import OPTIONS, batch, cross_entropy, mlp, mlp_params, optimizer, steps, train
@@ -437,3 +441,44 @@ def test_the_coarsest_precision_of_a_layer_decides_on_its_noise_level(dtype: str
     layers = discover(apply, params, jnp.zeros((5, 3), jnp.float32), config=config)
     levels = {name: layer.noise_level(config) for name, layer in layers.covered.items()}
     assert levels == pytest.approx({"in": 2.0**-23 / 12**0.5, "out": eps / 12**0.5})
+
+
+@pytest.mark.parametrize("scaling", ["power", "second_moment"])
+def test_a_branch_that_is_not_taken_stands_still(scaling: str) -> None:
+    """Neither momentum nor decay move its layer, which keeps moments and factors; its twin in shape goes on."""
+    x = normal(0, 6, 4)
+    params = {name: normal(i + 1, 4, 4) for i, name in enumerate(("always", "at_times"))}
+
+    def apply(p: Any, x: Array, turn: Any) -> Array:
+        h = jnp.tanh(x @ p["always"])
+        return lax.cond(turn > 0, lambda h: h + jnp.tanh(h @ p["at_times"]), lambda h: h, h)
+
+    optimizer = KFAC(apply, lambda f, *_: wavy(f), params, x, 1, weight_decay=0.1, scaling=scaling)
+
+    @jax.jit
+    def step(p: Any, s: Any, turn: Any, statistics: bool) -> tuple[Any, Any]:
+        _, gradient, st = optimizer.value_grad_and_statistics(p, x, turn)
+        with_them, without = (optimizer.update(gradient, s, p, statistics=given) for given in (st, None))
+        return jax.tree.map(functools.partial(jnp.where, statistics), with_them, without)
+
+    state = optimizer.init(params)
+    _, before = step(params, state, 1, True)
+    for statistics in (True, False):
+        updates, after = step(params, before, 0, statistics)
+        assert not updates["at_times"].any()
+        assert updates["always"].any()
+        old, new = (layer_states(find_state(s).stacks, optimizer.layers)["at_times"] for s in (before, after))
+        for field in ("a", "b", "weight", "kept", "graft_ratio"):
+            assert_close(getattr(old, field), getattr(new, field))
+        for moments in ("mu", "nu"):
+            old, new = (getattr(find_state(s), moments)["at_times"] for s in (before, after))
+            np.testing.assert_array_equal(old, new)
+        metrics = optimizer.metrics(after)
+        assert (metrics["at_times/idle"], metrics["always/idle"]) == (statistics, 0)
+    updates, again = step(params, after, 1, True)
+    assert updates["at_times"].any()
+    assert not optimizer.metrics(again)["idle"]
+    for _ in range(NEVER_SEEN):
+        _, state = step(params, state, 0, True)
+    with pytest.raises(MissingStatisticsError, match="at_times"):
+        optimizer.metrics(state)

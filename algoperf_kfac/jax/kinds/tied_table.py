@@ -211,4 +211,4 @@ def finalise(spec: LayerSpec, sums: TiedSums, layout: Layout, scale: Array | flo
         b_emb = tuple(m * squared / readers for m in grouped_outer_sums(gradients, spec.in_blocks))
         trace_tokens = jnp.square(tokens).sum() / readers
     x = tuple((trace_out * a + trace_tokens * b) / spec.out_dim for a, b in zip(a_out, b_emb, strict=True))
-    return Statistics(x, (), jnp.ones((), scale.dtype), seen.astype(scale.dtype))
+    return Statistics(x, (), (seen + looked_up > 0).astype(scale.dtype), seen.astype(scale.dtype))
