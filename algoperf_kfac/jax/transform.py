@@ -146,7 +146,8 @@ def scale_by_kfac(
             _kept(put_in(new, old, still), old, here, absent) for new, old in ((mu, state.mu), (nu, state.nu))
         )
         directions = _stopped(outcome.directions, still)
-        directions = _kept(directions, jax.tree.map(jnp.zeros_like, directions), here, absent)
+        if absent:
+            directions = _kept(directions, jax.tree.map(jnp.zeros_like, directions), here, absent)
         new = Stacks(outcome.states, members_of(stacks), masked=here is not layers)
         return directions, KFACState(count, mu, nu, new, state.stand_ins + outcome.stand_ins)
 
