@@ -24,6 +24,8 @@ ELEMENTWISE = frozenset(
     masked_fill_ dropout fake_quantize_per_tensor_affine fake_quantize_per_channel_affine copy_
     """.split()  # noqa: SIM905
 )
+# Of a weight and a constant of its own size, summed: penalties in one operation.
+DISTANCES = frozenset("mse_loss l1_loss smooth_l1_loss huber_loss dist dot cosine_similarity".split())  # noqa: SIM905
 # What adds a penalty to a loss.
 SUMS = frozenset("add sub rsub add_ sub_ __add__ __radd__ __sub__ __rsub__ __iadd__ __isub__ stack cat".split())  # noqa: SIM905
 
@@ -90,8 +92,8 @@ class Uses:
     def _is_constant(called: Called, read: list[Tensor], others: list[Tensor], results: list[Tensor]) -> bool:
         """Whether what meets the parameters is a constant of the weight's own size."""
         size = max(math.prod(leaf.shape) for leaf in read)
-        return (
-            called.name in ELEMENTWISE
-            and not any(leaf.requires_grad for leaf in others)
-            and all(result.numel() == size for result in results)
-        )
+        if any(leaf.requires_grad for leaf in others):
+            return False
+        if called.name in DISTANCES:
+            return all(leaf.numel() == size for leaf in others)
+        return called.name in ELEMENTWISE and all(result.numel() == size for result in results)

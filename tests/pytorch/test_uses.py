@@ -115,8 +115,11 @@ def test_check_looks_again_when_asked() -> None:
         lambda w: w.abs().sum() * 1e-3,
         lambda w: torch.linalg.norm(w),
         lambda w: (w.t() @ w - torch.eye(D)).square().mean(),
+        lambda w: F.mse_loss(w, torch.ones_like(w)),
+        lambda w: torch.dist(w, torch.ones_like(w)),
+        lambda w: 1 - F.cosine_similarity(w.flatten(), torch.ones(w.numel()), dim=0),
     ],
-    ids=["ridge", "lasso", "norm", "orthogonality"],
+    ids=["ridge", "lasso", "norm", "orthogonality", "squares", "distance", "angle"],
 )
 def test_a_penalty_is_no_second_use(penalty: Callable[[Tensor], Tensor]) -> None:
     """It adds to the gradient, and leaves the layer's inputs and output gradients complete."""
