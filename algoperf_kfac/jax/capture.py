@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.extend.core import Var
+from jax.typing import DTypeLike
 
 from algoperf_kfac import errors
 from algoperf_kfac.config import KFACConfig
@@ -31,7 +32,15 @@ from algoperf_kfac.jax.tracing import Survey, TracedModel, arrays_of, is_array, 
 from algoperf_kfac.jax.trained import put_back, trained
 from algoperf_kfac.jax.types import ApplyFn, Loss, LossFn, LossTypeLike, Tree
 from algoperf_kfac.layers import LayerSpec, also_read_by
-from algoperf_kfac.positions import Candidates, PositionsLike, as_candidates, check_fits, choose
+from algoperf_kfac.positions import (
+    Candidates,
+    PositionsLike,
+    Rows,
+    as_candidates,
+    candidates_for,
+    check_fits,
+    choose,
+)
 
 NOT_CALLED = "The model does not call them with these arguments: leave them out with exclude=[...]"
 
@@ -459,10 +468,7 @@ def read_calls(layers: Mapping[str, CoveredLayer], notes: Survey, positions: Can
     check_fits(positions, rows, {path for name in notes.names for path in paths(name)})
     readings: Readings = {}
     for name, layer in layers.items():
-        of_calls = {
-            key: Reading.of(choose(name, positions, use.rows), use.rows, name, layer.dtype)
-            for key, use in uses[name].items()
-        }
+        of_calls = {key: _read(name, positions, use.rows, layer.dtype) for key, use in uses[name].items()}
         places: dict[int, int] = {}
         for reading in of_calls.values():
             places.setdefault(reading.layout.num_examples, sum(places))
@@ -471,3 +477,12 @@ def read_calls(layers: Mapping[str, CoveredLayer], notes: Survey, positions: Can
             for key, reading in of_calls.items()
         }
     return readings
+
+
+def _read(name: str, positions: Candidates, rows: Rows, dtype: DTypeLike) -> Reading:
+    """Fit the positions to one call of a layer, segment ids of several dimensions first."""
+    for one in candidates_for(name, positions):
+        reading = Reading.of_segments(one, rows, name, dtype)
+        if reading is not None:
+            return reading
+    return Reading.of(choose(name, positions, rows), rows, name, dtype)

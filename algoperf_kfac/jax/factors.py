@@ -14,6 +14,7 @@ coordinate 1 of a. Masked positions count in neither sum nor R.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -56,6 +57,7 @@ class Reading:
         segment_ids: (N,), the example of each row; None where rows are examples.
         place: which of the layer's examples the first of this call is, where calls see different ones.
         total: how many examples all calls of the layer see.
+        joined: how many leading dimensions are rows together, as segment ids of several dimensions have it.
     """
 
     layout: Layout
@@ -63,6 +65,7 @@ class Reading:
     segment_ids: Array | None = None
     place: int = 0
     total: int = 0
+    joined: int = 1
 
     def among(self, place: int, total: int) -> Reading:
         """The same as one of several calls."""
@@ -93,8 +96,30 @@ class Reading:
         ids = positions.segment_ids
         return cls(layout, mask, None if ids is None else jnp.asarray(ids))
 
+    @classmethod
+    def of_segments(cls, positions: Positions, rows: Rows, name: str, dtype: DTypeLike) -> Reading | None:
+        """The same where segment ids have several of the call's leading dimensions, as (T, N); else None."""
+        ids, mask = positions.segment_ids, positions.array_mask
+        if ids is None or ids.ndim < 2 or rows.batch_first or rows.leading[: ids.ndim] != tuple(ids.shape):
+            return None
+        joined = ids.ndim
+        if mask is not None:
+            missing = tuple(ids.shape)[mask.ndim :]
+            mask = jnp.asarray(mask).reshape(*mask.shape, *[1] * len(missing))
+            mask = jnp.broadcast_to(mask, (*mask.shape[: joined - len(missing)], *missing, *mask.shape[joined:]))
+            mask = mask.reshape(-1, *mask.shape[joined:])
+        flat = dataclasses.replace(
+            positions,
+            mask=BY_GRADIENT if positions.by_gradient else mask,
+            segment_ids=jnp.asarray(ids).reshape(-1),
+            batch_dim=0,
+        )
+        rows = Rows((math.prod(ids.shape), *rows.leading[joined:]))
+        return dataclasses.replace(cls.of(flat, rows, name, dtype), joined=joined)
+
     def rows(self, t: Array) -> Array:
         """(leading..., groups, P) -> (N, R, groups, P)."""
+        t = t.reshape(-1, *t.shape[self.joined :]) if self.joined > 1 else t
         leading = t.ndim - 2
         t = self.batch_first(t, leading)
         return t.reshape(t.shape[0] if leading else 1, -1, *t.shape[-2:])
@@ -138,7 +163,7 @@ class Reading:
 
 
 jax.tree_util.register_dataclass(
-    Reading, data_fields=["mask", "segment_ids"], meta_fields=["layout", "place", "total"]
+    Reading, data_fields=["mask", "segment_ids"], meta_fields=["layout", "place", "total", "joined"]
 )
 
 

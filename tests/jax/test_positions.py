@@ -26,7 +26,9 @@ def split(rows: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("approximation", ["expand", "reduce"])
-@pytest.mark.parametrize("kind", ["mask", "boolean", "gradient", "length-first", "conv", "conv-many-offsets"])
+@pytest.mark.parametrize(
+    "kind", ["mask", "boolean", "gradient", "length-first", "length-first-segments", "conv", "conv-many-offsets"]
+)
 def test_masks(kind: str, approximation: str) -> None:
     """Masked positions count neither in R nor in the sums; an example without positions is no example."""
     mask = MASK
@@ -34,14 +36,15 @@ def test_masks(kind: str, approximation: str) -> None:
         kernel = (3,) if kind == "conv" else (70,)  # above MAX_WINDOWS patches are built after all
         module: nn.Module = nn.Conv(3, kernel, strides=2)
         x = normal(1, 4, 8, 2)
-    elif kind == "length-first":
+    elif kind.startswith("length-first"):
         module, x = nn.Dense(3), normal(1, 4, 4, 2)
     else:
         module, x = nn.Dense(3), normal(1, 4, 4, 2)
-    weights = jnp.asarray(mask.T if kind == "length-first" else mask)
+    weights = jnp.asarray(mask.T if kind.startswith("length-first") else mask)
     positions = {
         "mask": weights, "boolean": weights > 0, "gradient": Positions("gradient"), "conv": weights,
         "conv-many-offsets": weights, "length-first": Positions(mask=weights, batch_dim=1),
+        "length-first-segments": Positions(weights, np.broadcast_to(np.arange(4), (4, 4)), 4),
     }[kind]  # fmt: skip
 
     def loss(f: Array, *args: Any) -> Array:
@@ -50,7 +53,7 @@ def test_masks(kind: str, approximation: str) -> None:
     apply, params, args = of(module, x)
     (call,) = naive.record(apply, loss, params, *args)["kernel"]
     inputs, grads = call.input_rows(), call.gradient_rows()
-    if kind == "length-first":
+    if kind.startswith("length-first"):
         inputs, grads = inputs.swapaxes(0, 1), grads.swapaxes(0, 1)
     got = factors(apply, loss, params, *args, positions=positions, approximation=approximation)["kernel"]
     want = naive.factors(split(inputs, mask), split(grads, mask), bias=True, approximation=approximation)
