@@ -123,6 +123,7 @@ def value_grad_and_statistics(
         forward = ForwardPass(tapped, params, args, lambda outputs: loss_fn(outputs, *args), has_aux=has_aux)
         value, n_valid, cotangent = forward.loss()
         said.layers(layers.covered, tapped.idle)
+        said.batch_second(tapped.batch_second())
         said.rows(tapped.numbers(), scaled=loss_normalizer is not None or n_valid is not None)
         gradient, sums = forward.backward(cotangent)
         if config.fisher == "empirical":
@@ -203,6 +204,7 @@ class TappedModel:
         notes = model.survey()
         self._layers = called_layers(layers.covered, notes)
         self.idle = tuple(layers.covered.keys() - self._layers.keys())
+        self._notes = notes
         self._readings = read_calls(self._layers, notes, positions)
         self.penalised = frozenset(notes.penalised)
         # How a layer's first call is read stands for all.
@@ -267,6 +269,24 @@ class TappedModel:
             for number, (name, first) in enumerate(self._first.items())
             if not number or name not in free
         }
+
+    def batch_second(self) -> dict[str, tuple[int, int]]:
+        """Layers whose second dimension is that of all outputs over examples, and whose first is taken for it.
+
+        By layer the sizes of the two; outputs that have both, such as time-major ones, say nothing.
+        """
+        outputs = zip(self.model.program.out_avals, self.model.returned, strict=True)
+        shapes = [tuple(out.shape) for out, returned in outputs if returned and out.shape]
+        seen = {}
+        for name, layer in self._layers.items():
+            key, first = next(iter(self._readings[name].items()))
+            rows = self._kind_of(layer.spec).counted(self._notes.uses(layer.spec.weight))[key].rows
+            if rows.batch_first or len(rows.leading) < 2 or first.layout.ragged or first.layout.batch_dim:
+                continue
+            examples, second = rows.leading[:2]
+            if shapes and examples != second and all(s[0] == second and examples not in s[1:2] for s in shapes):
+                seen[name] = (examples, second)
+        return seen
 
     def check_reached(self) -> None:
         """Raises MissingStatisticsError, naming the layers, unless backward passes came by all of them."""

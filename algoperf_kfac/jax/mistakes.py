@@ -37,6 +37,21 @@ class Mistakes:
         if message is not None:
             self._say("rows", message)
 
+    def batch_second(self, sizes: Mapping[str, tuple[int, int]]) -> None:
+        """Layers whose second dimension seems to run over examples.
+
+        Args:
+            sizes: by layer, those of its first two dimensions.
+        """
+        if sizes:
+            name, (first, second) = next(iter(sizes.items()))
+            self._say(
+                "batch second",
+                f"layer {name} has inputs ({first}, {second}, features), and was taken for {first} examples, but "
+                f"the model's outputs have {second} rows (so in {len(sizes)} layers). Where the sequence comes "
+                "first, say positions=Positions(batch_dim=1), for all layers or by layer name",
+            )
+
     def layers(self, layers: Collection[str], idle: Collection[str]) -> None:
         """Some layers are not called by what is traced.
 

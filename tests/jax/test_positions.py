@@ -261,3 +261,17 @@ def test_an_embedding_needs_no_positions(examples: int) -> None:
     positions = Positions(segment_ids=jnp.array([0, 0, 1, 1]), num_segments=2)
     pairs = factors(apply, wavy, params, jnp.arange(4), nodes, positions=positions)
     assert pairs.keys() == {"in"}
+
+
+def test_a_sequence_that_comes_first_is_named() -> None:
+    """Where the outputs show it: (T, N, P) in, (N, C) out; not with the positions that it asks for."""
+    params, x = {"w": normal(0, 2, 3)}, normal(1, 8, 4, 2)  # T = 8, N = 4
+    optimizer = KFAC(lambda p, x: (x @ p["w"]).mean(0), lambda f, x: wavy(f), params, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.value_grad_and_statistics(params, x, positions=Positions(batch_dim=1))
+        swapped = KFAC(lambda p, x: (x @ p["w"]).swapaxes(0, 1), lambda f, x: wavy(f), params, x)
+        swapped.value_grad_and_statistics(params, x)
+    with pytest.warns(UserWarning, match=r"layer w has inputs \(8, 4, features\).*batch_dim=1") as said:
+        optimizer.value_grad_and_statistics(params, x)
+    assert said[0].filename == __file__
