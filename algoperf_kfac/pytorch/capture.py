@@ -390,7 +390,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             self.recorders[spec.name] = self.layers.recorder(spec, dtype, one_pass=one_pass, checks=checks)
             self._weights[spec.name] = weight
             if checks:
-                self._handles.append(weight.register_hook(lambda grad: self._add_gradient(spec.name, grad)))
+                self._handles.append(_first_hook(weight, lambda grad: self._add_gradient(spec.name, grad)))
         return self.recorders[spec.name]
 
     def _add_gradient(self, name: str, grad: Tensor) -> None:
@@ -592,6 +592,19 @@ def _edges(tensors: Any, *args: Any, inputs: Any = None, **kwargs: Any) -> list[
     if inputs is not None or not all(isinstance(t, Tensor) and t.requires_grad for t in tensors):
         return []
     return [torch.autograd.graph.get_gradient_edge(t) for t in tensors]
+
+
+def _first_hook(weight: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    """Register a hook that sees a weight's gradient ahead of hooks that clip, scale or mask it."""
+    handle = weight.register_hook(hook)
+    hooks = weight._backward_hooks
+    if hooks is not None and len(hooks) > 1:  # they run in the order in which they stand in this dict
+        others = {key: other for key, other in hooks.items() if key != handle.id}
+        mine = hooks[handle.id]
+        hooks.clear()
+        hooks[handle.id] = mine
+        hooks.update(others)
+    return handle
 
 
 def _same_order(output: Tensor, base: Tensor) -> bool:
