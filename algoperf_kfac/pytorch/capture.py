@@ -387,6 +387,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             one_pass = self._options.config.fisher == "empirical"
             # A layer that joined later is checked when it is first seen.
             checks = self._options.checks or (one_pass and spec.name not in self.layers.seen)
+            checks = checks and weight.requires_grad  # of a layer with a frozen weight the bias alone may move
             self.recorders[spec.name] = self.layers.recorder(spec, dtype, one_pass=one_pass, checks=checks)
             self._weights[spec.name] = weight
             if checks:

@@ -107,6 +107,6 @@ class Mistakes:
         if thawed:
             self._thawed |= set(thawed)
             warn(
-                f"{listed(thawed)} had no gradient when the optimizer was made, and will not be trained: give it to the "
-                "optimizer by add_param_group({'params': [...]})"
+                f"{listed(thawed)} had no gradient when the optimizer was made, and will not be trained: give it "
+                "to the optimizer by add_param_group({'params': [...]})"
             )
