@@ -83,6 +83,7 @@ class Gathered:
             capture.
         readers: by identity of a parameter: the operation without a rule in which it met data.
         strangers: parameters with a gradient that operations with a rule read, and the optimizer does not have.
+        second: by layer whose second dimension alone is as long as what the loss function took: both sizes.
     """
 
     statistics: dict[str, Statistics]
@@ -94,6 +95,7 @@ class Gathered:
     errors: dict[str, float]
     readers: dict[int, str]
     strangers: list[Tensor]
+    second: dict[str, tuple[int, int]]
 
 
 class Capture(contextlib.AbstractContextManager["Capture"]):
@@ -418,14 +420,19 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
     def choose(self, spec: LayerSpec, operation: Operation, output: Tensor) -> Positions | None:
         """The description of positions that a call takes."""
         rows = operation.rows(output)
-        self.candidates(spec, rows)
+        for given in self.candidates(spec, rows):
+            if (flat := operation.flatten(given, rows)) is not None:
+                return flat
         chosen = choose(spec.name, self._options.positions, rows)
+        # A module may say that sequences come first; a mask or segments of the user's, fitted to rows, say more.
+        unsaid = chosen is None or (chosen.by_gradient and chosen.segment_ids is None)
+        if unsaid and spec.weight in self.layers.sequence_first:
+            chosen = dataclasses.replace(chosen or Positions(), batch_dim=1)
         if operation.mask is None or (chosen is not None and chosen.by_gradient):
             return chosen
         mask = operation.mask
         if chosen is not None and isinstance(chosen.mask, Tensor):
-            given = chosen.mask.reshape(*chosen.mask.shape, *[1] * (mask.dim() - chosen.mask.dim()))
-            mask = mask * given
+            mask = mask * chosen.mask.reshape(*chosen.mask.shape, *[1] * (mask.dim() - chosen.mask.dim()))
         return dataclasses.replace(chosen or Positions(), mask=mask)
 
     def kept_inputs(self) -> Iterator[Tensor]:
@@ -480,10 +487,13 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             for number, name in enumerate(self._by_batch(counted))
             if not number or not self._by_row(name)
         }
+        second = self._batch_second(counted)
         strangers = list(self._strangers.values())
         readers = self.uses.missed
         scaled = self.loss_normalizer is not None
-        self._finish(Gathered(statistics, missing, wrong, self._backward, rows, scaled, errors, readers, strangers))
+        self._finish(
+            Gathered(statistics, missing, wrong, self._backward, rows, scaled, errors, readers, strangers, second)
+        )
 
     def _missed_use(self, spec: LayerSpec) -> str | None:
         """An operation that reads the weight or bias of a layer and is not recorded."""
@@ -516,6 +526,17 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
 
         batch = next(filter(sees_the_batch, recorders), None)
         return list(recorders) if batch is None else [batch, *(name for name in recorders if name != batch)]
+
+    def _batch_second(self, recorders: Mapping[str, AnyRecorder]) -> dict[str, tuple[int, int]]:
+        """Layers taken to have examples first, where the loss has as many rows as their second dimension alone."""
+        found = {}
+        for name, recorder in recorders.items():
+            for rows in self._calls.get(name, ()):
+                first, second = (*rows.leading, 0, 0)[:2]
+                elsewhere = self._loss_rows.isdisjoint((first, math.prod(rows.leading)))
+                if second in self._loss_rows and elsewhere and recorder.rows == first and not rows.batch_first:
+                    found[name] = (first, second)
+        return found
 
     def _by_row(self, name: str) -> bool:
         """Whether it changes nothing but the scale of B how a layer's rows are put together: tokens of experts."""

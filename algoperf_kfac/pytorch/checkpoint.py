@@ -85,7 +85,7 @@ def take_apart(state_dict: dict[str, Any]) -> tuple[Entry, dict[str, Any]]:
 
 
 def to_tensors(kfac: Entry, like: Tensor) -> dict[str, Tensor]:
-    """The entry "kfac" as tensors with a dimension, all that every option of torch.distributed.checkpoint passes on.
+    """The entry "kfac" as tensors with a dimension: what every option of torch.distributed.checkpoint passes on.
 
     Strings, lists and what is empty get lost or are refused when it flattens a state, and numbers that are new to
     the optimizer that loads it when it distributes a full one. So the structure is a text, and numbers are beside

@@ -63,6 +63,22 @@ class Mistakes:
             self._named.add("rows")
             warn(message)
 
+    def batch_second(self, sizes: Mapping[str, tuple[int, int]]) -> None:
+        """Layers whose second dimension seems to run over examples.
+
+        Args:
+            sizes: by layer, those of its first two dimensions.
+        """
+        if not sizes or "batch second" in self._named:
+            return
+        self._named.add("batch second")
+        name, (first, second) = next(iter(sizes.items()))
+        warn(
+            f"layer {name} has inputs ({first}, {second}, features), and was taken to see {first} examples, but "
+            f"the loss function has {second} rows (so in {len(sizes)} layers). If the sequence comes first, say so: "
+            "capture(positions=Positions(batch_dim=1)), or by layer name"
+        )
+
     def directions(self, ratios: Mapping[str, Tensor]) -> None:
         """Directions that are noise in most layers.
 

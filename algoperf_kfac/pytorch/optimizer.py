@@ -251,6 +251,7 @@ class KFAC(torch.optim.Optimizer):
         self._gradient_errors |= gathered.errors
         self._unchecked = self._unchecked and not gathered.errors
         self._mistakes.rows(gathered.rows, scaled=gathered.scaled)
+        self._mistakes.batch_second(gathered.second)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, and the statistics captured with them."""

@@ -23,6 +23,7 @@ from tests.pytorch.toys import (
     covered,
     images,
     mlp,
+    reasons,
     train,
     vectors,
 )
@@ -208,6 +209,24 @@ def test_a_thawed_layer_joins_and_the_others_go_on() -> None:
     train(model, optimizer, [vectors() for _ in range(5)])
     assert not torch.equal(weight, model[0].weight)
     assert optimizer.metrics()["0/refreshes"] > 0
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)), lambda: nn.GRUCell(5, 5)]
+)
+def test_a_bias_that_was_trained_ahead_of_its_weight_joins_with_it(make: Callable[[], nn.Module]) -> None:
+    """BitFit first, then everything: the layers are those of an optimizer that had all from the start."""
+    model, (x, y) = make(), vectors()
+    biases = [p for name, p in model.named_parameters() if "bias" in name]
+    optimizer = KFAC(model, biases, lr=1e-2)
+    assert optimizer.coverage().fraction == 0
+    train(model, optimizer, [(x, y)])
+    optimizer.add_param_group({"params": [p for name, p in model.named_parameters() if "weight" in name]})
+    whole = KFAC(copy.deepcopy(model))
+    assert {spec.name: spec for spec in optimizer.coverage().layers} == {s.name: s for s in whole.coverage().layers}
+    assert not reasons(optimizer)
+    train(model, optimizer, [(x, y)])
+    assert optimizer.metrics()["refreshes"] == len(optimizer.coverage().layers)
 
 
 def test_parameters_without_gradients_wait() -> None:
