@@ -35,7 +35,7 @@ from algoperf_kfac.positions import Candidates, Positions, Rows, candidates_for,
 from algoperf_kfac.pytorch import fisher
 from algoperf_kfac.pytorch.contractions import operations_of
 from algoperf_kfac.pytorch.factors import to_matrix
-from algoperf_kfac.pytorch.operations import LOSSES, Called, Function, Operation, is_mean
+from algoperf_kfac.pytorch.operations import LOSSES, RULES, Called, Function, Operation, is_mean
 from algoperf_kfac.pytorch.statistics import AnyRecorder, Call, Recorder, Scalar, Statistics
 from algoperf_kfac.pytorch.uses import Uses
 
@@ -45,6 +45,14 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from algoperf_kfac.pytorch.layer_book import Layers
+
+
+# Why no layer is recorded, and what to do about it.
+TRANSFORMED = (
+    "The model ran inside torch.func (grad, vmap, ...), where layers cannot be recorded: on statistics steps "
+    "(optimizer.is_statistics_step) run it as it is, and loss.backward(), inside capture()"
+)
+EMPTY = "The batch has no examples: leave such a step out, optimizer.step() included"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +91,7 @@ class Gathered:
             capture.
         readers: by identity of a parameter: the operation without a rule in which it met data.
         strangers: parameters with a gradient that operations with a rule read, and the optimizer does not have.
+        hint: why no layer at all was recorded, as far as that is known, and what to do.
         second: by layer whose second dimension alone is as long as what the loss function took: both sizes.
     """
 
@@ -95,6 +104,7 @@ class Gathered:
     errors: dict[str, float]
     readers: dict[int, str]
     strangers: list[Tensor]
+    hint: str
     second: dict[str, tuple[int, int]]
 
 
@@ -144,6 +154,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         self._loss_gradient: Tensor | None = None
         self._loss_rows: set[int] = set()  # in dimension 0 of what loss functions took
         self._passes = 0
+        self._hint = ""
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Capture:
@@ -225,6 +236,8 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             if output is not NotImplemented:
                 return output
         output = called.run()
+        if called.func in RULES and torch._C._functorch.peek_interpreter_stack() is not None:
+            self._hint = TRANSFORMED
         if called.name == "__iter__" and self.uses.views.of(called.args[0]) is not None:
             output = iter(called.replace(list(output)))
         operations = operations_of(called, self.uses.views)
@@ -290,6 +303,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         if isinstance(known, Recorder) and not _in_backward():
             self._next_forward(known)
         if not output.requires_grad or not output.numel() or not operation.input.numel():
+            self._hint = self._hint or (EMPTY if output.requires_grad else "")
             return output
         self.uses.miss(operation.input, f"{operation.name} as its input")
         spec = spec or self.layers.promote(operation)
@@ -487,12 +501,15 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             for number, name in enumerate(self._by_batch(counted))
             if not number or not self._by_row(name)
         }
+        hint = "" if self.recorders else self._hint
         second = self._batch_second(counted)
         strangers = list(self._strangers.values())
         readers = self.uses.missed
         scaled = self.loss_normalizer is not None
         self._finish(
-            Gathered(statistics, missing, wrong, self._backward, rows, scaled, errors, readers, strangers, second)
+            Gathered(
+                statistics, missing, wrong, self._backward, rows, scaled, errors, readers, strangers, hint, second
+            )
         )
 
     def _missed_use(self, spec: LayerSpec) -> str | None:

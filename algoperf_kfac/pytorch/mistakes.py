@@ -75,8 +75,8 @@ class Mistakes:
         name, (first, second) = next(iter(sizes.items()))
         warn(
             f"layer {name} has inputs ({first}, {second}, features), and was taken to see {first} examples, but "
-            f"the loss function has {second} rows (so in {len(sizes)} layers). If the sequence comes first, say so: "
-            "capture(positions=Positions(batch_dim=1)), or by layer name"
+            f"the loss function has {second} rows (so in {len(sizes)} layers). Where the sequence comes first, "
+            "say capture(positions=Positions(batch_dim=1)), for all layers or by layer name"
         )
 
     def directions(self, ratios: Mapping[str, Tensor]) -> None:

@@ -236,6 +236,7 @@ class KFAC(torch.optim.Optimizer):
         for name in gathered.wrong:
             pending.drop(name)
         pending.unfinished = {} if gathered.backward else dict(missing)
+        pending.hint = gathered.hint
         if not gathered.backward:
             return  # a batch that was given up before its backward pass
         # A layer that is called and whose gradient does not come back, or that no layer's statistics stand beside.
@@ -243,7 +244,7 @@ class KFAC(torch.optim.Optimizer):
         if not gathered.statistics and not pending.statistics and self._processes.size == 1:
             lost = missing
         if lost and not self._allow_partial_coverage:
-            raise missing_statistics(lost, len(layers.covered), REMEDY)
+            raise missing_statistics(lost, len(layers.covered), gathered.hint or REMEDY)
         layers.leave_out(lost)
         for name in lost:
             pending.drop(name)
@@ -309,9 +310,11 @@ class KFAC(torch.optim.Optimizer):
             where = f" on process {silent[0]}" if silent and len(gathered) > 1 else ""
             missed = pending.unfinished
             lost = f" ({missing_statistics(missed, len(layers.covered), '')})" if missed else ""
+            nothing = f"step {self._steps} is a statistics step and nothing was captured{where}{lost}"
+            if pending.hint:
+                raise MissingStatisticsError(f"{nothing}. {pending.hint}")
             raise MissingStatisticsError(
-                f"step {self._steps} is a statistics step and nothing was captured{where}{lost}: run the forward "
-                "and the backward pass inside `with optimizer.capture():` on every step"
+                f"{nothing}: run the forward and the backward pass inside `with optimizer.capture():` on every step"
             )
         left = {name for _, _, names in gathered for name in names}
         layers.leave_out({name: "its statistics on another process" for name in left if name in layers.covered})

@@ -22,6 +22,7 @@ class Pending:
         captures: captures that drew labels.
         captured: whether some capture saw a backward pass.
         unfinished: what layers missed in a capture without one, by name.
+        hint: what that capture knew of the reason.
     """
 
     def __init__(self) -> None:
@@ -29,6 +30,7 @@ class Pending:
         self.captures = 0
         self.captured = False
         self.unfinished: dict[str, str] = {}
+        self.hint = ""
         self._alive: dict[str, Tensor] = {}  # of layers with a gradient: whether it had anything but zeros, ()
 
     def add(self, statistics: Mapping[str, Statistics], layers: Mapping[str, CoveredLayer]) -> None:
