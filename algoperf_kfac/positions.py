@@ -37,7 +37,8 @@ class Positions:
             are the positions b[n, r] = 0 that the loss does not depend on (padding, positions without target),
             found layer by layer from the data. Over several backward passes a position counts if any pass
             reaches it. None: all positions count.
-        segment_ids: shape (rows,): example index of each row of dimension 0, for graphs and packed batches.
+        segment_ids: shape (rows,): example index of each row of dimension 0, for graphs and packed batches. In
+            PyTorch also (T, N), or of as many leading dimensions as the ids have.
         num_segments: number of examples in `segment_ids`; needed with it (reading it off would cost a
             host synchronisation, and shapes are static in JAX).
         batch_dim: which leading dimension runs over examples, e.g. 1 for (length, batch, features).
@@ -201,12 +202,20 @@ def choose(name: str, candidates: Candidates, rows: Rows) -> Positions | None:
             return dataclasses.replace(p, segment_ids=None, num_segments=None) if p.by_gradient else None
     if segmented:
         # Taken as they are, these rows would silently be examples with a single position each.
-        numbers = ", ".join(str(p.segment_ids.shape[0]) for p in segmented if p.segment_ids is not None)
+        shapes = [tuple(p.segment_ids.shape) for p in segmented if p.segment_ids is not None]
+        numbers = ", ".join(str(shape[0] if len(shape) == 1 else shape) for shape in shapes)
         raise ValueError(
             f"layer {name} has {rows.sizes(segmented[0])[0]} rows in dimension 0, neither those of segment_ids "
-            f"({numbers}) nor one per segment ({segmented[0].num_segments}): {by_name}"
+            f"({numbers}) nor one per segment ({segmented[0].num_segments}): {by_name}{_second(segmented[0], rows)}"
         )
     return None
+
+
+def _second(positions: Positions, rows: Rows) -> str:
+    """What to say where the second dimension may be the one over examples."""
+    if rows.batch_first or len(rows.leading) < 2 or rows.leading[1] != positions.num_segments:
+        return ""
+    return "; where the sequence comes first, as (T, N, features), it is Positions(batch_dim=1) without segments"
 
 
 def check_fits(candidates: Candidates, rows: Mapping[str, Sequence[Rows]], others: Iterable[str] = ()) -> None:
@@ -268,7 +277,8 @@ def other_rows(rows: Mapping[str, int], argument: str, *, scaled: bool) -> str |
     return (
         f"the batch has {examples} examples, as {first} sees them, and other layers have other numbers of rows in "
         f"dimension 0: {parts}. {scale} row counts as an example of its own in these layers; if several belong "
-        f"together (windows, packed batches), say so: {way_out}"
+        f"together (windows, packed batches), say so: {way_out}; where the sequence comes first: "
+        "Positions(batch_dim=1)"
     )
 
 

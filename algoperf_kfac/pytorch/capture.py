@@ -35,7 +35,7 @@ from algoperf_kfac.positions import Candidates, Positions, Rows, candidates_for,
 from algoperf_kfac.pytorch import fisher
 from algoperf_kfac.pytorch.contractions import operations_of
 from algoperf_kfac.pytorch.factors import to_matrix
-from algoperf_kfac.pytorch.operations import LOSSES, Called, Function, Operation, is_mean
+from algoperf_kfac.pytorch.operations import LOSSES, RULES, Called, Function, Operation, is_mean
 from algoperf_kfac.pytorch.statistics import AnyRecorder, Call, Recorder, Scalar, Statistics
 from algoperf_kfac.pytorch.uses import Uses
 
@@ -45,6 +45,14 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from algoperf_kfac.pytorch.layer_book import Layers
+
+
+# Why no layer is recorded, and what to do about it.
+TRANSFORMED = (
+    "The model ran inside torch.func (grad, vmap, ...), where layers cannot be recorded: on statistics steps "
+    "(optimizer.is_statistics_step) run it as it is, and loss.backward(), inside capture()"
+)
+EMPTY = "The batch has no examples: leave such a step out, optimizer.step() included"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +91,8 @@ class Gathered:
             capture.
         readers: by identity of a parameter: the operation without a rule in which it met data.
         strangers: parameters with a gradient that operations with a rule read, and the optimizer does not have.
+        hint: why no layer at all was recorded, as far as that is known, and what to do.
+        second: by layer whose second dimension alone is as long as what the loss function took: both sizes.
     """
 
     statistics: dict[str, Statistics]
@@ -94,6 +104,8 @@ class Gathered:
     errors: dict[str, float]
     readers: dict[int, str]
     strangers: list[Tensor]
+    hint: str
+    second: dict[str, tuple[int, int]]
 
 
 class Capture(contextlib.AbstractContextManager["Capture"]):
@@ -142,6 +154,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         self._loss_gradient: Tensor | None = None
         self._loss_rows: set[int] = set()  # in dimension 0 of what loss functions took
         self._passes = 0
+        self._hint = ""
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Capture:
@@ -223,6 +236,8 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             if output is not NotImplemented:
                 return output
         output = called.run()
+        if called.func in RULES and torch._C._functorch.peek_interpreter_stack() is not None:
+            self._hint = TRANSFORMED
         if called.name == "__iter__" and self.uses.views.of(called.args[0]) is not None:
             output = iter(called.replace(list(output)))
         operations = operations_of(called, self.uses.views)
@@ -288,6 +303,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         if isinstance(known, Recorder) and not _in_backward():
             self._next_forward(known)
         if not output.requires_grad or not output.numel() or not operation.input.numel():
+            self._hint = self._hint or (EMPTY if output.requires_grad else "")
             return output
         self.uses.miss(operation.input, f"{operation.name} as its input")
         spec = spec or self.layers.promote(operation)
@@ -387,10 +403,11 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             one_pass = self._options.config.fisher == "empirical"
             # A layer that joined later is checked when it is first seen.
             checks = self._options.checks or (one_pass and spec.name not in self.layers.seen)
+            checks = checks and weight.requires_grad  # of a layer with a frozen weight the bias alone may move
             self.recorders[spec.name] = self.layers.recorder(spec, dtype, one_pass=one_pass, checks=checks)
             self._weights[spec.name] = weight
             if checks:
-                self._handles.append(weight.register_hook(lambda grad: self._add_gradient(spec.name, grad)))
+                self._handles.append(_first_hook(weight, lambda grad: self._add_gradient(spec.name, grad)))
         return self.recorders[spec.name]
 
     def _add_gradient(self, name: str, grad: Tensor) -> None:
@@ -417,14 +434,19 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
     def choose(self, spec: LayerSpec, operation: Operation, output: Tensor) -> Positions | None:
         """The description of positions that a call takes."""
         rows = operation.rows(output)
-        self.candidates(spec, rows)
+        for given in self.candidates(spec, rows):
+            if (flat := operation.flatten(given, rows)) is not None:
+                return flat
         chosen = choose(spec.name, self._options.positions, rows)
+        # A module may say that sequences come first; a mask or segments of the user's, fitted to rows, say more.
+        unsaid = chosen is None or (chosen.by_gradient and chosen.segment_ids is None)
+        if unsaid and spec.weight in self.layers.sequence_first:
+            chosen = dataclasses.replace(chosen or Positions(), batch_dim=1)
         if operation.mask is None or (chosen is not None and chosen.by_gradient):
             return chosen
         mask = operation.mask
         if chosen is not None and isinstance(chosen.mask, Tensor):
-            given = chosen.mask.reshape(*chosen.mask.shape, *[1] * (mask.dim() - chosen.mask.dim()))
-            mask = mask * given
+            mask = mask * chosen.mask.reshape(*chosen.mask.shape, *[1] * (mask.dim() - chosen.mask.dim()))
         return dataclasses.replace(chosen or Positions(), mask=mask)
 
     def kept_inputs(self) -> Iterator[Tensor]:
@@ -479,10 +501,16 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             for number, name in enumerate(self._by_batch(counted))
             if not number or not self._by_row(name)
         }
+        hint = "" if self.recorders else self._hint
+        second = self._batch_second(counted)
         strangers = list(self._strangers.values())
         readers = self.uses.missed
         scaled = self.loss_normalizer is not None
-        self._finish(Gathered(statistics, missing, wrong, self._backward, rows, scaled, errors, readers, strangers))
+        self._finish(
+            Gathered(
+                statistics, missing, wrong, self._backward, rows, scaled, errors, readers, strangers, hint, second
+            )
+        )
 
     def _missed_use(self, spec: LayerSpec) -> str | None:
         """An operation that reads the weight or bias of a layer and is not recorded."""
@@ -515,6 +543,17 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
 
         batch = next(filter(sees_the_batch, recorders), None)
         return list(recorders) if batch is None else [batch, *(name for name in recorders if name != batch)]
+
+    def _batch_second(self, recorders: Mapping[str, AnyRecorder]) -> dict[str, tuple[int, int]]:
+        """Layers taken to have examples first, where the loss has as many rows as their second dimension alone."""
+        found = {}
+        for name, recorder in recorders.items():
+            for rows in self._calls.get(name, ()):
+                first, second = (*rows.leading, 0, 0)[:2]
+                elsewhere = self._loss_rows.isdisjoint((first, math.prod(rows.leading)))
+                if second in self._loss_rows and elsewhere and recorder.rows == first and not rows.batch_first:
+                    found[name] = (first, second)
+        return found
 
     def _by_row(self, name: str) -> bool:
         """Whether it changes nothing but the scale of B how a layer's rows are put together: tokens of experts."""
@@ -592,6 +631,19 @@ def _edges(tensors: Any, *args: Any, inputs: Any = None, **kwargs: Any) -> list[
     if inputs is not None or not all(isinstance(t, Tensor) and t.requires_grad for t in tensors):
         return []
     return [torch.autograd.graph.get_gradient_edge(t) for t in tensors]
+
+
+def _first_hook(weight: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    """Register a hook that sees a weight's gradient ahead of hooks that clip, scale or mask it."""
+    handle = weight.register_hook(hook)
+    hooks = weight._backward_hooks
+    if hooks is not None and len(hooks) > 1:  # they run in the order in which they stand in this dict
+        others = {key: other for key, other in hooks.items() if key != handle.id}
+        mine = hooks[handle.id]
+        hooks.clear()
+        hooks[handle.id] = mine
+        hooks.update(others)
+    return handle
 
 
 def _same_order(output: Tensor, base: Tensor) -> bool:

@@ -6,9 +6,12 @@ Plain containers, numbers and tensors only, so that torch.load(weights_only=True
 from __future__ import annotations
 
 import dataclasses
+import json
+import struct
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor
 
 from algoperf_kfac.config import KFACConfig
@@ -18,6 +21,10 @@ from algoperf_kfac.pytorch.scalings import Scaling
 
 Entry: TypeAlias = Mapping[str, Any]  # of plain containers, numbers and tensors, as deep as they come
 Value = TypeVar("Value")
+
+# Of the entry as tensors: its structure, and the numbers in it; and below what a float64 holds an int exactly.
+_TEXT, _NUMBERS = "structure", "numbers"
+_EXACT = 2**53
 
 # What version 0.1.0 kept for its one scaling that kept anything, beside the fields of `LayerState`.
 _OLD_KEPT = ("second_moment", "second_moment_steps")
@@ -60,12 +67,74 @@ def take_apart(state_dict: dict[str, Any]) -> tuple[Entry, dict[str, Any]]:
     Raises:
         ValueError: if it has none.
     """
-    states = {key: dict(value) for key, value in state_dict["state"].items()}
-    beside = [entry for value in states.values() if (entry := value.pop("kfac", None)) is not None]
+    # Where the state has no moments, torch.distributed.checkpoint gives {} for them, or those of the optimizer that
+    # is to load it.
+    states = {
+        key: {
+            name: v for name, v in value.items() if value.get("step") and name != "kfac" and not isinstance(v, dict)
+        }
+        for key, value in state_dict["state"].items()
+    }
+    beside = [entry for value in state_dict["state"].values() if (entry := value.get("kfac"))]
     kfac = state_dict.get("kfac", beside[0] if beside else None)
     if kfac is None:
         raise ValueError("this state_dict is not KFAC's: it has no entry 'kfac'")
+    if _TEXT in kfac:
+        kfac = _from_tensors(kfac)
     return kfac, {**{k: v for k, v in state_dict.items() if k != "kfac"}, "state": states}
+
+
+def to_tensors(kfac: Entry, like: Tensor) -> dict[str, Tensor]:
+    """The entry "kfac" as tensors with a dimension: what every option of torch.distributed.checkpoint passes on.
+
+    Strings, lists and what is empty get lost or are refused when it flattens a state, and numbers that are new to
+    the optimizer that loads it when it distributes a full one. So the structure is a text, and numbers are beside
+    it: its size is that of the structure alone, as loading into tensors of another size fails.
+
+    Args:
+        kfac: from `to_dict`.
+        like: a tensor on the device to use.
+    """
+    tensors: dict[str, Tensor] = {}
+    numbers: list[float] = []
+
+    def put(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            tensors[f"t{len(tensors)}"] = value.reshape(1) if value.dim() == 0 else value
+            return {"tensor": len(tensors) - 1, "scalar": value.dim() == 0}
+        if isinstance(value, Mapping):
+            return {"dict": [[key, put(v)] for key, v in value.items()]}
+        if isinstance(value, list | tuple):
+            return {"list": [put(v) for v in value]}
+        if type(value) in (int, float) and (type(value) is float or abs(value) < _EXACT):
+            numbers.append(value)
+            return {"number": len(numbers) - 1, "type": type(value).__name__}
+        return {"value": value}
+
+    text = json.dumps(put(kfac)).encode()
+    for name, data in ((_TEXT, text), (_NUMBERS, struct.pack(f"<{len(numbers)}d", *numbers))):
+        tensors[name] = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(like.device)
+    return tensors
+
+
+def _from_tensors(tensors: Entry) -> dict[str, Any]:
+    """The entry "kfac" from what `to_tensors` made of it."""
+    text, packed = (tensors[name].cpu().numpy().tobytes() for name in (_TEXT, _NUMBERS))
+    numbers = struct.unpack(f"<{len(packed) // 8}d", packed)
+
+    def get(node: Any) -> Any:
+        if "tensor" in node:
+            tensor = tensors[f"t{node['tensor']}"]
+            return tensor.reshape(()) if node["scalar"] else tensor
+        if "dict" in node:
+            return {key: get(v) for key, v in node["dict"]}
+        if "list" in node:
+            return [get(v) for v in node["list"]]
+        if "number" in node:
+            return int(numbers[node["number"]]) if node["type"] == "int" else numbers[node["number"]]
+        return node["value"]
+
+    return dict(get(json.loads(text)))
 
 
 def check(

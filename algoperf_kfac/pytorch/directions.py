@@ -68,13 +68,13 @@ def first_order(
                 # Moments and decay move every row anyway.
                 p.grad = p.grad.to_dense()
             state = states[p]
-            if not state:
+            if state.get("exp_avg") is None:
                 state["step"] = 0
                 state["exp_avg"] = torch.zeros_like(p)
             for key in ("exp_avg", "exp_avg_sq"):
-                if key in state and (state[key].dtype, state[key].device) != (p.dtype, p.device):
+                if state.get(key) is not None and (state[key].dtype, state[key].device) != (p.dtype, p.device):
                     state[key] = state[key].to(p)  # the model was moved or cast
-            if "exp_avg_sq" not in state and id(p) not in plain:
+            if state.get("exp_avg_sq") is None and id(p) not in plain:
                 state["exp_avg_sq"] = torch.zeros_like(p)
             state["step"] += 1
             buckets.setdefault((state["step"], id(p) in plain), []).append(p)

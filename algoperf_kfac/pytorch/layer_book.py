@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +28,7 @@ from algoperf_kfac.layers import (
 from algoperf_kfac.pytorch.covered_layer import CoveredLayer
 from algoperf_kfac.pytorch.discovery import discover, spec_of_operation
 from algoperf_kfac.pytorch.kinds import KINDS, Kind, Watch
+from algoperf_kfac.pytorch.kinds.attention import sequence_first
 from algoperf_kfac.pytorch.operations import RULES, Operation
 from algoperf_kfac.pytorch.preconditioner import LayerState
 from algoperf_kfac.pytorch.scalings import Scaling
@@ -56,6 +57,7 @@ class Layers:
         left_parameters: names of their parameters.
         seen: names of the layers that some statistics step has seen.
         missed_steps: the statistics steps in a row that went by without a layer, by name.
+        sequence_first: names of parameters whose modules say that their inputs are (T, N, features).
 
     Args:
         model: the bare model.
@@ -97,15 +99,27 @@ class Layers:
         new = {name: p for name, p in params.items() if name not in self.params}
         self.params = dict(params)
         self._identities = {id(p) for p in params.values()}
-        found, fallbacks = discover(
-            model, self._config, list(new.values()), self._exclude, self._output_splits, self._kinds
-        )
+        self.sequence_first = sequence_first(model)
+        again = self._waiting({name.rpartition(".")[0] for name in new})
+        self.fallbacks = [f for f in self.fallbacks if f.name not in again]
+        wanted = [p for name, p in params.items() if name in new or name in again]
+        found, fallbacks = discover(model, self._config, wanted, self._exclude, self._output_splits, self._kinds)
         self.fallbacks += fallbacks
         self._raw |= {f.name for f in fallbacks if f.reason == RAW}
         for kind in self._kinds:
             kind.begin(model, self._config, self.fallbacks, self._exclude)
         for layer in found:
             self._add(layer)
+
+    def _waiting(self, modules: Set[str]) -> set[str]:
+        """Parameters of these modules that may be covered now that others of their modules are there: biases that
+        were trained ahead of their weights."""
+        settled = self._raw | self.left_parameters
+        return {
+            f.name
+            for f in self.fallbacks
+            if f.name.rpartition(".")[0] in modules and f.name not in settled and f.reason not in (REST, BIAS_APART)
+        }
 
     def let_go(self, names: Iterable[str]) -> None:
         """Forget parameters that the model no longer has, and the layers they were of, of which the rest is new."""

@@ -27,12 +27,14 @@ class Mistakes:
         self._gradients_asked = 0
         self._named: set[str] = set()
         self._left_out: dict[str, Tensor] = {}
+        self._thawed: set[str] = set()  # those named so far
         self.take(params)
         self._frozen = {name for name, p in self._left_out.items() if not p.requires_grad}
 
     def take(self, params: Mapping[str, Tensor]) -> None:
         """These are the parameters the optimizer trains from now on."""
         # Strong references, so that identities stay theirs.
+        self._trained = dict(params)
         self._left_out = {name: p for name, p in self._model.named_parameters() if name not in params}
 
     def gradients_before(self, weights: Iterable[Tensor]) -> None:
@@ -61,6 +63,22 @@ class Mistakes:
             self._named.add("rows")
             warn(message)
 
+    def batch_second(self, sizes: Mapping[str, tuple[int, int]]) -> None:
+        """Layers whose second dimension seems to run over examples.
+
+        Args:
+            sizes: by layer, those of its first two dimensions.
+        """
+        if not sizes or "batch second" in self._named:
+            return
+        self._named.add("batch second")
+        name, (first, second) = next(iter(sizes.items()))
+        warn(
+            f"layer {name} has inputs ({first}, {second}, features), and was taken to see {first} examples, but "
+            f"the loss function has {second} rows (so in {len(sizes)} layers). Where the sequence comes first, "
+            "say capture(positions=Positions(batch_dim=1)), for all layers or by layer name"
+        )
+
     def directions(self, ratios: Mapping[str, Tensor]) -> None:
         """Directions that are noise in most layers.
 
@@ -76,26 +94,35 @@ class Mistakes:
             warn(message)
 
     def strangers(self, params: Sequence[Tensor]) -> None:
-        """Parameters that layers were called with, and that the optimizer does not train.
+        """Parameters of the model that take part, and that the optimizer does not train.
+
+        Args:
+            params: those that layers were called with. All others, of whatever module (normalisation, embeddings),
+                show by their gradients.
 
         Raises:
             ValueError: if they joined the model after the optimizer was made.
         """
-        if not params:
+        called, trained = {id(p) for p in params}, {id(p) for p in self._trained.values()}
+        now = {
+            id(p): name
+            for name, p in self._model.named_parameters()
+            if id(p) not in trained and (id(p) in called or (p.requires_grad and p.grad is not None))
+        }
+        if not now:
             return
-        now = {id(p): name for name, p in self._model.named_parameters()}
         known = {id(p) for p in self._left_out.values()}
-        joined = [now[id(p)] for p in params if id(p) in now and id(p) not in known]
+        joined = [name for key, name in now.items() if key not in known]
         if joined:
             raise ValueError(
                 f"parameter {listed(joined)} of the model is not the optimizer's: it was replaced or added after "
                 "the optimizer was made (a new head, to_empty(), another dtype). Make the optimizer afterwards, or "
                 "give it new parameters by add_param_group({'params': [...]})"
             )
-        thawed = [now[id(p)] for p in params if id(p) in now and now[id(p)] in self._frozen]
-        if thawed and "frozen" not in self._named:
-            self._named.add("frozen")
+        thawed = [name for name in now.values() if name in self._frozen and name not in self._thawed]
+        if thawed:
+            self._thawed |= set(thawed)
             warn(
-                f"{listed(thawed)} had no gradient when the optimizer was made, and is not trained: give it to the "
-                "optimizer by add_param_group({'params': [...]})"
+                f"{listed(thawed)} had no gradient when the optimizer was made, and will not be trained: give it "
+                "to the optimizer by add_param_group({'params': [...]})"
             )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from algoperf_kfac.layers import Layout
-from algoperf_kfac.positions import Rows
+from algoperf_kfac.positions import BY_GRADIENT, Positions, Rows
 from algoperf_kfac.pytorch.geometry import ConvGeometry
 
 Function = Callable[..., Any]
@@ -103,6 +103,33 @@ class Operation:
         dims = len(self.shape) - 2
         examples = output.shape[0] if output.dim() == dims + 2 else 1
         return Rows((examples, *output.shape[-dims:]), batch_first=True)
+
+    def flatten(self, positions: Positions, rows: Rows) -> Positions | None:
+        """Take rows in several dimensions as rows in one, where segment ids have these dimensions, too.
+
+        Args:
+            positions: with segment ids of the sizes of the first dimensions, in the operation's own order.
+            rows: the operation's.
+
+        Returns:
+            The description of the rows as they are then; None, and nothing is changed, if it does not apply.
+        """
+        ids, mask = positions.segment_ids, positions.array_mask
+        if not isinstance(ids, Tensor) or ids.dim() < 2 or self.is_conv or self.mask is not None:
+            return None
+        dims = ids.dim()
+        if rows.leading[:dims] != tuple(ids.shape):
+            return None
+        flat: Tensor | str | None = BY_GRADIENT if positions.by_gradient else None
+        if isinstance(mask, Tensor):
+            if rows.leading[: mask.dim()] != tuple(mask.shape):
+                return None
+            missing = ids.shape[mask.dim() :]
+            flat = mask.reshape(*mask.shape, *[1] * len(missing)).expand(*mask.shape, *missing).flatten(0, dims - 1)
+        earlier = self.arrange
+        self.input = self.input.flatten(0, dims - 1)
+        self.arrange = lambda grad: (grad if earlier is None else earlier(grad)).flatten(0, dims - 1)
+        return dataclasses.replace(positions, mask=flat, segment_ids=ids.flatten(), batch_dim=0)
 
     def geometry(self, output: Tensor) -> ConvGeometry | None:
         """The geometry of a convolution, None for other operations."""

@@ -236,6 +236,7 @@ class KFAC(torch.optim.Optimizer):
         for name in gathered.wrong:
             pending.drop(name)
         pending.unfinished = {} if gathered.backward else dict(missing)
+        pending.hint = gathered.hint
         if not gathered.backward:
             return  # a batch that was given up before its backward pass
         # A layer that is called and whose gradient does not come back, or that no layer's statistics stand beside.
@@ -243,7 +244,7 @@ class KFAC(torch.optim.Optimizer):
         if not gathered.statistics and not pending.statistics and self._processes.size == 1:
             lost = missing
         if lost and not self._allow_partial_coverage:
-            raise missing_statistics(lost, len(layers.covered), REMEDY)
+            raise missing_statistics(lost, len(layers.covered), gathered.hint or REMEDY)
         layers.leave_out(lost)
         for name in lost:
             pending.drop(name)
@@ -251,6 +252,7 @@ class KFAC(torch.optim.Optimizer):
         self._gradient_errors |= gathered.errors
         self._unchecked = self._unchecked and not gathered.errors
         self._mistakes.rows(gathered.rows, scaled=gathered.scaled)
+        self._mistakes.batch_second(gathered.second)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, and the statistics captured with them."""
@@ -308,9 +310,11 @@ class KFAC(torch.optim.Optimizer):
             where = f" on process {silent[0]}" if silent and len(gathered) > 1 else ""
             missed = pending.unfinished
             lost = f" ({missing_statistics(missed, len(layers.covered), '')})" if missed else ""
+            nothing = f"step {self._steps} is a statistics step and nothing was captured{where}{lost}"
+            if pending.hint:
+                raise MissingStatisticsError(f"{nothing}. {pending.hint}")
             raise MissingStatisticsError(
-                f"step {self._steps} is a statistics step and nothing was captured{where}{lost}: run the forward "
-                "and the backward pass inside `with optimizer.capture():` on every step"
+                f"{nothing}: run the forward and the backward pass inside `with optimizer.capture():` on every step"
             )
         left = {name for _, _, names in gathered for name in names}
         layers.leave_out({name: "its statistics on another process" for name in left if name in layers.covered})
@@ -455,6 +459,7 @@ class KFAC(torch.optim.Optimizer):
         # A layer in the place of another has its turn, so that the others keep theirs.
         self._layers.order(name for name in order if name in self._layers.covered)
         self._unchecked = True
+        self._keep_entries()
 
     def _let_go(self, gone: Mapping[str, Tensor]) -> None:
         """Train these parameters no longer; their groups stay, if empty."""
@@ -472,10 +477,14 @@ class KFAC(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue bit for bit; loadable with torch.load(weights_only=True).
 
-        K-FAC's part stands in the entry "kfac", and once more beside the moments of the first parameter:
+        K-FAC's part stands in the entry "kfac", and once more, as tensors, beside the moments of a parameter:
         torch.distributed.checkpoint passes on what belongs to parameters, and drops everything else.
         """
         state = super().state_dict()
+        state["state"] = {
+            number: {key: value for key, value in moments.items() if value is not None}
+            for number, moments in state["state"].items()
+        }
         state["kfac"] = checkpoint.to_dict(
             [layer.spec for layer in self._layers.covered.values()],
             self._layers.states,
@@ -488,8 +497,8 @@ class KFAC(torch.optim.Optimizer):
             gradient_errors=dict(self._gradient_errors),
             missed_steps=dict(self._layers.missed_steps),
         )
-        first = next(iter(state["state"]))
-        state["state"][first] = {**state["state"][first], "kfac": state["kfac"]}
+        number, _ = self._first_trained()
+        state["state"][number]["kfac"] = checkpoint.to_tensors(state["kfac"], self._stand_ins)
         return state
 
     @torch.no_grad()
@@ -520,10 +529,21 @@ class KFAC(torch.optim.Optimizer):
 
     def _keep_entries(self) -> None:
         """An entry for every parameter, if an empty one: where there is none at all,
-        torch.distributed.checkpoint makes a step of its own to have some."""
+        torch.distributed.checkpoint makes a step of its own to have some. Of a state it has flattened it loads the
+        names that stand there."""
         for group in self.param_groups:
             for p in group["params"]:
-                self.state[p]
+                moments = self.state[p]
+                moments.setdefault("step", 0)
+                moments.setdefault("exp_avg", None)
+                moments.setdefault("exp_avg_sq", None)
+        self.state[self._first_trained()[1]].setdefault("kfac", None)
+
+    def _first_trained(self) -> tuple[int, Tensor]:
+        """The first parameter that is not frozen, the only ones whose state torch.distributed.checkpoint passes on,
+        and its number."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        return next(((number, p) for number, p in enumerate(params) if p.requires_grad), (0, params[0]))
 
     def __getstate__(self) -> dict[str, Any]:
         """For deepcopy and pickle, together with the model: torch's own, and the attributes declared above."""

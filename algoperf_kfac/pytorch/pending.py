@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+from torch import Tensor
+
 from algoperf_kfac.pytorch.covered_layer import CoveredLayer
 from algoperf_kfac.pytorch.statistics import Statistics
 
@@ -12,13 +15,14 @@ class Pending:
     """What the captures since the last step gathered.
 
     It belongs to the gradients that are there. Where these are cleared behind the optimizer's back, by
-    `model.zero_grad()` after a step that was skipped, it is forgotten.
+    `model.zero_grad()` or `p.grad.data.zero_()` after a step that was skipped, it is forgotten.
 
     Attributes:
         statistics: by layer.
         captures: captures that drew labels.
         captured: whether some capture saw a backward pass.
         unfinished: what layers missed in a capture without one, by name.
+        hint: what that capture knew of the reason.
     """
 
     def __init__(self) -> None:
@@ -26,7 +30,8 @@ class Pending:
         self.captures = 0
         self.captured = False
         self.unfinished: dict[str, str] = {}
-        self._versions: dict[str, int] = {}  # of the gradients
+        self.hint = ""
+        self._alive: dict[str, Tensor] = {}  # of layers with a gradient: whether it had anything but zeros, ()
 
     def add(self, statistics: Mapping[str, Statistics], layers: Mapping[str, CoveredLayer]) -> None:
         """Take in what a capture gathered, and remember the gradients that are there after it."""
@@ -36,8 +41,8 @@ class Pending:
             else:
                 self.statistics[name] = new
         self.captured = True
-        self._versions = {
-            name: layer.weight.grad._version
+        self._alive = {
+            name: layer.weight.grad.any()
             for name, layer in layers.items()
             if name in self.statistics and layer.weight.grad is not None
         }
@@ -51,12 +56,23 @@ class Pending:
         self.__init__()  # type: ignore[misc]
 
     def forget_stale(self, layers: Mapping[str, CoveredLayer]) -> None:
-        """Forget everything if the gradients are gone."""
-        if not self.statistics or not self._versions:
+        """Forget everything if the gradients are gone.
+
+        Neither versions nor identities of tensors tell: `p.grad.data.zero_()` changes none of them, and scaling by
+        `p.grad = p.grad / 2` changes both. So their values are asked, which waits for the device once; only
+        between the captures of one statistics step (micro-batches, skipped steps) is there anything to ask.
+        """
+        if not self.statistics or not self._alive:
             return
-        grads = {name: layers[name].weight.grad for name in self._versions if name in layers}
+        grads = {name: layers[name].weight.grad for name in self._alive if name in layers}
         there = {name: grad for name, grad in grads.items() if grad is not None}
-        # In place a gradient may have been scaled, clipped or zeroed, which the version does not tell apart.
-        changed = [grad for name, grad in there.items() if grad._version != self._versions[name]]
-        if not there or (len(changed) == len(there) and not any(bool(grad.any()) for grad in changed)):
+        if not there:
+            self.forget()
+            return
+        if any(grad.is_meta for grad in there.values()):
+            return
+        device = next(iter(there.values())).device
+        pairs = [torch.stack([self._alive[name], grad.any()]).to(device) for name, grad in there.items()]
+        before, now = torch.stack(pairs).any(0).tolist()
+        if before and not now:
             self.forget()

@@ -158,8 +158,36 @@ def test_a_thawed_layer_that_is_not_the_optimizers_is_named() -> None:
     model[0].requires_grad_(False)
     optimizer = KFAC(model, learning_rate=1e-2)
     model[0].requires_grad_(True)
-    with pytest.warns(UserWarning, match=r"0\.weight had no gradient when the optimizer was made.*add_param_group"):
+    message = r"0\.weight, 0\.bias had no gradient when the optimizer was made.*add_param_group"
+    with pytest.warns(UserWarning, match=message):
         train(model, optimizer, [vectors()])
+
+
+@pytest.mark.parametrize("path", ["0", "1", "2"], ids=["embedding", "linear", "norm"])
+def test_whatever_thaws_or_is_replaced_is_named_each_time(path: str) -> None:
+    """Also modules without a rule, by their gradients; what the caller left to another optimizer is not."""
+
+    def net() -> nn.Module:
+        return nn.Sequential(
+            nn.Embedding(11, 5), nn.Linear(5, 5), nn.LayerNorm(5), nn.Linear(5, 3), nn.Linear(3, 3)
+        )
+
+    batches = [(torch.randint(11, (16,)), torch.randint(3, (16,)))]
+    model = net()
+    for part in (model[4], model.get_submodule(path)):
+        part.requires_grad_(False)
+    optimizer = KFAC(model, params=[p for n, p in model.named_parameters() if n != "3.bias" and p.requires_grad])
+    for part in ("4", path):  # the second is named, too
+        model.get_submodule(part).requires_grad_(True)
+        with pytest.warns(UserWarning, match="had no gradient") as said:
+            train(model, optimizer, batches)
+        assert len(said) == 1
+        assert f"{part}.weight" in str(said[0].message)
+    model = net()
+    optimizer = KFAC(model)
+    model.set_submodule(path, net().get_submodule(path))
+    with pytest.raises(ValueError, match=rf"parameter {path}\.weight.* is not the optimizer's"):
+        train(model, optimizer, batches)
 
 
 @pytest.mark.parametrize(

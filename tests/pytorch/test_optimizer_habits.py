@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import pickle
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from tests.pytorch.toys import (
     covered,
     images,
     mlp,
+    reasons,
     train,
     vectors,
 )
@@ -154,6 +156,39 @@ def test_zero_grad_drops_pending_statistics() -> None:
     assert_same_factors(optimizer.factors(), other.factors(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("clear", [lambda p: p.grad.data.zero_(), lambda p: setattr(p, "grad", p.grad * 0)])
+def test_gradients_zeroed_without_a_trace_take_their_statistics_along(clear: Callable[[Tensor], object]) -> None:
+    """Neither a version nor an identity tells that these are gone."""
+    model, (x, y) = mlp(5, 4, 3), vectors()
+    twin = copy.deepcopy(model)
+    optimizer, other = KFAC(model), KFAC(twin)
+    with optimizer.capture():
+        F.cross_entropy(model(100 * x), y).backward()  # a spike: the step is skipped
+    for p in model.parameters():
+        clear(p)
+    for net, its in ((model, optimizer), (twin, other)):
+        with its.capture():
+            F.cross_entropy(net(x), y).backward()
+        its.step()
+    assert_same_factors(optimizer.factors(), other.factors(), rtol=0, atol=0)
+
+
+def test_micro_batches_are_kept_whatever_became_of_their_gradients() -> None:
+    """Scaled in place or replaced, and of a first micro-batch without any: the factors are those of both."""
+    for change in (lambda g: g / 3, lambda g: g.div_(3), lambda g: g):
+        model, (x, y) = mlp(5, 4, 3), vectors(8)
+        optimizer = KFAC(model)
+        for weight in (0.0 if change(torch.ones(1)) == 1 else 1.0, 1.0):
+            with optimizer.capture(loss_normalizer=8):
+                (weight * F.cross_entropy(model(x), y)).backward()
+            for p in model.parameters():
+                p.grad = change(p.grad)
+        optimizer.step()
+        homogeneous = torch.cat([x, torch.ones(8, 1)], 1)
+        torch.testing.assert_close(optimizer.factors()["0"].A, homogeneous.T @ homogeneous / 8)
+        assert float(optimizer._layers.states["0"].examples / optimizer._layers.states["0"].weight) == 16
+
+
 def test_a_thawed_layer_joins_and_the_others_go_on() -> None:
     """Bit for bit: the layers that were there keep their factors, moments and turns."""
     model = mlp(5, 4, 4, 3)
@@ -174,6 +209,24 @@ def test_a_thawed_layer_joins_and_the_others_go_on() -> None:
     train(model, optimizer, [vectors() for _ in range(5)])
     assert not torch.equal(weight, model[0].weight)
     assert optimizer.metrics()["0/refreshes"] > 0
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)), lambda: nn.GRUCell(5, 5)]
+)
+def test_a_bias_that_was_trained_ahead_of_its_weight_joins_with_it(make: Callable[[], nn.Module]) -> None:
+    """BitFit first, then everything: the layers are those of an optimizer that had all from the start."""
+    model, (x, y) = make(), vectors()
+    biases = [p for name, p in model.named_parameters() if "bias" in name]
+    optimizer = KFAC(model, biases, lr=1e-2)
+    assert optimizer.coverage().fraction == 0
+    train(model, optimizer, [(x, y)])
+    optimizer.add_param_group({"params": [p for name, p in model.named_parameters() if "weight" in name]})
+    whole = KFAC(copy.deepcopy(model))
+    assert {spec.name: spec for spec in optimizer.coverage().layers} == {s.name: s for s in whole.coverage().layers}
+    assert not reasons(optimizer)
+    train(model, optimizer, [(x, y)])
+    assert optimizer.metrics()["refreshes"] == len(optimizer.coverage().layers)
 
 
 def test_parameters_without_gradients_wait() -> None:

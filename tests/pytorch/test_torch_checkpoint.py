@@ -50,6 +50,40 @@ def test_get_and_set_state_dict(steps: int) -> None:
     assert_same_parameters(other, model, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("steps", [0, 7])
+@pytest.mark.parametrize("seen", [0, 2])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"full_state_dict": True},
+        {"full_state_dict": True, "cpu_offload": True},
+        {"flatten_optimizer_state_dict": True},
+    ],
+    ids=["full", "offloaded", "flat"],
+)
+def test_options(options: dict[str, bool], seen: int, steps: int) -> None:
+    """Into a fresh optimizer and into one that is running, with a frozen first parameter and a fallback."""
+    chosen = state_dicts.StateDictOptions(**options)
+
+    def frozen() -> tuple[nn.Module, KFAC]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3))
+        model[0].weight.requires_grad_(False)
+        return model, KFAC(model, list(model.parameters()), seed=2**60, **OPTIONS)
+
+    model, optimizer = frozen()
+    run(model, optimizer, 0, steps)
+    saved = copy.deepcopy(state_dicts.get_state_dict(model, optimizer, options=chosen))
+    run(model, optimizer, steps, 10)
+    other, resumed = frozen()
+    run(other, resumed, 0, seen)
+    state_dicts.set_state_dict(other, resumed, model_state_dict=saved[0], optim_state_dict=saved[1], options=chosen)
+    assert resumed.metrics()["steps"] == steps
+    run(other, resumed, steps, 10)
+    assert_same_parameters(other, model, rtol=0, atol=0)
+    assert resumed.metrics() == optimizer.metrics()
+
+
 def test_through_files(tmp_path: Path) -> None:
     model, optimizer = start()
     run(model, optimizer, 0, 7)

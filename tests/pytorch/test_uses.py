@@ -97,6 +97,21 @@ def test_the_gradient_shows_a_use_that_cannot_be_seen() -> None:
     assert optimizer.metrics()["last/gradient_error"] < 1e-5
 
 
+@pytest.mark.parametrize(
+    "change", [lambda g: g.clamp(-1e-3, 1e-3), lambda g: 100 * g, lambda g: g * (torch.arange(len(g)) > 1)[:, None]]
+)
+def test_a_hook_that_changes_the_gradient_is_no_hidden_use(change: Callable[[Tensor], Tensor]) -> None:
+    """G^T A is the gradient before hooks, and the hook still has its say in the gradient."""
+    model = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D))
+    x, seen = torch.randn(16, D), []
+    model[0].weight.register_hook(lambda g: seen.append(g) or change(g))
+    optimizer = capture_once(model, lambda m: m(x).square().sum(1).mean())
+    assert covered(optimizer) == {"0", "2"}
+    assert optimizer.metrics()["0/gradient_error"] < 1e-5
+    assert torch.equal(model[0].weight.grad, change(seen[0]))
+    assert len(model[0].weight._backward_hooks) == 1
+
+
 def test_check_looks_again_when_asked() -> None:
     model = Twice(lambda h, w: h)
     optimizer = capture_once(model, lambda m: m(torch.randn(16, D)).square().sum(1).mean(), factor_interval=1)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from algoperf_kfac.errors import MissingStatisticsError
 from algoperf_kfac.pytorch import KFAC, Positions
-from tests.pytorch.toys import assert_same_factors, covered, mlp
+from tests.pytorch.toys import assert_same_factors, covered, factors_of, mlp
 
 
 class Tokens(nn.Module):
@@ -52,6 +55,63 @@ def test_positions_that_fit_nothing_are_refused(positions: object, message: str)
     optimizer = KFAC(model)
     with pytest.raises(ValueError, match=message), optimizer.capture(positions):
         model(torch.randn(6, 5, 4)).square().mean().backward()
+
+
+def test_sequences_that_come_first_are_named_or_described() -> None:
+    """(T, N, features): said where the loss shows it; batch_dim and segments of both dimensions describe it."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    x, y = torch.randn(4, 7, 6), torch.randint(3, (4,))
+    turned, ids, mask = x.transpose(0, 1), torch.arange(4).expand(7, 4), torch.rand(4, 7) > 0.3
+
+    def factors(data: Tensor, time: int, positions: object = None) -> dict:
+        loss = lambda m: F.cross_entropy(m(data).mean(time), y)  # noqa: E731
+        return factors_of(
+            model, loss, approximation="reduce", capture={"positions": positions, "loss_normalizer": 4}
+        )
+
+    want, masked = factors(x, 1), factors(x, 1, mask)
+    with pytest.warns(UserWarning, match=r"inputs \(7, 4, features\).*has 4 rows.*Positions\(batch_dim=1\)"):
+        factors(turned, 0)
+    for positions in (Positions(batch_dim=1), Positions(segment_ids=ids, num_segments=4)):
+        assert_same_factors(factors(turned, 0, positions), want)
+    for given in (Positions(mask.T, batch_dim=1), Positions(mask.T, ids, 4), {"*": Positions(mask.T, ids, 4)}):
+        assert_same_factors(factors(turned, 0, given), masked)
+    message = r"has 7 rows in dimension 0, neither those of segment_ids \(28\) nor one .*sequence comes first"
+    with pytest.raises(ValueError, match=message):
+        factors(turned, 0, Positions(segment_ids=ids.flatten(), num_segments=4))
+
+
+def under_func(model: nn.Module, x: Tensor) -> None:
+    params = dict(model.named_parameters())
+    found = torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).square().sum())(params)
+    for name, p in params.items():
+        p.grad = found[name].detach()
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (under_func, r"nothing was captured.*inside torch\.func \(grad, vmap, \.\.\.\).*run it as it is"),
+        (lambda m, x: torch.vmap(m)(x).square().sum().backward(), r"missed its inputs.*inside torch\.func"),
+        (
+            lambda m, x: m(x[:0]).sum().backward(),
+            "missed its inputs.*The batch has no examples: leave such a step out",
+        ),
+    ],
+    ids=["grad", "vmap", "empty"],
+)
+def test_passes_that_show_no_layer_are_named(run: Callable[[nn.Module, Tensor], None], message: str) -> None:
+    model = mlp(6, 8, 3)
+    optimizer = KFAC(model)
+
+    def step() -> None:
+        with optimizer.capture():
+            run(model, torch.randn(4, 6))
+        optimizer.step()
+
+    with pytest.raises(MissingStatisticsError, match=message) as said:
+        step()
+    assert "Run the forward" not in str(said.value)
 
 
 @pytest.mark.parametrize("fisher", ["mc", "exact"])

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 FUSED = F.multi_head_attention_forward
 PROJECTIONS = "in_proj_weight"
+LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 def unfused() -> Callable[..., Any]:
@@ -35,6 +36,16 @@ def unfused() -> Callable[..., Any]:
     function = types.FunctionType(FUSED.__code__, seen_inside, FUSED.__name__, FUSED.__defaults__)
     function.__kwdefaults__ = FUSED.__kwdefaults__
     return function
+
+
+def sequence_first(model: nn.Module) -> set[str]:
+    """Names of the parameters of torch's attention modules and Transformer layers that take (T, N, features)."""
+    names: set[str] = set()
+    for path, module in model.named_modules():
+        attention = getattr(module, "self_attn", None) if isinstance(module, LAYERS) else module
+        if isinstance(attention, nn.MultiheadAttention) and not attention.batch_first:
+            names |= {name for name, _ in module.named_parameters(path, remove_duplicate=False)}
+    return names
 
 
 class Attention(Kind):

@@ -112,6 +112,22 @@ def test_a_transformer_and_its_fast_path() -> None:
             torch.testing.assert_close(model.encoder(source), before)
 
 
+@pytest.mark.parametrize("positions", [None, "gradient"])
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+def test_what_takes_sequences_first_is_read_so(approximation: str, positions: str | None) -> None:
+    """torch's default order, in an encoder and decoder layer: the factors are those of batch_first=True."""
+    first = nn.Transformer(WIDTH, HEADS, 1, 1, 12, dropout=0.0, batch_first=True)
+    other = nn.Transformer(WIDTH, HEADS, 1, 1, 12, dropout=0.0)
+    other.load_state_dict(first.state_dict())
+    x, z, y = torch.randn(4, 5, WIDTH), torch.randn(4, 3, WIDTH), torch.randn(4, WIDTH)
+    options = {"approximation": approximation, "capture": {"positions": positions, "loss_normalizer": 4}}
+    want = capture_once(first, lambda m: (m(x, z).mean(1) - y).square().mean(), **options)
+    turned = x.transpose(0, 1), z.transpose(0, 1)
+    got = capture_once(other, lambda m: (m(*turned).mean(0) - y).square().mean(), **options)
+    assert_same_factors(got.factors(), want.factors(), rtol=1e-5, atol=1e-7)
+    assert len(got.factors()) == 11
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_the_same_numbers_are_drawn(dropout: float) -> None:
     model = nn.TransformerEncoderLayer(WIDTH, HEADS, 12, dropout=dropout, batch_first=True)
