@@ -37,8 +37,8 @@ class Positions:
             are the positions b[n, r] = 0 that the loss does not depend on (padding, positions without target),
             found layer by layer from the data. Over several backward passes a position counts if any pass
             reaches it. None: all positions count.
-        segment_ids: shape (rows,): example index of each row of dimension 0, for graphs and packed batches. In
-            PyTorch also (T, N), or of as many leading dimensions as the ids have.
+        segment_ids: shape (rows,): example index of each row of dimension 0, for graphs and packed batches.
+            Also (T, N), or of as many leading dimensions as the ids have.
         num_segments: number of examples in `segment_ids`; needed with it (reading it off would cost a
             host synchronisation, and shapes are static in JAX).
         batch_dim: which leading dimension runs over examples, e.g. 1 for (length, batch, features).
