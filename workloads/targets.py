@@ -2,14 +2,14 @@
 
     python -m workloads.targets --workloads=mnist_vit,bible_lm --experiment_dir=runs/targets
 
-Each of NadamW, AdamW, Nesterov and heavy ball is tuned over one whole horizon: the first points of its search space,
-with the horizon fixed, on the seed for tuning. Its best point is trained again on seeds used for nothing else.
-The horizon is 75 % of the step hint, as in AlgoPerf's target-setting NadamW, so that a race, which has all of the
-hint, leaves the reference some room: a median is out of reach for half of the seeds. AlgoPerf (its documentation,
-"Defining target performance") takes the median over seeds of the best validation metric achieved, and, of the runs
-that achieve it, the worst of their best test metrics. Here all four are repeated, and the best median counts; there
-the best alone is repeated, 20 times after 200 points. A held-out variant gets its target from the points that were
-best on its base workload.
+Each of NadamW, AdamW, Nesterov and heavy ball is tuned over one whole horizon: the first points of its search
+space, with the horizon fixed, on the seed for tuning. Its best point is trained again on seeds used for nothing
+else. The horizon is 75 % of the step hint, as in AlgoPerf's target-setting NadamW, so that a race, which has all of
+the hint, leaves the reference some room: a median is out of reach for half of the seeds. AlgoPerf (its
+documentation, "Defining target performance") takes the median over seeds of the best validation metric achieved,
+and, of the runs that achieve it, the worst of their best test metrics. Here all four are repeated, and the best
+median counts; there the best alone is repeated, 20 times after 200 points. A held-out variant gets its target from
+the points that were best on its base workload.
 
 Run again, it goes on where it was interrupted. Writes `workloads/<base>/targets.json`.
 """
