@@ -25,6 +25,7 @@ from algoperf_kfac.pytorch import KFAC, NadamW
 from algoperf_kfac.pytorch.preconditioner import LayerState
 from algoperf_kfac.pytorch.scalings import Operators, Scaling, power
 from commands import errors
+from commands.errors import UserError
 from commands.arguments import Parser
 from submissions import registry as submissions
 from submissions.common.api import Tree
@@ -110,12 +111,16 @@ def main() -> int:
     """Runs with the command line's arguments; returns the exit code."""
     parser = Parser("python -m benchmarks.controls", __doc__)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--workloads", default=",".join(registry.WORKLOADS), help="comma-separated names")
+    parser.add_argument("--workloads", default=",".join(BEST_POINT), help="comma-separated names")
     parser.add_argument("--approximations", default=",".join(DEFAULTS), help="comma-separated")
     return errors.run(lambda: _run(parser.parse_args()))
 
 
 def _run(args: argparse.Namespace) -> None:
+    for name in args.workloads.split(","):
+        if name not in BEST_POINT:
+            known = ", ".join(BEST_POINT)
+            raise UserError(f"No point of NadamW is recorded for workload '{name}'. Known: {known}.")
     print("| workload | statistics | steps | variant | metric: median (all seeds) |")
     print("|---|---|---|---|---|")
     for name in args.workloads.split(","):

@@ -110,7 +110,7 @@ def main() -> int:
     """Runs with the command line's arguments; returns the exit code."""
     parser = Parser("python -m benchmarks.step_time", __doc__)
     parser.add_argument("--framework", default="pytorch", choices=("pytorch", "jax"))
-    parser.add_argument("--workloads", default=",".join(registry.WORKLOADS), help="comma-separated names")
+    parser.add_argument("--workloads", default=",".join(registry.BASES), help="comma-separated names")
     parser.add_argument("--steps", type=int, default=120, help="measured steps of each submission")
     return errors.run(lambda: _run(parser.parse_args()))
 
