@@ -25,8 +25,8 @@ from algoperf_kfac.pytorch import KFAC, NadamW
 from algoperf_kfac.pytorch.preconditioner import LayerState
 from algoperf_kfac.pytorch.scalings import Operators, Scaling, power
 from commands import errors
-from commands.errors import UserError
 from commands.arguments import Parser
+from commands.errors import UserError
 from submissions import registry as submissions
 from submissions.common.api import Tree
 from submissions.common.batch_sizes import get_batch_size
