@@ -100,7 +100,7 @@ def _runnable(framework: str) -> list[str]:
 
 def _job(output: Path, submission: str, workload: str, framework: str, max_steps: int | None) -> Job:
     """The trial of a submission's best point, or of its own point where none was found."""
-    settings: dict[str, object] = {"max_global_steps": max_steps, "stop_at_target": True}
+    settings: dict[str, object] = {"max_global_steps": max_steps, "stop_at_target": True, "clock": "wall"}
     name = f"{submission}/study_1/{workload}_{framework}/trial_1"
     record = archives.chosen_records(TUNED).get(workload, {}).get(submission)
     space = None

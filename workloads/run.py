@@ -29,7 +29,7 @@ from workloads.runner import flags as runner_flags
 from workloads.runner import submission as submissions
 from workloads.runner.backend import Backend
 from workloads.runner.logs import read_hyperparameters
-from workloads.runner.outcome import Outcome, describe
+from workloads.runner.outcome import Outcome, describe, settings_of
 from workloads.workload import Workload
 
 REQUIRED = ("workload", "framework", "submission_path", "experiment_dir", "experiment_name")
@@ -68,6 +68,11 @@ def run(flags: FlagValues) -> list[Outcome]:
     if flags.torch_compile and framework != "pytorch":
         raise UserError("--torch_compile is for --framework=pytorch; leave it out.")
     backend.start()
+    if flags.clock == "cpu" and not backend.is_one_process_on_cpu():
+        raise UserError(
+            "--clock=cpu counts the CPU seconds of one process, but the work is done by other devices, or several "
+            "processes; leave it out."
+        )
     _check_points(workload, submission, backend, points, save_checkpoints=flags.save_checkpoints)
     if not backend.is_main():
         backend.same_on_all(0.0)  # the main process decides whether the folder may be taken
@@ -113,6 +118,7 @@ def run(flags: FlagValues) -> list[Outcome]:
                                 save_checkpoints=flags.save_checkpoints,
                                 keep_all_checkpoints=flags.save_intermediate_checkpoints,
                                 torch_compile=flags.torch_compile,
+                                clock=flags.clock,
                                 flags=flags.flag_values_dict(),
                             )
                         )
@@ -184,7 +190,7 @@ def _check_earlier_run(trial_folder: Path, point: Hyperparameters, flags: FlagVa
     outcome = experiment.outcome(trial_folder)
     if outcome is not None:
         for name in loop.SETTINGS:
-            before, now = outcome["settings"][name], flags[name].value
+            before, now = settings_of(outcome)[name], flags[name].value
             if before != now:
                 raise UserError(
                     f"The trial {trial_folder} was finished with --{name}={before}, not {now}; {remedy}."

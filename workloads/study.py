@@ -28,6 +28,7 @@ from commands.frameworks import FRAMEWORKS
 from submissions import registry as registered
 from workloads import registry
 from workloads.runner import experiment, tuning
+from workloads.runner.flags import define_clock
 from workloads.runner.jobs import Job, command, log_of, run
 from workloads.studies import suite, suite_run
 
@@ -48,6 +49,7 @@ def jobs(
     max_steps: int | None = None,
     *,
     stop_at_target: bool = True,
+    clock: str = "wall",
     save_checkpoints: bool = True,
 ) -> list[Job]:
     """All trials, study by study, so that an interrupted series leaves whole comparisons.
@@ -55,9 +57,13 @@ def jobs(
     Args:
         search_spaces: submission -> JSON file; one without an entry trains its own point, as trial 1.
         trials: indices of the points to train, counted from 0.
-        max_steps, stop_at_target, save_checkpoints: as the runner's flags.
+        max_steps, stop_at_target, clock, save_checkpoints: as the runner's flags.
     """
-    settings: dict[str, object] = {"max_global_steps": max_steps, "stop_at_target": stop_at_target}
+    settings: dict[str, object] = {
+        "max_global_steps": max_steps,
+        "stop_at_target": stop_at_target,
+        "clock": clock,
+    }
     result = []
     for study in studies:
         for workload in workloads:
@@ -108,6 +114,7 @@ def define() -> flags.FlagValues:
     flags.DEFINE_integer("hparam_end_index", None, "Up to before it.", lower_bound=0, flag_values=values)
     flags.DEFINE_integer("max_global_steps", None, "Default: step_hint.", lower_bound=1, flag_values=values)
     flags.DEFINE_bool("stop_at_target", default=True, help="End a trial at its target.", flag_values=values)
+    define_clock(values)
     flags.DEFINE_bool("save_checkpoints", default=True, help="Lets trials resume.", flag_values=values)
     flags.DEFINE_integer("jobs", 2, "Trials at a time, a core each.", lower_bound=1, flag_values=values)
     flags.DEFINE_string("experiment_dir", None, "Where to. Required.", flag_values=values)
@@ -183,6 +190,7 @@ def _jobs_of(values: flags.FlagValues) -> list[Job]:
             trials,
             values.max_global_steps,
             stop_at_target=values.stop_at_target,
+            clock=values.clock,
             save_checkpoints=values.save_checkpoints,
         )
     ]

@@ -34,6 +34,7 @@ from commands.flags import new, parse
 from submissions import registry as submissions
 from workloads import registry, target_file
 from workloads.runner import experiment, jobs, tuning
+from workloads.runner.flags import define_clock
 from workloads.studies import choice, facts, suite
 from workloads.studies.target_values import REFERENCE, repeat_in, settle, verdict
 
@@ -51,11 +52,12 @@ class Plan:
     directory: Path
     submissions: tuple[str, ...]
     max_steps: int | None = None
+    clock: str = "wall"
 
     def settings(self, workload: str) -> dict[str, object]:
         """Of a workload's trials, as `workloads.runner.loop.SETTINGS` names them."""
         steps = self.max_steps or round(HORIZON * facts.task(workload).step_hint)
-        return {"max_global_steps": steps, "stop_at_target": False}
+        return {"max_global_steps": steps, "stop_at_target": False, "clock": self.clock}
 
     @property
     def runs(self) -> Path:
@@ -246,6 +248,7 @@ def record(plan: Plan, workload: str, command: str) -> dict[str, object]:
         "tuning_seed": suite.TUNING_SEED,
         "seeds": list(SEEDS),
         "framework": FRAMEWORK,
+        "clock": plan.clock,
         "submissions": runs,
         "versions": {name: value for name, value in (meta or {}).items() if name.endswith("_version")},
         "command": command,
@@ -287,6 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lower_bound=1,
         flag_values=values,
     )
+    define_clock(values)
     flags.DEFINE_bool("write", default=True, help="Write targets.json, not only print.", flag_values=values)
 
     def command() -> int:
@@ -305,7 +309,7 @@ def _run(values: flags.FlagValues) -> int:
         submissions.check(submission, FRAMEWORK)
     directory = Path(values.experiment_dir).expanduser().resolve()
     experiment.check_writable(directory)
-    plan = Plan(directory, tuple(dict.fromkeys(values.submissions)), values.max_global_steps)
+    plan = Plan(directory, tuple(dict.fromkeys(values.submissions)), values.max_global_steps, values.clock)
     write_spaces(plan)
     for workload in {name for one in values.workloads for name in (facts.base_of(one), one)}:
         ensure_entry(workload)

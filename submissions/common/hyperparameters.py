@@ -27,6 +27,8 @@ class TrainingConfig:
         label_smoothing: as AlgoPerf's loss_fn takes it.
         dropout_rate: as AlgoPerf's model_fn takes it.
         grad_clip: global norm the gradient is clipped to, None for no clipping.
+        ends_with_schedule: whether the submission ends training behind the horizon, where the learning rate has
+            decayed. A schedule that does not decay goes on.
 
     Raises:
         ValueError: naming the hyperparameter, its value and what is allowed.
@@ -37,6 +39,7 @@ class TrainingConfig:
     label_smoothing: float = 0.0
     dropout_rate: float = 0.0
     grad_clip: float | None = None
+    ends_with_schedule: bool = False
 
     def __post_init__(self) -> None:
         check("warmup_factor", self.warmup_factor, FRACTION)
@@ -44,6 +47,10 @@ class TrainingConfig:
         check("label_smoothing", self.label_smoothing, FRACTION)
         check("dropout_rate", self.dropout_rate, FRACTION)
         check("grad_clip", self.grad_clip, POSITIVE, optional=True)
+        if not isinstance(self.ends_with_schedule, bool):
+            raise ValueError(
+                f"hyperparameter ends_with_schedule={self.ends_with_schedule!r}: allowed is True or False"
+            )
 
 
 def check(name: str, value: object, allowed: Check, *, optional: bool = False) -> None:

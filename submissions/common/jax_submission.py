@@ -11,8 +11,8 @@ from submissions.common.api import Batch, EvalResults, Hyperparameters, Rng, Tre
 from submissions.common.description import Config, Description
 from submissions.common.hyperparameters import TrainingConfig
 from submissions.common.jax import Step, log_step, replicate
-from submissions.common.schedule import Schedule, learning_rate_factor
-from submissions.common.spec import LossType
+from submissions.common.schedule import WARMUP_COSINE, Schedule
+from submissions.common.spec import LossType, TrainingCompleteError
 
 
 class Run(Protocol):
@@ -45,7 +45,7 @@ class Submission(Generic[Config]):
         self,
         description: Description[Config],
         make_run: Callable[[TrainingConfig, Config, Workload], Run],
-        schedule: Schedule = learning_rate_factor,
+        schedule: Schedule = WARMUP_COSINE,
     ) -> None:
         self._description = description
         self._make_run = make_run
@@ -83,12 +83,18 @@ class Submission(Generic[Config]):
         rng: Rng,
         train_state: Tree = None,
     ) -> tuple[OptimizerState, Tree, Tree]:
-        """One step, compiled."""
+        """One step, compiled.
+
+        Raises:
+            TrainingCompleteError: the schedule is over, and the point says that training ends with it.
+        """
         del current_params_types, loss_type, eval_results, train_state
         training, config = self._description.configure(hyperparameters)
+        if self._schedule.is_over(workload.step_hint, training, global_step):
+            raise TrainingCompleteError
         opt_state, run = optimizer_state
         opt_state = run.prepare(current_param_container, opt_state, model_state, batch, rng)
-        factor = self._schedule(workload.step_hint, training.horizon_factor, training.warmup_factor, global_step)
+        factor = self._schedule.at(workload.step_hint, training, global_step)
         learning_rate = np.float32(config.learning_rate * factor)
         params, opt_state, model_state = replicate((current_param_container, opt_state, model_state))
         params, opt_state, model_state, metrics = run.step(

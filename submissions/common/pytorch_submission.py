@@ -13,8 +13,8 @@ from torch import nn
 from submissions.common.api import Batch, EvalResults, Hyperparameters, Rng, Tree, Workload
 from submissions.common.description import Config, Description
 from submissions.common.pytorch import Capture, clip_gradient, compute_gradient, log_step
-from submissions.common.schedule import Schedule, learning_rate_factor
-from submissions.common.spec import ForwardPassMode, LossType
+from submissions.common.schedule import WARMUP_COSINE, Schedule
+from submissions.common.spec import ForwardPassMode, LossType, TrainingCompleteError
 
 
 class Steps(Protocol):
@@ -83,7 +83,7 @@ class Submission(Generic[Config, Optimizer]):
         description: Description[Config],
         make_optimizer: Callable[[nn.Module, Config, Workload, Rng], Optimizer],
         capture: Callable[[Optimizer, Batch], AbstractContextManager[Capture]] | None = None,
-        schedule: Schedule = learning_rate_factor,
+        schedule: Schedule = WARMUP_COSINE,
     ) -> None:
         self._description = description
         self._make_optimizer = make_optimizer
@@ -125,10 +125,16 @@ class Submission(Generic[Config, Optimizer]):
         rng: Rng,
         train_state: Tree = None,
     ) -> tuple[OptimizerState[Optimizer], nn.Module, Tree]:
-        """One step; forward and backward pass run inside the capture, if there is one."""
+        """One step; forward and backward pass run inside the capture, if there is one.
+
+        Raises:
+            TrainingCompleteError: the schedule is over, and the point says that training ends with it.
+        """
         del current_params_types, eval_results, train_state
         model, optimizer = current_param_container, optimizer_state["optimizer"]
         training, config = self._description.configure(hyperparameters)
+        if self._schedule.is_over(workload.step_hint, training, global_step):
+            raise TrainingCompleteError
         if isinstance(optimizer, Averages):
             optimizer.train()
         if "recent" in optimizer_state:
@@ -146,7 +152,7 @@ class Submission(Generic[Config, Optimizer]):
         )
         log_step(workload, model, result.loss, global_step)
         clip_gradient(model.parameters(), training.grad_clip)
-        factor = self._schedule(workload.step_hint, training.horizon_factor, training.warmup_factor, global_step)
+        factor = self._schedule.at(workload.step_hint, training, global_step)
         for group in optimizer.param_groups:
             group["lr"] = group.get("initial_lr", config.learning_rate) * factor
         optimizer.step()

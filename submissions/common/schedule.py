@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from dataclasses import dataclass
 
 from algoperf_kfac.schedule import warmup_cosine
+from submissions.common.hyperparameters import TrainingConfig
 
-Schedule: TypeAlias = Callable[[int, float, float, int], float]
-"""A factor for the learning rate, of the arguments of `learning_rate_factor`."""
+
+@dataclass(frozen=True)
+class Schedule:
+    """A learning rate over the steps of a workload.
+
+    Attributes:
+        factor: for the learning rate, of the arguments of `learning_rate_factor`.
+        decays: whether it comes down, so that hardly anything can be gained behind its horizon.
+    """
+
+    factor: Callable[[int, float, float, int], float]
+    decays: bool
+
+    def at(self, step_hint: int, training: TrainingConfig, step: int) -> float:
+        """The factor of the update about to be made, after `step` of them."""
+        return self.factor(step_hint, training.horizon_factor, training.warmup_factor, step)
+
+    def is_over(self, step_hint: int, training: TrainingConfig, step: int) -> bool:
+        """Whether training ends here, before the update about to be made."""
+        if not (self.decays and training.ends_with_schedule):
+            return False
+        return step >= _lengths(step_hint, training.horizon_factor, training.warmup_factor)[0]
 
 
 def learning_rate_factor(step_hint: int, horizon_factor: float, warmup_factor: float, step: int) -> float:
@@ -34,3 +55,7 @@ def _lengths(step_hint: int, horizon_factor: float, warmup_factor: float) -> tup
     """Steps of the whole schedule and of its warm-up."""
     total = max(1, round(horizon_factor * step_hint))
     return total, min(round(warmup_factor * total), total - 1)
+
+
+WARMUP_COSINE = Schedule(learning_rate_factor, decays=True)
+CONSTANT_AFTER_WARMUP = Schedule(constant_after_warmup, decays=False)

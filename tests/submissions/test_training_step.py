@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from submissions.common import batch_sizes, schedule
+from submissions.common.hyperparameters import TrainingConfig
 from submissions.common.logs import LOG_PERIOD
 from submissions.common.pytorch import clip_gradient, compute_gradient, log_step
 from submissions.kfac_reduce import DESCRIPTION as KFAC
@@ -203,3 +204,15 @@ def test_schedule_lasts_its_horizon(horizon, warmup):
     if total > 10 and warmup < 0.9:
         assert factors[total - 1] < 0.01
         assert len(set(factors[total - 1 :])) == 1
+
+
+def test_training_ends_with_a_schedule_that_decays_where_the_point_says_so():
+    def over(which, step, ends):
+        training = TrainingConfig(horizon_factor=0.5, ends_with_schedule=ends)
+        return which.is_over(40, training, step)
+
+    assert [over(schedule.WARMUP_COSINE, step, True) for step in (0, 19, 20, 21)] == [False, False, True, True]
+    assert not over(schedule.WARMUP_COSINE, 30, False)
+    assert not over(schedule.CONSTANT_AFTER_WARMUP, 30, True)
+    with pytest.raises(ValueError, match=r"ends_with_schedule='yes'.*True or False"):
+        TrainingConfig(ends_with_schedule="yes")

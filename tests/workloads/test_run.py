@@ -12,6 +12,7 @@ from tests.workloads.helpers import NADAMW, arguments, metrics, table
 from workloads import registry, run
 from workloads.bible_lm.task import BibleLmTask
 from workloads.runner.progress import Progress
+from workloads.runner.pytorch import PyTorchBackend
 
 TRIAL = "e/bible_lm_pytorch/trial_1"
 OFFICIAL_COLUMNS = [
@@ -127,6 +128,54 @@ def test_submission_can_end_training(small, tmp_path):
     assert (outcome["reason"], outcome["global_step"]) == ("submission", 3)
     # The final, free evaluation.
     assert [row["global_step"] for row in metrics(tmp_path / TRIAL)] == ["1", "2", "3"]
+
+
+def test_training_ends_with_the_schedule_where_the_point_says_so(small, tmp_path):
+    steps = registry.load("bible_lm", "pytorch").step_hint
+    points = tmp_path / "points.json"
+    points.write_text(json.dumps([{"horizon_factor": 4 / steps, "ends_with_schedule": True}]))
+    flags = arguments(tmp_path, tuning_ruleset=None, tuning_search_space=points, max_global_steps=9)
+    assert run.main(flags) == 0
+    outcome = json.loads((tmp_path / TRIAL / "outcome.json").read_text())
+    # The call that ends training counts as a step, though it makes none.
+    assert (outcome["reason"], outcome["global_step"]) == ("submission", 5)
+    rows = metrics(tmp_path / TRIAL)
+    assert rows[-1]["validation/loss"] == rows[-2]["validation/loss"]
+
+
+def test_the_cpu_clock_stands_still_while_the_process_waits(small, tmp_path, capsys, monkeypatch):
+    path = _submission(
+        tmp_path,
+        "sleeps",
+        """
+        import time
+        def update_params(**arguments):
+            time.sleep(0.5)
+            return nadamw.update_params(**arguments)
+        """,
+    )
+    for clock in ("wall", "cpu"):
+        flags = arguments(tmp_path / clock, submission_path=path, max_global_steps=6, clock=clock)
+        assert run.main(flags) == 0
+    seconds = {
+        clock: json.loads((tmp_path / clock / TRIAL / "outcome.json").read_text())["accumulated_submission_time"]
+        for clock in ("wall", "cpu")
+    }
+    # Six steps of half a second asleep; the CPU seconds of both are alike, whatever the machine.
+    assert seconds["wall"] >= 3
+    assert seconds["cpu"] < seconds["wall"] - 1.5
+    assert (
+        run.main(
+            arguments(
+                tmp_path / "cpu", submission_path=path, max_global_steps=6, clock="wall", resume_last_run=True
+            )
+        )
+        == 2
+    )
+    assert "--clock" in capsys.readouterr().err
+    monkeypatch.setattr(PyTorchBackend, "is_one_process_on_cpu", lambda self: False)
+    assert run.main(arguments(tmp_path / "gpu", max_global_steps=6, clock="cpu")) == 2
+    assert "--clock=cpu" in capsys.readouterr().err
 
 
 def test_stop_at_target(small, tmp_path, monkeypatch):

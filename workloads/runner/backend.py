@@ -23,6 +23,9 @@ class Backend(Protocol):
     def device_count(self) -> int:
         """The devices that share a batch."""
 
+    def is_one_process_on_cpu(self) -> bool:
+        """Whether this process's CPU seconds are all the work there is."""
+
     def is_main(self) -> bool:
         """Whether this process writes the files."""
 

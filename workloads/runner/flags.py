@@ -8,6 +8,20 @@ from commands.flags import new
 from commands.frameworks import FRAMEWORKS
 from workloads.registry import WORKLOADS
 
+CLOCKS = ("wall", "cpu")
+
+
+def define_clock(values: flags.FlagValues) -> None:
+    """The flag that says what the times of a trial are."""
+    flags.DEFINE_enum(
+        "clock",
+        CLOCKS[0],
+        CLOCKS,
+        "What times are: seconds on the wall, or this process's own CPU seconds, which other work on the machine "
+        "hardly changes; where all is computed by one process on the CPU.",
+        flag_values=values,
+    )
+
 
 def define() -> flags.FlagValues:
     """The flags with their defaults."""
@@ -73,6 +87,7 @@ def define() -> flags.FlagValues:
         help="Compile the model with torch.compile (PyTorch only).",
         flag_values=values,
     )
+    define_clock(values)
     flags.DEFINE_bool(
         "stop_at_target",
         default=True,

@@ -32,6 +32,10 @@ class JaxBackend:
     def device_count(self) -> int:
         return devices.count()
 
+    def is_one_process_on_cpu(self) -> bool:
+        """Whether the devices are the CPU; several of them are threads of this process."""
+        return jax.default_backend() == "cpu"
+
     def is_main(self) -> bool:
         """Whether this process writes the files."""
         return True

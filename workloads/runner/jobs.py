@@ -19,7 +19,7 @@ from types import FrameType
 from commands.errors import UserError, tell
 from submissions import registry as submissions
 from workloads.runner import experiment
-from workloads.runner.outcome import Outcome, describe, describe_several
+from workloads.runner.outcome import Outcome, describe, describe_several, settings_of
 from workloads.runner.progress import is_terminal
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -56,7 +56,7 @@ class Job:
     def outcomes(self) -> list[Outcome]:
         """Of the trials that are finished, with these settings."""
         found = (experiment.outcome(folder) for folder in self.folders)
-        return [outcome for outcome in found if outcome is not None and outcome["settings"] == self.settings]
+        return [outcome for outcome in found if outcome is not None and settings_of(outcome) == self.settings]
 
     def is_finished(self) -> bool:
         """Whether none of its trials is yet to be run."""

@@ -9,6 +9,7 @@ independent of the machine.
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -16,7 +17,7 @@ from types import MappingProxyType
 import numpy as np
 
 from commands import atomic
-from submissions.common.api import EvalResults, Hyperparameters
+from submissions.common.api import EvalResults, Hyperparameters, Tree
 from submissions.common.spec import TrainingCompleteError
 from workloads import seeds
 from workloads.data.queue import BatchQueue
@@ -29,7 +30,7 @@ from workloads.runner.submission import Submission
 from workloads.workload import Workload
 
 SELF_TUNING_FACTOR = 1.5
-SETTINGS = ("max_global_steps", "stop_at_target")  # flags that decide when a trial ends
+SETTINGS = ("max_global_steps", "stop_at_target", "clock")  # flags that decide when a trial ends
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Trial:
 
     Attributes:
         max_runtime_sec: of timed work.
+        clock: "wall", or "cpu" for the CPU seconds of this process.
         flags: as they were given, for the record.
     """
 
@@ -57,6 +59,7 @@ class Trial:
     save_checkpoints: bool
     keep_all_checkpoints: bool
     torch_compile: bool
+    clock: str
     flags: dict[str, object]
 
 
@@ -102,7 +105,12 @@ class _Run:
         }
         self.logger = MetricsLogger(trial.folder)
         workload.attach_metrics_logger(self.logger if backend.is_main() else None)
-        self.start = backend.now()
+        self.start = self.now()
+
+    def now(self, *results: Tree) -> float:
+        """Seconds on the trial's clock, once the device has made these results."""
+        wall = self.trial.backend.now(*results)
+        return time.process_time() if self.trial.clock == "cpu" else wall
 
     # Resuming.
 
@@ -161,7 +169,7 @@ class _Run:
             experiment.repair(trial.folder, "flags_*.json", trial.flags)
 
     def duration(self) -> float:
-        return self.duration_before + self.trial.backend.now() - self.start
+        return self.duration_before + self.now() - self.start
 
     # Training.
 
@@ -174,7 +182,7 @@ class _Run:
         read_loss = backend.watch_loss(trial.workload)
         label = f"{trial.workload_name} {trial.folder.name}"
         progress = Progress(label, trial.max_steps, self.step, read_loss) if backend.is_main() else None
-        self.state["last_step_end_time"] = backend.now()
+        self.state["last_step_end_time"] = self.now()
         try:
             while not self.is_over():
                 rngs = seeds.split(seeds.fold_in(self.rng, self.step), 4)
@@ -185,7 +193,7 @@ class _Run:
                     if self.state["is_time_remaining"]:
                         self.evaluate(rngs[3])
                         self.log_evaluation()
-                self.state["last_step_end_time"] = backend.now()
+                self.state["last_step_end_time"] = self.now()
                 if progress:
                     progress.metric = self.last_metric()
                     progress.update(self.step)
@@ -233,7 +241,7 @@ class _Run:
         self.step += 1
         if self.step >= trial.max_steps:
             self.state["training_complete"] = True
-        end = trial.backend.now(self.params, self.optimizer_state)
+        end = self.now(self.params, self.optimizer_state)
         seconds = end - self.state["last_step_end_time"]
         self.state["accumulated_submission_time"] += seconds
         if self.first_step_time is None:
@@ -244,7 +252,7 @@ class _Run:
         trial = self.trial
         if trial.submission.prepare_for_eval is None:
             return
-        start = trial.backend.now()
+        start = self.now()
         trial.backend.seed_step(rng)
         self.optimizer_state, self.params, self.model_state = trial.submission.prepare_for_eval(
             workload=trial.workload,
@@ -258,7 +266,7 @@ class _Run:
             global_step=self.step,
             rng=trial.backend.rng(rng),
         )
-        end = trial.backend.now(self.params, self.optimizer_state)
+        end = self.now(self.params, self.optimizer_state)
         self.state["accumulated_submission_time"] += end - start
 
     def check_time(self) -> None:
@@ -268,7 +276,7 @@ class _Run:
     def evaluate(self, rng: np.ndarray) -> None:
         """The untimed evaluation."""
         trial, state = self.trial, self.state
-        start = trial.backend.now()
+        start = self.now()
         trial.backend.seed_step(rng)
         result = trial.workload.eval_model(
             trial.eval_batch_size, self.params, self.model_state, rng, trial.data_dir, None, self.step
@@ -277,7 +285,7 @@ class _Run:
             state["validation_goal_reached"] = True
         if trial.workload.has_reached_test_target(result):
             state["test_goal_reached"] = True
-        end = trial.backend.now()
+        end = self.now()
         state["last_eval_time"] = end
         state["accumulated_eval_time"] += end - start
         result["score"] = state["accumulated_submission_time"]
@@ -288,14 +296,14 @@ class _Run:
 
     def log_evaluation(self) -> None:
         """Checkpoint first, tables second: the checkpoint holds the rows, so nothing is lost between the two."""
-        start = self.trial.backend.now()
+        start = self.now()
         if self.trial.backend.is_main():
             self.logger.append_scalar_metrics(
                 self.eval_results[-1][1], self.step, self.preemption_count, is_eval=True
             )
             self.save()
             self.logger.flush()
-        self.state["accumulated_logging_time"] += self.trial.backend.now() - start
+        self.state["accumulated_logging_time"] += self.now() - start
 
     # The end.
 

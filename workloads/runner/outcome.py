@@ -36,6 +36,11 @@ class Outcome(TypedDict):
     settings: dict[str, object]
 
 
+def settings_of(outcome: Outcome) -> dict[str, object]:
+    """The settings of a trial; one of before there was a choice of clocks has that on the wall."""
+    return {"clock": "wall", **outcome["settings"]}
+
+
 def describe(outcome: Outcome) -> str:
     """An outcome in words."""
     metric, target = outcome["metric"], outcome["target"]

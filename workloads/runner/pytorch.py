@@ -43,6 +43,10 @@ class PyTorchBackend:
     def device_count(self) -> int:
         return devices.world_size()
 
+    def is_one_process_on_cpu(self) -> bool:
+        """Whether the device is the CPU, and this process alone."""
+        return devices.device().type == "cpu" and devices.world_size() == 1
+
     def is_main(self) -> bool:
         """Whether this process writes the files."""
         return devices.rank() == 0

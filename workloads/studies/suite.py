@@ -88,6 +88,7 @@ class Plan:
         spaces: submission -> JSON file, one for all workloads.
         seeds: of the studies, by their numbers.
         max_steps: of every trial; None for each workload's step hint.
+        clock: of every trial, as the runner's flag.
     """
 
     suite: Suite
@@ -98,6 +99,7 @@ class Plan:
     spaces: Mapping[str, Path]
     seeds: Mapping[int, int]
     max_steps: int | None = None
+    clock: str = "wall"
     stages: tuple[str, ...] = STAGES
 
     @property
@@ -108,7 +110,7 @@ class Plan:
     @property
     def settings(self) -> dict[str, object]:
         """Of every trial, as `workloads.runner.loop.SETTINGS` names them."""
-        return {"max_global_steps": self.max_steps, "stop_at_target": True}
+        return {"max_global_steps": self.max_steps, "stop_at_target": True, "clock": self.clock}
 
     def tuned_in(self, workload: str, submission: str) -> str:
         """The framework a submission is tuned in on a workload: PyTorch, unless one of the two is not there."""

@@ -78,6 +78,7 @@ def _plan(values: flags.FlagValues, spaces: dict[str, str], seeds: dict[int, int
         spaces={name: Path(spaces[name]) if name in spaces else suite.space_of(name) for name in names},
         seeds=seeds,
         max_steps=values.max_global_steps,
+        clock=values.clock,
         stages=tuple(values.stages),
     )
 
@@ -117,6 +118,7 @@ def _note(plan: Plan, values: flags.FlagValues) -> None:
         "study_seeds": list(plan.seeds.values()),
         "processes_at_a_time": values.jobs,
         "cores": os.cpu_count(),
+        "clock": values.clock,
         "commands": commands if command in commands else [*commands, command],
     }
     if content != before:

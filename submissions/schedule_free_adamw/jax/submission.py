@@ -7,7 +7,7 @@ import optax.contrib
 from submissions.common.api import Tree
 from submissions.common.from_optax import Averaging, Parameters, from_optax
 from submissions.common.packages import Package
-from submissions.common.schedule import constant_after_warmup
+from submissions.common.schedule import CONSTANT_AFTER_WARMUP
 from submissions.schedule_free_adamw import EPSILON, SAID
 
 __all__ = [
@@ -47,7 +47,7 @@ def interpolation(state: Tree, params: Tree, point: Tree) -> Tree:
 DESCRIPTION, init_optimizer_state, update_params, prepare_for_eval, data_selection, get_batch_size = from_optax(
     **SAID,
     make=make,
-    schedule=constant_after_warmup,
+    schedule=CONSTANT_AFTER_WARMUP,
     packages=[Package("optax", "0.2.8", "its contrib.schedule_free_adamw; AlgoPerf pins 0.2.2, which has none")],
     averaging=Averaging(average, interpolation),
 )

@@ -4,7 +4,7 @@ from submissions.common.api import Tree
 from submissions.common.from_torch import from_torch
 from submissions.common.packages import Package
 from submissions.common.parameters import Parameters
-from submissions.common.schedule import constant_after_warmup
+from submissions.common.schedule import CONSTANT_AFTER_WARMUP
 from submissions.schedule_free_adamw import EPSILON, SAID
 
 __all__ = [
@@ -33,6 +33,6 @@ def make(parameters: Parameters, point: Tree) -> Tree:
 DESCRIPTION, init_optimizer_state, update_params, prepare_for_eval, data_selection, get_batch_size = from_torch(
     **SAID,
     make=make,
-    schedule=constant_after_warmup,
+    schedule=CONSTANT_AFTER_WARMUP,
     packages=[Package("schedulefree", "1.4.1", "the authors' implementation")],
 )
