@@ -81,6 +81,7 @@ def command(
     points: range = range(1),
     of: int = 1,
     save_checkpoints: bool = True,
+    path: Path | None = None,
 ) -> tuple[str, ...]:
     """Trains points of a space, or the submission's own, into `<experiment_dir>/<submission>/<name>/...`.
 
@@ -90,6 +91,7 @@ def command(
         points: indices of the points to train, counted from 0.
         of: how many points there are.
         save_checkpoints: as the runner's flag.
+        path: the submission's file; None for that of its name.
     """
     given = [f"--{flag}={value}" for flag, value in settings.items() if value is not None]
     if space is None:
@@ -103,7 +105,7 @@ def command(
         "workloads.run",
         f"--workload={workload}",
         f"--framework={framework}",
-        f"--submission_path={submissions.path_of(submission, framework)}",
+        f"--submission_path={path or submissions.path_of(submission, framework)}",
         f"--experiment_dir={experiment_dir / submission}",
         f"--experiment_name={name}",
         f"--rng_seed={seed}",

@@ -1,0 +1,1 @@
+"""Submissions for experiments on what no hyperparameter says; each file one."""

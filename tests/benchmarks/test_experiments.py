@@ -1,0 +1,135 @@
+"""`python -m benchmarks.experiments`: what is run, kept and shown."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.experiments import __main__ as program
+from benchmarks.experiments import page, records, runs
+from benchmarks.experiments.experiment import SEEDS, TUNED_ON, Experiment, Variant
+from benchmarks.experiments.notebook import EXPERIMENTS
+from workloads import registry
+from workloads.studies import suite
+
+TOY = Experiment(
+    "toy",
+    "Two steps.",
+    "nadamw",
+    {"slow": Variant({"learning_rate": 1e-6}), "same": Variant(submission="adamw")},
+    workloads=("bible_lm",),
+    horizon=0.01,
+    seeds=(3001,),
+)
+
+
+def result_of(run, loss, curve=(), pace=10.0):
+    late = [*curve, (run.steps, loss)]
+    return {
+        **runs.identity(run),
+        "loss": loss,
+        "metric": loss,
+        "steps_to_target": None,
+        "ms_per_step": pace,
+        "curve": late,
+    }
+
+
+def kept_of(one, losses, **more):
+    """Results by variant -> losses over seeds, the same on every workload."""
+    found = {}
+    for (name, _, seed), run in runs.runs_of(one).items():
+        result = result_of(run, losses[name][one.seeds.index(seed)], **more.get(name, {}))
+        found[runs.key(result)] = result
+    return found
+
+
+def test_every_experiment_of_the_notebook_can_be_run():
+    names = [one.name for one in EXPERIMENTS]
+    assert len(set(names)) == len(names)
+    for one in EXPERIMENTS:
+        assert len(runs.runs_of(one)) == (1 + len(one.variants)) * len(one.workloads) * len(one.seeds)
+
+
+def test_experiments_have_seeds_of_their_own_and_spare_what_is_held_out():
+    assert not {suite.TUNING_SEED, 1001, 1002, 1003, 7001, 7002, 7003} & set(SEEDS)
+    assert len(TUNED_ON) == 4
+    assert set(TUNED_ON) < set(registry.BASES)
+    # What is held out may stand in the notebook once, in the experiment that confirms.
+    held_out = [one.name for one in EXPERIMENTS if not set(one.workloads) <= set(TUNED_ON)]
+    assert len(held_out) <= 1
+
+
+def test_differences_are_paired_by_seed():
+    one = Experiment(
+        "x", "", "nadamw", {"new": Variant({"beta2": 0.9})}, workloads=("bible_lm",), seeds=(3001, 3002)
+    )
+    kept = kept_of(one, {"base": [1.0, 2.0], "new": [0.9, 1.8]}, new={"curve": [(80, 1.5)], "pace": 12.0})
+    found = page.compare(one, kept)["new", "bible_lm"]
+    assert found.losses == pytest.approx((-0.1, -0.2))
+    # As low as the base at its end: only there with the first seed, after 80 steps with the second.
+    steps = next(iter(runs.runs_of(one).values())).steps
+    assert found.shares == pytest.approx((1.0, 80 / steps))
+    assert found.pace == pytest.approx(1.2)
+    text = page.page([one], kept)
+    assert "-0.1500 (-0.2000 to -0.1000)" in text
+    assert "| 1.20 |" in text
+    assert "4 runs are kept, 4 of them in the 1 experiments" in text
+
+
+def test_a_run_that_diverged_is_said_and_an_experiment_without_runs_is_not_shown():
+    one = Experiment("x", "", "nadamw", {"new": Variant({"beta2": 0.9})}, workloads=("bible_lm",), seeds=(3001,))
+    assert "diverged" in page.page([one], kept_of(one, {"base": [1.0], "new": [None]}))
+    assert "## x" not in page.page([one], {})
+
+
+def test_a_part_of_the_runs_is_compared_as_far_as_it_goes():
+    one = Experiment(
+        "x", "", "nadamw", {"new": Variant({"beta2": 0.9})}, workloads=("bible_lm",), seeds=(3001, 3002)
+    )
+    kept = kept_of(one, {"base": [1.0, 2.0], "new": [0.9, 1.8]})
+    lost = runs.key(runs.identity(runs.runs_of(one)["new", "bible_lm", 3002]))
+    del kept[lost]
+    assert page.compare(one, kept)["new", "bible_lm"].losses == pytest.approx((-0.1,))
+
+
+def test_equal_runs_of_several_experiments_are_run_once():
+    other = Experiment(
+        "other", "", "nadamw", {"more": Variant({"beta2": 0.9})}, workloads=("bible_lm",), horizon=0.01
+    )
+    wanted = [*runs.runs_of(TOY).values(), *runs.runs_of(other).values()]
+    assert len(set(wanted)) == len(wanted) - 1  # the base on the first seed
+
+
+def test_runs_are_kept_and_not_repeated(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(program, "EXPERIMENTS", (TOY,))
+    kept, document = tmp_path / "kept.jsonl", tmp_path / "page.md"
+
+    def call(*arguments):
+        flags = ["--experiment_dir", str(tmp_path / "runs"), "--results", str(kept), "--page", str(document)]
+        monkeypatch.setattr("sys.argv", ["experiments", *arguments, *flags])
+        return program.main()
+
+    assert call("run", "toy", "--jobs", "2") == 0
+    results = records.read(kept)
+    assert len(results) == 3
+    by_submission = {(one["submission"], one["point"].get("learning_rate")): one for one in results.values()}
+    base, slow = by_submission["nadamw", None], by_submission["nadamw", 1e-6]
+    assert (base["steps"], slow["steps"], base["seed"]) == (4, 4, 3001)
+    assert base["loss"] < slow["loss"]
+    assert "/" not in json.dumps(list(results.values()))  # no path of the machine
+    capsys.readouterr()
+    assert call("run", "toy") == 0
+    assert "0 runs" in capsys.readouterr().out
+    assert call("table") == 0
+    assert "## toy" in document.read_text()
+    assert call("list", "nonsense") == 2
+    assert "There is no experiment 'nonsense'. Known: toy." in capsys.readouterr().err
+
+
+def test_a_damaged_record_is_named_by_its_line(tmp_path):
+    path = tmp_path / "kept.jsonl"
+    path.write_text('{"submission": "nadamw"}\n')
+    with pytest.raises(Exception, match="line 1 cannot be read"):
+        records.read(path)
