@@ -45,11 +45,11 @@ demo: $(READY)
 FRAMEWORK ?= pytorch
 
 suite: $(READY)
-	@$(BIN)/python -m workloads.study --suite=embedded --framework=$(FRAMEWORK) --experiment_dir=$(RUNS)/suite
+	@$(BIN)/python -m workloads.study --suite=embedded --clock=cpu --framework=$(FRAMEWORK) --experiment_dir=$(RUNS)/suite
 
 # Changes workloads/*/targets.json: what was raced up to the old targets has to be raced again.
 targets: $(READY)
-	@$(BIN)/python -m workloads.targets --experiment_dir=$(RUNS)/targets
+	@$(BIN)/python -m workloads.targets --clock=cpu --experiment_dir=$(RUNS)/targets
 
 results: suite
 	@$(BIN)/python -m workloads.archive pack $(RUNS)/suite docs/results/suite

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 import scoring
+from benchmarks import suite_paces
 from scoring.judge import means
 from scoring.judge.rules import Rules
 from workloads import registry
@@ -47,6 +48,7 @@ class Judged:
         ranking: cost -> by submission AlgoPerf's score on these logs.
         pace: by submission and workload, ms per step.
         studies: how many are due.
+        alone: the workloads whose times are steps at the pace measured alone; of the others those of the race.
     """
 
     group: Group
@@ -57,6 +59,7 @@ class Judged:
     ranking: dict[str, pd.DataFrame]
     pace: pd.DataFrame
     studies: int
+    alone: tuple[str, ...] = ()
 
     @property
     def submissions(self) -> list[str]:
@@ -109,16 +112,16 @@ def judge(race: Path, studies: int) -> list[Judged]:
     Raises:
         UserError: there is no trial, or none of the reference.
     """
-    logs = scoring.read(race)
+    logs, measured = suite_paces.at_pace(scoring.read(race), suite_paces.read(race.parent))
     found = []
     for framework in sorted(set(logs.trials["framework"]), key=("pytorch", "jax").index):
         part = logs.select(framework=framework)
         for group in groups(sorted(set(part.trials["workload"]))):
-            found.append(_judge(part.select(workload=list(group.workloads)), group, framework, studies))
+            found.append(_judge(part.select(workload=list(group.workloads)), group, framework, studies, measured))
     return found
 
 
-def _judge(logs: scoring.Logs, group: Group, framework: str, studies: int) -> Judged:
+def _judge(logs: scoring.Logs, group: Group, framework: str, studies: int, measured: Sequence[str]) -> Judged:
     boards = {
         cost: scoring.leaderboard(logs, workloads="present", cost=cost, reference=REFERENCE, studies=studies)
         for cost in COSTS
@@ -134,4 +137,5 @@ def _judge(logs: scoring.Logs, group: Group, framework: str, studies: int) -> Ju
         {cost: board.ranking for cost, board in boards.items()},
         boards["time"].trials.groupby(["submission", "workload"])["ms_per_step"].median().unstack(),
         studies,
+        tuple(name for name in group.workloads if name in measured),
     )

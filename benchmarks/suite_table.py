@@ -176,7 +176,23 @@ def cost_table(one: Judged, cost: str) -> text.Table:
             row.append(shown)
         table.rows.append(row)
     table.note = "Medians over studies (least to most); where not all studies reached the target, how many did."
+    if cost == "time":
+        table.note += _of_times(one)
     return table
+
+
+def _of_times(one: Judged) -> str:
+    """What the times are, as the end of a note."""
+    rest = [name for name in one.group.workloads if name not in one.alone]
+    parts = []
+    if one.alone:
+        parts.append(
+            f"{', '.join(one.alone)}: the race's steps, at the pace of the best point on a machine with nothing "
+            "else to do (the stage `pace`)"
+        )
+    if rest:
+        parts.append(f"{', '.join(rest)}: as the race took them, beside other work")
+    return f" Times are seconds of one core. Of {'; of '.join(parts)}."
 
 
 def pace_table(one: Judged) -> text.Table:

@@ -68,21 +68,21 @@ def test_the_best_points_of_each_are_the_trials_of_its_studies(trainer, space, t
 
 
 def test_interrupted_anywhere_it_goes_on(trainer, space, tmp_path):
-    for stop in range(6):
+    for stop in range(8):
         trainer.interrupt_at = stop
         assert _main(tmp_path / "x", space, "--jobs=1") == 130
     trainer.interrupt_at = None
     assert _main(tmp_path / "x", space, "--jobs=1") == 0
-    assert len(trainer.started) == len(set(trainer.started)) == 6
+    assert len(trainer.started) == len(set(trainer.started)) == 8  # two of tuning, four of the race, two of paces
     assert _main(tmp_path / "x", space) == 0
-    assert len(trainer.started) == 6
+    assert len(trainer.started) == 8
 
 
 def test_what_another_process_has_at_work_is_waited_for(trainer, space, tmp_path):
     first = "mnist_vit pytorch: tuning of nadamw, points 1 to 4"
     trainer.busy[first] = 3
     assert _main(tmp_path / "x", space) == 0
-    assert len(trainer.started) == 6
+    assert len(trainer.started) == 8
     assert trainer.started.index(first) > trainer.started.index(
         "mnist_vit pytorch: tuning of kfac_expand, points 1 to 4"
     )
@@ -166,7 +166,7 @@ def test_jax_and_held_out_variants_race_what_was_found_in_pytorch_on_the_base(
         (["--submissions=adam"], "there is no submission 'adam' in pytorch; known: "),
         (["--workloads=mnist"], "Unknown workload 'mnist'. Known: "),
         (["--framework=tf"], "Unknown framework 'tf'. Known: pytorch, jax."),
-        (["--stages=tune"], "Unknown stage 'tune'. Known: tuning, race, report."),
+        (["--stages=tune"], "Unknown stage 'tune'. Known: tuning, race, pace, report."),
         (["--num_studies=2"], "--num_studies does not go with --suite"),
         (["--stages=race"], None),
         (["--suite=", "--submissions=nadamw", "--studies=2"], "--studies is for --suite"),
@@ -246,7 +246,7 @@ def test_an_archive_scores_the_same_and_the_suite_goes_on_from_it(trainer, space
     assert json.loads(notes)["commands"] == [f"{command} --workloads=mnist_vit,bible_lm"]
     assert "submissions/nadamw/pytorch/submission.py" in text
     assert archive.main(["unpack", str(tmp_path / "packed"), str(tmp_path / "y")]) == 0
-    assert "32 trials unpacked" in capsys.readouterr().out
+    assert "36 trials unpacked" in capsys.readouterr().out
     boards = [
         scoring.leaderboard(scoring.read(tmp_path / name / "race"), workloads="present", cost=cost).ranking
         for cost in ("steps", "time")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -61,6 +62,28 @@ def test_tables_figure_and_rows(finished, tmp_path):
     archives.unpack(tmp_path / "packed", tmp_path / "y")
     (again,) = suite_results.judge(tmp_path / "y/race", 3)
     pd.testing.assert_frame_equal(suite_table.rows([again]), table, rtol=1e-5)
+
+
+def test_times_are_at_the_pace_measured_alone(finished, tmp_path):
+    (one,) = suite_results.judge(finished / "race", 3)
+    assert one.alone == ("mnist_vit", "bible_lm")
+    for path in finished.glob("pace/kfac_expand/*/mnist_vit_pytorch/trial_1/outcome.json"):
+        slower = tmp_path / "slower"
+        shutil.copytree(finished, slower)
+        outcome = json.loads(path.read_text())
+        outcome |= {"first_step_time": 1.0, "accumulated_submission_time": 1.0 + 0.5 * (outcome["global_step"] - 1)}
+        (slower / path.relative_to(finished)).write_text(json.dumps(outcome))
+    (again,) = suite_results.judge(slower / "race", 3)
+    seconds = suite_table.rows([again]).set_index(["submission", "workload"])["seconds"]
+    assert seconds["kfac_expand", "mnist_vit"] == pytest.approx(1.0 + 0.5 * 29)  # the median study: 30 steps
+    before = suite_table.rows([one]).set_index(["submission", "workload"])["seconds"]
+    assert seconds["nadamw", "mnist_vit"] == pytest.approx(before["nadamw", "mnist_vit"])
+    # A submission without a pace: all times of the workload are those of the race.
+    shutil.rmtree(slower / "pace/kfac_expand/study_1/mnist_vit_pytorch")
+    (rest,) = suite_results.judge(slower / "race", 3)
+    assert rest.alone == ("bible_lm",)
+    assert "Of bible_lm: the race's steps" in suite_table.cost_table(rest, "time").note
+    assert "of mnist_vit: as the race took them" in suite_table.cost_table(rest, "time").note
 
 
 def test_the_page_says_what_each_side_was_given(finished):

@@ -20,7 +20,7 @@ from workloads.runner import experiment
 from workloads.runner.jobs import CHECKOUT
 from workloads.runner.logs import write_table
 
-STAGES = ("tuning", "race", "targets")
+STAGES = ("tuning", "race", "pace", "targets")
 # Significant digits: of what scores are made of, of other metrics, of other times.
 DIGITS, METRIC_DIGITS, TIME_DIGITS = 6, 5, 3
 FORMAT = 1

@@ -7,6 +7,7 @@ held-out variant is raced at the best point found on its base workload, and JAX 
     <experiment_dir>/tuning/<submission>/seed_901/<workload>_<framework>/trial_<i>/
     <experiment_dir>/chosen/<workload>/<submission>.json        the ranking, and what lies at an edge of the space
     <experiment_dir>/race/<submission>/study_<j>/<workload>_<framework>/trial_<i>/
+    <experiment_dir>/pace/<submission>/study_<j>/<workload>_<framework>/trial_1/    one at a time, for times
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from workloads.studies import choice, facts
 SPACES = CHECKOUT / "tuning_search_spaces" / "suite"
 TUNING_SEED = 901  # used for nothing but tuning
 TUNED_IN = "pytorch"
-STAGES = ("tuning", "race", "report")
+STAGES = ("tuning", "race", "pace", "report")
 # How many trials share a process in PyTorch, which takes seconds to start. In JAX they would share compiled
 # programs as well, and the times of all but the first would lack compilation.
 TOGETHER = {"pytorch": 4, "jax": 1}
@@ -254,6 +255,40 @@ def _race_jobs(
                 functools.partial(_prepare_race, plan, base, submission, folders, part),
             )
             found.append(_checked(job, workload))
+    return found
+
+
+def pace_jobs(plan: Plan) -> list[Job]:
+    """A trial of each submission's best point on the seed of the first study, to be run one at a time."""
+    found, seconds = [], Seconds(plan.directory)
+    study, seed = next(iter(plan.seeds.items()))
+    for framework, workload, submission in plan.runs():
+        base = facts.base_of(workload)
+        folder = plan.directory / "pace" / submission / f"study_{study}" / f"{workload}_{framework}"
+        train = command(
+            workload,
+            framework,
+            submission,
+            plan.directory / "pace",
+            folder.parent.name,
+            seed,
+            plan.settings,
+            space=_points_file(plan, base, submission),
+            save_checkpoints=False,
+        )
+        name = f"{workload} {framework}: pace of {submission}"
+        folders = (folder / "trial_1",)
+        job = Job(
+            name,
+            folders,
+            train,
+            log_of(plan.directory, name),
+            plan.settings,
+            seconds.of(workload, framework, submission),
+            (),
+            functools.partial(_prepare_race, plan, base, submission, folders, range(1)),
+        )
+        found.append(_checked(job, workload))
     return found
 
 

@@ -40,6 +40,9 @@ def run(values: flags.FlagValues, spaces: dict[str, str], seeds: dict[int, int])
     _note(plan, values)
     _announce(plan, todo, values.jobs)
     failed = jobs.run(todo, values.jobs, say_kept=False, patient=True)
+    if "pace" in plan.stages and not failed:
+        tell("==> The pace of each, one trial at a time: leave the machine alone meanwhile")
+        failed = jobs.run(suite.pace_jobs(plan), 1, say_kept=False, patient=True)
     if failed:
         tell(f"error: {len(failed)} of the jobs failed; the same command tries them again", sys.stderr)
     reported = "report" not in plan.stages or report(plan.race, plan.directory, plan.frameworks, len(plan.seeds))
