@@ -35,7 +35,7 @@ class BibleLmTask(Workload):
     train_stddev = None
     max_allowed_runtime_sec = 900
     eval_period_time_sec = 3
-    eval_period_steps = 10
+    eval_period_steps = 15
     step_hint = 400
 
     def __init__(self) -> None:

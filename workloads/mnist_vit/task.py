@@ -37,7 +37,7 @@ class MnistVitTask(Workload):
     train_stddev = mnist.STDDEV
     max_allowed_runtime_sec = 600
     eval_period_time_sec = 2
-    eval_period_steps = 5
+    eval_period_steps = 10
     step_hint = 400
 
     def __init__(self) -> None:
