@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from algoperf_kfac.pytorch import KFAC, FactorPair, MissingStatisticsError, Positions
-from tests.math.oracle import ggn_blocks, kfac_blocks, relative_error
+from benchmarks.paper.ggn import ggn_blocks, kfac_blocks, relative_error
 from tests.math.support import assert_equal, empirical_factors, fisher_factors
 
 APPROXIMATIONS = pytest.mark.parametrize("approximation", ["expand", "reduce"])

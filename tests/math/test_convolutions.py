@@ -13,7 +13,8 @@ from algoperf_kfac.pytorch import KFAC
 from algoperf_kfac.pytorch import factors as library
 from algoperf_kfac.pytorch.factors import MaskedLayout
 from algoperf_kfac.pytorch.geometry import ConvGeometry
-from tests.math import naive, oracle
+from benchmarks.paper import ggn as oracle
+from tests.math import naive
 from tests.math.strategies import convolutions
 from tests.math.support import Operations, assert_covariance, assert_equal, batched, empirical_factors, examples
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from algoperf_kfac.pytorch.fisher import sampled_loss
-from tests.math.oracle import relative_error
+from benchmarks.paper.ggn import relative_error
 
 
 def collapse(path: tuple[int, ...]) -> tuple[int, ...]:

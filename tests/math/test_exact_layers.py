@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from torch import Tensor, nn
 
-from tests.math.oracle import ggn_blocks, kfac_blocks, relative_error
+from benchmarks.paper.ggn import ggn_blocks, kfac_blocks, relative_error
 from tests.math.strategies import convolutions
 from tests.math.support import empirical_factors, examples, fisher_factors
 

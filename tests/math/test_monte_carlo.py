@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from algoperf_kfac.losses import LossType
 from algoperf_kfac.pytorch.fisher import exact_losses, sampled_loss
-from tests.math.oracle import LOSSES, relative_error
+from benchmarks.paper.ggn import LOSSES, relative_error
 from tests.math.support import assert_equal, fisher_factors
 
 SEEDS = 48

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from algoperf_kfac.pytorch import KFAC, NadamW
-from tests.math import dense, oracle
+from benchmarks.paper import ggn as oracle
+from tests.math import dense
 
 PLAIN: dict[str, Any] = {"one_minus_beta1": 1.0, "learning_rate": 1.0, "grafting": False, "factor_decay": 0.5}
 POWERS = {"inverse": -1.0, "root": -0.5, "power": -0.75}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from algoperf_kfac.pytorch import KFAC, Positions
 from algoperf_kfac.pytorch.statistics import Call, Recorder
-from tests.math.oracle import ggn_blocks
+from benchmarks.paper.ggn import ggn_blocks
 
 APPROXIMATIONS = pytest.mark.parametrize("approximation", ["expand", "reduce"])
 V, D, N, R = 5, 3, 4, 6

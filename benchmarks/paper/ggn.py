@@ -7,6 +7,8 @@ Hessian H of the summed loss with respect to these outputs. Parameters are order
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,8 +24,8 @@ LOSSES = {
 }
 
 
-def rows(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(..., *weight.shape), (..., *bias.shape) -> (..., groups, P_out, P_in [+ 1])."""
+def rows(layer: Any, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(..., *weight.shape), (..., *bias.shape) -> (..., groups, P_out, P_in [+ 1]) of a linear layer or convolution."""
     groups = getattr(layer, "groups", 1)
     lead = weight.shape[: weight.dim() - layer.weight.dim()]
     kernel = tuple(layer.weight.shape[2:])
