@@ -25,7 +25,7 @@ LOSSES = {
 
 
 def rows(layer: Any, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Of a linear layer or convolution: (..., *weight.shape), (..., *bias.shape) -> (..., groups, P_out, P_in [+ 1])."""
+    """Of a linear layer or convolution: weights and biases (...) to matrices (..., groups, P_out, P_in [+ 1])."""
     groups = getattr(layer, "groups", 1)
     lead = weight.shape[: weight.dim() - layer.weight.dim()]
     kernel = tuple(layer.weight.shape[2:])
