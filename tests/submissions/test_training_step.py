@@ -211,8 +211,8 @@ def test_training_ends_with_a_schedule_that_decays_where_the_point_says_so():
         training = TrainingConfig(horizon_factor=0.5, ends_with_schedule=ends)
         return which.is_over(40, training, step)
 
-    assert [over(schedule.WARMUP_COSINE, step, True) for step in (0, 19, 20, 21)] == [False, False, True, True]
-    assert not over(schedule.WARMUP_COSINE, 30, False)
+    assert [over(schedule.WARMUP_DECAY, step, True) for step in (0, 19, 20, 21)] == [False, False, True, True]
+    assert not over(schedule.WARMUP_DECAY, 30, False)
     assert not over(schedule.CONSTANT_AFTER_WARMUP, 30, True)
     with pytest.raises(ValueError, match=r"ends_with_schedule='yes'.*True or False"):
         TrainingConfig(ends_with_schedule="yes")
