@@ -50,7 +50,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         check("warmup_factor", self.warmup_factor, FRACTION)
         check("horizon_factor", self.horizon_factor, POSITIVE)
-        if self.decay_shape not in DECAYS:
+        if self.decay_shape not in tuple(DECAYS):  # whatever it is
             raise ValueError(f"hyperparameter decay_shape={self.decay_shape!r}: allowed is one of {tuple(DECAYS)}")
         check("label_smoothing", self.label_smoothing, FRACTION)
         check("dropout_rate", self.dropout_rate, FRACTION)
