@@ -112,11 +112,11 @@ def second_order(
             if called[i] and name in absent:
                 part = (jnp.array(called) if part is None else part).at[i].set(~absent[name])
         places = _Places(stack, number)
-        momentum, first_order = places.matrices(momentum_leaves), places.matrices(leaves)
+        momentum, stand_in = places.matrices(momentum_leaves), places.matrices(leaves)
         direction, kept = jax.vmap(scaling.precondition)(states[key], momentum, places.matrices(gradient_leaves))
         state = dataclasses.replace(states[key], kept=kept)
         norm = jax.vmap(_long_norm)(direction)
-        ratio, usable = _lengthened(norm, momentum, first_order, scaling.config)
+        ratio, usable = _lengthened(norm, momentum, stand_in, scaling.config)
         useless = ~usable if part is None else ~usable & part
         failed = failed + useless.sum(dtype=jnp.int32)
         if monitor:
@@ -125,7 +125,7 @@ def second_order(
             if scaling.config.length_rule == "graft":
                 state = dataclasses.replace(state, graft_ratio=ratio)
         new_states[key] = state if part is None else select(part, state, states[key])
-        steps = jnp.where(broadcast(usable, direction), direction * broadcast(ratio, direction), first_order)
+        steps = jnp.where(broadcast(usable, direction), direction * broadcast(ratio, direction), stand_in)
         places.put_back(steps, leaves)
     return SecondOrder(jax.tree.unflatten(tree, leaves), new_states, failed)
 
@@ -162,19 +162,19 @@ class _Places:
                     leaves[position] = part.astype(leaves[position].dtype)
 
 
-def _lengthened(norm: Array, momentum: Array, first_order: Array, config: KFACConfig) -> tuple[Array, Array]:
+def _lengthened(norm: Array, momentum: Array, stand_in: Array, config: KFACConfig) -> tuple[Array, Array]:
     """What K-FAC directions are multiplied by, and which of them are of use, (layers,) each.
 
     Args:
         norm: their lengths, (layers,).
         momentum: what was preconditioned, (layers, groups, P_out, P_in).
-        first_order: the first-order directions, of the same shape.
+        stand_in: the first-order directions, of the same shape.
         config: says what lengths they take.
     """
     ratio = jnp.ones_like(norm)
     # A layer without gradient (all zero) has no direction of either kind, and is not in need of a stand-in.
     if config.length_rule == "graft":
-        length = _norms(first_order)
+        length = _norms(stand_in)
         ratio = jnp.where(length == 0, length, length / norm)
     elif config.length_rule == "rms":
         ratio = _ratio_to(config.length_factor, math.prod(momentum.shape[1:]), norm)
