@@ -318,13 +318,12 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "inverse": {"preconditioner": "inverse", "grafting": False, "damping": 1e-2, "damping_mode": "absolute"},
     "root": {"scaling": "root", "drift_tolerance": 0.2, "damping": 1e-2, "refresh_interval": 6},
     "second-moment": {"scaling": "second_moment", "damping": 1e-2},
-    "polar": {"scaling": "polar", "damping": 1e-2},
+    "polar": {"scaling": "polar", "damping": 1e-2, "max_factor_dim": 4},
     "polar-rms": {
         "scaling": "polar",
         "polar_exponent": 0.25,
         "damping": 1e-2,
         "length": "rms",
-        "max_factor_dim": 4,
         "drift_tolerance": 0.2,
     },
     "floor": {"damping": 1e-8, "noise_floor": 1e9, "max_factor_dim": 4},  # 0.02 of the largest eigenvalue
