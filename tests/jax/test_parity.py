@@ -338,8 +338,7 @@ MODELS = {"mlp": mlp, "cnn": cnn, "attention": attention, "graph": graph, "langu
     ("model", "configuration", "approximation"), [("mlp", "polar", "reduce"), ("cnn", "polar-rms", "expand")]
 )
 def test_the_polar(model: str, configuration: str, approximation: str) -> None:
-    """Gradients of logits sum to zero over classes, but for rounding, which the iteration lifts as it lifts all that
-    is small."""
+    """Gradients of logits sum to zero over classes but for rounding, which is lifted as all that is small."""
     lift = COEFFICIENTS[0] ** STEPS_OF_POLAR
     run(MODELS[model](), INTERVALS | CONFIGURATIONS[configuration] | {"approximation": approximation}, 1e-10 * lift)
 
