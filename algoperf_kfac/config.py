@@ -16,6 +16,8 @@ POWERS = {"root": 0.5, "inverse": 1.0}  # scalings that are powers by name
 DAMPING_MODES = ("relative", "absolute")
 LARGE_FACTORS = ("block", "one_sided")
 INITIAL_REFRESHES = ("doubling", "every")
+LENGTHS = ("graft", "rms", "none")
+WHITENING = 0.5  # the power of the eigenvalues that scaling="polar" takes out of the momentum
 DAMPING = 1e-2  # the default
 LAYER_KINDS = ("linear", "conv", "conv_transpose")
 TABLE = "embedding"  # the kind of a table that is the output layer, too: approximated like a linear layer
@@ -48,7 +50,7 @@ class KFACConfig:
     Attributes:
         learning_rate: base learning rate; the schedule multiplies it.
         one_minus_beta1: 1 - decay of the momentum.
-        beta2: decay of the second moment of the first-order update (fallback and grafting) and, with
+        beta2: decay of the second moment of the first-order update (fallback and length="graft") and, with
             `scaling="second_moment"`, of the rotated gradient.
         eps: added to the root of the second moment.
         weight_decay: decoupled, multiplied by the learning rate.
@@ -61,9 +63,12 @@ class KFACConfig:
         preconditioner: "eigen" (factors' eigenbases) or "inverse" (damped inverses, as in the paper).
         scaling: for "eigen", how the rotated momentum is scaled: "power" (by the eigenvalues to the power
             -`power`), "root" and "inverse" (the powers -1/2 and -1 by name), "second_moment" (Adam's second
-            moment of the rotated gradient), or a class of your own with the interface of the framework's
-            `scalings.Scaling`.
+            moment of the rotated gradient), "polar" (the polar factor of the whitened momentum, tempered by the
+            eigenvalues to the power -`polar_exponent`), or a class of your own with the interface of the
+            framework's `scalings.Scaling`.
         power: exponent for scaling="power", in (0, 1]; 1 is K-FAC's own, 1/2 Adam's in the eigenbasis.
+        polar_exponent: exponent q for scaling="polar", in [0, 1]: D = B^-q polar(B^-1/2 M A^-1/2) A^-q; with 1/2
+            the direction is the steepest in the norm that both factors make, with 0 it has singular values of 1.
         damping: with "relative", lambda_A = damping tr(A)/P_in and lambda_B = damping tr(B)/P_out; with
             "absolute", lambda_A = pi sqrt(damping) and lambda_B = sqrt(damping)/pi with
             pi^2 = (tr(A)/P_in) / (tr(B)/P_out) (Martens and Grosse 2015, section 6.3).
@@ -80,7 +85,13 @@ class KFACConfig:
             first, second, fourth, eighth, ... ("doubling"), or "every" one.
         drift_tolerance: with "eigen", a due refresh is skipped where the old basis still diagonalises the
             factor up to this share of its Frobenius norm; the eigenvalues are updated all the same.
-        grafting: give each covered layer's direction the norm of its NadamW update.
+        length: the length of a covered layer's direction: "graft" (the norm of its NadamW update), "rms" (such that
+            the root mean square of its entries, bias included, is `length_factor`) or "none" (as the scaling gives
+            it). Without "graft" the NadamW updates of covered layers are not needed: with "rms", in PyTorch with
+            "none", too, no second moment of their parameters is kept. None is what `grafting` says.
+        length_factor: root mean square for length="rms"; a step's is learning rate times schedule times this.
+        grafting: by an older name, True for length="graft" and False for "none". None is what `length` says;
+            neither given, directions are grafted. The two may not contradict each other.
         max_factor_dim: factors above this dimension take the form `large_factor`.
         large_factor: "block" (block diagonal, blocks of at most max_factor_dim) or "one_sided" (identity).
 
@@ -99,6 +110,7 @@ class KFACConfig:
     preconditioner: str = "eigen"
     scaling: str | type = "power"
     power: float = 0.75
+    polar_exponent: float = 0.125
     damping: float = DAMPING
     damping_mode: str = "relative"
     noise_floor: float | None = None
@@ -108,7 +120,9 @@ class KFACConfig:
     refresh_interval: int = 20
     initial_refreshes: str = "doubling"
     drift_tolerance: float = 0.0
-    grafting: bool = True
+    length: str | None = None
+    length_factor: float = 0.5
+    grafting: bool | None = None
     max_factor_dim: int = 1024
     large_factor: str = "block"
 
@@ -149,6 +163,7 @@ class KFACConfig:
         known = isinstance(self.scaling, type) or self.scaling in scaling_names()
         check("scaling", known, f"one of {scaling_names()}, or a class of your own")
         check("power", 0 < self.power <= 1, "a number in (0, 1]")
+        check("polar_exponent", 0 <= self.polar_exponent <= 1, "a number in [0, 1]")
         check("damping", self.damping > 0, "a number > 0")
         check("damping_mode", self.damping_mode in DAMPING_MODES, f"one of {DAMPING_MODES}")
         check("noise_floor", self.noise_floor is None or self.noise_floor >= 0, "a number >= 0, or None")
@@ -162,7 +177,13 @@ class KFACConfig:
         )
         check("initial_refreshes", self.initial_refreshes in INITIAL_REFRESHES, f"one of {INITIAL_REFRESHES}")
         check("drift_tolerance", 0 <= self.drift_tolerance < 1, "a number in [0, 1)")
-        check("grafting", isinstance(self.grafting, bool), "True or False")
+        check("length", self.length is None or self.length in LENGTHS, f"one of {LENGTHS}, or None")
+        check("length_factor", self.length_factor > 0, "a number > 0")
+        check("grafting", self.grafting is None or isinstance(self.grafting, bool), "True or False, or None")
+        if self.grafting is not None and self.length is not None and self.grafting != (self.length == "graft"):
+            raise ValueError(
+                f"hyperparameter grafting={self.grafting} contradicts length={self.length!r}: leave grafting out"
+            )
         check("max_factor_dim", self.max_factor_dim >= 1, "at least 1")
         check("large_factor", self.large_factor in LARGE_FACTORS, f"one of {LARGE_FACTORS}")
 
@@ -206,8 +227,17 @@ class KFACConfig:
 
     @property
     def exponent(self) -> float:
-        """Power of the inverse eigenvalues for the scalings that use them."""
+        """Power of the inverse eigenvalues for the scalings that use them; of "polar", both of its powers."""
+        if self.scaling == "polar":
+            return WHITENING + self.polar_exponent
         return POWERS.get(self.scaling, self.power) if isinstance(self.scaling, str) else self.power
+
+    @property
+    def length_rule(self) -> str:
+        """One of `LENGTHS`: what `length` and `grafting` come to."""
+        if self.length is not None:
+            return self.length
+        return "none" if self.grafting is False else "graft"
 
     def check_kinds(self, declared: Iterable[str]) -> None:
         """Refuse an approximation for a kind of layer that there is none of.
@@ -238,7 +268,8 @@ class KFACConfig:
         in directions where both factors are empty. Beside the directions of the largest eigenvalues a_max and b_max
         those are scaled up by (a_max b_max / (lambda_A lambda_B))^p: by the share lambda / max, to the power -2p.
         At the share (eps / sqrt(12))^(1 / 2p) the errors of all empty directions together come to the length of
-        the largest part of the gradient; below, they exceed it.
+        the largest part of the gradient; below, they exceed it. (What a polar factor lifts in addition, signal and
+        rounding alike, is left out.)
 
         Args:
             eps: of the coarsest dtype among those that inputs, output gradients and factors came in.

@@ -7,7 +7,7 @@ on one device). The flops are those of the leading matrix products of one device
     model's step     6 N R P_in P_out per layer: forward pass, gradient of the input, gradient of the weight
     statistics       expand 2 N R (P_in^2 + P_out^2); reduce N R (P_in + P_out) + 2 N (P_in^2 + P_out^2)
     refresh          9 n^3 per eigendecomposition plus 2 n^3 for the operator; n^3 per damped inverse
-    preconditioning  2 P_out P_in (P_in + P_out) per layer
+    preconditioning  2 P_out P_in (P_in + P_out) per layer, for scalings that are operators
 
 9 n^3 is the symmetric QR algorithm with vectors, n^3 Cholesky (n^3 / 3) and the inverse from its root (2 n^3 / 3)
 (Golub and Van Loan, Matrix Computations, sections 8.3 and 4.2). Flops are not seconds: on a GPU decompositions run

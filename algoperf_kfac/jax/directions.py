@@ -1,4 +1,4 @@
-"""The directions of one step: K-FAC's in place of NadamW's for covered layers, with its length.
+"""The directions of one step: NadamW's for every parameter, K-FAC's in place of it for covered layers.
 
 Nothing here waits for the device: whether a K-FAC direction is usable is selected on it.
 """
@@ -6,6 +6,7 @@ Nothing here waits for the device: whether a K-FAC direction is usable is select
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from algoperf_kfac.config import KFACConfig
+from algoperf_kfac.jax.nadamw import nadamw_directions
 from algoperf_kfac.jax.preconditioner import LayerState
 from algoperf_kfac.jax.scalings import Scaling
 from algoperf_kfac.jax.stacks import Stack, broadcast, select
@@ -32,6 +35,39 @@ class SecondOrder(NamedTuple):
     directions: Tree
     states: dict[str, LayerState]
     stand_ins: Array
+
+
+def first_order(
+    gradients: Sequence[Array],
+    momenta: Sequence[Array],
+    nu: Sequence[Array],
+    plain: Sequence[bool],
+    count: Array,
+    config: KFACConfig,
+) -> tuple[list[Array], list[Array]]:
+    """The new second moments and NadamW's directions, parameter by parameter.
+
+    Args:
+        gradients: of this step.
+        momenta: bias-corrected.
+        nu: second moments; of plain parameters a zero in the place of one.
+        plain: which parameters do without: their directions are the momenta with entries of root mean square
+            `KFACConfig.length_factor`, zero where there is none.
+        count: number of this update, from 1.
+        config: the configuration.
+    """
+    new, directions = list(nu), list(momenta)
+    own = [i for i, is_plain in enumerate(plain) if not is_plain]
+    some, looking_ahead, old = ([values[i] for i in own] for values in (gradients, momenta, nu))
+    moved = nadamw_directions(some, looking_ahead, old, count, config.beta2, config.eps)
+    for i, moment, direction in zip(own, *moved, strict=True):
+        new[i], directions[i] = moment, direction
+    for i, is_plain in enumerate(plain):
+        if is_plain:
+            wide = momenta[i].astype(jnp.promote_types(momenta[i].dtype, jnp.float32))
+            ratio = _ratio_to(config.length_factor, wide.size, _long_norm(wide))
+            directions[i] = (wide * jnp.nan_to_num(ratio, nan=0.0, posinf=0.0)).astype(momenta[i].dtype)
+    return new, directions
 
 
 def second_order(
@@ -76,18 +112,20 @@ def second_order(
             if called[i] and name in absent:
                 part = (jnp.array(called) if part is None else part).at[i].set(~absent[name])
         places = _Places(stack, number)
-        momentum, first_order = places.matrices(momentum_leaves), places.matrices(leaves)
+        momentum, stand_in = places.matrices(momentum_leaves), places.matrices(leaves)
         direction, kept = jax.vmap(scaling.precondition)(states[key], momentum, places.matrices(gradient_leaves))
         state = dataclasses.replace(states[key], kept=kept)
-        norm = _long_norms(direction)
-        ratio, usable = _graft(norm, first_order, grafting=scaling.config.grafting)
+        norm = jax.vmap(_long_norm)(direction)
+        ratio, usable = _lengthened(norm, momentum, stand_in, scaling.config)
         useless = ~usable if part is None else ~usable & part
         failed = failed + useless.sum(dtype=jnp.int32)
         if monitor:
             cosine = (momentum * direction).sum((1, 2, 3)) / (_norms(momentum) * norm)
-            state = dataclasses.replace(state, graft_ratio=ratio, cosine=cosine)
+            state = dataclasses.replace(state, cosine=cosine)
+            if scaling.config.length_rule == "graft":
+                state = dataclasses.replace(state, graft_ratio=ratio)
         new_states[key] = state if part is None else select(part, state, states[key])
-        steps = jnp.where(broadcast(usable, direction), direction * broadcast(ratio, direction), first_order)
+        steps = jnp.where(broadcast(usable, direction), direction * broadcast(ratio, direction), stand_in)
         places.put_back(steps, leaves)
     return SecondOrder(jax.tree.unflatten(tree, leaves), new_states, failed)
 
@@ -124,22 +162,37 @@ class _Places:
                     leaves[position] = part.astype(leaves[position].dtype)
 
 
-def _graft(norm: Array, first_order: Array, *, grafting: bool) -> tuple[Array, Array]:
+def _lengthened(norm: Array, momentum: Array, stand_in: Array, config: KFACConfig) -> tuple[Array, Array]:
     """What K-FAC directions are multiplied by, and which of them are of use, (layers,) each.
 
     Args:
         norm: their lengths, (layers,).
-        first_order: the first-order directions, (layers, groups, P_out, P_in).
-        grafting: whether they take the lengths of those.
+        momentum: what was preconditioned, (layers, groups, P_out, P_in).
+        stand_in: the first-order directions, of the same shape.
+        config: says what lengths they take.
     """
     ratio = jnp.ones_like(norm)
-    if grafting:
-        length = _norms(first_order)
-        # A layer without gradient (all zero) has no direction of either kind, and is not in need of a stand-in.
+    # A layer without gradient (all zero) has no direction of either kind, and is not in need of a stand-in.
+    if config.length_rule == "graft":
+        length = _norms(stand_in)
         ratio = jnp.where(length == 0, length, length / norm)
+    elif config.length_rule == "rms":
+        ratio = _ratio_to(config.length_factor, math.prod(momentum.shape[1:]), norm)
+        ratio = jnp.where(jax.vmap(_long_norm)(momentum) == 0, 0.0, ratio)
     # Where factors are all but singular a direction may vanish or overflow: the first-order one then stands.
     usable = jnp.isfinite(ratio) & jnp.isfinite(norm)
     return jnp.where(usable, ratio, 1.0), usable
+
+
+def _ratio_to(length: float, size: int, norm: Array) -> Array:
+    """What gives entries the root mean square `length`; infinite or NaN where they have no length.
+
+    Args:
+        length: k; the norm is k sqrt(P_out P_in), then.
+        size: number of entries.
+        norm: of arrays of that size.
+    """
+    return length / (norm / math.sqrt(size))
 
 
 def _norms(matrices: Array) -> Array:
@@ -147,11 +200,11 @@ def _norms(matrices: Array) -> Array:
     return jnp.sqrt(jnp.square(matrices).sum((1, 2, 3)))
 
 
-def _long_norms(matrices: Array) -> Array:
-    """As `_norms`, of matrices so long that the squares of their entries may overflow in float32.
+def _long_norm(array: Array) -> Array:
+    """(): the norm of an array so long that the squares of its entries may overflow in float32.
 
-    They are: reduce's B of a layer before an instance norm, whose output gradients sum to zero, is rounding alone.
+    Directions are: reduce's B of a layer before an instance norm, whose output gradients sum to zero, is rounding
+    alone.
     """
-    largest = jnp.abs(matrices).max((1, 2, 3), keepdims=True)
-    largest = jnp.maximum(largest, jnp.finfo(matrices.dtype).tiny)
-    return largest[:, 0, 0, 0] * _norms(matrices / largest)
+    largest = jnp.maximum(jnp.abs(array).max(), jnp.finfo(array.dtype).tiny)
+    return largest * jnp.sqrt(jnp.square(array / largest).sum())

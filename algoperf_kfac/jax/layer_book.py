@@ -79,6 +79,10 @@ class Layers:
         specs = [layer.spec for name, layer in self.covered.items() if name in names]
         return {name for spec in specs for name in (spec.weight, spec.bias) if name is not None}
 
+    def without_second_moment(self, config: KFACConfig) -> set[str]:
+        """The parameters, by name, whose NadamW direction nothing needs: covered ones, by their length's rule."""
+        return self.parameters_of(self.covered) if config.length_rule == "rms" else set()
+
     def within(self, params: Tree) -> Layers:
         """The layers whose parameters are in a tree, which may be masked (`optax.masked`, `optax.multi_transform`).
 

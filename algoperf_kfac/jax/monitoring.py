@@ -130,7 +130,7 @@ def summary(state: Tree, layers: Layers, config: KFACConfig, worst: int = 8) -> 
     stacks = find_state(state).stacks
     numbers = layer_numbers(stacks, layers, ("taken", "refreshes", "idle", "graft_ratio", "cosine"))
     seen = {name: own for name, own in numbers.items() if own["taken"]}
-    ratios = {name: own["graft_ratio"] for name, own in seen.items()} if config.grafting else {}
+    ratios = {name: own["graft_ratio"] for name, own in seen.items()} if config.length_rule == "graft" else {}
     names = worst_first(numbers, ratios)
     states = layer_states(stacks, layers)
     shown = {}

@@ -174,7 +174,7 @@ class KFAC:
 
     def _judge(self, metrics: Mapping[str, float]) -> None:
         """Say, once, if most directions are noise."""
-        if self.config.grafting:
+        if self.config.length_rule == "graft":
             ratios = {
                 name: metrics[f"{name}/graft_ratio"]
                 for name in self.layers.covered

@@ -68,6 +68,7 @@ def plan_of(seen: Sighting, *, devices: int = 1) -> Plan:
         devices=devices,
         activation_bytes=seen.activation_bytes,
         capture_bytes=seen.capture_bytes,
+        moments_of_covered=1 if seen.config.length_rule == "rms" else 2,
         counts=2,  # of steps and of replaced directions
     )
 

@@ -15,10 +15,10 @@ from jax.sharding import Mesh
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.jax import preconditioner
-from algoperf_kfac.jax.directions import second_order
+from algoperf_kfac.jax.directions import first_order, second_order
 from algoperf_kfac.jax.layer_book import Layers, check_known, check_params, check_real, put_in
 from algoperf_kfac.jax.mistakes import Mistakes
-from algoperf_kfac.jax.nadamw import nadamw_directions, nesterov
+from algoperf_kfac.jax.nadamw import nesterov
 from algoperf_kfac.jax.preconditioner import LayerState
 from algoperf_kfac.jax.refresh import refresh_due
 from algoperf_kfac.jax.scalings import scaling_of
@@ -49,7 +49,7 @@ class KFACState(NamedTuple):
     Attributes:
         steps: updates made so far, int32 ().
         mu: first moments, shapes of the parameters.
-        nu: second moments, shapes of the parameters.
+        nu: second moments, shapes of the parameters; with length="rms" a zero () for each of a covered layer.
         stacks: statistics and preconditioners of the covered layers, layers of equal shape together under the name
             of the first of them, with the layers' names; `layer_states` takes them apart.
         stand_ins: K-FAC directions that vanished or overflowed and were replaced by first-order ones, int32 ().
@@ -67,12 +67,13 @@ def scale_by_kfac(
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces gradients by directions, without learning rate, sign and weight decay.
 
-    Covered layers move along their K-FAC direction, by default with the length of their NadamW update; all other
-    parameters take the NadamW update itself. `update` takes the keyword argument `statistics`: those of this step,
-    as `value_grad_and_statistics` returns them, or None on steps without. Layers that a step did not call get no
-    update: the statistics know which they are, on steps without them the argument `idle` says it (`KFAC.idle`).
-    Refreshes happen on steps with statistics, layers taking turns; everything that depends on the step number is
-    decided on the device, so that `jit` compiles a step with and a step without statistics, once each.
+    Covered layers move along their K-FAC direction, by default with the length of their NadamW update
+    (`KFACConfig.length`); all other parameters take the NadamW update itself. `update` takes the keyword argument
+    `statistics`: those of this step, as `value_grad_and_statistics` returns them, or None on steps without. Layers
+    that a step did not call get no update: the statistics know which they are, on steps without them the argument
+    `idle` says it (`KFAC.idle`). Refreshes happen on steps with statistics, layers taking turns; everything that
+    depends on the step number is decided on the device, so that `jit` compiles a step with and a step without
+    statistics, once each.
 
     Args:
         layers: from `discover`.
@@ -96,10 +97,12 @@ def scale_by_kfac(
             for key, stack in stacks.items()
         }
         zeros = functools.partial(jax.tree.map, jnp.zeros_like)
+        nothing = jax.tree.map(lambda leaf: jnp.zeros((), leaf.dtype), params)
+        nu = put_in(zeros(params), nothing, here.without_second_moment(config))
         held = Stacks(states, members_of(stacks), masked=here is not layers)
         # Two arrays: what is shared cannot be donated.
         steps, stand_ins = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-        return KFACState(steps, zeros(params), zeros(params), held, stand_ins)
+        return KFACState(steps, zeros(params), nu, held, stand_ins)
 
     def update(
         updates: Tree,
@@ -116,6 +119,8 @@ def scale_by_kfac(
         here = layers.within(state.mu)
         stacks = stacks_of(here)
         check_members(state.stacks, stacks)
+        without = here.without_second_moment(config)
+        _check_moments(state, without)
         states: Mapping[str, LayerState] = state.stacks
         if statistics is None:
             said.without_statistics()
@@ -128,9 +133,9 @@ def scale_by_kfac(
         count = state.steps + 1
         gradients = trained(updates, state.mu)
         mu, momenta = nesterov(gradients, trained(state.mu, state.mu), count, beta1)
-        nu, directions = nadamw_directions(
-            gradients, momenta, trained(state.nu, state.mu), count, config.beta2, config.eps
-        )
+        names = jax.tree.unflatten(jax.tree.structure(state.mu), list(named_leaves(state.mu)))
+        plain = [name in without for name in trained(names, state.mu)]
+        nu, directions = first_order(gradients, momenta, trained(state.nu, state.mu), plain, count, config)
         gradients, momenta, directions, mu, nu = (
             put_back(leaves, state.mu) for leaves in (gradients, momenta, directions, mu, nu)
         )
@@ -201,6 +206,27 @@ def _add_decayed_weights(layers: Layers, weight_decay: float, mask: Mask) -> opt
         return _stopped(decayed, here.parameters_of(_idle(statistics, idle))), state
 
     return optax.GradientTransformationExtraArgs(decay.init, update)
+
+
+def _check_moments(state: KFACState, without: Collection[str]) -> None:
+    """Refuse a state that was made with another `KFACConfig.length`.
+
+    Args:
+        state: the optimizer's.
+        without: names of the parameters that are to have no second moment.
+
+    Raises:
+        ValueError: naming a parameter whose second moment is there and should not, or is not and should.
+    """
+    nu = named_leaves(state.nu)
+    for name, moment in named_leaves(state.mu).items():
+        if nu[name].shape != (() if name in without else moment.shape):
+            kept = "keeps no second moment" if name in without else "needs the second moment"
+            raise ValueError(
+                f"the optimizer's state is of another length: this one {kept} of {name}, and the state's has the "
+                f"shape {tuple(nu[name].shape)}. Go on with the length it was made with, or start from "
+                "optimizer.init(params)"
+            )
 
 
 def _idle(statistics: Mapping[str, Statistics] | None, idle: Collection[str]) -> set[str]:

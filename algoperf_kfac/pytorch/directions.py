@@ -6,6 +6,7 @@ Nothing here waits for the device: whether a K-FAC direction is usable is select
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
@@ -49,7 +50,10 @@ class Outcome:
 
 
 def first_order(
-    groups: Iterable[Mapping[str, Any]], states: Mapping[Tensor, dict[str, Any]], plain: Set[int]
+    groups: Iterable[Mapping[str, Any]],
+    states: Mapping[Tensor, dict[str, Any]],
+    plain: Set[int],
+    length: float | None = None,
 ) -> dict[int, Direction]:
     """NadamW's direction of every parameter with a gradient, by the parameter's identity.
 
@@ -57,6 +61,7 @@ def first_order(
         groups: parameter groups with "params", "betas" and "eps".
         states: by parameter: step, exp_avg and exp_avg_sq, made where they are missing and updated.
         plain: identities of parameters whose direction is the momentum, without a second moment.
+        length: root mean square that the entries of those directions get; None for the momentum itself.
     """
     directions: dict[int, Direction] = {}
     for group in groups:
@@ -75,7 +80,7 @@ def first_order(
                 if state.get(key) is not None and (state[key].dtype, state[key].device) != (p.dtype, p.device):
                     state[key] = state[key].to(p)  # the model was moved or cast
             if state.get("exp_avg_sq") is None and id(p) not in plain:
-                state["exp_avg_sq"] = torch.zeros_like(p)
+                state["exp_avg_sq"] = _late_second_moment(state, *group["betas"])
             state["step"] += 1
             buckets.setdefault((state["step"], id(p) in plain), []).append(p)
         beta1, beta2 = group["betas"]
@@ -86,8 +91,23 @@ def first_order(
             if not is_plain:
                 second_moments = [states[p]["exp_avg_sq"] for p in params]
                 steps = nadamw_directions(grads, momenta, second_moments, step=step, beta2=beta2, eps=group["eps"])
+            elif length is not None:
+                ratios = _ratios_to(length, momenta).nan_to_num(0.0, 0.0)  # of what has no direction to keep
+                steps = list(torch._foreach_mul(momenta, list(ratios.unbind())))
             directions |= {id(p): Direction(*pair) for p, *pair in zip(params, steps, momenta, strict=True)}
     return directions
+
+
+def _late_second_moment(state: Mapping[str, Any], beta1: float, beta2: float) -> Tensor:
+    """The second moment of a parameter that did without one so far: zero at its first step.
+
+    Later on as if all gradients had been the momentum: from zero, corrected for the steps that went by, the
+    first directions would be up to 1 / sqrt(1 - beta2) times too long, and without bounds where gradients vanish.
+    """
+    steps, momentum = state["step"], state["exp_avg"]
+    if not steps:
+        return torch.zeros_like(momentum)
+    return momentum.square() * ((1 - beta2**steps) / (1 - beta1**steps) ** 2)
 
 
 def second_order(
@@ -128,11 +148,14 @@ def second_order(
     if not names:
         return Outcome()
     norms = _long_norms(kfac)
+    rule = scaling.config.length_rule
     ratios = torch.ones_like(norms)
-    if scaling.config.grafting:
+    # A layer without gradient (all zero) has no direction of either kind, and is not in need of a stand-in.
+    if rule == "graft":
         lengths = _first_order_norms([layers[name] for name in names], directions)
-        # A layer without gradient (all zero) has no direction of either kind, and is not in need of a stand-in.
         ratios = torch.where(lengths == 0, lengths, lengths / norms)
+    elif rule == "rms":
+        ratios = torch.where(_long_norms(momenta) == 0, 0.0, _ratios_to(scaling.config.length_factor, kfac, norms))
     # Where factors are all but singular a direction may vanish or overflow: the first-order one then stands.
     usable = ratios.isfinite() & norms.isfinite()
     ratios = torch.where(usable, ratios, 1.0)
@@ -183,6 +206,19 @@ def _first_order_norms(layers: Sequence[CoveredLayer], directions: Mapping[int, 
         parts = iter(biases.unbind())
         biases = torch.stack([weights.new_zeros(()) if la.bias is None else next(parts) for la in layers])
     return (weights.square() + biases.square()).sqrt()
+
+
+def _ratios_to(length: float, tensors: list[Tensor], norms: Tensor | None = None) -> Tensor:
+    """(tensors,): what gives their entries the root mean square `length`; infinite or NaN of those without length.
+
+    Args:
+        length: k; the norm is k sqrt(P_out P_in), then.
+        tensors: of any shape.
+        norms: theirs, if known.
+    """
+    norms = _long_norms(tensors) if norms is None else norms
+    # Numbers of the host go into the call: an array of them would have to be copied to the device at every step.
+    return length / torch.stack(torch._foreach_div(list(norms.unbind()), [math.sqrt(t.numel()) for t in tensors]))
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:

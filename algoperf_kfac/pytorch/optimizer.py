@@ -47,8 +47,8 @@ class KFAC(torch.optim.Optimizer):
     ```
 
     Covered layers (`print(optimizer.coverage())`) move along their K-FAC direction, by default with the length
-    of their NadamW update; all other parameters take the NadamW update itself. `capture()` costs nothing except
-    on statistics steps.
+    of their NadamW update (`KFACConfig.length`); all other parameters take the NadamW update itself. `capture()`
+    costs nothing except on statistics steps.
 
     Args:
         model: the model, before or after torch.compile or DistributedDataParallel.
@@ -365,7 +365,8 @@ class KFAC(torch.optim.Optimizer):
         for name, layer in self._layers.covered.items():
             self._layers.states[name].move(layer.factor_like)
         self._update_statistics()
-        directions = first_order(self.param_groups, self.state, self._without_second_moment())
+        length = self.config.length_factor if self.config.length_rule == "rms" else None
+        directions = first_order(self.param_groups, self.state, self._without_second_moment(), length)
         self._second_order(directions)
         for group in self.param_groups:
             params = [p for p in group["params"] if id(p) in directions]
@@ -381,10 +382,14 @@ class KFAC(torch.optim.Optimizer):
         return loss
 
     def _without_second_moment(self) -> set[int]:
-        """Identities of the parameters whose NadamW direction nothing needs: covered ones, without grafting."""
-        if self.config.grafting:
+        """Identities of the parameters whose NadamW direction nothing needs: covered ones, without grafting.
+
+        What layers have only parts of is not among them.
+        """
+        if self.config.length_rule == "graft":
             return set()
-        return {id(p) for layer in self._layers.covered.values() for p in layer.params}
+        partly = {id(self._params[f.name]) for f in self._layers.fallbacks}
+        return {id(p) for layer in self._layers.covered.values() for p in layer.params} - partly
 
     def _second_order(self, directions: dict[int, Direction]) -> None:
         """Replace the directions of covered layers by their K-FAC directions."""
@@ -398,11 +403,12 @@ class KFAC(torch.optim.Optimizer):
             monitor=self.is_statistics_step,
         )
         self._stand_ins += outcome.stand_ins
-        if self.config.grafting and self._steps in WHEN_JUDGED:
+        grafted = self.config.length_rule == "graft"
+        if grafted and self._steps in WHEN_JUDGED:
             self._mistakes.directions(outcome.ratios)
         if self.is_statistics_step and outcome.cosines:
             self._cosine = outcome.cosines
-            if self.config.grafting:
+            if grafted:
                 self._graft = outcome.ratios
 
     # Monitoring --------------------------------------------------------------------------------------------
@@ -410,7 +416,8 @@ class KFAC(torch.optim.Optimizer):
     def metrics(self) -> dict[str, float]:
         """Counts and ratios for monitoring; reading them synchronises with the device.
 
-        `stand_ins` counts K-FAC directions that vanished or overflowed and were replaced by first-order ones.
+        `stand_ins` counts K-FAC directions that vanished or overflowed and were replaced by first-order ones (the
+        momentum, where no NadamW update is made: at its length for length="none", at the rule's for "rms").
         Per layer: refreshes, failures, skipped refreshes, dropped statistics, drift, the eigenvalues of A and B on
         the level of rounding ("noise", see `KFACConfig.noise_level`), the graft ratio and the cosine between K-FAC
         direction and momentum gradient, both at the last statistics step; and their totals or means over layers.
@@ -505,6 +512,9 @@ class KFAC(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict` of the same model and configuration.
 
+        One of another `length` loads, too: second moments that are not needed any more are dropped, those that were
+        not kept begin with the momentum.
+
         Raises:
             ValueError: naming the layer or parameter that does not fit.
         """
@@ -526,6 +536,10 @@ class KFAC(torch.optim.Optimizer):
         self._unchecked = self._steps == 0
         self._pending.forget()
         self._keep_entries()
+        plain = self._without_second_moment()
+        for p in self._params.values():
+            if id(p) in plain:
+                self.state[p]["exp_avg_sq"] = None
 
     def _keep_entries(self) -> None:
         """An entry for every parameter, if an empty one: where there is none at all,

@@ -93,7 +93,7 @@ def plan_of(seen: Sighting, *, devices: int = 1) -> Plan:
         activation_bytes=seen.activation_bytes,
         capture_bytes=seen.capture_bytes,
         gradient_copies=2 if devices > 1 else 1,
-        moments_of_covered=2 if seen.config.grafting else 1,
+        moments_of_covered=2 if seen.config.length_rule == "graft" else 1,
         counts=1,  # of replaced directions
     )
 

@@ -18,7 +18,7 @@ from submissions.common.jax import Step, clip_gradient, compile_step, compute_gr
 from submissions.common.jax_submission import OptimizerState, Submission
 from submissions.common.packages import Package, require
 from submissions.common.pass_through import data_selection, prepare_for_eval
-from submissions.common.schedule import WARMUP_COSINE, Schedule
+from submissions.common.schedule import WARMUP_DECAY, Schedule
 from submissions.common.spec import LossType, ParameterType
 
 
@@ -136,7 +136,7 @@ def from_optax(
     hyperparameters: Mapping[str, Hyperparameter],
     make: Make,
     training: Mapping[str, object] | None = None,
-    schedule: Schedule = WARMUP_COSINE,
+    schedule: Schedule = WARMUP_DECAY,
     packages: Sequence[Package] = (),
     averaging: Averaging | None = None,
 ) -> Functions:

@@ -15,7 +15,7 @@ from submissions.common.packages import Package, require
 from submissions.common.parameters import Parameters, parameters_of
 from submissions.common.pass_through import data_selection
 from submissions.common.pytorch_submission import Steps, Submission
-from submissions.common.schedule import WARMUP_COSINE, Schedule
+from submissions.common.schedule import WARMUP_DECAY, Schedule
 
 Make: TypeAlias = Callable[[Parameters, Any], Steps | Sequence[Steps]]
 """Makes the optimizer, or several for different parameters, of a model's parameters and a point by attributes."""
@@ -28,7 +28,7 @@ def from_torch(
     hyperparameters: Mapping[str, Hyperparameter],
     make: Make,
     training: Mapping[str, object] | None = None,
-    schedule: Schedule = WARMUP_COSINE,
+    schedule: Schedule = WARMUP_DECAY,
     packages: Sequence[Package] = (),
 ) -> Functions:
     """The functions of a submission, to be unpacked in its `submission.py`.

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable
 from typing import TypeAlias
 
+from algoperf_kfac.schedule import DECAYS
+
 Check: TypeAlias = tuple[Callable[[float], bool], str]
 
 POSITIVE: Check = (lambda value: value > 0, "a number > 0")
@@ -24,6 +26,9 @@ class TrainingConfig:
     Attributes:
         warmup_factor: length of the warm-up as a share of the horizon.
         horizon_factor: horizon of the schedule as a share of the workload's step_hint.
+        decay_shape: how the learning rate comes down behind the warm-up, with t from 0 to 1: "cosine"
+            ((1 + cos(pi t)) / 2), "linear" (1 - t) or "one_minus_sqrt" (1 - sqrt(t)). A schedule that does not
+            decay takes no notice of it.
         label_smoothing: as AlgoPerf's loss_fn takes it.
         dropout_rate: as AlgoPerf's model_fn takes it.
         grad_clip: global norm the gradient is clipped to, None for no clipping.
@@ -36,6 +41,7 @@ class TrainingConfig:
 
     warmup_factor: float = 0.05
     horizon_factor: float = 1.0
+    decay_shape: str = "cosine"
     label_smoothing: float = 0.0
     dropout_rate: float = 0.0
     grad_clip: float | None = None
@@ -44,6 +50,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         check("warmup_factor", self.warmup_factor, FRACTION)
         check("horizon_factor", self.horizon_factor, POSITIVE)
+        if self.decay_shape not in tuple(DECAYS):  # whatever it is
+            raise ValueError(f"hyperparameter decay_shape={self.decay_shape!r}: allowed is one of {tuple(DECAYS)}")
         check("label_smoothing", self.label_smoothing, FRACTION)
         check("dropout_rate", self.dropout_rate, FRACTION)
         check("grad_clip", self.grad_clip, POSITIVE, optional=True)

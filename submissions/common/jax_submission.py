@@ -11,7 +11,7 @@ from submissions.common.api import Batch, EvalResults, Hyperparameters, Rng, Tre
 from submissions.common.description import Config, Description
 from submissions.common.hyperparameters import TrainingConfig
 from submissions.common.jax import Step, log_step, replicate
-from submissions.common.schedule import WARMUP_COSINE, Schedule
+from submissions.common.schedule import WARMUP_DECAY, Schedule
 from submissions.common.spec import LossType, TrainingCompleteError
 
 
@@ -45,7 +45,7 @@ class Submission(Generic[Config]):
         self,
         description: Description[Config],
         make_run: Callable[[TrainingConfig, Config, Workload], Run],
-        schedule: Schedule = WARMUP_COSINE,
+        schedule: Schedule = WARMUP_DECAY,
     ) -> None:
         self._description = description
         self._make_run = make_run

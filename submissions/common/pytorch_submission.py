@@ -13,7 +13,7 @@ from torch import nn
 from submissions.common.api import Batch, EvalResults, Hyperparameters, Rng, Tree, Workload
 from submissions.common.description import Config, Description
 from submissions.common.pytorch import Capture, clip_gradient, compute_gradient, log_step
-from submissions.common.schedule import WARMUP_COSINE, Schedule
+from submissions.common.schedule import WARMUP_DECAY, Schedule
 from submissions.common.spec import ForwardPassMode, LossType, TrainingCompleteError
 
 
@@ -83,7 +83,7 @@ class Submission(Generic[Config, Optimizer]):
         description: Description[Config],
         make_optimizer: Callable[[nn.Module, Config, Workload, Rng], Optimizer],
         capture: Callable[[Optimizer, Batch], AbstractContextManager[Capture]] | None = None,
-        schedule: Schedule = WARMUP_COSINE,
+        schedule: Schedule = WARMUP_DECAY,
     ) -> None:
         self._description = description
         self._make_optimizer = make_optimizer

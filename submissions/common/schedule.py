@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from algoperf_kfac.schedule import warmup_cosine
+from algoperf_kfac.schedule import warmup_decay
 from submissions.common.hyperparameters import TrainingConfig
 
 
@@ -14,16 +13,18 @@ class Schedule:
     """A learning rate over the steps of a workload.
 
     Attributes:
-        factor: for the learning rate, of the arguments of `learning_rate_factor`.
-        decays: whether it comes down, so that hardly anything can be gained behind its horizon.
+        decays: whether it comes down behind the warm-up (`learning_rate_factor`), so that hardly anything can be
+            gained behind its horizon, or stays (`constant_after_warmup`).
     """
 
-    factor: Callable[[int, float, float, int], float]
     decays: bool
 
     def at(self, step_hint: int, training: TrainingConfig, step: int) -> float:
         """The factor of the update about to be made, after `step` of them."""
-        return self.factor(step_hint, training.horizon_factor, training.warmup_factor, step)
+        lengths = (step_hint, training.horizon_factor, training.warmup_factor)
+        if not self.decays:
+            return constant_after_warmup(*lengths, step)
+        return learning_rate_factor(*lengths, step, training.decay_shape)
 
     def is_over(self, step_hint: int, training: TrainingConfig, step: int) -> bool:
         """Whether training ends here, before the update about to be made."""
@@ -32,17 +33,20 @@ class Schedule:
         return step >= _lengths(step_hint, training.horizon_factor, training.warmup_factor)[0]
 
 
-def learning_rate_factor(step_hint: int, horizon_factor: float, warmup_factor: float, step: int) -> float:
-    """Warm-up and cosine decay over `horizon_factor * step_hint` steps, as a factor in [0, 1].
+def learning_rate_factor(
+    step_hint: int, horizon_factor: float, warmup_factor: float, step: int, decay_shape: str = "cosine"
+) -> float:
+    """Warm-up and decay over `horizon_factor * step_hint` steps, as a factor in (0, 1].
 
     Args:
         step_hint: the workload's.
         horizon_factor: length of the whole schedule, relative to `step_hint`.
         warmup_factor: length of the warm-up, relative to the whole.
         step: the number of updates made so far.
+        decay_shape: see `TrainingConfig.decay_shape`.
     """
     total, warmup = _lengths(step_hint, horizon_factor, warmup_factor)
-    return warmup_cosine(step, total, warmup)
+    return warmup_decay(step, total, warmup, decay_shape)
 
 
 def constant_after_warmup(step_hint: int, horizon_factor: float, warmup_factor: float, step: int) -> float:
@@ -57,5 +61,5 @@ def _lengths(step_hint: int, horizon_factor: float, warmup_factor: float) -> tup
     return total, min(round(warmup_factor * total), total - 1)
 
 
-WARMUP_COSINE = Schedule(learning_rate_factor, decays=True)
-CONSTANT_AFTER_WARMUP = Schedule(constant_after_warmup, decays=False)
+WARMUP_DECAY = Schedule(decays=True)
+CONSTANT_AFTER_WARMUP = Schedule(decays=False)

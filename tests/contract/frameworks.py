@@ -15,6 +15,7 @@ import torch
 
 import algoperf_kfac.jax
 import algoperf_kfac.pytorch
+from algoperf_kfac.jax.transform import find_state
 from algoperf_kfac.layers import Coverage, LayerSpec
 from tests.contract.models import Model
 
@@ -43,7 +44,7 @@ class Run(Protocol):
     def metrics(self) -> dict[str, float]: ...
     def parameters(self) -> list[np.ndarray]: ...
     def kfac_bytes(self) -> int:
-        """What the optimizer keeps between steps beside the two moments of every parameter."""
+        """What the optimizer keeps between steps beside moments of parameters."""
 
     def checkpoint_bytes(self) -> int:
         """Size of a file with the state of the optimizer."""
@@ -152,8 +153,11 @@ class InJAX:
         return [np.asarray(p) for p in jax.tree.leaves(self.params)]
 
     def kfac_bytes(self) -> int:
-        kept, moment = (sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (self.state, self.params))
-        return kept - 2 * moment
+        inner = find_state(self.state)
+        kept, *moments = (
+            sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (self.state, inner.mu, inner.nu)
+        )
+        return kept - sum(moments)
 
     def checkpoint_bytes(self) -> int:
         return len(flax.serialization.to_bytes(self.state))

@@ -23,6 +23,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "second_moment": {"scaling": "second_moment"},
     "inverse": {"preconditioner": "inverse"},
     "drift": {"drift_tolerance": 0.1},
+    "polar": {"scaling": "polar"},
+    "polar-blocks": {"scaling": "polar", "max_factor_dim": 40, "length": "rms"},
     "no-grafting": {"grafting": False},
     "one-sided": {"max_factor_dim": 70, "large_factor": "one_sided"},
     "blocks": {"max_factor_dim": 40},
@@ -56,10 +58,20 @@ def test_the_real_state(framework: str, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("framework", NAMES)
-def test_the_size_of_a_checkpoint(framework: str) -> None:
+@pytest.mark.parametrize("options", [{}, {"length": "rms"}], ids=["graft", "rms"])
+def test_the_size_of_a_checkpoint(framework: str, options: dict[str, Any]) -> None:
     """State with moments; a file has headers beside them."""
-    stated = planned(framework, MLP).memory.state
-    assert 0 <= trained(framework, MLP).checkpoint_bytes() - stated < 0.02 * stated + 20_000
+    stated = planned(framework, MLP, **options).memory.state
+    assert 0 <= trained(framework, MLP, **options).checkpoint_bytes() - stated < 0.02 * stated + 20_000
+
+
+@pytest.mark.parametrize("framework", NAMES)
+def test_a_length_of_its_own_saves_the_second_moments_of_covered_layers(framework: str) -> None:
+    grafted, own = (planned(framework, MLP, length=length).memory for length in ("graft", "rms"))
+    covered = planned(framework, MLP).coverage.num_covered
+    assert grafted.moments - own.moments == 4 * covered
+    files = [trained(framework, MLP, length=length).checkpoint_bytes() for length in ("graft", "rms")]
+    assert files[0] - files[1] == pytest.approx(4 * covered, rel=0.1)
 
 
 @pytest.mark.parametrize("framework", NAMES)

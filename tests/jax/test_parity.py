@@ -18,6 +18,8 @@ from torch import nn
 
 from algoperf_kfac import jax as kfac_jax
 from algoperf_kfac import pytorch as kfac_torch
+from algoperf_kfac.polar import COEFFICIENTS
+from algoperf_kfac.polar import STEPS as STEPS_OF_POLAR
 from tests.jax.support import applier, initialise, normal
 
 STEPS = 20
@@ -318,10 +320,27 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "inverse": {"preconditioner": "inverse", "grafting": False, "damping": 1e-2, "damping_mode": "absolute"},
     "root": {"scaling": "root", "drift_tolerance": 0.2, "damping": 1e-2, "refresh_interval": 6},
     "second-moment": {"scaling": "second_moment", "damping": 1e-2},
+    "polar": {"scaling": "polar", "damping": 1e-2, "max_factor_dim": 4},
+    "polar-rms": {
+        "scaling": "polar",
+        "polar_exponent": 0.25,
+        "damping": 1e-2,
+        "length": "rms",
+        "drift_tolerance": 0.2,
+    },
     "floor": {"damping": 1e-8, "noise_floor": 1e9, "max_factor_dim": 4},  # 0.02 of the largest eigenvalue
     "blocks": {"max_factor_dim": 4, "damping_mode": "absolute", "scaling": "inverse", "damping": 1e-2},
 }
 MODELS = {"mlp": mlp, "cnn": cnn, "attention": attention, "graph": graph, "language-model": language_model}
+
+
+@pytest.mark.parametrize(
+    ("model", "configuration", "approximation"), [("mlp", "polar", "reduce"), ("cnn", "polar-rms", "expand")]
+)
+def test_the_polar(model: str, configuration: str, approximation: str) -> None:
+    """Gradients of logits sum to zero over classes but for rounding, which is lifted as all that is small."""
+    lift = COEFFICIENTS[0] ** STEPS_OF_POLAR
+    run(MODELS[model](), INTERVALS | CONFIGURATIONS[configuration] | {"approximation": approximation}, 1e-10 * lift)
 
 
 @pytest.mark.parametrize("approximation", ["expand", "reduce"])

@@ -20,10 +20,11 @@ PRECONDITIONERS = pytest.mark.parametrize(
         {"scaling": "root"},
         {"scaling": "inverse"},
         {"scaling": "second_moment"},
+        {"scaling": "polar"},
     ],
-    ids=["inverse", "eigen-power", "eigen-root", "eigen-inverse", "eigen-second_moment"],
+    ids=["inverse", "eigen-power", "eigen-root", "eigen-inverse", "eigen-second_moment", "eigen-polar"],
 )
-GRAFTING = pytest.mark.parametrize("grafting", [True, False], ids=["grafted", "plain"])
+LENGTHS = pytest.mark.parametrize("length", ["graft", "rms", "none"])
 
 
 def update(net: nn.Module, optimizer: KFAC, x: Tensor, scale: float = 1.0) -> None:
@@ -38,15 +39,15 @@ def assert_finite(net: nn.Module) -> None:
 
 
 @PRECONDITIONERS
-@GRAFTING
+@LENGTHS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("mode", ["relative", "absolute"])
-def test_rank_deficient_factors(config: dict[str, Any], grafting: bool, dtype: torch.dtype, mode: str) -> None:
+def test_rank_deficient_factors(config: dict[str, Any], length: str, dtype: torch.dtype, mode: str) -> None:
     """One example, 9 x 9 factors of rank one; in front of a normalisation, whose gradients miss a direction."""
     net = nn.Sequential(nn.Linear(8, 9), nn.LayerNorm(9), nn.Linear(9, 9)).to(dtype)
     optimizer = KFAC(
         net,
-        grafting=grafting,
+        length=length,
         damping_mode=mode,
         factor_interval=1,
         refresh_interval=1,
@@ -74,13 +75,13 @@ def test_eigenvalues_below_the_rounding_error_stay_at_the_damping(scaling: str) 
 
 
 @PRECONDITIONERS
-@GRAFTING
+@LENGTHS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("zero", ["A", "B", "both"])
-def test_zero_factors(config: dict[str, Any], grafting: bool, dtype: torch.dtype, zero: str) -> None:
+def test_zero_factors(config: dict[str, Any], length: str, dtype: torch.dtype, zero: str) -> None:
     """A layer that has seen no input or no gradient yet, and then does."""
     net = nn.Sequential(nn.Linear(3, 4, bias=False)).to(dtype)
-    optimizer = KFAC(net, grafting=grafting, factor_interval=1, refresh_interval=1, learning_rate=1e-6, **config)
+    optimizer = KFAC(net, length=length, factor_interval=1, refresh_interval=1, learning_rate=1e-6, **config)
     silent = torch.zeros(5, 3, dtype=dtype) if zero != "B" else torch.randn(5, 3, dtype=dtype)
     for _ in range(2):
         update(net, optimizer, silent, 1.0 if zero == "A" else 0.0)

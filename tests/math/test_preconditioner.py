@@ -139,11 +139,15 @@ def test_forms_differ_where_they_should() -> None:
         ({"scaling": "root"}, 1.0),
         ({"scaling": "power", "power": 0.75}, 0.1),
         ({"scaling": "inverse"}, 0.01),
+        ({"scaling": "polar", "polar_exponent": 0.25}, 0.1),
     ],
-    ids=["inverse", "eigen-root", "eigen-power", "eigen-inverse"],
+    ids=["inverse", "eigen-root", "eigen-power", "eigen-inverse", "eigen-polar"],
 )
 def test_a_rescaled_loss_rescales_the_direction(config: dict[str, Any], factor: float) -> None:
-    """Relative damping: with B ~ c^2, the power p goes as c^(1 - 2p), the inverse as 1/c, the root not at all."""
+    """Relative damping: with B ~ c^2, the power p goes as c^(1 - 2p), the inverse as 1/c, the root not at all.
+
+    The polar factor has no scale, and its tempering goes as c^(-2q).
+    """
     steps = []
     for scale in (1.0, 100.0):
         torch.manual_seed(0)
@@ -165,8 +169,9 @@ def test_a_rescaled_loss_rescales_the_direction(config: dict[str, Any], factor: 
         {"scaling": "root"},
         {"scaling": "inverse"},
         {"scaling": "second_moment"},
+        {"scaling": "polar"},
     ],
-    ids=["inverse", "eigen-power", "eigen-root", "eigen-inverse", "eigen-second_moment"],
+    ids=["inverse", "eigen-power", "eigen-root", "eigen-inverse", "eigen-second_moment", "eigen-polar"],
 )
 def test_grafting_gives_the_norm_of_nadamw(config: dict[str, Any]) -> None:
     """Layer by layer, weight and bias together; parameters without K-FAC take NadamW's step itself."""

@@ -22,8 +22,9 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "fisher": (["true", None], "'empirical', 'mc', 'exact'"),
     "fisher_samples": ([0, 1.5, "1", math.nan, math.inf], "(at least 1|whole number)"),
     "preconditioner": (["shampoo"], "'eigen', 'inverse'"),
-    "scaling": (["sqrt", 0.75], "'inverse', 'power', 'root', 'second_moment'"),
+    "scaling": (["sqrt", 0.75], "'inverse', 'polar', 'power', 'root', 'second_moment'"),
     "power": ([0.0, -0.5, 1.01, math.nan, math.inf, "1", None, True], "number"),
+    "polar_exponent": ([-0.1, 1.01, math.nan, "1/8", None], "number"),
     "damping": ([0.0, -1.0], "number > 0"),
     "damping_mode": (["adaptive"], "'relative', 'absolute'"),
     "noise_floor": ([-1.0, math.nan, "1", True], "number"),
@@ -36,7 +37,9 @@ BAD: dict[str, tuple[list[Any], str]] = {
         "(multiple of factor_interval=10|whole number)",
     ),
     "drift_tolerance": ([-0.1, 1.0], r"\[0, 1\)"),
-    "grafting": (["yes", 1, None], "True or False"),
+    "length": (["nadamw", True, 0.5], "'graft', 'rms', 'none'"),
+    "length_factor": ([0.0, -1.0, math.inf, None], "number"),
+    "grafting": (["yes", 1], "True or False"),
     "max_factor_dim": ([0, 10.5, math.nan, -math.inf], "(at least 1|whole number)"),
     "large_factor": (["drop"], "'block', 'one_sided'"),
 }
@@ -81,6 +84,35 @@ def test_a_damping_of_ones_own_is_not_raised() -> None:
     assert KFACConfig(noise_floor=0.0).floor == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({}, "graft"),
+        ({"grafting": True}, "graft"),
+        ({"grafting": False}, "none"),
+        ({"length": "graft"}, "graft"),
+        ({"length": "rms"}, "rms"),
+        ({"length": "none"}, "none"),
+        ({"length": "graft", "grafting": True}, "graft"),
+        ({"length": "rms", "grafting": False}, "rms"),
+        ({"length": "none", "grafting": False}, "none"),
+    ],
+    ids=str,
+)
+def test_the_two_names_of_the_length(options: dict[str, Any], rule: str) -> None:
+    assert KFACConfig(**options).length_rule == rule
+    assert KFACConfig.updated(KFACConfig(), options).length_rule == rule
+
+
+@pytest.mark.parametrize(("grafting", "length"), [(True, "rms"), (True, "none"), (False, "graft")])
+def test_the_two_names_of_the_length_contradict_each_other(grafting: bool, length: str) -> None:
+    message = rf"grafting={grafting} contradicts length='{length}': leave grafting out"
+    with pytest.raises(ValueError, match=message):
+        KFACConfig(grafting=grafting, length=length)
+    with pytest.raises(ValueError, match=message):
+        KFACConfig.updated(KFACConfig(grafting=grafting), {"length": length})
+
+
 def test_integers_of_a_search_space_come_as_floats() -> None:
     config = KFACConfig(factor_interval=10.0, refresh_interval=50.0, fisher_samples=2.0, initial_statistics=3.0)  # type: ignore[arg-type]
     assert (config.factor_interval, config.refresh_interval, config.fisher_samples) == (10, 50, 2)
@@ -96,6 +128,8 @@ def test_integers_of_a_search_space_come_as_floats() -> None:
         ({"scaling": "power", "power": 0.6}, 0.6),
         ({"scaling": "root", "power": 0.6}, 0.5),
         ({"scaling": "inverse", "power": 0.6}, 1.0),
+        ({"scaling": "polar", "power": 0.6}, 0.625),
+        ({"scaling": "polar", "polar_exponent": 0}, 0.5),
     ],
     ids=str,
 )

@@ -20,6 +20,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"preconditioner": "inverse"},
     {"scaling": "root"},
     {"scaling": "second_moment"},
+    {"scaling": "polar", "length": "rms"},
     {"fisher": "mc"},
     {"drift_tolerance": 0.1},
     {"weight_decay": 0.1},

@@ -62,7 +62,14 @@ def test_autocast_trains_like_float32() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"grafting": False}, {"scaling": "second_moment"}, {"preconditioner": "inverse"}]
+    "options",
+    [
+        {},
+        {"grafting": False},
+        {"scaling": "second_moment"},
+        {"preconditioner": "inverse"},
+        {"scaling": "polar", "length": "rms"},
+    ],
 )
 def test_bfloat16_parameters(options: dict) -> None:
     model = Patches().bfloat16()

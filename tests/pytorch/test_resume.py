@@ -85,6 +85,7 @@ def test_in_and_after_the_initial_statistics(stop: int) -> None:
     "options",
     [
         {"grafting": False},
+        {"scaling": "polar", "length": "rms", "max_factor_dim": 5},
         {"drift_tolerance": 0.5},
         {"max_factor_dim": 5, "large_factor": "block"},
         {"max_factor_dim": 8, "large_factor": "one_sided", "scaling": "second_moment"},

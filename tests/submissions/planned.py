@@ -51,7 +51,7 @@ class Recurrent(nn.Module):
 
 def make_plan(coverage: Coverage, loads: Mapping[str, cost.Load], config: KFACConfig, **options) -> cost.Plan:
     """The plan of PyTorch's optimizer."""
-    moments = 2 if config.grafting else 1
+    moments = 2 if config.length_rule == "graft" else 1
     return cost.make_plan(
         coverage, loads, config, scaling_of(config), moments_of_covered=moments, counts=1, **options
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import re
 from collections import namedtuple
@@ -196,8 +197,9 @@ def test_batch_sizes():
 
 @pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5, 0.99])
 @pytest.mark.parametrize("horizon", [0.003, 0.75, 1.0])
-def test_schedule_lasts_its_horizon(horizon, warmup):
-    factors = [schedule.learning_rate_factor(300, horizon, warmup, step) for step in range(400)]
+@pytest.mark.parametrize("shape", ["cosine", "linear", "one_minus_sqrt"])
+def test_schedule_lasts_its_horizon(shape, horizon, warmup):
+    factors = [schedule.learning_rate_factor(300, horizon, warmup, step, shape) for step in range(400)]
     assert all(0 < factor <= 1 for factor in factors)
     total = max(1, round(300 * horizon))
     assert max(factors[:total]) == pytest.approx(1.0, abs=0.02)
@@ -206,13 +208,51 @@ def test_schedule_lasts_its_horizon(horizon, warmup):
         assert len(set(factors[total - 1 :])) == 1
 
 
+def test_shapes_of_the_decay():
+    """Ten steps of warm-up, a hundred of decay: where each shape is half-way, and at the last step."""
+
+    def factor(shape, step):
+        training = TrainingConfig(horizon_factor=1.1, warmup_factor=1 / 11, decay_shape=shape)
+        return schedule.WARMUP_DECAY.at(100, training, step)
+
+    for shape, half, last in [
+        ("cosine", 50, 0.5 * (1 + math.cos(0.99 * math.pi))),
+        ("linear", 50, 0.01),
+        ("one_minus_sqrt", 25, 1 - math.sqrt(0.99)),
+    ]:
+        assert [factor(shape, step) for step in (0, 9, 10)] == pytest.approx([0.1, 1.0, 1.0])
+        assert factor(shape, 10 + half) == pytest.approx(0.5)
+        assert factor(shape, 109) == factor(shape, 500) == pytest.approx(last)
+        assert factor(shape, 109) > 0
+        falling = [factor(shape, step) for step in range(10, 110)]
+        assert all(after < before for before, after in itertools.pairwise(falling))
+    default = TrainingConfig()
+    assert default.decay_shape == "cosine"
+    constant = TrainingConfig(decay_shape="linear", warmup_factor=0.0)
+    assert schedule.CONSTANT_AFTER_WARMUP.at(100, constant, 90) == 1.0
+
+
+@pytest.mark.parametrize("shape", ["exponential", None, 1, ["linear"]])
+def test_an_unknown_shape_is_refused_by_name(shape):
+    with pytest.raises(ValueError, match=r"hyperparameter decay_shape=.*'cosine', 'linear', 'one_minus_sqrt'"):
+        TrainingConfig(decay_shape=shape)
+    with pytest.raises(ValueError, match="shape must be one of"):
+        schedule.learning_rate_factor(100, 1.0, 0.0, 0, "exponential")
+
+
+@pytest.mark.parametrize("description", [KFAC, NADAMW], ids=["kfac", "nadamw"])
+def test_a_point_names_the_shape(description):
+    assert description.configure({"decay_shape": "linear"})[0].decay_shape == "linear"
+    assert description.configure(None)[0].decay_shape == "cosine"
+
+
 def test_training_ends_with_a_schedule_that_decays_where_the_point_says_so():
     def over(which, step, ends):
         training = TrainingConfig(horizon_factor=0.5, ends_with_schedule=ends)
         return which.is_over(40, training, step)
 
-    assert [over(schedule.WARMUP_COSINE, step, True) for step in (0, 19, 20, 21)] == [False, False, True, True]
-    assert not over(schedule.WARMUP_COSINE, 30, False)
+    assert [over(schedule.WARMUP_DECAY, step, True) for step in (0, 19, 20, 21)] == [False, False, True, True]
+    assert not over(schedule.WARMUP_DECAY, 30, False)
     assert not over(schedule.CONSTANT_AFTER_WARMUP, 30, True)
     with pytest.raises(ValueError, match=r"ends_with_schedule='yes'.*True or False"):
         TrainingConfig(ends_with_schedule="yes")

@@ -1,0 +1,70 @@
+"""The polar factor of the whitened momentum, tempered by the curvature:
+
+    D = B^-q polar(B^-1/2 M A^-1/2) A^-q,   A and B damped, q = `KFACConfig.polar_exponent`
+
+polar(Z) by Newton-Schulz, see `algoperf_kfac.polar`; each channel group has its own. q = 1/2 is the steepest
+direction under the spectral norm of B^1/2 D A^1/2, q = 0 leaves the singular values of Muon. The polar factor of a
+rotated matrix is the rotated polar factor, so all of it happens in the eigenbases, where powers are divisions:
+
+    X = U_B^T M U_A,   D = U_B [ b^-q polar(b^-1/2 X a^-1/2) a^-q ] U_A^T
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+
+from algoperf_kfac.config import WHITENING
+from algoperf_kfac.cost import EIGH_FLOPS, ScalingFlops, cubes, product_flops
+from algoperf_kfac.jax.preconditioner import LayerState, multiply
+from algoperf_kfac.jax.scalings import _base
+from algoperf_kfac.jax.scalings._base import Kept
+from algoperf_kfac.layers import LayerSpec
+from algoperf_kfac.polar import COEFFICIENTS, STEPS, polar_flops
+
+
+class Scaling(_base.Scaling):
+    """Keeps bases and eigenvalues alone: two pairs of operators would take twice as much, and as many products."""
+
+    keeps_operators = False
+    keeps_bases = True
+
+    def flops(self, spec: LayerSpec) -> ScalingFlops:
+        # Into the basis, and back.
+        return ScalingFlops(EIGH_FLOPS * cubes(spec), 2 * product_flops(spec) + polar_flops(spec))
+
+    def precondition(self, state: LayerState, momentum: Array, gradient: Array) -> tuple[Array, Kept]:
+        rotated = multiply(state.b_basis, momentum, state.a_basis, transpose_left=True)
+        factor = polar(_divided(state, rotated, WHITENING))
+        tempered = _divided(state, factor, self.config.polar_exponent)
+        direction = multiply(state.b_basis, tempered, state.a_basis, transpose_right=True)
+        return jnp.where(state.refreshes > 0, direction, momentum), state.kept
+
+
+def _divided(state: LayerState, m: Array, power: float) -> Array:
+    """b^-power m a^-power in the eigenbases; a side that is taken as the identity stays as it is."""
+    if state.b_values:
+        m = m * (jnp.concatenate(state.b_values, 1) ** -power)[:, :, None]
+    return m * (jnp.concatenate(state.a_values, 1) ** -power)[:, None, :] if state.a_values else m
+
+
+def polar(z: Array) -> Array:
+    """The polar factor of matrices by Newton-Schulz; zero stays zero.
+
+    Args:
+        z: (groups, P_out, P_in), in the precision to work in.
+
+    Returns:
+        (groups, P_out, P_in), the singular vectors those of z, singular values as `algoperf_kfac.polar` says.
+    """
+    if z.shape[1] > z.shape[2]:
+        return polar(z.transpose(0, 2, 1)).transpose(0, 2, 1)
+    a, b, c = COEFFICIENTS
+    least = jnp.finfo(z.dtype).tiny
+    # Not by the norm alone: whitened by factors that are all but zero, squares of entries may overflow.
+    z = z / jnp.maximum(jnp.abs(z).max((1, 2), keepdims=True), least)
+    z = z / jnp.maximum(jnp.linalg.norm(z, axis=(1, 2), keepdims=True), least)
+    for _ in range(STEPS):
+        gram = z @ z.transpose(0, 2, 1)
+        z = a * z + (b * gram + c * (gram @ gram)) @ z
+    return z
