@@ -40,6 +40,9 @@ class Workload(Protocol):
     def step_hint(self) -> int: ...
 
     @property
+    def max_allowed_runtime_sec(self) -> float: ...
+
+    @property
     def loss_type(self) -> LossType: ...
 
     @property

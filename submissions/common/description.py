@@ -33,6 +33,7 @@ class Description(Generic[Config]):
         config: the class of its optimizer's hyperparameters; KFACConfig for K-FAC.
         defaults: its own point: what self-tuning trains with, and what a search space leaves open.
         packages: what it needs beside its framework.
+        self_tuning: what replaces defaults in the self-tuning ruleset.
     """
 
     title: str
@@ -40,6 +41,7 @@ class Description(Generic[Config]):
     config: type[Config]
     defaults: Mapping[str, object]
     packages: tuple[Package, ...] = ()
+    self_tuning: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
     def configure(self, hyperparameters: Hyperparameters) -> tuple[TrainingConfig, Config]:
         """A point of the search space, with the defaults for what it leaves open.
@@ -53,7 +55,8 @@ class Description(Generic[Config]):
         Raises:
             ValueError: an unknown hyperparameter, or a value out of range; the message names it.
         """
-        point = {**self.defaults, **as_mapping(hyperparameters)}
+        given = self.self_tuning if hyperparameters is None else as_mapping(hyperparameters)
+        point = {**self.defaults, **given}
         training, own = names_of(TrainingConfig), names_of(self.config)
         unknown = sorted(set(point) - training - own)
         if unknown:

@@ -18,6 +18,8 @@ UNIT: Check = (lambda value: 0 < value <= 1, "a number in (0, 1]")
 OPEN_UNIT: Check = (lambda value: 0 < value < 1, "a number in (0, 1)")
 COUNT: Check = (lambda value: isinstance(value, int) and value >= 1, "a whole number >= 1")
 
+SCHEDULE_CLOCKS = ("steps", "time", "sooner")
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
@@ -29,6 +31,10 @@ class TrainingConfig:
         decay_shape: how the learning rate comes down behind the warm-up, with t from 0 to 1: "cosine"
             ((1 + cos(pi t)) / 2), "linear" (1 - t) or "one_minus_sqrt" (1 - sqrt(t)). A schedule that does not
             decay takes no notice of it.
+        schedule_clock: what brings the schedule to its end: "steps"; "time", the share of the runtime budget that
+            has been used, whether steps are slow or fast; or "sooner", whichever of the two is further.
+        budget_factor: where it ends by time, as a share of the runtime budget, which is 1.5 times the workload's in
+            the self-tuning ruleset.
         label_smoothing: as AlgoPerf's loss_fn takes it.
         dropout_rate: as AlgoPerf's model_fn takes it.
         grad_clip: global norm the gradient is clipped to, None for no clipping.
@@ -42,6 +48,8 @@ class TrainingConfig:
     warmup_factor: float = 0.05
     horizon_factor: float = 1.0
     decay_shape: str = "cosine"
+    schedule_clock: str = "steps"
+    budget_factor: float = 1.0
     label_smoothing: float = 0.0
     dropout_rate: float = 0.0
     grad_clip: float | None = None
@@ -52,6 +60,11 @@ class TrainingConfig:
         check("horizon_factor", self.horizon_factor, POSITIVE)
         if self.decay_shape not in tuple(DECAYS):  # whatever it is
             raise ValueError(f"hyperparameter decay_shape={self.decay_shape!r}: allowed is one of {tuple(DECAYS)}")
+        if self.schedule_clock not in SCHEDULE_CLOCKS:
+            raise ValueError(
+                f"hyperparameter schedule_clock={self.schedule_clock!r}: allowed is one of {SCHEDULE_CLOCKS}"
+            )
+        check("budget_factor", self.budget_factor, POSITIVE)
         check("label_smoothing", self.label_smoothing, FRACTION)
         check("dropout_rate", self.dropout_rate, FRACTION)
         check("grad_clip", self.grad_clip, POSITIVE, optional=True)

@@ -88,13 +88,16 @@ class Submission(Generic[Config]):
         Raises:
             TrainingCompleteError: the schedule is over, and the point says that training ends with it.
         """
-        del current_params_types, loss_type, eval_results, train_state
+        del current_params_types, loss_type, eval_results
         training, config = self._description.configure(hyperparameters)
-        if self._schedule.is_over(workload.step_hint, training, global_step):
+        position = self._schedule.position(
+            workload, training, global_step, train_state, self_tuning=hyperparameters is None
+        )
+        if self._schedule.is_over(workload.step_hint, training, position):
             raise TrainingCompleteError
         opt_state, run = optimizer_state
         opt_state = run.prepare(current_param_container, opt_state, model_state, batch, rng)
-        factor = self._schedule.at(workload.step_hint, training, global_step)
+        factor = self._schedule.at(workload.step_hint, training, position)
         learning_rate = np.float32(config.learning_rate * factor)
         params, opt_state, model_state = replicate((current_param_container, opt_state, model_state))
         params, opt_state, model_state, metrics = run.step(

@@ -130,10 +130,13 @@ class Submission(Generic[Config, Optimizer]):
         Raises:
             TrainingCompleteError: the schedule is over, and the point says that training ends with it.
         """
-        del current_params_types, eval_results, train_state
+        del current_params_types, eval_results
         model, optimizer = current_param_container, optimizer_state["optimizer"]
         training, config = self._description.configure(hyperparameters)
-        if self._schedule.is_over(workload.step_hint, training, global_step):
+        position = self._schedule.position(
+            workload, training, global_step, train_state, self_tuning=hyperparameters is None
+        )
+        if self._schedule.is_over(workload.step_hint, training, position):
             raise TrainingCompleteError
         if isinstance(optimizer, Averages):
             optimizer.train()
@@ -152,7 +155,7 @@ class Submission(Generic[Config, Optimizer]):
         )
         log_step(workload, model, result.loss, global_step)
         clip_gradient(model.parameters(), training.grad_clip)
-        factor = self._schedule.at(workload.step_hint, training, global_step)
+        factor = self._schedule.at(workload.step_hint, training, position)
         for group in optimizer.param_groups:
             group["lr"] = group.get("initial_lr", config.learning_rate) * factor
         optimizer.step()

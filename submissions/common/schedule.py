@@ -1,11 +1,20 @@
-"""The learning-rate schedules of the submissions: functions of the step alone, so resuming needs no state."""
+"""The learning-rate schedules of the submissions: functions of the step, and of the time spent where a point says so.
+
+Both are the runner's, which keeps them over an interruption: resuming needs no state.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from algoperf_kfac.schedule import warmup_decay
+from submissions.common.api import Workload
 from submissions.common.hyperparameters import TrainingConfig
+
+SELF_TUNING_BUDGET = 1.5  # AlgoPerf's rules: what a self-tuning submission has, in external budgets
+SECONDS = "accumulated_submission_time"  # in the runner's train_state: of timed work, the same on all processes
 
 
 @dataclass(frozen=True)
@@ -19,15 +28,51 @@ class Schedule:
 
     decays: bool
 
+    def position(
+        self,
+        workload: Workload,
+        training: TrainingConfig,
+        step: int,
+        train_state: Mapping[str, Any] | None,
+        *,
+        self_tuning: bool,
+    ) -> int:
+        """Where the schedule stands, in its own steps, when `step` updates have been made.
+
+        Args:
+            workload: its step_hint and its runtime budget, in seconds.
+            training: see `TrainingConfig.schedule_clock`.
+            step: the number of updates made so far.
+            train_state: the runner's; read only where time counts. Of steps and an unknown time steps are sooner.
+            self_tuning: whether the budget is that of the self-tuning ruleset.
+
+        Raises:
+            ValueError: time alone counts, and the runner does not tell it.
+        """
+        if training.schedule_clock == "steps":
+            return step
+        seconds = (train_state or {}).get(SECONDS)
+        if seconds is None and training.schedule_clock == "sooner":
+            return step
+        if seconds is None:
+            raise ValueError(
+                f"hyperparameter schedule_clock={training.schedule_clock!r} needs the runner's "
+                f"train_state[{SECONDS!r}], which it does not pass; take 'steps'"
+            )
+        budget = workload.max_allowed_runtime_sec * (SELF_TUNING_BUDGET if self_tuning else 1.0)
+        total, _ = _lengths(workload.step_hint, training.horizon_factor, training.warmup_factor)
+        by_time = int(total * float(seconds) / (training.budget_factor * budget))
+        return by_time if training.schedule_clock == "time" else max(step, by_time)
+
     def at(self, step_hint: int, training: TrainingConfig, step: int) -> float:
-        """The factor of the update about to be made, after `step` of them."""
+        """The factor of the update about to be made at a position of the schedule."""
         lengths = (step_hint, training.horizon_factor, training.warmup_factor)
         if not self.decays:
             return constant_after_warmup(*lengths, step)
         return learning_rate_factor(*lengths, step, training.decay_shape)
 
     def is_over(self, step_hint: int, training: TrainingConfig, step: int) -> bool:
-        """Whether training ends here, before the update about to be made."""
+        """Whether training ends here, before the update about to be made at a position of the schedule."""
         if not (self.decays and training.ends_with_schedule):
             return False
         return step >= _lengths(step_hint, training.horizon_factor, training.warmup_factor)[0]

@@ -32,6 +32,7 @@ ALLOWED = {
     "metrics_logger",
     "model_fn",
     "model_params_types",
+    "max_allowed_runtime_sec",
     "step_hint",
 }
 NAMES = {

@@ -256,3 +256,36 @@ def test_training_ends_with_a_schedule_that_decays_where_the_point_says_so():
     assert not over(schedule.CONSTANT_AFTER_WARMUP, 30, True)
     with pytest.raises(ValueError, match=r"ends_with_schedule='yes'.*True or False"):
         TrainingConfig(ends_with_schedule="yes")
+
+
+def position(clock, step, seconds, *, self_tuning=False, budget_factor=1.0):
+    """Of a schedule of 20 steps on a workload with a budget of 1,000 seconds."""
+    workload = SimpleNamespace(step_hint=40, max_allowed_runtime_sec=1_000)
+    training = TrainingConfig(horizon_factor=0.5, schedule_clock=clock, budget_factor=budget_factor)
+    state = {} if seconds is None else {"accumulated_submission_time": seconds}
+    return schedule.WARMUP_DECAY.position(workload, training, step, state, self_tuning=self_tuning)
+
+
+def test_a_schedule_ends_where_the_time_ends():
+    # Steps of 100 seconds: ten of them fit, each two of the schedule's. Steps of 10: a hundred, a fifth each.
+    assert [position("time", step, 100 * step) for step in (0, 1, 5, 10)] == [0, 2, 10, 20]
+    assert [position("time", step, 10 * step) for step in (0, 1, 5, 10, 100)] == [0, 0, 1, 2, 20]
+    assert [position("sooner", step, 100 * step) for step in (0, 1, 5, 10)] == [0, 2, 10, 20]
+    assert [position("sooner", step, 10 * step) for step in (0, 1, 5, 10, 20)] == [0, 1, 5, 10, 20]
+    assert [position("steps", step, 1e9) for step in (0, 7)] == [0, 7]
+    assert position("time", 1, 600, self_tuning=True) == position("time", 1, 400) == 8  # 1.5 times the budget
+    assert position("time", 1, 400, budget_factor=0.8) == 10
+
+
+def test_a_schedule_by_time_needs_a_runner_that_tells_it():
+    with pytest.raises(ValueError, match=r"schedule_clock='time'.*accumulated_submission_time"):
+        position("time", 3, None)
+    assert position("sooner", 3, None) == 3
+    with pytest.raises(ValueError, match="schedule_clock='clock': allowed is one of"):
+        TrainingConfig(schedule_clock="clock")
+
+
+def test_self_tuning_k_fac_keeps_to_its_time():
+    assert KFAC.configure(None)[0].schedule_clock == "sooner"
+    assert KFAC.configure({})[0].schedule_clock == "steps"
+    assert NADAMW.configure(None)[0].schedule_clock == "steps"

@@ -145,6 +145,19 @@ def test_training_ends_with_the_schedule_where_the_point_says_so(small, tmp_path
     assert rows[-1]["validation/loss"] == rows[-2]["validation/loss"]
 
 
+def test_a_schedule_by_time_ends_with_the_budget(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(BibleLmTask, "max_allowed_runtime_sec", 1e6)
+    points = tmp_path / "points.json"
+    for budget_factor, steps in ((1e-9, 2), (1.0, 6)):  # used up by the first step; hardly begun
+        point = {"schedule_clock": "time", "ends_with_schedule": True, "budget_factor": budget_factor}
+        points.write_text(json.dumps([point]))
+        flags = arguments(
+            tmp_path / str(steps), tuning_ruleset=None, tuning_search_space=points, max_global_steps=6
+        )
+        assert run.main(flags) == 0
+        assert json.loads((tmp_path / str(steps) / TRIAL / "outcome.json").read_text())["global_step"] == steps
+
+
 def test_times_are_of_the_clock_that_was_asked_for(small, tmp_path, capsys, monkeypatch):
     ticks = itertools.count()
     monkeypatch.setattr(time, "process_time", lambda: float(next(ticks)))  # a CPU second between any two looks

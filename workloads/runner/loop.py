@@ -242,7 +242,8 @@ class _Run:
         if self.step >= trial.max_steps:
             self.state["training_complete"] = True
         end = self.now(self.params, self.optimizer_state)
-        seconds = end - self.state["last_step_end_time"]
+        # As the official runner's times, the same on all processes: schedules may follow them.
+        seconds = trial.backend.same_on_all(end - self.state["last_step_end_time"])
         self.state["accumulated_submission_time"] += seconds
         if self.first_step_time is None:
             self.first_step_time = seconds
@@ -267,7 +268,7 @@ class _Run:
             rng=trial.backend.rng(rng),
         )
         end = self.now(self.params, self.optimizer_state)
-        self.state["accumulated_submission_time"] += end - start
+        self.state["accumulated_submission_time"] += trial.backend.same_on_all(end - start)
 
     def check_time(self) -> None:
         time = self.trial.backend.same_on_all(self.state["accumulated_submission_time"])
