@@ -4,23 +4,50 @@ from __future__ import annotations
 
 from benchmarks.experiments.experiment import Experiment, Variant
 
+FRESH = {"factor_interval": 1, "refresh_interval": 2, "factor_decay": 0.9, "initial_refreshes": "doubling"}
+RMS = {"length": "rms", "length_factor": 0.5}
+LINEAR = {"decay_shape": "linear", "warmup_factor": 0.05}
+
 EXPERIMENTS = (
     Experiment(
-        name="controls",
-        change="Is it the curvature of both sides that helps? One side alone, and the eigenvalues in random bases.",
+        name="schedule",
+        change="The shape of the decay, and a shorter warm-up.",
         submission="kfac_expand",
-        variants={name: Variant(submission=name) for name in ("only_a", "only_b", "random_basis")},
+        variants={
+            "short warm-up": Variant({"warmup_factor": 0.05}),
+            "linear": Variant(LINEAR),
+            "one_minus_sqrt": Variant({"decay_shape": "one_minus_sqrt", "warmup_factor": 0.05}),
+        },
+    ),
+    Experiment(
+        name="polar",
+        change="The whitened polar in place of the power 3/4, with the graft and with a length of its own.",
+        submission="kfac_expand",
+        base=LINEAR,
+        variants={
+            "polar": Variant({"scaling": "polar"}),
+            "polar, rms": Variant({"scaling": "polar", **RMS}),
+            "power, rms": Variant(RMS),
+        },
+    ),
+    Experiment(
+        name="fresh_statistics",
+        change="Statistics at every step with a short memory and a refresh at every second, in place of a long memory.",
+        submission="kfac_expand",
+        base=LINEAR,
+        variants={"fresh": Variant(FRESH), "fresh, polar, rms": Variant({**FRESH, "scaling": "polar", **RMS})},
     ),
     Experiment(
         name="power",
         change="The power of the eigenvalues: 1 is K-FAC's own, 1/2 Adam's in the eigenbasis.",
         submission="kfac_expand",
+        base=LINEAR,
         variants={f"p = {power:g}": Variant({"power": power}) for power in (0.5, 0.65, 1.0)},
     ),
     Experiment(
-        name="fresh_statistics",
-        change="Statistics at every step with a short memory, in place of every second one with a long memory.",
+        name="controls",
+        change="Is it the curvature of both sides that helps? One side alone, and the eigenvalues in random bases.",
         submission="kfac_expand",
-        variants={"fresh": Variant({"factor_interval": 1, "factor_decay": 0.9})},
+        variants={name: Variant(submission=name) for name in ("only_a", "only_b", "random_basis")},
     ),
 )

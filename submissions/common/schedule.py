@@ -1,4 +1,4 @@
-"""The learning-rate schedules of the submissions: functions of the step, and of the time spent where a point says so.
+"""The learning-rate schedules of the submissions: functions of the step, or where a point says so of the time spent.
 
 Both are the runner's, which keeps them over an interruption: resuming needs no state.
 """
