@@ -32,7 +32,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         name="fresh_statistics",
-        change="Statistics at every step with a short memory and a refresh at every second, in place of a long memory.",
+        change="Statistics at every step with a short memory, and a refresh at every second step.",
         submission="kfac_expand",
         base=LINEAR,
         variants={"fresh": Variant(FRESH), "fresh, polar, rms": Variant({**FRESH, "scaling": "polar", **RMS})},
