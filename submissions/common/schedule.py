@@ -1,4 +1,4 @@
-"""The learning-rate schedules of the submissions: functions of the step, or of the time spent where a point says so.
+"""Schedules of the learning rate in submissions: functions of the step, or of the time spent where a point says so.
 
 Both are the runner's, which keeps them over an interruption: resuming needs no state.
 """
