@@ -8,6 +8,7 @@ from commands.errors import UserError
 from submissions.common.batch_sizes import SCORED, UNSCORED
 
 WORKLOADS = (*SCORED, *UNSCORED)
+FROM_1_0 = "finewebedu_lm"  # the one that older versions do not have
 # Other activations, normalisations and sizes, from version 0.5 on.
 VARIANTS = (
     "criteo1tb_test",
@@ -41,12 +42,26 @@ NOT_INSTALLED = "AlgoPerf is not installed here; docs/official.md says how to ma
 # Training batches, beside the number of examples.
 AUDIO_SAMPLES = 320_000  # 20 seconds at 16 kHz, what utterances are padded to
 SENTENCE = 256  # tokens of a packed row
+DOCUMENT = 1024  # tokens of a row of the language model
 GRAPH_NODES, GRAPH_EDGES = 26, 56  # batches of molecules are padded to these averages
 
 
 def installed() -> bool:
     """Whether AlgoPerf and its runner can be imported."""
     return all(importlib.util.find_spec(name) is not None for name in ("algoperf", "submission_runner"))
+
+
+def is_older() -> bool:
+    """Whether the AlgoPerf that is installed is older than 1.0: without the language model.
+
+    Not asked of its version, which an archive without tags does not know.
+    """
+    return installed() and importlib.util.find_spec(f"algoperf.workloads.{FROM_1_0}") is None
+
+
+def here() -> tuple[str, ...]:
+    """The base workloads that the installed AlgoPerf has."""
+    return tuple(name for name in WORKLOADS if name != FROM_1_0 or not is_older())
 
 
 def base_of(name: str) -> str:

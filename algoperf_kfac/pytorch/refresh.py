@@ -80,6 +80,8 @@ def install(state: LayerState, result: Refresh, scaling: Scaling) -> None:
     if result.renewed or result.skipped:
         state.a_values, state.b_values = result.a_values, result.b_values
         state.a_operator, state.b_operator = scaling.operators(state)
+    if not scaling.keeps_bases:
+        state.a_basis, state.b_basis = [], []
     state.refreshes += result.renewed
     state.skipped += result.skipped
     state.failures += result.failures
