@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import NamedTuple
 
 from commands.errors import UserError
 from submissions.common.batch_sizes import SCORED, UNSCORED
@@ -38,6 +39,37 @@ VARIANTS = (
     "wmt_glu_tanh",
 )
 NOT_INSTALLED = "AlgoPerf is not installed here; docs/official.md says how to make an environment with it"
+
+
+class Budget(NamedTuple):
+    """What AlgoPerf 1.0 allows a run.
+
+    Attributes:
+        seconds: of the external ruleset; the self-tuning one allows `SELF_TUNING` times as many.
+        step_hint: steps that its own baseline makes in them.
+    """
+
+    seconds: int
+    step_hint: int
+
+    @property
+    def per_step(self) -> float:
+        """Seconds a step may take for the hint's steps to fit."""
+        return self.seconds / self.step_hint
+
+
+SELF_TUNING = 1.5
+BUDGETS = {
+    "criteo1tb": Budget(8_915, 10_666),
+    "fastmri": Budget(2_745, 18_094),
+    "finewebedu_lm": Budget(31_967, 72_000),
+    "imagenet_resnet": Budget(49_918, 195_999),
+    "imagenet_vit": Budget(64_292, 167_999),
+    "librispeech_conformer": Budget(43_680, 76_000),
+    "librispeech_deepspeech": Budget(36_949, 38_400),
+    "ogbg": Budget(11_303, 52_000),
+    "wmt": Budget(16_114, 120_000),
+}
 
 # Training batches, beside the number of examples.
 AUDIO_SAMPLES = 320_000  # 20 seconds at 16 kHz, what utterances are padded to

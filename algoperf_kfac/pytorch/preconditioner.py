@@ -31,8 +31,8 @@ class LayerState:
         a_basis, b_basis: eigenbases ("eigen") or inverses ("inverse"); empty before the first refresh, and after it
             where the scaling does not keep them (`Scaling.keeps_bases`).
         a_values, b_values: damped eigenvalues, (groups, size) per block; "eigen" only.
-        a_operator, b_operator: what the momentum is multiplied by, for scalings that use them; made of the bases and
-            values (`Scaling.operators`).
+        a_operator, b_operator: what the momentum is multiplied by, for scalings that use them; made of the bases
+            and values (`Scaling.operators`).
         kept: what the scaling keeps beside them, by name.
         refreshes: successful refreshes so far.
         failures: failed decompositions so far, retries included.
