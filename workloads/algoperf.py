@@ -38,6 +38,7 @@ VARIANTS = (
     "wmt_attention_temp",
     "wmt_glu_tanh",
 )
+OLDER = "The AlgoPerf installed here is older than 1.0: without finewebedu_lm, and with other budgets than 1.0's."
 NOT_INSTALLED = "AlgoPerf is not installed here; docs/official.md says how to make an environment with it"
 
 

@@ -103,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     if not algoperf.installed():
         raise UserError(algoperf.NOT_INSTALLED)
+    if algoperf.is_older():
+        print(algoperf.OLDER, file=sys.stderr)
     for framework in args.frameworks.split(","):
         frameworks.check(framework)
     for submission in args.submissions.split(","):

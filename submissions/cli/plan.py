@@ -17,6 +17,7 @@ from commands.frameworks import FRAMEWORKS
 from submissions import registry
 from submissions.cli import calibration, plan_tables
 from submissions.common.batch_sizes import SCORED, get_batch_size
+from workloads import algoperf
 from workloads.algoperf import BUDGETS, WORKLOADS
 from workloads.registry import WORKLOADS as EMBEDDED
 
@@ -108,9 +109,11 @@ def main(argv: Sequence[str]) -> None:
         if values.seconds and named.speed is None:
             print(f"\n{plan_tables.NO_SECONDS}")
         return
+    if algoperf.is_older():
+        print(algoperf.OLDER, file=sys.stderr)
     plans: dict[str, list[plan_tables.Named]] = {}
     for framework in frameworks:
-        for name in SCORED:
+        for name in (name for name in SCORED if name in algoperf.here()):
             print(f"{framework}: {name} ...", file=sys.stderr, flush=True)
             plans.setdefault(FRAMEWORKS[framework], []).append(plan_for(values, name, framework))
     print(plan_tables.render_all(plans, _command(values), values.format), end="")
