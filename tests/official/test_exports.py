@@ -1,4 +1,4 @@
-"""An exported submission trains under AlgoPerf's own runner, from where the working group starts it, self-tuning."""
+"""An exported submission trains, self-tuning, in AlgoPerf's own runner, by its path in a clone."""
 
 from __future__ import annotations
 
