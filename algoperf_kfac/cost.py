@@ -29,7 +29,10 @@ ITEM_BYTES = 4  # float32: parameters, moments and factors alike
 EIGH_FLOPS = 9.0  # times n^3
 INVERSE_FLOPS = 1.0
 OPERATOR_FLOPS = 2.0
-DEVICE_BYTES = 16e9  # AlgoPerf's competition hardware: 8 GPUs of 16 GB
+# AlgoPerf's competition hardware from version 1.0 on: 4 GPUs of 40 GB.
+DEVICES = 4
+DEVICE_BYTES = 40e9
+LOSS_COPIES = 3  # of the outputs, see `Memory.loss`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +94,7 @@ class Sighting:
         loads: by weight parameter name.
         activation_bytes: what the model keeps for its backward pass.
         capture_bytes: what a statistics step keeps in addition.
+        output_bytes: of the model's outputs.
         examples: of the step.
         note: how it was seen, if not with the real shapes; empty otherwise.
     """
@@ -100,6 +104,7 @@ class Sighting:
     loads: Mapping[str, Load]
     activation_bytes: float
     capture_bytes: float
+    output_bytes: float
     examples: int
     note: str = ""
 
@@ -221,6 +226,8 @@ class Memory:
             keeps in their place.
         accumulators: sums of outer products of the statistics step at hand.
         activations: what the model keeps for its backward pass; an estimate.
+        loss: the model's outputs, what the loss keeps of them for its backward pass (log-probabilities or the
+            like, as large as the outputs), and their gradient, which is there before the first activation is freed.
         capture: what a statistics step holds beside the activations: inputs and sums over positions until the
             gradients are there (reduce), or the sums of outer products, which then grow within the passes (expand).
         refresh: temporary matrices of the largest refresh, that of all layers at once.
@@ -236,6 +243,7 @@ class Memory:
     operators: float
     accumulators: float
     activations: float
+    loss: float
     capture: float
     refresh: float
     update: float
@@ -255,7 +263,7 @@ class Memory:
     def peak(self) -> float:
         """State, parameters and gradients, and the largest of the phases of a step, which follow one another."""
         phases = (
-            self.activations + self.capture,
+            self.activations + self.loss + self.capture,
             self.accumulators + self.averaging,
             self.refresh,
             self.update,
@@ -268,7 +276,8 @@ class Memory:
 
         It has two moments of every parameter, and its update holds direction and momentum of every parameter.
         """
-        return self.parameters + self.gradients + 2 * self.parameters + max(self.activations, 2 * self.parameters)
+        step = max(self.activations + self.loss, 2 * self.parameters)
+        return self.parameters + self.gradients + 2 * self.parameters + step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,6 +341,7 @@ def make_plan(
     devices: int = 1,
     activation_bytes: float | None = None,
     capture_bytes: float = 0.0,
+    output_bytes: float = 0.0,
     gradient_copies: int = 1,
     moments_of_covered: int = 2,
     counts: int = 0,
@@ -348,6 +358,7 @@ def make_plan(
         activation_bytes: what the model keeps for its backward pass; estimated as the layers' inputs and outputs
             if None.
         capture_bytes: what a statistics step keeps of them in addition; sums come on top.
+        output_bytes: of the model's outputs.
         gradient_copies: how often the gradients are held: 2 with DistributedDataParallel and its buckets.
         moments_of_covered: NadamW moments that are kept of a covered parameter: 1 where nothing needs the second.
         counts: scalars that the optimizer keeps beside those of the layers.
@@ -373,6 +384,7 @@ def make_plan(
         **_state_bytes(coverage, scaling, counts),
         **_temporary_bytes(coverage, devices, gradient_copies),
         activations=ITEM_BYTES * elements if activation_bytes is None else activation_bytes,
+        loss=LOSS_COPIES * output_bytes,
         capture=capture_bytes + ITEM_BYTES * sum(_captured_elements(layer) for layer in layers),
     )
     model = sum(layer.model for layer in layers) + others

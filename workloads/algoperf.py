@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import NamedTuple
 
 from commands.errors import UserError
 from submissions.common.batch_sizes import SCORED, UNSCORED
 
 WORKLOADS = (*SCORED, *UNSCORED)
+FROM_1_0 = "finewebedu_lm"  # the one that older versions do not have
 # Other activations, normalisations and sizes, from version 0.5 on.
 VARIANTS = (
     "criteo1tb_test",
@@ -36,17 +38,63 @@ VARIANTS = (
     "wmt_attention_temp",
     "wmt_glu_tanh",
 )
+OLDER = "The AlgoPerf installed here is older than 1.0: without finewebedu_lm, and with other budgets than 1.0's."
 NOT_INSTALLED = "AlgoPerf is not installed here; docs/official.md says how to make an environment with it"
+
+
+class Budget(NamedTuple):
+    """What AlgoPerf 1.0 allows a run.
+
+    Attributes:
+        seconds: of the external ruleset; the self-tuning one allows `SELF_TUNING` times as many.
+        step_hint: steps that its own baseline makes in them.
+    """
+
+    seconds: int
+    step_hint: int
+
+    @property
+    def per_step(self) -> float:
+        """Seconds a step may take for the hint's steps to fit."""
+        return self.seconds / self.step_hint
+
+
+SELF_TUNING = 1.5
+BUDGETS = {
+    "criteo1tb": Budget(8_915, 10_666),
+    "fastmri": Budget(2_745, 18_094),
+    "finewebedu_lm": Budget(31_967, 72_000),
+    "imagenet_resnet": Budget(49_918, 195_999),
+    "imagenet_vit": Budget(64_292, 167_999),
+    "librispeech_conformer": Budget(43_680, 76_000),
+    "librispeech_deepspeech": Budget(36_949, 38_400),
+    "ogbg": Budget(11_303, 52_000),
+    "wmt": Budget(16_114, 120_000),
+}
 
 # Training batches, beside the number of examples.
 AUDIO_SAMPLES = 320_000  # 20 seconds at 16 kHz, what utterances are padded to
 SENTENCE = 256  # tokens of a packed row
+DOCUMENT = 1024  # tokens of a row of the language model
 GRAPH_NODES, GRAPH_EDGES = 26, 56  # batches of molecules are padded to these averages
 
 
 def installed() -> bool:
     """Whether AlgoPerf and its runner can be imported."""
     return all(importlib.util.find_spec(name) is not None for name in ("algoperf", "submission_runner"))
+
+
+def is_older() -> bool:
+    """Whether the AlgoPerf that is installed is older than 1.0: without the language model.
+
+    Not asked of its version, which an archive without tags does not know.
+    """
+    return installed() and importlib.util.find_spec(f"algoperf.workloads.{FROM_1_0}") is None
+
+
+def here() -> tuple[str, ...]:
+    """The base workloads that the installed AlgoPerf has."""
+    return tuple(name for name in WORKLOADS if name != FROM_1_0 or not is_older())
 
 
 def base_of(name: str) -> str:

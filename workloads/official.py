@@ -27,7 +27,7 @@ from commands import errors
 from commands.errors import UserError
 from submissions.common.api import Batch, Tree
 from workloads import registry
-from workloads.algoperf import NOT_INSTALLED, installed
+from workloads.algoperf import NOT_INSTALLED, OLDER, installed, is_older
 from workloads.workload import Workload
 
 PROGRAM = "python -m workloads.official"
@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str]) -> None:
     if not installed():
         raise UserError(NOT_INSTALLED)
+    if is_older():
+        print(OLDER, file=sys.stderr)
     runner = load_runner()
     from absl import app, flags
 

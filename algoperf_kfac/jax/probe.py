@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from algoperf_kfac.config import KFACConfig
@@ -69,6 +70,7 @@ def plan_of(seen: Sighting, *, devices: int = 1) -> Plan:
         activation_bytes=seen.activation_bytes,
         capture_bytes=seen.capture_bytes,
         moments_of_covered=1 if seen.config.length_rule == "rms" else 2,
+        output_bytes=seen.output_bytes,
         counts=2,  # of steps and of replaced directions
     )
 
@@ -110,8 +112,15 @@ def _sight(subject: Subject, config: KFACConfig) -> Sighting:
         loads=loads,
         activation_bytes=kept,
         capture_bytes=max(captured - kept, 0.0),
+        output_bytes=_output_bytes(subject),
         examples=subject.batch_size,
     )
+
+
+def _output_bytes(subject: Subject) -> float:
+    """Of what can be differentiated; masks and lengths among the outputs are not the loss's to keep."""
+    outputs = jax.tree.leaves(jax.eval_shape(subject.apply, subject.params, *subject.args))
+    return float(sum(o.size * o.dtype.itemsize for o in outputs if jnp.issubdtype(o.dtype, jnp.floating)))
 
 
 class _LoadRecorder(Visitor):

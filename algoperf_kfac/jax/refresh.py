@@ -142,15 +142,18 @@ def refresh(
         scaling: what is made of the decompositions.
         mesh: a one-dimensional mesh whose devices share the work; None to do it where the state lies.
     """
-    prepared = {
-        key: jax.vmap(functools.partial(_prepare, level=levels[key], scaling=scaling))(state)
-        for key, state in states.items()
-    }
-    due = {key: due[key] & ~one.silent for key, one in prepared.items()}
-    needed = {key: due[key] & one.drifted for key, one in prepared.items()}
-    decomposed = _decompose_by_size(prepared, needed, scaling, mesh)
-    install = jax.vmap(functools.partial(_install, scaling=scaling))
-    return {key: install(state, decomposed[key], due[key], prepared[key]) for key, state in states.items()}
+    # Without TF32, which XLA takes by default where the device has it: its ten bits are too few for eigenvalues
+    # that span five orders of magnitude, and for an operator that stays for an interval.
+    with jax.default_matmul_precision("highest"):
+        prepared = {
+            key: jax.vmap(functools.partial(_prepare, level=levels[key], scaling=scaling))(state)
+            for key, state in states.items()
+        }
+        due = {key: due[key] & ~one.silent for key, one in prepared.items()}
+        needed = {key: due[key] & one.drifted for key, one in prepared.items()}
+        decomposed = _decompose_by_size(prepared, needed, scaling, mesh)
+        install = jax.vmap(functools.partial(_install, scaling=scaling))
+        return {key: install(state, decomposed[key], due[key], prepared[key]) for key, state in states.items()}
 
 
 class _Prepared(NamedTuple):

@@ -139,7 +139,7 @@ def _from_tensors(tensors: Entry) -> dict[str, Any]:
 
 def check(
     kfac: Entry,
-    config: KFACConfig,
+    scaling: Scaling,
     known: Mapping[str, LayerSpec],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
@@ -147,23 +147,29 @@ def check(
 
     Args:
         kfac: the entry.
-        config: the optimizer's configuration.
+        scaling: the optimizer's.
         known: its covered layers, by name.
         shapes: shapes of its parameters, by name.
 
     Raises:
-        ValueError: naming the layer or parameter of another model, or the other preconditioner.
+        ValueError: naming the layer or parameter of another model, or the other preconditioner; or it was saved
+            without the eigenbases that this configuration reads.
     """
-    if kfac["preconditioner"] != config.preconditioner:
-        raise ValueError(
-            f"state_dict: its preconditioner was {kfac['preconditioner']!r}, and is {config.preconditioner!r} here"
-        )
+    here = scaling.config.preconditioner
+    if kfac["preconditioner"] != here:
+        raise ValueError(f"state_dict: its preconditioner was {kfac['preconditioner']!r}, and is {here!r} here")
+    for name, entry in kfac["layers"].items():
+        if scaling.keeps_bases and entry["state"]["refreshes"] and not _has_bases(entry["state"]):
+            raise ValueError(
+                f"state_dict: layer {name} was saved without eigenbases, which scaling={scaling.config.scaling!r} "
+                f"with drift_tolerance={scaling.config.drift_tolerance} reads; load it with those it was saved with"
+            )
     saved: dict[str, tuple[int, ...] | None] = {f.name: f.shape for f in fallbacks_of(kfac)}
     for name, spec in specs_of(kfac).items():
-        here = known.get(name, spec)
+        mine = known.get(name, spec)
         if spec.bias is None:  # it may have proved to be read apart
-            here = dataclasses.replace(here, bias=None, in_blocks=spec.in_blocks)
-        if here != spec:
+            mine = dataclasses.replace(mine, bias=None, in_blocks=spec.in_blocks)
+        if mine != spec:
             raise ValueError(f"state_dict: layer {name} was {spec}, and is {known[name]} here")
         saved[spec.weight] = spec.weight_shape
         if spec.bias is not None:
@@ -206,9 +212,17 @@ def layer_state(kfac: Entry, name: str, zeros: LayerState, scaling: Scaling) -> 
     state = LayerState(**{key: _to(value, like) for key, value in fields.items()})
     # What the scaling does not keep is left behind; what it keeps anew begins at the beginning.
     state.kept = {key: _to(kept.get(key, value), like) for key, value in zeros.kept.items()}
-    if state.refreshes:
+    if _has_bases(fields):
+        # Made anew: version 0.1.0 saved bases in any case.
         state.a_operator, state.b_operator = scaling.operators(state)
+        if not scaling.keeps_bases:
+            state.a_basis, state.b_basis = [], []
     return state
+
+
+def _has_bases(state: Entry) -> bool:
+    """Whether a saved layer has bases or inverses: from its first refresh on, where they were kept."""
+    return bool(state["a_basis"] or state["b_basis"])
 
 
 def seed_of(kfac: Entry) -> int:

@@ -520,7 +520,7 @@ class KFAC(torch.optim.Optimizer):
         """
         kfac, rest = checkpoint.take_apart(state_dict)
         specs = {name: layer.spec for name, layer in self._layers.covered.items()}
-        checkpoint.check(kfac, self.config, specs, {name: tuple(p.shape) for name, p in self._params.items()})
+        checkpoint.check(kfac, self.scaling, specs, {name: tuple(p.shape) for name, p in self._params.items()})
         # A copy, so that the optimizer that gave the state may go on.
         super().load_state_dict(copy.deepcopy(rest))
         layers = self._layers

@@ -28,10 +28,11 @@ class LayerState:
         examples: moving average of the number of examples, not corrected.
         dropped: how many statistics were left out because they were not finite, a scalar tensor.
         rounding: the coarsest eps among the dtypes that inputs and output gradients came in so far.
-        a_basis, b_basis: eigenbases ("eigen") or inverses ("inverse"); empty before the first refresh.
+        a_basis, b_basis: eigenbases ("eigen") or inverses ("inverse"); empty before the first refresh, and after it
+            where the scaling does not keep them (`Scaling.keeps_bases`).
         a_values, b_values: damped eigenvalues, (groups, size) per block; "eigen" only.
-        a_operator, b_operator: what the momentum is multiplied by, for scalings that use them; they follow from the
-            fields above (`Scaling.operators`).
+        a_operator, b_operator: what the momentum is multiplied by, for scalings that use them; made of the bases
+            and values (`Scaling.operators`).
         kept: what the scaling keeps beside them, by name.
         refreshes: successful refreshes so far.
         failures: failed decompositions so far, retries included.

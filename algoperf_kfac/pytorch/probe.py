@@ -92,6 +92,7 @@ def plan_of(seen: Sighting, *, devices: int = 1) -> Plan:
         devices=devices,
         activation_bytes=seen.activation_bytes,
         capture_bytes=seen.capture_bytes,
+        output_bytes=seen.output_bytes,
         gradient_copies=2 if devices > 1 else 1,
         moments_of_covered=2 if seen.config.length_rule == "graft" else 1,
         counts=1,  # of replaced directions
@@ -149,6 +150,7 @@ def _scaled(seen: Sighting, half: Sighting | None, batch_size: int) -> Sighting:
         loads={name: load.scaled(batch_size / size) for name, load in seen.loads.items()},
         activation_bytes=extended(seen.activation_bytes, half.activation_bytes if half else 0.0),
         capture_bytes=extended(seen.capture_bytes, half.capture_bytes if half else 0.0),
+        output_bytes=seen.output_bytes * batch_size / size,
         examples=batch_size,
     )
 
@@ -179,7 +181,8 @@ def _step(subject: Subject, make_optimizer: Callable[[nn.Module], KFAC], batch_s
     }
     extra = max(captured.bytes - plain.bytes, 0)
     coverage = _as_seen(optimizer.coverage())
-    return Sighting(coverage, optimizer.config, loads, float(plain.bytes), float(extra), batch_size)
+    size = float(sum(t.numel() * t.element_size() for t in outputs))
+    return Sighting(coverage, optimizer.config, loads, float(plain.bytes), float(extra), size, batch_size)
 
 
 def _recorded_loads(recorders: Iterable[AnyRecorder]) -> dict[str, Load]:

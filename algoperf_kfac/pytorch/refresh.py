@@ -6,8 +6,10 @@ writes them, so that processes can share the work and send each other the result
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +45,36 @@ class Refresh:
     drift: float = 0.0
 
 
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """No TF32 in the products of float32 matrices; afterwards the setting is what it was.
+
+    AlgoPerf's runner switches it on for the whole process. Its ten bits are too few for eigenvalues that span five
+    orders of magnitude, and for an operator that stays for an interval. Through torch's older setting, because a
+    mix with the newer one is refused; only where the newer one alone is in use, and the older therefore cannot be
+    read, through that.
+    """
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        matmul: Any = torch.backends.cuda.matmul
+        newer = matmul.fp32_precision
+        matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = newer
+        return
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def refresh(layers: list[tuple[LayerSpec, LayerState]], scaling: Scaling) -> None:
     """Recompute the preconditioners of `layers` from their current statistics, all in this process."""
     states = [state for _, state in layers]
@@ -50,6 +82,7 @@ def refresh(layers: list[tuple[LayerSpec, LayerState]], scaling: Scaling) -> Non
         install(state, result, scaling)
 
 
+@full_precision()
 def decompose(states: list[LayerState], scaling: Scaling) -> list[Refresh]:
     """The new preconditioners of layers; their states are only read.
 
@@ -71,6 +104,7 @@ def decompose(states: list[LayerState], scaling: Scaling) -> list[Refresh]:
     return [job.result for job in jobs]
 
 
+@full_precision()
 def install(state: LayerState, result: Refresh, scaling: Scaling) -> None:
     """Put a refresh into its layer's state, which then depends on the old state and on `result` alone."""
     if result.renewed:
@@ -80,6 +114,8 @@ def install(state: LayerState, result: Refresh, scaling: Scaling) -> None:
     if result.renewed or result.skipped:
         state.a_values, state.b_values = result.a_values, result.b_values
         state.a_operator, state.b_operator = scaling.operators(state)
+    if not scaling.keeps_bases:
+        state.a_basis, state.b_basis = [], []
     state.refreshes += result.renewed
     state.skipped += result.skipped
     state.failures += result.failures

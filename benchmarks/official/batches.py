@@ -2,7 +2,8 @@
 
 AlgoPerf's own test feeds fake batches that differ from the real ones where it matters to K-FAC: no packed
 sequences, no soft labels, graphs of one node, constant categories. Here everything is synthetic too, but made as
-the pipelines make it. Only batch, sequence and image sizes are cut, see `RECIPES`; models are never shrunk.
+the pipelines make it. Only batch, sequence and image sizes are cut, and the two models that are too large for a
+small machine: see `RECIPES`.
 
 Imports jraph and AlgoPerf's sharding only where a batch needs them.
 """
@@ -22,6 +23,9 @@ AUDIO_SAMPLES = 64_000  # true: 320,000
 LABEL_LENGTH = 256
 WMT_LENGTH = 32  # true: 256
 WMT_VOCABULARY = 32_000
+FINEWEBEDU_LENGTH = 64  # true: 1024
+FINEWEBEDU_VOCABULARY = 2_048  # true: 50,257
+FINEWEBEDU_LAYERS = 2  # true: 12
 OGBG_TASKS = 128  # labels of a molecule
 # Hash buckets of Criteo's 26 categorical columns.
 CRITEO_BUCKETS = (
@@ -142,6 +146,12 @@ def _wmt(rng: np.random.RandomState, count: int, framework: str) -> Batch:
     return batch
 
 
+def _finewebedu(rng: np.random.RandomState, count: int, framework: str) -> Batch:
+    """Rows out of one stream of tokens, frequent ones first; a target is the next token. Weights are None."""
+    tokens = (FINEWEBEDU_VOCABULARY * rng.uniform(size=(count, FINEWEBEDU_LENGTH + 1)) ** 4).astype(np.int64)
+    return {"inputs": tokens[:, :-1].copy(), "targets": tokens[:, 1:].copy(), "weights": None}
+
+
 def _ogbg(rng: np.random.RandomState, count: int, framework: str) -> Batch:
     """Molecules of different sizes as one graph, filled up by a padding graph; labels with gaps."""
     import jraph
@@ -197,6 +207,7 @@ _SPEECH_CUT = "4 s of audio, not 20 s; no SpecAugment"
 RECIPES = {
     "criteo1tb": Recipe(_criteo, 16, "embedding table of criteo1tb_test (65,536 rows, not 4,194,304)"),
     "fastmri": Recipe(_fastmri, 2, "images of 64 x 64, not 320 x 320"),
+    "finewebedu_lm": Recipe(_finewebedu, 2, "2 layers, 2,048 words and 64 tokens, not 12, 50,257 and 1024"),
     "imagenet_resnet": Recipe(_resnet, 4),
     "imagenet_vit": Recipe(_vit, 4),
     "librispeech_conformer": Recipe(_speech, 2, _SPEECH_CUT),
@@ -216,7 +227,7 @@ def _as_torch(base: str, batch: Batch) -> Batch:
         if isinstance(value, tuple):
             pairs = [tensor(item) for item in value]
             return type(value)(*pairs) if hasattr(value, "_fields") else tuple(pairs)
-        return value if isinstance(value, dict) else torch.as_tensor(np.asarray(value))
+        return value if value is None or isinstance(value, dict) else torch.as_tensor(np.asarray(value))
 
     out = {key: tensor(value) for key, value in batch.items()}
     if base in ("mnist", "cifar", "imagenet_resnet", "imagenet_vit"):
@@ -225,6 +236,8 @@ def _as_torch(base: str, batch: Batch) -> Batch:
             out["inputs"] = out["inputs"].contiguous()
     if base == "ogbg":
         out["weights"] = out["weights"].bool()
+    if base == "finewebedu_lm":
+        out["inputs"] = out["inputs"].int()
     return out
 
 

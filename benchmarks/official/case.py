@@ -58,6 +58,7 @@ def run(
     record = Record(
         workload_name, framework, submission, data_parallel=data_parallel, max_factor_dim=max_factor_dim
     )
+    record.algoperf = "0.6" if algoperf.is_older() else "1.0"
     return _Case(record).run()
 
 

@@ -55,6 +55,7 @@ class Record:
         counters: the optimizer's own, after the last step.
         gradient_errors, rounding_bounds: layer -> error of G^T A against its gradient at step `CHECK_AT`, and how
             large float32 alone may make it, see `gradient_check` and `gradient_check_jax`.
+        algoperf: its version, 1.0 or what was before.
         compiled: the model was compiled by the runner.
         unoptimized: JAX compiled its programs with JAX_DISABLE_MOST_OPTIMIZATIONS: quickly, for slow steps.
         resumed: the resumed run began at the checkpoint's step and ended in the same bits.
@@ -80,6 +81,7 @@ class Record:
     counters: dict[str, float] = dataclasses.field(default_factory=dict)
     gradient_errors: dict[str, float] = dataclasses.field(default_factory=dict)
     rounding_bounds: dict[str, float] = dataclasses.field(default_factory=dict)
+    algoperf: str = "0.6"
     compiled: bool = False
     unoptimized: bool = False
     resumed: bool = False

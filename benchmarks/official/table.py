@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", help="a Markdown file with the marker lines; default: print only")
     parser.add_argument("--raw", help="a file of JSON lines for the records themselves")
     parser.add_argument(
-        "--workloads", default=",".join(algoperf.WORKLOADS), help="comma-separated; 'variants' for those"
+        "--workloads", default=",".join(algoperf.here()), help="comma-separated; 'variants' for those"
     )
     parser.add_argument("--frameworks", default=",".join(FRAMEWORKS), help="comma-separated")
     parser.add_argument("--submissions", default=",".join(SUBMISSIONS), help="comma-separated")
@@ -103,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     if not algoperf.installed():
         raise UserError(algoperf.NOT_INSTALLED)
+    if algoperf.is_older():
+        print(algoperf.OLDER, file=sys.stderr)
     for framework in args.frameworks.split(","):
         frameworks.check(framework)
     for submission in args.submissions.split(","):

@@ -73,8 +73,8 @@ def _of_workload(workload: Workload, batch: Batch, segments: Mapping[int, int] |
 
     def apply(params: Tree, state: Tree, batch: Tree, rng: Tree) -> Tree:
         return workload.model_fn(
-            params=params,
-            augmented_and_preprocessed_input_batch=batch,
+            params,
+            batch,
             model_state=state,
             mode=ForwardPassMode.TRAIN,
             rng=rng,
@@ -121,6 +121,7 @@ def _graphs(n: int) -> Batch:
 
 BATCHES: dict[str, Callable[[int], Batch]] = {
     "criteo1tb": lambda n: {"inputs": _shape(n, 39)},
+    "finewebedu_lm": lambda n: {"inputs": _shape(n, algoperf.DOCUMENT, dtype=jnp.int32)},
     "fastmri": lambda n: {"inputs": _shape(n, 320, 320)},
     "imagenet_resnet": _images(224, 3),
     "imagenet_vit": _images(224, 3),

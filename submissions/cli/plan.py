@@ -10,20 +10,22 @@ from typing import Any
 
 from absl import flags
 
-from algoperf_kfac.cost import Plan
+from algoperf_kfac.cost import DEVICE_BYTES, DEVICES
 from commands.errors import UserError
 from commands.flags import new, parse
 from commands.frameworks import FRAMEWORKS
 from submissions import registry
-from submissions.cli import plan_tables
+from submissions.cli import calibration, plan_tables
 from submissions.common.batch_sizes import SCORED, get_batch_size
-from workloads.algoperf import WORKLOADS
+from workloads import algoperf
+from workloads.algoperf import BUDGETS, WORKLOADS
 from workloads.registry import WORKLOADS as EMBEDDED
 
 PROGRAM = "python -m submissions plan"
 EPILOG = """Examples:
   python -m submissions plan --workload=imagenet_vit --framework=pytorch
   python -m submissions plan --model=my_package.models:small --batch_size=64 --devices=1
+  python -m submissions plan --calibrate --framework=pytorch,jax
 
 AlgoPerf's workloads need AlgoPerf installed, the others do not. The model is run on PyTorch's meta device (JAX:
 traced), with the shapes of the real batch and without data; where its code needs values, on a small real batch.
@@ -31,7 +33,12 @@ traced), with the shapes of the real batch and without data; where its code need
 --model names a function without arguments. PyTorch: it returns the model and its inputs, a tensor, a tuple of
 positional or a dict of keyword arguments. JAX: it returns the function to apply, the parameters, and a tuple of
 further arguments.
+
+--calibrate measures this machine's device, for half a minute or two, and keeps the result in the user's cache; from
+then on plans say seconds, too. With a workload or a model it goes on to its plan.
 """
+# Of a device's memory: what AlgoPerf's runner leaves JAX on the largest model.
+USABLE = {"pytorch": 1.0, "jax": 0.8}
 
 
 def _flags() -> flags.FlagValues:
@@ -51,9 +58,26 @@ def _flags() -> flags.FlagValues:
         lower_bound=1,
         flag_values=values,
     )
-    flags.DEFINE_integer("devices", 8, "Data-parallel devices; 8 in AlgoPerf.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer(
+        "devices", DEVICES, f"Data-parallel devices; {DEVICES} in AlgoPerf 1.0.", lower_bound=1, flag_values=values
+    )
+    flags.DEFINE_float(
+        "device_gb", DEVICE_BYTES / 1e9, "Memory of a device in 10^9 bytes.", lower_bound=0.0, flag_values=values
+    )
+    flags.DEFINE_float(
+        "usable",
+        None,
+        "Share of it that the framework may use. Default: 1 for PyTorch, 0.8 for JAX, as in AlgoPerf's runner.",
+        lower_bound=0.0,
+        upper_bound=1.0,
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "calibrate", default=False, help="Measure this machine's speed first; see above.", flag_values=values
+    )
+    flags.DEFINE_bool("seconds", default=True, help="Say seconds, where they are known.", flag_values=values)
     flags.DEFINE_enum("format", "text", ["text", "markdown"], "How to print.", flag_values=values)
-    flags.DEFINE_bool("all", default=False, help="All eight of AlgoPerf's workloads.", flag_values=values)
+    flags.DEFINE_bool("all", default=False, help=f"All of AlgoPerf's {len(SCORED)} workloads.", flag_values=values)
     return values
 
 
@@ -65,34 +89,61 @@ def main(argv: Sequence[str]) -> None:
     """
     values = _flags()
     parse(argv, values, PROGRAM, epilog=EPILOG)
-    if sum((bool(values.workload), bool(values.model), values.all)) != 1:
-        raise UserError(f"give one of --workload, --model and --all. See {PROGRAM} --help.")
+    asked = sum((bool(values.workload), bool(values.model), values.all))
+    if asked != 1 and not (values.calibrate and not asked):
+        raise UserError(f"give one of --workload, --model and --all, or --calibrate. See {PROGRAM} --help.")
     frameworks = values.framework.split(",")
     for framework in frameworks:
         if framework not in FRAMEWORKS:
             raise UserError(f"unknown framework '{framework}'; known: {', '.join(FRAMEWORKS)}")
-    if not values.all:
-        if len(frameworks) > 1:
-            raise UserError("several frameworks go with --all only")
-        name = values.workload or values.model
-        plan, note, batch_size = plan_for(values, name, frameworks[0])
-        print(plan_tables.render(plan, name, batch_size, note, values.format), end="")
+    if len(frameworks) > 1 and not values.all and asked:
+        raise UserError("several frameworks go with --all and --calibrate only")
+    if values.calibrate:
+        for framework in frameworks:
+            _calibrate(framework)
+    if not asked:
         return
+    if not values.all:
+        named = plan_for(values, values.workload or values.model, frameworks[0])
+        print(plan_tables.render(named, values.format), end="")
+        if values.seconds and named.speed is None:
+            print(f"\n{plan_tables.NO_SECONDS}")
+        return
+    if algoperf.is_older():
+        print(algoperf.OLDER, file=sys.stderr)
     plans: dict[str, list[plan_tables.Named]] = {}
     for framework in frameworks:
-        for name in SCORED:
+        for name in (name for name in SCORED if name in algoperf.here()):
             print(f"{framework}: {name} ...", file=sys.stderr, flush=True)
-            plans.setdefault(FRAMEWORKS[framework], []).append((name, *plan_for(values, name, framework)))
+            plans.setdefault(FRAMEWORKS[framework], []).append(plan_for(values, name, framework))
     print(plan_tables.render_all(plans, _command(values), values.format), end="")
 
 
-def plan_for(values: flags.FlagValues, name: str, framework: str) -> tuple[Plan, str, int]:
-    """The plan for a workload or model, how it was seen, and the global batch size."""
+def _calibrate(framework: str) -> None:
+    """Measures, keeps and shows."""
+    print(f"{framework}: measuring ...", file=sys.stderr, flush=True)
+    speed = calibration.measure(framework)
+    file = calibration.keep(framework, speed)
+    print(plan_tables.render_speed(speed))
+    print(f"Kept in {file}.\n")
+
+
+def plan_for(values: flags.FlagValues, name: str, framework: str) -> plan_tables.Named:
+    """The plan for a workload or model, and what it is compared with."""
     devices = values.devices
     batch_size = _batch_size(name, values)
     adapter, subject = _subject(values, name, framework, None if batch_size is None else batch_size // devices)
     seen = adapter.sight(subject, registry.kfac_config(values.submission, framework))
-    return adapter.plan_of(seen, devices=devices), seen.note, batch_size or subject.batch_size * devices
+    share = USABLE[framework] if values.usable is None else values.usable
+    return plan_tables.Named(
+        name,
+        adapter.plan_of(seen, devices=devices),
+        seen.note,
+        batch_size or subject.batch_size * devices,
+        plan_tables.Room(1e9 * values.device_gb, share),
+        calibration.known(framework) if values.seconds else None,
+        BUDGETS.get(name),
+    )
 
 
 def _batch_size(name: str, values: flags.FlagValues) -> int | None:
@@ -137,7 +188,7 @@ def _command(values: flags.FlagValues) -> str:
     """The command line that gives the same output."""
     changed = [
         f"--{name}={values[name].value}"
-        for name in ("framework", "submission", "devices")
+        for name in ("framework", "submission", "devices", "device_gb", "usable")
         if values[name].value != values[name].default
-    ]
+    ] + ([] if values.seconds else ["--noseconds"])
     return " ".join([PROGRAM, "--all", "--format=markdown", *changed])

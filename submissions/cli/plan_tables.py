@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from algoperf_kfac.cost import DEVICE_BYTES, LayerPlan, Memory, Plan
+from algoperf_kfac.cost import LayerPlan, Memory, Plan
 from algoperf_kfac.layers import FallbackSpec
+from algoperf_kfac.seconds import Seconds, Speed, seconds_of
+from workloads.algoperf import SELF_TUNING, Budget
 
-Named = tuple[str, Plan, str, int]
 Table = list[list[str]]
 LAYER_HEAD = ["layer", "", "kind", "P_in", "P_out", "R", "bias", "approximation", "A", "B"]
 OTHER_HEAD = ["other parameters", "", "entries", "treatment", "reason"]
-SUMMARY_HEAD = ["workload", "covered", "layers", "K-FAC state", "NadamW peak", "peak", "fits 16 GB", "model"]
+SUMMARY_HEAD = ["workload", "covered", "layers", "K-FAC state", "NadamW peak", "peak", "fits", "model"]
 SUMMARY_HEAD += ["statistics", "refresh", "precond.", "sum"]
-RIGHT = {"P_in", "P_out", "R", "entries", "size", *SUMMARY_HEAD[1:]}
+BUDGET_HEAD = ["workload", "budget s", "step hint", "allowed s per step", "self-tuning s", "K-FAC s per step"]
+COST_HEAD = ["K-FAC adds, per step", "of the model's flops", "seconds"]
+RIGHT = {"P_in", "P_out", "R", "entries", "size", *SUMMARY_HEAD[1:], *BUDGET_HEAD[1:], *COST_HEAD[1:]}
 
 # What XLA took of the JAX estimate, compiled for a CPU: growth or size of the temporary memory that
 # `memory_analysis()` gives for the gradient of the outputs' sum, at batches of 2 to 8. There was no GPU to ask.
@@ -25,24 +29,77 @@ XLA_ON_CPU = {
     "librispeech_conformer": 1.6,
     "librispeech_deepspeech": 1.5,
 }
-LEGEND = f"""\
+NO_SECONDS = "Seconds are not known here: python -m submissions plan --calibrate measures this machine once."
+LEGEND = """\
 Layers that differ in a number of their path alone share a row, with their count. R: positions that share the
 weight, of one example, all calls of the layer together. A, B: sizes of the factors, or of their diagonal blocks.
-Memory is that of one device, 1 GB = 10^9 bytes; it fits if the peak is at most {DEVICE_BYTES / 1e9:.0f} GB. The
+Memory is that of one device, 1 GB = 10^9 bytes; it fits if the peak is at most what the framework may use. The
 peak holds parameters, gradients, all state of the optimizer and the largest of: activations with what a statistics
-step holds beside them; the sums for A and B being averaged; the refresh of all layers; the update. "NadamW peak" is
-that of the first-order reference: parameters, gradients, moments, and the larger of activations and update.
-Activations are an estimate: float32, uncompiled, without the loss, and without what allocator and libraries take.
+step holds beside them and the loss; the sums for A and B being averaged; the refresh of all layers; the update.
+"NadamW peak" is that of the first-order reference: parameters, gradients, moments, and the larger of activations
+with the loss and update. The loss takes three times the model's outputs: those, what it keeps of them, and their
+gradient.
+Activations are an estimate: float32, uncompiled, and without what allocator and libraries take.
 In PyTorch they are what autograd keeps, dropout and LSTMs as on a GPU; attention counts unfused unless the model
 fuses it itself. In JAX they are the least from which what the derivative keeps follows element by element; XLA may
 keep more. Flops are shares of the model's own forward and backward pass (its weighted operations alone, which
 overstates the shares), averaged over the intervals; the work of a refresh is divided over the devices. They are not
-seconds: decompositions run slower than products.
+seconds: decompositions run slower than products. Seconds, where they stand, come from measured times of square
+matrices on the device that is named; operations are taken one after the other, nothing overlaps with the model.
 """
 
 
-def render(plan: Plan, name: str, batch_size: int, note: str, form: str, *, legend: bool = True) -> str:
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """Memory of a device.
+
+    Attributes:
+        total: bytes.
+        share: of them that the framework may use.
+    """
+
+    total: float
+    share: float
+
+    @property
+    def usable(self) -> float:
+        return self.total * self.share
+
+    def __str__(self) -> str:
+        text = f"{self.usable / 1e9:.4g} GB"
+        return text if self.share == 1 else f"{text} ({self.share:.0%} of {self.total / 1e9:.4g} GB)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """A plan, and what it is compared with.
+
+    Attributes:
+        name: of the workload or model.
+        plan: its plan.
+        note: how the model was seen, if not with the real shapes.
+        batch_size: global.
+        room: memory of a device.
+        speed: of the device at hand; None if it was not measured.
+        budget: what AlgoPerf allows, for its workloads.
+    """
+
+    name: str
+    plan: Plan
+    note: str
+    batch_size: int
+    room: Room
+    speed: Speed | None = None
+    budget: Budget | None = None
+
+    @property
+    def seconds(self) -> Seconds | None:
+        return None if self.speed is None else seconds_of(self.plan, self.speed)
+
+
+def render(named: Named, form: str, *, legend: bool = True) -> str:
     """One plan: summary, memory, flops, layers, other parameters."""
+    name, plan, note, batch_size = named.name, named.plan, named.note, named.batch_size
     title = f"{name}: batch {batch_size:,} on {_count(plan.devices, 'device')}" + (f" ({note})" if note else "")
     covered, total = plan.coverage.num_covered, plan.coverage.num_parameters
     config = plan.config
@@ -51,13 +108,13 @@ def render(plan: Plan, name: str, batch_size: int, note: str, form: str, *, lege
     facts = [
         f"K-FAC covers {covered:,} of {total:,} parameters ({100 * plan.coverage.fraction:.1f} %), {intervals}.",
         f"A device needs {_size(plan.memory.peak)} at its peak, {_size(plan.memory.kfac_state)} of it K-FAC's "
-        f"state: it {'fits' if plan.fits() else 'does NOT fit'} {DEVICE_BYTES / 1e9:.0f} GB. NadamW alone needs "
-        f"{_size(plan.memory.first_order_peak)}.",
+        f"state: {_verdict(plan, named.room)}. NadamW alone needs {_size(plan.memory.first_order_peak)}.",
         f"K-FAC adds {_percent(plan.flops.total)} to the model's {_flops(plan.flops.model)} per step and device: "
         f"statistics {_percent(plan.flops.statistics)}, refresh {_percent(plan.flops.refresh)}, "
         f"preconditioning {_percent(plan.flops.preconditioning)}.",
+        *_in_seconds(named),
     ]
-    tables = [_memory(plan), _layers(plan)]
+    tables = [*([_costs(named)] if named.seconds else []), _memory(plan), _layers(plan)]
     if plan.coverage.fallbacks:
         tables.append(_others(plan.coverage.fallbacks))
     if form == "markdown":
@@ -66,23 +123,100 @@ def render(plan: Plan, name: str, batch_size: int, note: str, form: str, *, lege
     return "\n\n".join([title, "\n".join(facts), *map(_text, tables), *rest]) + "\n"
 
 
+def _verdict(plan: Plan, room: Room) -> str:
+    """Whether it fits; and if not, what to change, in one line."""
+    if plan.fits(room.usable):
+        return f"it fits {room}"
+    return f"it does NOT fit {room}: take more --devices, a smaller --batch_size or less max_factor_dim"
+
+
+def _in_seconds(named: Named) -> list[str]:
+    """Sentences on seconds: K-FAC's, and those that are allowed."""
+    lines, seconds = [], named.seconds
+    if seconds is not None and named.speed is not None:
+        lines.append(f"By the calibration of {named.speed.device} these are {seconds.total:.3g} s a step.")
+    if named.budget is not None:
+        budget = named.budget
+        lines.append(
+            f"AlgoPerf 1.0 allows {budget.per_step:.3g} s a step for the {budget.step_hint:,} steps of its hint "
+            f"({SELF_TUNING * budget.per_step:.3g} s in self-tuning), the model's own work included."
+        )
+    return lines
+
+
+def _costs(named: Named) -> Table:
+    """Flops beside seconds."""
+    flops, seconds = named.plan.flops, named.seconds
+    assert seconds is not None
+    rows = [
+        ("statistics", flops.statistics, seconds.statistics),
+        ("refresh", flops.refresh, seconds.refresh),
+        ("products with the gradient", flops.preconditioning, seconds.preconditioning),
+        ("sum", flops.total, seconds.total),
+    ]
+    return [COST_HEAD, *([name, _percent(share), f"{taken:.3g}"] for name, share, taken in rows)]
+
+
+def _budgets(plans: Sequence[Named]) -> Table:
+    """What AlgoPerf allows, and what K-FAC takes of it where that is known."""
+    rows = [BUDGET_HEAD]
+    for named in plans:
+        if named.budget is not None:
+            budget, seconds = named.budget, named.seconds
+            allowed = budget.per_step
+            row = [named.name, f"{budget.seconds:,}", f"{budget.step_hint:,}", f"{allowed:.3f}"]
+            row += [f"{SELF_TUNING * allowed:.3f}", "" if seconds is None else f"{seconds.total:.3g}"]
+            rows.append(row)
+    return rows
+
+
+def render_speed(speed: Speed) -> str:
+    """A calibration as a table, in milliseconds by size."""
+    head = ["matrices", "product ms", "eigendecomposition ms", "inverse ms"]
+    rows = [head]
+    for size in sorted(speed.products):
+        tables = (speed.products, speed.decompositions, speed.inverses)
+        rows.append([f"{size:,}", *(f"{1e3 * table[size]:.3g}" for table in tables)])
+    return f"{speed.device}: a sum reads {speed.bytes_per_second / 1e9:.3g} GB/s\n\n{_text(rows)}"
+
+
 def render_all(plans: Mapping[str, Sequence[Named]], command: str, form: str) -> str:
     """A summary of several plans per framework, then each plan."""
     if form == "markdown":
         parts = [f"# Coverage, memory and cost on AlgoPerf's workloads\n\nMade by `{command}`.\n\n{LEGEND}"]
         for framework, group in plans.items():
             parts.append(f"{framework}:\n\n{_markdown(_summary(group))}\n")
+            parts.append(f"{_room_of(group)}\n")
             if framework == "JAX":
                 parts.append(_caution(group))
     else:
-        parts = [f"{framework}\n{_text(_summary(group))}\n" for framework, group in plans.items()]
+        parts = [
+            f"{framework}\n{_text(_summary(group))}\n{_room_of(group)}\n" for framework, group in plans.items()
+        ]
+    parts += _allowed(plans, form)
     for framework, group in plans.items():
-        for name, plan, note, batch_size in group:
-            title = f"{name} in {framework}" if len(plans) > 1 else name
-            parts.append(render(plan, title, batch_size, note, form, legend=False))
+        for named in group:
+            title = f"{named.name} in {framework}" if len(plans) > 1 else named.name
+            parts.append(render(dataclasses.replace(named, name=title), form, legend=False))
     if form == "text":
         parts.append(LEGEND)
     return "\n".join(parts)
+
+
+def _room_of(group: Sequence[Named]) -> str:
+    return f"A device has {group[0].room}." if group else ""
+
+
+def _allowed(plans: Mapping[str, Sequence[Named]], form: str) -> list[str]:
+    """What AlgoPerf allows a step; once, where no device was measured: it is the same in both frameworks."""
+    draw = _markdown if form == "markdown" else _text
+    groups = list(plans.items())
+    measured = any(named.speed is not None for _, group in groups for named in group)
+    parts = []
+    for framework, group in groups if measured else groups[:1]:
+        device = f", in {framework} on {group[0].speed.device}" if group and group[0].speed is not None else ""
+        parts.append(f"What AlgoPerf 1.0 allows a step{device}:\n\n{draw(_budgets(group))}\n")
+    return parts
 
 
 def _caution(plans: Sequence[Named]) -> str:
@@ -90,10 +224,11 @@ def _caution(plans: Sequence[Named]) -> str:
 
     def too_much(peak: Callable[[Memory], float]) -> str:
         names = []
-        for name, plan, _, _ in plans:
-            more = (XLA_ON_CPU.get(name, 1.0) - 1) * plan.memory.activations
-            if peak(plan.memory) <= DEVICE_BYTES < peak(plan.memory) + more:
-                names.append(name)
+        for named in plans:
+            memory = named.plan.memory
+            more = (XLA_ON_CPU.get(named.name, 1.0) - 1) * memory.activations
+            if peak(memory) <= named.room.usable < peak(memory) + more:
+                names.append(named.name)
         return ", ".join(names) or "none"
 
     measured = ", ".join(f"{factor} times ({name})" for name, factor in XLA_ON_CPU.items())
@@ -108,17 +243,18 @@ def _caution(plans: Sequence[Named]) -> str:
 
 def _summary(plans: Sequence[Named]) -> Table:
     rows = [SUMMARY_HEAD]
-    for name, plan, _, _ in plans:
+    for named in plans:
+        plan = named.plan
         memory, flops = plan.memory, plan.flops
         rows.append(
             [
-                name,
+                named.name,
                 f"{100 * plan.coverage.fraction:.2f} %",
                 str(len(plan.layers)),
                 _size(memory.kfac_state),
                 _size(memory.first_order_peak),
                 _size(memory.peak),
-                "yes" if plan.fits() else "no",
+                "yes" if plan.fits(named.room.usable) else "no",
                 _flops(flops.model),
                 *map(_percent, (flops.statistics, flops.refresh, flops.preconditioning, flops.total)),
             ]
@@ -137,9 +273,10 @@ def _memory(plan: Plan) -> Table:
         ),
         ("NadamW moments", memory.moments),
         ("factors A and B", memory.factors),
-        ("inverses" if plan.config.preconditioner == "inverse" else "eigenbases", memory.bases),
+        ("eigenbases and eigenvalues", memory.bases),
         ("operators", memory.operators),
         (f"step: activations, {kept}", memory.activations),
+        ("step: outputs, what the loss keeps of them, their gradient", memory.loss),
         ("step: what a statistics step holds beside them", memory.capture),
         ("step: sums for A and B", memory.accumulators),
         ("step: averaging them", memory.averaging),

@@ -140,8 +140,8 @@ def _adapt(inputs: Tree, device: torch.device, examples: int | None) -> Tree:
 
 def _model_fn(workload: Workload, model: nn.Module, batch: Batch) -> Tree:
     return workload.model_fn(
-        params=model,
-        augmented_and_preprocessed_input_batch=batch,
+        model,
+        batch,
         model_state=None,
         mode=ForwardPassMode.TRAIN,
         rng=np.zeros(2, np.int32),
@@ -182,6 +182,7 @@ def _graphs(n: int) -> Batch:
 
 BATCHES: dict[str, Callable[[int], Batch]] = {
     "criteo1tb": lambda n: {"inputs": torch.zeros(n, 39)},
+    "finewebedu_lm": lambda n: {"inputs": torch.zeros(n, algoperf.DOCUMENT, dtype=torch.int32)},
     "fastmri": lambda n: {"inputs": torch.zeros(n, 320, 320)},
     "imagenet_resnet": _images(3, 224),
     "imagenet_vit": _images(3, 224),

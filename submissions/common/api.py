@@ -55,10 +55,12 @@ class Workload(Protocol):
 
     def init_model_fn(self, rng: Rng, /) -> tuple[Tree, Tree]: ...
 
+    # The first two go by position: AlgoPerf's workloads do not call them alike.
     def model_fn(
         self,
         params: Tree,
-        augmented_and_preprocessed_input_batch: Batch,
+        batch: Batch,
+        /,
         model_state: Tree,
         mode: ForwardPassMode,
         rng: Rng,
@@ -67,7 +69,7 @@ class Workload(Protocol):
     ) -> tuple[Tree, Tree]: ...
 
     def loss_fn(
-        self, label_batch: Tree, logits_batch: Tree, mask_batch: Tree = ..., label_smoothing: float = ...
+        self, labels: Tree, logits: Tree, /, mask_batch: Tree = ..., label_smoothing: float = ...
     ) -> dict[str, Tree]: ...
 
 

@@ -30,13 +30,11 @@ class StepResult(NamedTuple):
     Attributes:
         loss: mean over the valid examples of all devices, a scalar.
         n_valid: valid examples (in a language model: tokens) of all devices, a scalar.
-        logits: of the global batch.
         new_model_state: from model_fn.
     """
 
     loss: jax.Array
     n_valid: jax.Array
-    logits: Tree
     new_model_state: Tree
 
 
@@ -51,8 +49,8 @@ def forward(
     """Logits and new model state, in training mode; arguments as in `loss_function`."""
     dropout = {} if dropout_rate is None else {"dropout_rate": dropout_rate}
     logits, new_model_state = workload.model_fn(
-        params=params,
-        augmented_and_preprocessed_input_batch=batch,
+        params,
+        batch,
         model_state=model_state,
         mode=ForwardPassMode.TRAIN,
         rng=rng,
@@ -68,8 +66,8 @@ def forward(
 def losses_of(workload: Workload, logits: Tree, batch: Batch, label_smoothing: float) -> dict[str, jax.Array]:
     """The workload's loss of a batch: "summed" over valid examples, "n_valid_examples", "per_example"."""
     return workload.loss_fn(
-        label_batch=batch["targets"],
-        logits_batch=logits,
+        batch["targets"],
+        logits,
         mask_batch=batch.get("weights"),
         label_smoothing=label_smoothing,
     )
@@ -94,7 +92,7 @@ def loss_function(
     # The batch is one global array, so both sums go over all devices.
     n_valid = jnp.asarray(losses["n_valid_examples"], losses["summed"].dtype)
     loss = losses["summed"] / n_valid
-    return loss, StepResult(loss, n_valid, logits, new_model_state)
+    return loss, StepResult(loss, n_valid, new_model_state)
 
 
 def compute_gradient(

@@ -38,13 +38,11 @@ class StepResult:
     Attributes:
         loss: mean over the valid examples of all devices, a detached scalar.
         n_valid: valid examples (in a language model: tokens) of all devices, a scalar.
-        logits: of this device's batch, detached where they are a tensor.
         new_model_state: from model_fn.
     """
 
     loss: torch.Tensor
     n_valid: torch.Tensor
-    logits: Tree
     new_model_state: Tree
 
 
@@ -72,8 +70,8 @@ def compute_gradient(
     dropout = {} if dropout_rate is None else {"dropout_rate": dropout_rate}
     with context if context is not None else nullcontext() as capture:
         logits, new_model_state = workload.model_fn(
-            params=model,
-            augmented_and_preprocessed_input_batch=batch,
+            model,
+            batch,
             model_state=model_state,
             mode=ForwardPassMode.TRAIN,
             rng=rng,
@@ -81,8 +79,8 @@ def compute_gradient(
             **dropout,
         )
         losses = workload.loss_fn(
-            label_batch=batch["targets"],
-            logits_batch=logits,
+            batch["targets"],
+            logits,
             mask_batch=batch.get("weights"),
             label_smoothing=label_smoothing,
         )
@@ -97,7 +95,6 @@ def compute_gradient(
     return StepResult(
         loss=_summed_over_devices(losses["summed"].detach()) / n_valid,
         n_valid=n_valid,
-        logits=logits.detach() if isinstance(logits, torch.Tensor) else logits,
         new_model_state=new_model_state,
     )
 

@@ -189,8 +189,8 @@ class Submission(Generic[Config, Optimizer]):
             while recent:
                 model.train()
                 _, model_state = workload.model_fn(
-                    params=model,
-                    augmented_and_preprocessed_input_batch=recent.popleft(),
+                    model,
+                    recent.popleft(),
                     model_state=model_state,
                     mode=ForwardPassMode.TRAIN,
                     rng=rng,

@@ -128,8 +128,11 @@ def failing(original: Callable[..., Any], bad: Callable[[Tensor], bool]) -> Call
 
 
 def bases(optimizer: KFAC, name: str) -> list[Tensor]:
+    """What a layer keeps of its last decomposition: its bases, or the operators made of them."""
     state = optimizer.state_dict()["kfac"]["layers"][name]["state"]
-    return [m.clone() for m in (*state["a_basis"], *state["b_basis"])]
+    kept = (*state["a_basis"], *state["b_basis"]) or (*state["a_operator"], *state["b_operator"])
+    assert kept
+    return [m.clone() for m in kept]
 
 
 def failures(optimizer: KFAC, name: str) -> float:

@@ -22,7 +22,11 @@ def test_every_workload_has_a_batch():
 
 
 def test_every_variant_belongs_to_a_workload():
-    assert {algoperf.base_of(name) for name in VARIANTS} == set(algoperf.WORKLOADS) - {"mnist", "cifar"}
+    assert {algoperf.base_of(name) for name in VARIANTS} == set(algoperf.WORKLOADS) - {
+        "finewebedu_lm",
+        "mnist",
+        "cifar",
+    }
     with pytest.raises(UserError, match="imagenet_mlp"):
         algoperf.base_of("imagenet_mlp")
 
@@ -31,7 +35,15 @@ def test_every_variant_belongs_to_a_workload():
 def test_the_registry_holds_nothing_else():
     from algoperf.workloads import workloads
 
-    assert set(workloads.WORKLOADS) == {*algoperf.WORKLOADS, *VARIANTS}
+    assert set(workloads.WORKLOADS) == {*algoperf.here(), *VARIANTS}
+
+
+def test_the_language_model_reads_one_stream():
+    batch = batches.make_batch("finewebedu_lm", "pytorch")
+    assert batch["weights"] is None
+    assert (batch["inputs"].dtype, batch["targets"].dtype) == (torch.int32, torch.int64)
+    assert (batch["inputs"][:, 1:] == batch["targets"][:, :-1]).all()
+    assert batch["targets"].max() < batches.FINEWEBEDU_VOCABULARY
 
 
 def test_mnist_is_raw():

@@ -196,7 +196,8 @@ FAILURES = [("eigen", fail_eigh), ("inverse", fail_cholesky)]
 
 
 def bases(optimizer: KFAC) -> list[Tensor]:
-    return [m.clone() for state in optimizer._layers.states.values() for m in [*state.a_basis, *state.b_basis]]
+    states = optimizer._layers.states.values()
+    return [m.clone() for state in states for m in [*state.a_operator, *state.b_operator]]
 
 
 @pytest.mark.parametrize(("preconditioner", "fail"), FAILURES)

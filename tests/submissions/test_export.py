@@ -136,6 +136,73 @@ def test_it_trains_alone_as_it_does_here(tmp_path, submission, framework):
     assert alone == train(f"submissions.{submission}.{framework}.submission", framework, tmp_path, ours=True)
 
 
+def test_both_frameworks_lie_side_by_side_where_the_working_group_runs_them(tmp_path, capsys):
+    """From the folder above the clone, as modules of it, self-tuning: without hyperparameters."""
+    pytest.importorskip("jax")
+    out = tmp_path / "submissions_algorithms" / "submissions"
+    for framework, name in (("pytorch", "kfac_reduce"), ("jax", "kfac_reduce_jax")):
+        flags = [f"--framework={framework}", "--ruleset=self", "--authors=A, B", f"--out={out}"]
+        assert main(["export", "kfac_reduce", *flags]) == 0
+        said = capsys.readouterr().out
+        path = f"submissions_algorithms/submissions/self_tuning/{name}"
+        assert f"Run it from {tmp_path}:" in said
+        assert f"--submission_path={path}/submission.py" in said
+        assert "--tuning_ruleset=self" in said
+        assert "tuning_search_space" not in said
+        block = pull_request(said)
+        assert block["submission_folder"] == name
+        assert block["framework"] == {"pytorch": "PyTorch", "jax": "JAX"}[framework]
+        info = (out / "self_tuning" / name / "submission_info.yml").read_text()
+        assert info.endswith(said[said.index("submission_name") : said.rindex("```")])
+    for framework, name in (("pytorch", "kfac_reduce"), ("jax", "kfac_reduce_jax")):
+        alone = train(f"submissions_algorithms.submissions.self_tuning.{name}.submission", framework, tmp_path)
+        assert alone == train(f"submissions.kfac_reduce.{framework}.submission", framework, tmp_path, ours=True)
+
+
+def pull_request(said: str) -> dict[str, str]:
+    """What the check of pull requests reads of a text: lines of its YAML block, each up to a #."""
+    lines = said.partition("```yaml\n")[2].partition("\n```")[0].splitlines()
+    fields = dict(line.split("#")[0].strip().split(": ", 1) for line in lines)
+    values = {key: json.loads(value) for key, value in fields.items()}
+    assert all(values[key] for key in ("submission_name", "submission_folder", "authors", "ruleset"))
+    return values
+
+
+def test_a_name_of_ones_own(tmp_path, capsys):
+    flags = ["--ruleset=self", "--name=my_kfac", f"--out={tmp_path}"]
+    assert main(["export", "kfac_reduce", *flags]) == 0
+    folder = tmp_path / "self_tuning" / "my_kfac"
+    assert "--submission_path=self_tuning/my_kfac/submission.py" in capsys.readouterr().out
+    assert "self_tuning/my_kfac/submission.py" in (folder / "README.md").read_text()
+    before = folder_of({}, folder)
+    assert main(["export", "kfac_reduce", "--framework=jax", *flags]) == 2
+    err = capsys.readouterr().err
+    assert err == f"error: {folder} holds the export for PyTorch; give another --name or --out\n"
+    assert folder_of({}, folder) == before
+    assert main(["export", "kfac_reduce", *flags]) == 0
+
+
+def test_a_search_space_of_ones_own(tmp_path, capsys):
+    space = tmp_path / "space.json"
+    space.write_text(json.dumps([{"learning_rate": 1e-3 * (i + 1)} for i in range(5)]))
+    flags = ["kfac_reduce", f"--tuning_search_space={space}", f"--out={tmp_path}"]
+    assert main(["export", *flags]) == 0
+    written = tmp_path / "external_tuning" / "kfac_reduce" / "tuning_search_space.json"
+    assert written.read_text() == space.read_text()
+    capsys.readouterr()
+    assert main(["export", *flags, "--ruleset=self"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "the self-tuning ruleset has no search space" in err
+    assert not (tmp_path / "self_tuning").exists()
+
+
+def test_an_older_algoperf_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(export.algoperf, "is_older", lambda: True)
+    assert main(["export", "kfac_reduce", "--ruleset=self", f"--out={tmp_path}"]) == 0
+    assert "the one installed here is older. The folder fits both." in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("framework", ["pytorch", "jax"])
 @pytest.mark.parametrize("submission", NAMES)
 def test_every_import_is_relative_and_leads_somewhere(submission, framework):
@@ -193,7 +260,7 @@ def test_files_and_facts(submission, ruleset):
     info = {key: json.loads(value) for key, value in info.items()}
     assert info["authors"] == 'A "B" C'
     assert info["ruleset"] == {"external": "external", "self": "self-tuning"}[ruleset]
-    assert info["submission_folder"] == f"submissions/{ruleset}_tuning/{submission}"
+    assert info["submission_folder"] == submission, "AlgoPerf's repository puts the rest before it"
     assert all(line.startswith("#") for line in files["requirements.txt"].splitlines())
     if ruleset == "external" and submission != "nadamw":
         assert len(json.loads(files["tuning_search_space.json"])) == 5
@@ -282,6 +349,11 @@ def test_command(tmp_path, capsys):
         (["a", "b", "--out=x"], "name one submission"),
         (["adam", "--out=x"], "there is no submission 'adam' in pytorch; known: adamw, heavy_ball, kfac_"),
         (["kfac_reduce", "--out=x", "--ruleset=both"], "ruleset"),
+        (["kfac_reduce", "--out=x", "--name=My-KFAC"], "--name=My-KFAC: a name is of lower-case letters"),
+        (["kfac_reduce", "--out=x", "--name=class"], "--name=class"),
+        (["kfac_reduce", "--out=x", "--name="], "--name=: a name is"),
+        (["kfac_reduce", "--out=x", "--authors=A #1"], "the authors hold a #"),
+        (["kfac_reduce", "--out=x", "--tuning_search_space=none.json"], "none.json: there is no such file"),
     ],
 )
 def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, arguments, message):

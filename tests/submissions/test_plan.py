@@ -185,10 +185,12 @@ def test_peaks_by_hand():
     total, matrices = 300, 900 + 100
     for approximation, held in (("reduce", 8 * (30 + 10)), ("expand", matrices)):
         coverage = one_layer(approximation=approximation)
-        plan = make_plan(coverage, {"l.weight": load}, KFACConfig(), activation_bytes=1e6, capture_bytes=1e5)
+        seen = {"activation_bytes": 1e6, "capture_bytes": 1e5, "output_bytes": 2e5}
+        plan = make_plan(coverage, {"l.weight": load}, KFACConfig(), **seen)
         assert plan.memory.capture == 1e5 + ITEM_BYTES * held
-        assert plan.memory.peak == ITEM_BYTES * 2 * total + plan.memory.state + 1e6 + plan.memory.capture
-        assert plan.memory.first_order_peak == ITEM_BYTES * 4 * total + 1e6
+        assert plan.memory.loss == 3 * 2e5
+        assert plan.memory.peak == ITEM_BYTES * 2 * total + plan.memory.state + 1.6e6 + plan.memory.capture
+        assert plan.memory.first_order_peak == ITEM_BYTES * 4 * total + 1.6e6
     idle = make_plan(coverage, {}, KFACConfig(), activation_bytes=0.0)
     assert idle.memory.first_order_peak == ITEM_BYTES * 6 * total
 

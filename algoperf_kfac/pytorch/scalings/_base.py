@@ -46,6 +46,14 @@ class Scaling:
 
     # What it keeps, and what it costs.
 
+    @property
+    def keeps_bases(self) -> bool:
+        """Whether a layer keeps its bases: by default to see whether the factors have drifted away from them.
+
+        A scaling that reads them at every step says so; `operators` has them in any case.
+        """
+        return self.uses_bases and self.config.drift_tolerance > 0
+
     def keeps(self, spec: LayerSpec, like: Tensor) -> dict[str, Tensor | int]:
         """What a layer keeps for the scaling in `LayerState.kept`, as it is at the beginning.
 
@@ -57,7 +65,7 @@ class Scaling:
 
     def num_bytes(self, spec: LayerSpec, itemsize: int) -> StateBytes:
         """Bytes that a layer keeps beside its factors after its first refresh; see `cost.Scaling`."""
-        bases = squares(spec) + (widths(spec) if self.uses_bases else 0)
+        bases = (squares(spec) if self.keeps_bases else 0) + (widths(spec) if self.uses_bases else 0)
         kept = self.keeps(spec, torch.empty(0, device="meta")).values()
         operators = self.operator_elements(spec) + sum(t.numel() for t in kept if isinstance(t, Tensor))
         return StateBytes(itemsize * bases, itemsize * operators, itemsize * COUNTS_PER_LAYER)

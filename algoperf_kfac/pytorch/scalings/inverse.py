@@ -5,18 +5,14 @@ D = (B + l_B I)^-1 M (A + l_A I)^-1
 
 from __future__ import annotations
 
-from algoperf_kfac.layers import LayerSpec
 from algoperf_kfac.pytorch.preconditioner import LayerState
 from algoperf_kfac.pytorch.scalings import _base
 
 
 class Scaling(_base.Scaling):
-    """The inverses are what a refresh gives, and the operators."""
+    """The inverses that a refresh gives are the operators."""
 
     uses_bases = False
 
     def operators(self, state: LayerState) -> _base.Operators:
         return state.a_basis, state.b_basis
-
-    def operator_elements(self, spec: LayerSpec) -> int:
-        return 0  # one and the same

@@ -25,6 +25,8 @@ from algoperf_kfac.pytorch.scalings import _base
 class Scaling(_base.Scaling):
     """Keeps bases and eigenvalues alone: two pairs of operators would come on top, and take as many products."""
 
+    keeps_bases = True
+
     def operator_elements(self, spec: LayerSpec) -> int:
         return 0
 

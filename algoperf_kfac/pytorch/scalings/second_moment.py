@@ -18,6 +18,7 @@ class Scaling(_base.Scaling):
     """Keeps the second moment of the rotated gradient, and the number of its updates."""
 
     uses_gradient = True
+    keeps_bases = True
 
     def keeps(self, spec: LayerSpec, like: Tensor) -> dict[str, Tensor | int]:
         moment = like.new_zeros(spec.groups, spec.out_dim, spec.factor_in_dim)

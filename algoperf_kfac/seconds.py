@@ -1,0 +1,144 @@
+"""Seconds of what K-FAC adds to a step, from a plan's shapes and the measured speed of a device. Arithmetic alone.
+
+Flops do not say them: a decomposition runs at a fraction of the speed of a product, and small matrices at a
+fraction of that of large ones. A `Speed` holds measured times of square matrices. In between, logarithms are
+interpolated along straight lines; beyond the largest size, times grow as its cube, and below the smallest they are
+those of the smallest, where starting the operation is what counts.
+
+A product of (m, k) by (k, n) takes the time of one of square matrices with as many flops.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+from algoperf_kfac.cost import (
+    EIGH_FLOPS,
+    INVERSE_FLOPS,
+    ITEM_BYTES,
+    LayerPlan,
+    Plan,
+    assign,
+    cubes,
+    product_flops,
+)
+from algoperf_kfac.layers import LayerSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Measured times of one device, in seconds; float32.
+
+    Attributes:
+        device: its name.
+        products: of the product of two n x n matrices, by n.
+        decompositions: of the eigendecomposition of one symmetric n x n matrix, by n.
+        inverses: of the inverse of one positive definite n x n matrix by its Cholesky root, by n.
+        bytes_per_second: that a sum over a large array reads.
+    """
+
+    device: str
+    products: Mapping[int, float]
+    decompositions: Mapping[int, float]
+    inverses: Mapping[int, float]
+    bytes_per_second: float
+
+    def __post_init__(self) -> None:
+        tables = (self.products, self.decompositions, self.inverses)
+        if not all(tables) or not all(value > 0 for t in tables for value in (*t, *t.values())):
+            raise ValueError(
+                "a speed needs positive times of products, decompositions and inverses, by positive size"
+            )
+        if not self.bytes_per_second > 0:
+            raise ValueError(f"bytes_per_second={self.bytes_per_second}: must be positive")
+
+    def product(self, m: float, k: float, n: float) -> float:
+        """Of a product of an (m, k) by a (k, n) matrix."""
+        return interpolated(self.products, (m * k * n) ** (1 / 3)) if m and k and n else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Seconds:
+    """What K-FAC adds to a step of one device, averaged over its intervals.
+
+    Attributes:
+        statistics: A and B.
+        refresh: decompositions, on the device with the most work.
+        preconditioning: the products of every step.
+    """
+
+    statistics: float
+    refresh: float
+    preconditioning: float
+
+    @property
+    def total(self) -> float:
+        return self.statistics + self.refresh + self.preconditioning
+
+
+def interpolated(times: Mapping[int, float], size: float) -> float:
+    """The time at a size, from those measured; see the head of this file."""
+    sizes = sorted(times)
+    if size <= sizes[0]:
+        return times[sizes[0]]
+    if size >= sizes[-1]:
+        return times[sizes[-1]] * (size / sizes[-1]) ** 3
+    upper = next(i for i, known in enumerate(sizes) if known >= size)
+    low, high = sizes[upper - 1], sizes[upper]
+    share = math.log(size / low) / math.log(high / low)
+    return times[low] * (times[high] / times[low]) ** share
+
+
+def seconds_of(plan: Plan, speed: Speed) -> Seconds:
+    """What the plan's configuration adds to a step on a device of this speed."""
+    config = plan.config
+    inverse = config.preconditioner == "inverse"
+    refreshes = [_refresh(layer, speed, inverse=inverse) for layer in plan.layers]
+    owners = assign([layer.refresh for layer in plan.layers], plan.devices)
+    busiest = max((sum(_of(refreshes, owners, owner)) for owner in range(plan.devices)), default=0.0)
+    return Seconds(
+        sum(_statistics(layer, speed) for layer in plan.layers) / config.factor_interval,
+        busiest / config.refresh_interval,
+        sum(_preconditioning(layer, speed) for layer in plan.layers),
+    )
+
+
+def _of(values: Sequence[float], owners: Sequence[int], owner: int) -> list[float]:
+    return [value for value, own in zip(values, owners, strict=True) if own == owner]
+
+
+def _statistics(layer: LayerPlan, speed: Speed) -> float:
+    """Outer products of rows: of all of them (expand), or of their sums over positions, which are read first."""
+    spec, load = layer.spec, layer.load
+    if load is None:
+        return 0.0
+    rows, summed = load.examples * load.positions, 0.0
+    if spec.approximation == "reduce":
+        rows = load.examples
+        summed = ITEM_BYTES * (load.input_elements + load.output_elements) / speed.bytes_per_second
+    return summed + spec.groups * sum(speed.product(size, rows, size) for size in spec.block_sizes)
+
+
+def _refresh(layer: LayerPlan, speed: Speed, *, inverse: bool) -> float:
+    """Decompositions, and what the scaling makes of them, by its flops beyond the decomposition's own."""
+    spec = layer.spec
+    table, each = (speed.inverses, INVERSE_FLOPS) if inverse else (speed.decompositions, EIGH_FLOPS)
+    decompositions = sum(interpolated(table, size) for size in spec.block_sizes)
+    products = sum(speed.product(size, size, size) for size in spec.block_sizes)
+    made_of_them = (layer.refresh - each * cubes(spec)) / (2 * cubes(spec)) if cubes(spec) else 0.0
+    return spec.groups * (decompositions + made_of_them * products)
+
+
+def _preconditioning(layer: LayerPlan, speed: Speed) -> float:
+    """The products on either side, as often as the scaling has them."""
+    spec = layer.spec
+    once = _both_sides(spec, speed)
+    return once * layer.preconditioning / product_flops(spec) if product_flops(spec) else 0.0
+
+
+def _both_sides(spec: LayerSpec, speed: Speed) -> float:
+    right = sum(speed.product(spec.out_dim, size, size) for size in spec.in_blocks)
+    left = sum(speed.product(size, size, spec.factor_in_dim) for size in spec.out_blocks)
+    return spec.groups * (left + right)

@@ -1,0 +1,148 @@
+"""Seconds of a plan: arithmetic against sums by hand, and the calibration as a user makes and meets it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from algoperf_kfac.config import KFACConfig
+from algoperf_kfac.cost import Load
+from algoperf_kfac.seconds import Speed, interpolated, seconds_of
+from submissions.__main__ import main
+from submissions.cli import calibration
+from tests.submissions.planned import make_plan
+from tests.submissions.test_plan import one_layer
+
+# Products at 2 flops a nanosecond, decompositions and inverses of their own; sizes 10 to 40.
+PRODUCTS = {n: 1e-9 * n**3 for n in (10, 20, 40)}
+SPEED = Speed("toy", PRODUCTS, {10: 1e-3, 20: 5e-3, 40: 3e-2}, {10: 1e-4, 40: 4e-3}, bytes_per_second=1e9)
+LOAD = Load(examples=8, positions=5, products=40, input_elements=1200, output_elements=400)
+
+
+def test_times_between_and_beyond_those_measured():
+    assert interpolated(SPEED.decompositions, 20) == 5e-3
+    assert interpolated(SPEED.decompositions, 200**0.5) == pytest.approx((1e-3 * 5e-3) ** 0.5)
+    assert interpolated(SPEED.decompositions, 80) == pytest.approx(8 * 3e-2)
+    assert interpolated(SPEED.decompositions, 3) == 1e-3
+    assert SPEED.product(10, 20, 40) == pytest.approx(8e-6)
+    assert SPEED.product(0, 20, 40) == 0
+
+
+def test_seconds_by_hand():
+    """A is 40 x 40 and B 20 x 20; the product of (m, k) and (k, n) takes mkn nanoseconds."""
+    coverage = one_layer(weight_shape=(20, 40), in_dim=40, out_dim=20, in_blocks=(40,), out_blocks=(20,))
+    config = KFACConfig(factor_interval=2, refresh_interval=4)
+    found = seconds_of(make_plan(coverage, {"l.weight": LOAD}, config), SPEED)
+    assert found.statistics == pytest.approx((1e-9 * 8 * (1600 + 400) + 4 * 1600 / 1e9) / 2)
+    assert found.refresh == pytest.approx((3e-2 + 5e-3 + 1e-9 * (40**3 + 20**3)) / 4)
+    assert found.preconditioning == pytest.approx(1e-9 * (20 * 40 * 40 + 20 * 20 * 40))
+    assert found.total == found.statistics + found.refresh + found.preconditioning
+    inverse = seconds_of(
+        make_plan(coverage, {}, KFACConfig(preconditioner="inverse", refresh_interval=4, factor_interval=2)), SPEED
+    )
+    assert inverse.statistics == 0
+    assert inverse.refresh == pytest.approx((4e-3 + interpolated(SPEED.inverses, 20)) / 4)
+    second = make_plan(coverage, {}, KFACConfig(scaling="second_moment", refresh_interval=4, factor_interval=2))
+    assert seconds_of(second, SPEED).preconditioning == pytest.approx(3 * found.preconditioning)
+    assert seconds_of(second, SPEED).refresh == pytest.approx((3e-2 + 5e-3) / 4)
+
+
+def test_the_busiest_device_counts():
+    base = one_layer().layers[0]
+    specs = [
+        type(base)(**(vars(base) | {"name": str(i), "weight": str(i), "in_blocks": (n,), "out_blocks": ()}))
+        for i, n in enumerate((40, 40, 20))
+    ]
+    coverage = type(one_layer())(tuple(specs), ())
+    each = {n: SPEED.decompositions[n] + PRODUCTS[n] for n in (20, 40)}
+    for devices, busiest in ((1, 2 * each[40] + each[20]), (2, each[40] + each[20]), (3, each[40])):
+        plan = make_plan(coverage, {}, KFACConfig(refresh_interval=4, factor_interval=2), devices=devices)
+        assert seconds_of(plan, SPEED).refresh == pytest.approx(busiest / 4)
+
+
+def test_impossible_speeds_are_refused():
+    with pytest.raises(ValueError, match="positive times"):
+        Speed("toy", {}, {10: 1.0}, {10: 1.0}, 1e9)
+    with pytest.raises(ValueError, match="positive times"):
+        Speed("toy", {10: 0.0}, {10: 1.0}, {10: 1.0}, 1e9)
+    with pytest.raises(ValueError, match="bytes_per_second"):
+        Speed("toy", PRODUCTS, PRODUCTS, PRODUCTS, 0)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(calibration, "SIZES", (4, 8))
+    monkeypatch.setattr(calibration, "SUMMED", 1000)
+    return tmp_path / "algoperf-kfac" / "calibration.json"
+
+
+def command(capsys, *arguments):
+    code = main(["plan", *arguments])
+    return code, *capsys.readouterr()
+
+
+def test_a_machine_is_measured_once_and_plans_say_seconds_from_then_on(cache, capsys):
+    pytest.importorskip("jax")
+    plan = ("--workload=mnist_vit", "--devices=1")
+    _, out, _ = command(capsys, *plan)
+    assert "Seconds are not known here: python -m submissions plan --calibrate" in out
+    assert not cache.exists()
+    code, out, _ = command(capsys, "--calibrate", "--framework=pytorch,jax")
+    assert code == 0
+    assert out.count("eigendecomposition ms") == 2
+    assert out.count(str(cache)) == 2
+    kept = json.loads(cache.read_text())
+    assert [key.split(":")[0] for key in kept] == ["pytorch", "jax"]
+    assert set(kept[next(iter(kept))]["products"]) == {"4", "8"}
+    for framework in ("pytorch", "jax"):
+        _, out, _ = command(capsys, *plan, f"--framework={framework}")
+        assert "By the calibration of " in out
+        assert "Seconds are not known" not in out
+        rows = [line.split() for line in out.partition("K-FAC adds, per step")[2].splitlines()]
+        seconds = {row[0]: float(row[-1]) for row in rows if row and row[0] in ("statistics", "refresh", "sum")}
+        assert all(value > 0 for value in seconds.values())
+        assert seconds["sum"] > seconds["refresh"]
+    _, out, _ = command(capsys, *plan, "--noseconds")
+    assert "calibration of" not in out
+
+
+def test_a_workload_goes_on_to_its_plan_after_the_measurement(cache, capsys):
+    code, out, _ = command(capsys, "--calibrate", "--workload=mnist_vit", "--devices=1")
+    assert code == 0
+    assert out.index("Kept in ") < out.index("mnist_vit: batch 128 on 1 device")
+
+
+@pytest.mark.parametrize("content", ["no json", "[]", '{"KEY": {"products": 3}}'])
+def test_a_broken_calibration_is_named(cache, capsys, content):
+    cache.parent.mkdir()
+    cache.write_text(content.replace("KEY", f"pytorch: {calibration.device('pytorch').name()}"))
+    code, out, err = command(capsys, "--workload=mnist_vit", "--devices=1")
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert f"{cache} is no calibration of this program; delete it" in err
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch, capsys, cache):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    code, _, err = command(capsys, "--calibrate")
+    assert code == 2
+    assert err.splitlines()[-1].startswith("error: cannot ")
+    assert str(tmp_path / "file") in err
+
+
+def wide():
+    return torch.nn.Linear(3000, 3000), torch.zeros(4, 3000)
+
+
+def test_a_model_that_does_not_fit_gets_one_clear_line(cache, capsys):
+    flags = (f"--model={__name__}:wide", "--devices=2")
+    code, out, _ = command(capsys, *flags, "--device_gb=0.1")
+    assert code == 0
+    (line,) = [line for line in out.splitlines() if "does NOT fit" in line]
+    assert "it does NOT fit 0.1 GB: take more --devices, a smaller --batch_size or less max_factor_dim" in line
+    assert "it fits 40 GB" in command(capsys, *flags)[1]
+    assert "it fits 20 GB (50% of 40 GB)" in command(capsys, *flags, "--usable=0.5")[1]
