@@ -272,7 +272,8 @@ class KFAC(torch.optim.Optimizer):
             state = layers.states[name]
             state.update(a, b, s.examples, self.config.factor_decay)
             if layers.covered[name].spec.watches_sums:
-                state.vanished = torch.as_tensor(s.vanished / s.examples).to(state.vanished)
+                vanished, examples = (torch.as_tensor(n).to(state.vanished) for n in (s.vanished, s.examples))
+                state.vanished = vanished / examples.clamp(min=1)
         self._pending.forget()
         self._stop_at_unseen(layers.idle(names))
         due = [name for name in self._due() if name in layers.seen]

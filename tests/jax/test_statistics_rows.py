@@ -21,7 +21,7 @@ N = 12
 
 
 def model(params: Any, x: Array) -> Array:
-    """A convolution in front of an instance norm, another one, a linear layer over positions, and one behind them."""
+    """A convolution in front of an instance norm, another one, linear layers over positions and behind them."""
 
     def conv(x: Array, w: Array) -> Array:
         return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
