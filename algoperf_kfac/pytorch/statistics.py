@@ -20,7 +20,7 @@ from algoperf_kfac.pytorch import factors
 from algoperf_kfac.pytorch.factors import MaskedLayout
 from algoperf_kfac.pytorch.geometry import ConvGeometry
 from algoperf_kfac.pytorch.operations import Operation
-from algoperf_kfac.pytorch.vanishing import block_squares, without_vanishing
+from algoperf_kfac.pytorch.vanishing import example_squares, without_vanishing
 from algoperf_kfac.subset import Subset
 
 Scalar = Tensor | float
@@ -340,7 +340,7 @@ class Recorder:
         if self.spec.reduces_outputs:
             call.grad_sums = layout.sum_positions(chosen)
             if self.spec.watches_sums:
-                call.grad_squares = layout.sum_positions(block_squares(chosen, self.spec.out_blocks))
+                call.grad_squares = example_squares(chosen, self.spec.out_blocks, layout)
         else:
             products = self._output_products(factors.expand_rows(chosen, layout.mask))
             self._b = _accumulate(self._b, _weighted(products, call.outputs))

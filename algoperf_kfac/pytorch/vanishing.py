@@ -7,14 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from algoperf_kfac.pytorch.factors import MaskedLayout
 from algoperf_kfac.vanishing import largest_share
 
 
-def block_squares(rows: Tensor, blocks: Sequence[int]) -> Tensor:
-    """(N, R, groups, P) -> (N, R, groups, blocks): squared norms of the features of each block of B."""
-    return torch.stack(
-        [torch.linalg.vector_norm(part, dim=-1) for part in rows.split(list(blocks), -1)], -1
-    ).square_()
+def example_squares(rows: Tensor, blocks: Sequence[int], layout: MaskedLayout) -> Tensor:
+    """(N, R, groups, P) -> (examples, groups, blocks): squared norms of the features of each block of B."""
+    parts = rows.split(list(blocks), -1)
+    if layout.mask is None and layout.segment_ids is None:
+        # Over both dimensions at once: of a convolution the features alone lie far apart.
+        return torch.stack([torch.linalg.vector_norm(part, dim=(1, 3)) for part in parts], -1).square_()
+    return layout.sum_positions(torch.stack([part.square().sum(-1) for part in parts], -1))
 
 
 def without_vanishing(b: Sequence[Tensor], squares: Tensor, eps: float) -> tuple[list[Tensor], Tensor]:
