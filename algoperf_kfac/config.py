@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-APPROXIMATIONS = ("expand", "reduce")
+APPROXIMATIONS = ("expand", "reduce", "mixed")
 FISHERS = ("empirical", "mc", "exact")
 PRECONDITIONERS = ("eigen", "inverse")
 POWERS = {"root": 0.5, "inverse": 1.0}  # scalings that are powers by name
@@ -54,7 +54,9 @@ class KFACConfig:
             `scaling="second_moment"`, of the rotated gradient.
         eps: added to the root of the second moment.
         weight_decay: decoupled, multiplied by the learning rate.
-        approximation: "expand" or "reduce" for all layers, or a mapping from layer kind ("linear", "conv",
+        approximation: "expand", "reduce" (both as in the paper) or "mixed" (reduce where it fits: kernels over
+            several positions take expand's A, and the identity stands for B where output gradients sum to zero over
+            positions, see `vanishing.py`) for all layers, or a mapping from layer kind ("linear", "conv",
             "conv_transpose", or the name of a file in `kinds` that has layers of this kind) to one of them; kinds
             left out take "expand".
         fisher: "empirical" (gradients of the training loss), "mc" (labels sampled from the model) or "exact"
@@ -78,6 +80,9 @@ class KFACConfig:
             your own, which is taken as it is.
         factor_decay: decay of the moving averages of A and B per statistics step, bias-corrected.
         factor_interval: steps between statistics steps.
+        statistics_rows: statistics are formed from as few examples of a batch, every n-th, as bring at least so
+            many rows to the outer products of a call (positions with expand, examples with reduce), and from two at
+            least; None for all examples. Layers whose rows are put together by segments take all.
         initial_statistics: the first so many steps all take statistics, so that the first bases do not rest on
             one batch.
         refresh_interval: steps between refreshes of a layer's preconditioner, a multiple of factor_interval.
@@ -116,6 +121,7 @@ class KFACConfig:
     noise_floor: float | None = None
     factor_decay: float = 0.9
     factor_interval: int = 10
+    statistics_rows: int | None = None
     initial_statistics: int = 10
     refresh_interval: int = 20
     initial_refreshes: str = "doubling"
@@ -141,7 +147,7 @@ class KFACConfig:
             if field.type == "float" or (field.type == "float | None" and value is not None):
                 number = isinstance(value, int | float) and not isinstance(value, bool)
                 check(field.name, number and math.isfinite(value), "a finite number")
-            elif field.type == "int":
+            elif field.type == "int" or (field.type == "int | None" and value is not None):
                 number = isinstance(value, int | float) and not isinstance(value, bool)
                 check(field.name, number and math.isfinite(value) and value == int(value), "a whole number")
                 # Ranges of a search space give floats, integers included.
@@ -169,6 +175,11 @@ class KFACConfig:
         check("noise_floor", self.noise_floor is None or self.noise_floor >= 0, "a number >= 0, or None")
         check("factor_decay", 0 <= self.factor_decay < 1, "a number in [0, 1)")
         check("factor_interval", self.factor_interval >= 1, "at least 1")
+        check(
+            "statistics_rows",
+            self.statistics_rows is None or self.statistics_rows >= 1,
+            "a whole number, at least 1, or None",
+        )
         check("initial_statistics", self.initial_statistics >= 0, "at least 0")
         check(
             "refresh_interval",
@@ -278,10 +289,11 @@ class KFACConfig:
         return float((eps / math.sqrt(12)) ** (0.5 / power))
 
     def approximation_for(self, kind: str) -> str:
-        """The approximation of a layer kind."""
-        if isinstance(self.approximation, Mapping):
-            return self.approximation.get("linear" if kind == TABLE else kind, "expand")
-        return self.approximation
+        """The approximation of a layer kind; where reduce always fits, "mixed" is the same."""
+        choice = self.approximation
+        if isinstance(choice, Mapping):
+            choice = choice.get("linear" if kind == TABLE else kind, "expand")
+        return "reduce" if choice == "mixed" and kind not in LAYER_KINDS else choice
 
 
 def as_mapping(hyperparameters: Mapping[str, object] | Point | None) -> dict[str, object]:

@@ -5,7 +5,8 @@ on one device). The flops are those of the leading matrix products of one device
 2311.00636, section 3), a multiply-add counting as 2:
 
     model's step     6 N R P_in P_out per layer: forward pass, gradient of the input, gradient of the weight
-    statistics       expand 2 N R (P_in^2 + P_out^2); reduce N R (P_in + P_out) + 2 N (P_in^2 + P_out^2)
+    statistics       expand 2 N R (P_in^2 + P_out^2); reduce N R (P_in + P_out) + 2 N (P_in^2 + P_out^2), N the
+                     examples that `statistics_rows` leaves
     refresh          9 n^3 per eigendecomposition plus 2 n^3 for the operator; n^3 per damped inverse
     preconditioning  2 P_out P_in (P_in + P_out) per layer, for scalings that are operators
 
@@ -24,6 +25,7 @@ from typing import Protocol
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.layers import Coverage, LayerSpec
+from algoperf_kfac.subset import Subset
 
 ITEM_BYTES = 4  # float32: parameters, moments and factors alike
 EIGH_FLOPS = 9.0  # times n^3
@@ -47,6 +49,7 @@ class Load:
         input_elements: entries of the layer's inputs.
         output_elements: entries of its outputs.
         kernel: extent of a convolution's kernel in its first spatial dimension.
+        in_segments: whether rows are put together to examples by segments, so that statistics take all of them.
     """
 
     examples: float
@@ -55,6 +58,7 @@ class Load:
     input_elements: float
     output_elements: float
     kernel: int = 1
+    in_segments: bool = False
 
     def scaled(self, factor: float) -> Load:
         """The load of a batch `factor` times as large."""
@@ -65,12 +69,23 @@ class Load:
             self.input_elements * factor,
             self.output_elements * factor,
             self.kernel,
+            self.in_segments,
         )
 
     def of_examples(self, examples: float) -> Load:
         """The same rows, as positions of so many examples."""
         rows = self.examples * self.positions
-        return dataclasses.replace(self, examples=examples, positions=rows / examples)
+        return dataclasses.replace(self, examples=examples, positions=rows / examples, in_segments=True)
+
+    def share(self, rows: int | None, *, reduces: bool) -> float:
+        """The share of the examples that a factor is formed of.
+
+        Args:
+            rows: `KFACConfig.statistics_rows`; several calls are taken for one of all their positions.
+            reduces: whether the factor has one row per example, and not one per position.
+        """
+        limit, each = None if self.in_segments else rows, 1 if reduces else max(1, round(self.positions))
+        return 1 / Subset.of(limit, max(1, round(self.examples)), each).weight
 
     def __add__(self, other: Load) -> Load:
         """The load of two calls on the same examples."""
@@ -81,6 +96,7 @@ class Load:
             self.input_elements + other.input_elements,
             self.output_elements + other.output_elements,
             self.kernel,
+            self.in_segments,
         )
 
 
@@ -368,7 +384,8 @@ def make_plan(
     """
     if devices < 1:
         raise ValueError(f"devices must be at least 1, got {devices}")
-    layers = tuple(_layer_plan(spec, loads.get(spec.load_name), scaling) for spec in coverage.layers)
+    rows = config.statistics_rows
+    layers = tuple(_layer_plan(spec, loads.get(spec.load_name), scaling, rows) for spec in coverage.layers)
     shapes = {f.name: f.shape for f in coverage.fallbacks}
     others = sum(
         6 * load.products * math.prod(shapes[name])
@@ -385,7 +402,7 @@ def make_plan(
         **_temporary_bytes(coverage, devices, gradient_copies),
         activations=ITEM_BYTES * elements if activation_bytes is None else activation_bytes,
         loss=LOSS_COPIES * output_bytes,
-        capture=capture_bytes + ITEM_BYTES * sum(_captured_elements(layer) for layer in layers),
+        capture=capture_bytes + ITEM_BYTES * sum(_captured_elements(layer, rows) for layer in layers),
     )
     model = sum(layer.model for layer in layers) + others
     share = 1 / model if model else 0.0
@@ -398,30 +415,42 @@ def make_plan(
     return Plan(coverage, layers, config, devices, memory, flops, activation_bytes is not None)
 
 
-def _layer_plan(spec: LayerSpec, load: Load | None, scaling: Scaling) -> LayerPlan:
+def _layer_plan(spec: LayerSpec, load: Load | None, scaling: Scaling, rows: int | None) -> LayerPlan:
     own = scaling.flops(spec)
     model = statistics = 0.0
     if load is not None:
         model = 6 * load.products * spec.groups * spec.out_dim * spec.in_dim
-        if spec.approximation == "reduce":
-            # Convolutions sum the input by a small matrix product for each spatial dimension; the first dominates.
-            each = 2 * load.kernel if spec.kind.startswith("conv") else 1
-            statistics = load.input_elements * each + load.output_elements + 2 * load.examples * squares(spec)
-        else:
-            statistics = 2 * load.examples * load.positions * squares(spec)
+        a, b = (spec.groups * sum(size**2 for size in blocks) for blocks in (spec.in_blocks, spec.out_blocks))
+        # Convolutions sum the input by a small matrix product for each spatial dimension; the first dominates.
+        each = 2 * load.kernel if spec.kind.startswith("conv") else 1
+        of_input, of_output = load.input_elements * each, load.output_elements
+        for reduces, entries, summed in (
+            (spec.reduces_inputs, a, of_input),
+            (spec.reduces_outputs, b, of_output * (1 + spec.watches_sums)),
+        ):
+            share = load.share(rows, reduces=reduces)
+            products = 2 * load.examples * (1 if reduces else load.positions) * entries
+            statistics += share * (products + (summed if reduces else 0))
     return LayerPlan(spec, load, model, statistics, own.refresh, own.step)
 
 
-def _captured_elements(layer: LayerPlan) -> float:
+def _captured_elements(layer: LayerPlan, rows: int | None) -> float:
     """Entries of the sums that a statistics step of a layer holds together with the activations.
 
     Reduce sums inputs and output gradients over each example's positions, and makes outer products of them once the
     backward pass is over and the activations are gone.
     """
-    spec = layer.spec
-    if spec.approximation == "expand":
-        return squares(spec)
-    return 0.0 if layer.load is None else layer.load.examples * spec.groups * (spec.in_dim + spec.out_dim)
+    spec, load = layer.spec, layer.load
+    held = 0.0
+    for reduces, blocks, dim in (
+        (spec.reduces_inputs, spec.in_blocks, spec.in_dim),
+        (spec.reduces_outputs, spec.out_blocks, spec.out_dim),
+    ):
+        if not reduces:
+            held += spec.groups * sum(size**2 for size in blocks)
+        elif load is not None:
+            held += load.share(rows, reduces=True) * load.examples * spec.groups * dim
+    return held
 
 
 def _state_bytes(coverage: Coverage, scaling: Scaling, counts: int) -> dict[str, float]:

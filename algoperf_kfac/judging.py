@@ -73,6 +73,6 @@ def noise(ratios: Mapping[str, float]) -> str | None:
     return (
         f"in {len(small)} of {len(ratios)} layers K-FAC's direction is over {1 / SMALL_RATIO:.0f} times as "
         f"long as the first-order step, a sign of factors that are all but singular: {worst}. Take "
-        'approximation="expand" for convolutions (reduce averages the patches of a kernel, which hardly '
-        "differ), or more damping; optimizer.summary() shows the layers"
+        'approximation="expand" or "mixed" for convolutions (reduce averages the patches of a kernel, which '
+        "hardly differ), or more damping; optimizer.summary() shows the layers"
     )

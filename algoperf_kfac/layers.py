@@ -81,12 +81,13 @@ class LayerSpec:
         groups: channel groups; each has factors of its own.
         in_dim: P_in per group: input features, for convolutions times the kernel positions.
         out_dim: P_out per group.
-        approximation: "expand" or "reduce".
+        approximation: "expand", "reduce" or "mixed".
         in_blocks: sizes of A's diagonal blocks, the bias coordinate included; empty for A = identity.
         out_blocks: sizes of B's diagonal blocks; empty for B = identity.
         layout: where the matrix lies in the stored weight, if not simply in its order: sizes, strides and (offset,)
             of the view that runs over outputs, then inputs; see `pytorch/views.py`. It may be a part of the weight.
         bias_start: where its bias begins in the stored one, of a layer that has a part of it.
+        spatial: of a "mixed" layer, whether its kernel reads several positions.
     """
 
     name: str
@@ -102,6 +103,26 @@ class LayerSpec:
     out_blocks: tuple[int, ...]
     layout: Layout = ()
     bias_start: int | None = None
+    spatial: bool = False
+
+    @property
+    def reduces_inputs(self) -> bool:
+        """Whether A is formed of inputs averaged over positions.
+
+        Patches averaged over positions are nearly the same at all offsets of a kernel: A would be almost singular
+        in all other directions, and the update go where the loss does not see it.
+        """
+        return self.approximation == "reduce" or (self.approximation == "mixed" and not self.spatial)
+
+    @property
+    def reduces_outputs(self) -> bool:
+        """Whether B is formed of output gradients summed over positions."""
+        return self.approximation != "expand"
+
+    @property
+    def watches_sums(self) -> bool:
+        """Whether the identity stands for B where these sums vanish."""
+        return self.approximation == "mixed" and bool(self.out_blocks)
 
     @property
     def is_part(self) -> bool:
@@ -144,6 +165,7 @@ def make_spec(
     in_dim: int,
     out_dim: int,
     config: KFACConfig,
+    kernel: int = 1,
     parts: int = 1,
     layout: Layout = (),
     bias_start: int | None = None,
@@ -155,6 +177,7 @@ def make_spec(
     Args:
         name, kind, weight, bias, weight_shape, groups, in_dim, out_dim: see `LayerSpec`.
         config: decides the approximation and the block sizes.
+        kernel: positions that a kernel reads.
         parts: into how many equal parts the outputs are cut before large factors are.
         layout, bias_start: see `LayerSpec`.
     """
@@ -162,6 +185,7 @@ def make_spec(
         split_blocks(dim, config.max_factor_dim, config.large_factor)
         for dim in (in_dim + (bias is not None), out_dim // parts)
     )
+    approximation = config.approximation_for(kind)
     return LayerSpec(
         name=name,
         kind=kind,
@@ -171,11 +195,12 @@ def make_spec(
         groups=groups,
         in_dim=in_dim,
         out_dim=out_dim,
-        approximation=config.approximation_for(kind),
+        approximation=approximation,
         in_blocks=in_blocks,
         out_blocks=() if kind == TABLE else part * parts,
         layout=layout,
         bias_start=bias_start,
+        spatial=approximation == "mixed" and kernel > 1,
     )
 
 

@@ -41,6 +41,7 @@ from algoperf_kfac.positions import (
     check_fits,
     choose,
 )
+from algoperf_kfac.subset import limit_for
 
 NOT_CALLED = "The model does not call them with these arguments: leave them out with exclude=[...]"
 
@@ -118,7 +119,7 @@ def value_grad_and_statistics(
         # Within a program nothing can be looked at: there `check_gradients` does it, when it is asked.
         wanted = not said.checked and config.fisher == "empirical" and is_known((params, args))
         checks = Checks(kind_of) if wanted else None
-        tapped = TappedModel(model, layers, as_candidates(positions), checks)
+        tapped = TappedModel(model, layers, as_candidates(positions), checks, config.statistics_rows)
         said.statistics()
         forward = ForwardPass(tapped, params, args, lambda outputs: loss_fn(outputs, *args), has_aux=has_aux)
         value, n_valid, cotangent = forward.loss()
@@ -185,6 +186,7 @@ class TappedModel:
         layers: from `discover`.
         positions: which positions count, from `as_candidates`.
         checks: collects the layers' products G^T A beside their statistics.
+        rows: `KFACConfig.statistics_rows`.
 
     Attributes:
         model: the same.
@@ -197,7 +199,12 @@ class TappedModel:
     """
 
     def __init__(
-        self, model: TracedModel, layers: Layers, positions: Candidates, checks: Checks | None = None
+        self,
+        model: TracedModel,
+        layers: Layers,
+        positions: Candidates,
+        checks: Checks | None = None,
+        rows: int | None = None,
     ) -> None:
         self.model = model
         self._kind_of: KindOf = kind_of if checks is None else checks.kind_of
@@ -205,7 +212,7 @@ class TappedModel:
         self._layers = called_layers(layers.covered, notes)
         self.idle = tuple(layers.covered.keys() - self._layers.keys())
         self._notes = notes
-        self._readings = read_calls(self._layers, notes, positions)
+        self._readings = read_calls(self._layers, notes, positions, rows)
         self.penalised = frozenset(notes.penalised)
         # How a layer's first call is read stands for all.
         self._first = {name: next(iter(calls.values())) for name, calls in self._readings.items()}
@@ -214,7 +221,7 @@ class TappedModel:
     def zeros(self) -> dict[str, Sums]:
         """What the layers collect, at the start of a backward pass."""
         return {
-            name: self._kind_of(layer.spec).zeros(layer.spec, layer.slices, self._first[name].total, layer.dtype)
+            name: self._kind_of(layer.spec).zeros(layer.spec, layer.slices, self._first[name], layer.dtype)
             for name, layer in self._layers.items()
         }
 
@@ -234,7 +241,7 @@ class TappedModel:
         number = self._num_examples(sums) if normalizer is None else normalizer
         return {
             name: self._kind_of(layer.spec).finalise(
-                layer.spec, sums[name], self._first[name].layout, jnp.asarray(number, sums[name].counts.dtype)
+                layer.spec, sums[name], self._first[name], jnp.asarray(number, sums[name].counts.dtype)
             )
             for name, layer in self._layers.items()
         }
@@ -475,10 +482,18 @@ def idle_layers(
     return tuple(name for name in layers.covered if name not in called)
 
 
-def read_calls(layers: Mapping[str, CoveredLayer], notes: Survey, positions: Candidates) -> Readings:
+def read_calls(
+    layers: Mapping[str, CoveredLayer], notes: Survey, positions: Candidates, limit: int | None
+) -> Readings:
     """Fit the positions to every call of every layer.
 
     Calls with equal numbers of examples see the same examples, others see others.
+
+    Args:
+        layers: the layers.
+        notes: what the model does with them.
+        positions: which positions count.
+        limit: `KFACConfig.statistics_rows`.
 
     Raises:
         ValueError: naming a layer that the positions do not fit, or positions that fit no layer.
@@ -489,13 +504,10 @@ def read_calls(layers: Mapping[str, CoveredLayer], notes: Survey, positions: Can
     readings: Readings = {}
     for name, layer in layers.items():
         of_calls = {key: _read(name, positions, use.rows, layer.dtype) for key, use in uses[name].items()}
-        places: dict[int, int] = {}
-        for reading in of_calls.values():
-            places.setdefault(reading.layout.num_examples, sum(places))
-        readings[name] = {
-            key: reading.among(places[reading.layout.num_examples], sum(places))
-            for key, reading in of_calls.items()
-        }
+        sizes = tuple(dict.fromkeys(reading.layout.num_examples for reading in of_calls.values()))
+        # Of the rows of experts some may have few: all are taken.
+        own = None if kind_of(layer.spec).by_row else limit_for(limit, candidates_for(name, positions))
+        readings[name] = {key: reading.among(sizes, own) for key, reading in of_calls.items()}
     return readings
 
 

@@ -79,6 +79,8 @@ def _renewed(saved: StateDict) -> StateDict:
         saved["taken"] = np.asarray(saved["refreshes"])
     if "idle" not in saved:
         saved["idle"] = np.zeros_like(saved["refreshes"])
+    if "vanished" not in saved:
+        saved["vanished"] = np.zeros_like(saved["drift"])
     moment = saved.get("second_moment")
     if not isinstance(moment, dict):
         return saved

@@ -26,7 +26,6 @@ from algoperf_kfac.jax.statistics import Product, Statistics, Tap
 from algoperf_kfac.jax.tracing import named_leaves
 from algoperf_kfac.jax.types import Tree
 from algoperf_kfac.layers import MAX_ERROR, ROUNDING, LayerSpec
-from algoperf_kfac.positions import Layout
 
 
 class Compared(NamedTuple):
@@ -115,9 +114,9 @@ class _CheckedKind(Kind[Checked]):
     def counted(self, uses: Uses) -> dict[Key, Use]:
         return self._kind.counted(uses)
 
-    def zeros(self, spec: LayerSpec, slices: int, examples: int, dtype: DTypeLike) -> Checked:
+    def zeros(self, spec: LayerSpec, slices: int, reading: Reading, dtype: DTypeLike) -> Checked:
         zeros = jnp.zeros((spec.groups, spec.out_dim, spec.factor_in_dim), dtype)
-        return Checked(self._kind.zeros(spec, slices, examples, dtype), Product(zeros, zeros))
+        return Checked(self._kind.zeros(spec, slices, reading, dtype), Product(zeros, zeros))
 
     def tap(self, tap: Tap, out: Array, x: Array, reading: Reading, sums: Checked) -> Array:
         dtypes = [t.dtype for t in (x, out) if jnp.issubdtype(t.dtype, jnp.floating)]
@@ -128,9 +127,9 @@ class _CheckedKind(Kind[Checked]):
     def product(self, tap: Tap, x: Array, gradient: Array) -> Product:
         return self._kind.product(tap, x, gradient)
 
-    def finalise(self, spec: LayerSpec, sums: Checked, layout: Layout, scale: Array | float) -> Statistics:
+    def finalise(self, spec: LayerSpec, sums: Checked, reading: Reading, scale: Array | float) -> Statistics:
         self._checks.products[spec.name] = sums.product
-        return self._kind.finalise(spec, sums.sums, layout, scale)
+        return self._kind.finalise(spec, sums.sums, reading, scale)
 
 
 Static: TypeAlias = tuple[Tap, Kind[Any]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Iterable
 
 import jax.numpy as jnp
@@ -143,7 +144,8 @@ class _Discovery:
 
     def _cover(self, weight: str, calls: dict[Key, Call], covered: dict[str, CoveredLayer]) -> CoveredLayer | None:
         """The layer of a weight; None if neither of its factors is of a size to be kept."""
-        (shape, dtype), view = self._shapes[weight], next(iter(calls.values())).view
+        (shape, dtype), first = self._shapes[weight], next(iter(calls.values()))
+        view = first.view
         uses = self._notes.uses(weight)
         kind = kind_for(uses)
         bias = self._biases.get(weight) if kind.has_bias else None
@@ -160,6 +162,7 @@ class _Discovery:
             in_dim=view.in_dim,
             out_dim=view.out_dim,
             config=self._config,
+            kernel=1 if first.conv is None else math.prod(first.conv.kernel),
         )
         if not spec.has_factors:
             return None

@@ -20,10 +20,13 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
+from algoperf_kfac.jax.types import Sizes
 from algoperf_kfac.positions import BY_GRADIENT, Layout, Positions, Rows
+from algoperf_kfac.subset import Subset
 
 Static: TypeAlias = tuple[bool, int | None, int, str]
 Child: TypeAlias = object  # an array, None, or what JAX puts in its place
@@ -55,21 +58,59 @@ class Reading:
         layout: what is known from shapes.
         mask: (N, R) zeros and ones in the dtype of the factors; None where all positions count.
         segment_ids: (N,), the example of each row; None where rows are examples.
-        place: which of the layer's examples the first of this call is, where calls see different ones.
-        total: how many examples all calls of the layer see.
+        sizes: numbers of examples that calls of the layer see; those with equal numbers see the same ones.
+        number: which of these is this call's.
         joined: how many leading dimensions are rows together, as segment ids of several dimensions have it.
+        limit: the rows that statistics are formed of at least, from `limit_for`; None for all.
     """
 
     layout: Layout
     mask: Array | None = None
     segment_ids: Array | None = None
-    place: int = 0
-    total: int = 0
+    sizes: Sizes = ()
+    number: int = 0
     joined: int = 1
+    limit: int | None = None
 
-    def among(self, place: int, total: int) -> Reading:
-        """The same as one of several calls."""
-        return dataclasses.replace(self, place=place, total=total)
+    @property
+    def place(self) -> int:
+        """Which of the layer's examples the first of this call is."""
+        return sum(self.sizes[: self.number])
+
+    @property
+    def total(self) -> int:
+        """How many examples all calls of the layer see."""
+        return sum(self.sizes)
+
+    def among(self, sizes: Sizes, limit: int | None) -> Reading:
+        """The same as one of several calls, which see these numbers of examples."""
+        return dataclasses.replace(self, sizes=sizes, number=sizes.index(self.layout.num_examples), limit=limit)
+
+    def subset(self, *, reduces: bool) -> Subset:
+        """The examples that a factor is formed of.
+
+        Args:
+            reduces: whether the factor has one row per example, and not one per position.
+        """
+        return Subset.of(self.limit, self.layout.num_examples, 1 if reduces else self.layout.positions)
+
+    def part(self, chosen: Subset) -> Reading:
+        """How the chosen examples of this call are read, their numbers those among all that reduce chooses."""
+        if self.limit is None:
+            return self
+        layout = dataclasses.replace(self.layout, num_examples=chosen.size)
+        mask = None if self.mask is None else self.mask[chosen.slice]
+        sizes = tuple(Subset.of(self.limit, size, 1).size for size in self.sizes)
+        return dataclasses.replace(self, layout=layout, mask=mask, sizes=sizes)
+
+    def chosen(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """The numbers of the examples that reduce chooses, over all calls, and their weights; None for all."""
+        subsets = [Subset.of(self.limit, size, 1) for size in self.sizes]
+        if all(subset.every == 1 for subset in subsets):
+            return None
+        sets = np.split(np.arange(self.total), np.cumsum(self.sizes)[:-1])
+        numbers = np.concatenate([own[s.slice] for own, s in zip(sets, subsets, strict=True)])
+        return numbers, np.repeat([s.weight for s in subsets], [s.size for s in subsets])
 
     def placed(self, t: Array) -> Array:
         """(examples of this call, ...) -> (examples of all calls, ...), zero for those of others."""
@@ -163,7 +204,7 @@ class Reading:
 
 
 jax.tree_util.register_dataclass(
-    Reading, data_fields=["mask", "segment_ids"], meta_fields=["layout", "place", "total", "joined"]
+    Reading, data_fields=["mask", "segment_ids"], meta_fields=["layout", "sizes", "number", "joined", "limit"]
 )
 
 

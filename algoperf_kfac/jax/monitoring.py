@@ -75,9 +75,10 @@ def metrics(state: Tree, layers: Layers, config: KFACConfig | None = None) -> di
     `statistics_steps` counts the updates that came with statistics, `stand_ins` K-FAC directions that vanished or
     overflowed and were replaced by first-order ones. `coverage` is the share of the parameters whose layers have
     statistics: 0 before the first. Per layer: refreshes, failures, skipped refreshes, dropped statistics, drift,
-    statistics steps in a row that went by without it (`idle`; of all, how many layers they are), the graft ratio
-    and the cosine between K-FAC direction and momentum, both at the last statistics step and NaN before the first;
-    and their totals or means over layers.
+    statistics steps in a row that went by without it (`idle`; of all, how many layers they are), the share of its
+    outputs for which the identity stands for B (`vanished`, with approximation="mixed"; counted alike), the graft
+    ratio and the cosine between K-FAC direction and momentum, both at the last statistics step and NaN before the
+    first; and their totals or means over layers.
 
     Args:
         state: of `scale_by_kfac`, `kfac`, or a chain with one of them.
@@ -89,7 +90,7 @@ def metrics(state: Tree, layers: Layers, config: KFACConfig | None = None) -> di
         ValueError: a state without K-FAC.
     """
     inner = find_state(state)
-    each = ("refreshes", "failures", "skipped", "dropped", "idle", "drift", "graft_ratio", "cosine")
+    each = ("refreshes", "failures", "skipped", "dropped", "idle", "vanished", "drift", "graft_ratio", "cosine")
     numbers = layer_numbers(inner.stacks, layers, ("taken", *each))
     took = {name: int(values["taken"]) for name, values in numbers.items()}
     unseen = [name for name, own in numbers.items() if not own["taken"] and own["idle"] >= NEVER_SEEN]
@@ -110,7 +111,7 @@ def metrics(state: Tree, layers: Layers, config: KFACConfig | None = None) -> di
             values = {name: value if took[name] else math.nan for name, value in values.items()}
             seen = [value for value in values.values() if not math.isnan(value)]
             out[key] = sum(seen) / len(seen) if seen else math.nan
-        elif key == "idle":
+        elif key in ("idle", "vanished"):
             out[key] = float(sum(value > 0 for value in values.values()))
         elif key != "drift":
             out[key] = sum(values.values())

@@ -47,6 +47,8 @@ class LayerState:
         dropped: how many statistics were left out because they were not finite, ().
         taken: how many statistics went into the averages, ().
         idle: statistics steps in a row that went by without the layer, ().
+        vanished: share of the output features for which the identity stands for B, as their gradients sum to zero
+            over positions, at the last statistics step, ().
         a_operator, b_operator: what the momentum is multiplied by, the identity before the first refresh; empty
             for a scaling without operators.
         a_basis, b_basis: eigenbases, where the scaling keeps them.
@@ -67,6 +69,7 @@ class LayerState:
     dropped: Array
     taken: Array
     idle: Array
+    vanished: Array
     a_operator: Blocks
     b_operator: Blocks
     a_basis: Blocks
@@ -86,7 +89,7 @@ FIELDS = tuple(field.name for field in dataclasses.fields(LayerState))
 jax.tree_util.register_dataclass(LayerState, data_fields=FIELDS, meta_fields=())
 
 # Scalars of a state that are counters (int32), and those that are numbers.
-NUM_COUNTERS, NUM_NUMBERS = 6, 5
+NUM_COUNTERS, NUM_NUMBERS = 6, 6
 
 
 def init_layer(spec: LayerSpec, slices: int, scaling: Scaling, dtype: DTypeLike) -> LayerState:
@@ -117,6 +120,7 @@ def init_layer(spec: LayerSpec, slices: int, scaling: Scaling, dtype: DTypeLike)
         dropped=jnp.zeros((), jnp.int32),
         taken=jnp.zeros((), jnp.int32),
         idle=jnp.zeros((), jnp.int32),
+        vanished=jnp.zeros((), dtype),
         a_operator=eyes(ins, kept=scaling.keeps_operators),
         b_operator=eyes(outs, kept=scaling.keeps_operators),
         a_basis=eyes(ins, kept=scaling.keeps_bases),
@@ -176,6 +180,7 @@ def update_statistics(state: LayerState, new: Statistics, decay: float) -> Layer
         weight=new_weight,
         dropped=state.dropped + (~finite & (new.examples > 0).any()),
         taken=state.taken + finite,
+        vanished=(new.vanished / jnp.maximum(new.examples.mean(), 1)).astype(state.vanished.dtype),
     )
 
 

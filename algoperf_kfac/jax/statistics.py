@@ -14,14 +14,16 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
 from algoperf_kfac.jax.factors import Reading, grouped_outer_sums, outer_sums
 from algoperf_kfac.jax.operations import Call, Use
 from algoperf_kfac.jax.sharding import replicated
+from algoperf_kfac.jax.vanishing import block_squares, without_vanishing
 from algoperf_kfac.layers import LayerSpec
-from algoperf_kfac.positions import Layout
+from algoperf_kfac.vanishing import largest_share
 
 
 class Statistics(NamedTuple):
@@ -32,12 +34,14 @@ class Statistics(NamedTuple):
         b: sums of output-gradient outer products of the per-example loss, per block of B.
         a_count: what `a` is divided by: valid positions (expand) or examples (reduce), a scalar or (groups,).
         examples: what `b` is divided by, a scalar or (groups,).
+        vanished: share of the output features whose sums of gradients vanish, times examples, mean of groups, ().
     """
 
     a: tuple[Array, ...]
     b: tuple[Array, ...]
     a_count: Array
     examples: Array
+    vanished: Array
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -67,14 +71,20 @@ class LayerSums(NamedTuple):
     """What a layer collects in a backward pass, `groups` over scanned layers and channel groups.
 
     Attributes:
-        inputs: expand: outer products, (groups, b, b) per block; reduce: one (groups, examples, P_in).
+        inputs: expand: outer products, (groups, b, b) per block; reduce: one (groups, examples, P_in), of the
+            examples that it chooses.
         gradients: the same of the output gradients.
         counts: (slices, examples): positions that count; slices is the number of scanned layers.
+        taken: (slices,): of expand with a part of the examples, positions that count in `inputs`, times the weight.
+        squares: (groups, examples, blocks of B): squared norms of the output gradients, where vanishing sums are
+            watched; and of these what rounding may leave.
     """
 
     inputs: tuple[Array, ...]
     gradients: tuple[Array, ...]
     counts: Array
+    taken: Array | None = None
+    squares: tuple[Array, Array] | None = None
 
 
 class Product(NamedTuple):
@@ -106,16 +116,23 @@ class Tap:
     on_backward: Callable[[str], None]
 
 
-def zeros(spec: LayerSpec, slices: int, examples: int, dtype: DTypeLike) -> LayerSums:
+def zeros(spec: LayerSpec, slices: int, reading: Reading, dtype: DTypeLike) -> LayerSums:
     """See `kinds.Kind.zeros`."""
+    chosen = reading.part(reading.subset(reduces=True)).total
 
-    def side(sizes: tuple[int, ...], dim: int) -> tuple[Array, ...]:
-        if spec.approximation == "reduce":
-            return (jnp.zeros((spec.groups, examples, dim), dtype),)
+    def side(sizes: tuple[int, ...], dim: int, *, reduces: bool) -> tuple[Array, ...]:
+        if reduces:
+            return (jnp.zeros((spec.groups, chosen, dim), dtype),)
         return tuple(jnp.zeros((spec.groups, size, size), dtype) for size in sizes)
 
+    weighted = reading.limit is not None and not spec.reduces_inputs
+    squares = jnp.zeros((spec.groups, chosen, len(spec.out_blocks)), dtype)
     return LayerSums(
-        side(spec.in_blocks, spec.in_dim), side(spec.out_blocks, spec.out_dim), jnp.zeros((slices, examples), dtype)
+        side(spec.in_blocks, spec.in_dim, reduces=spec.reduces_inputs),
+        side(spec.out_blocks, spec.out_dim, reduces=spec.reduces_outputs),
+        jnp.zeros((slices, reading.total), dtype),
+        jnp.zeros((slices,), dtype) if weighted else None,
+        (squares, squares) if spec.watches_sums else None,
     )
 
 
@@ -152,23 +169,61 @@ def _sums(static: Tap, x: Array, reading: Reading, gradient: Array) -> LayerSums
     """The sums of one call from its input and output gradient."""
     spec, call = static.spec, static.use
     assert isinstance(call, Call)
+    dtypes = [t.dtype for t in (x, gradient) if jnp.issubdtype(t.dtype, jnp.floating)]
     rows = reading.rows(call.outputs(gradient.astype(static.dtype)))
     reading = reading.of_gradients(rows)
     x = call.inputs(x.astype(static.dtype))
-    counts = reading.placed(reading.counts(rows))[None]
-    if spec.approximation == "reduce":
-        if call.conv is None:
-            inputs = reading.sum_positions(reading.rows(x))
-        else:
-            inputs = reading.sum_rows(call.conv.patch_sums(x, reading.mask))
-        inputs, gradients = reading.placed(inputs), reading.placed(reading.sum_positions(rows))
-        return LayerSums((jnp.moveaxis(inputs, 1, 0),), (jnp.moveaxis(gradients, 1, 0),), counts)
-    x = reading.rows(x) if call.conv is None else call.conv.patches(x)
-    return LayerSums(
-        outer_sums(reading.expanded(x), None if spec.bias is None else reading.ones(rows), spec.in_blocks),
-        outer_sums(reading.expanded(rows), None, spec.out_blocks),
-        counts,
-    )
+    x = reading.rows(x) if call.conv is None else x
+    inputs, taken = _input_sums(spec, call, x, reading)
+    gradients, squares = gradient_sums(spec, rows, reading, float(max(jnp.finfo(t).eps for t in dtypes)))
+    return LayerSums(inputs, gradients, reading.placed(reading.counts(rows))[None], taken, squares)
+
+
+def _input_sums(spec: LayerSpec, call: Call, x: Array, reading: Reading) -> tuple[tuple[Array, ...], Array | None]:
+    """What a call adds to the sums of inputs, and the positions in them.
+
+    Args:
+        spec: the layer.
+        call: the call.
+        x: its inputs, (N, R, groups, P_in); of a convolution (N, C, *in_size).
+        reading: how they are read.
+    """
+    chosen = reading.subset(reduces=spec.reduces_inputs)
+    part, x = reading.part(chosen), x[chosen.slice]
+    if spec.reduces_inputs:
+        sums = part.sum_positions(x) if call.conv is None else part.sum_rows(call.conv.patch_sums(x, part.mask))
+        return (jnp.moveaxis(part.placed(sums), 1, 0),), None
+    x = x if call.conv is None else call.conv.patches(x)
+    products = outer_sums(part.expanded(x), None if spec.bias is None else part.ones(x), spec.in_blocks)
+    if reading.limit is None:
+        return products, None
+    return tuple(chosen.weight * m for m in products), chosen.weight * part.counts(x).sum()[None]
+
+
+def gradient_sums(
+    spec: LayerSpec, rows: Array, reading: Reading, eps: float
+) -> tuple[tuple[Array, ...], tuple[Array, Array] | None]:
+    """What a call adds to the sums of output gradients, and to their squares.
+
+    Args:
+        spec: the layer.
+        rows: output gradients, (N, R, groups, P_out).
+        reading: how they are read.
+        eps: the coarsest rounding unit among the dtypes that inputs and output gradients came in.
+    """
+    chosen = reading.subset(reduces=spec.reduces_outputs)
+    part, rows = reading.part(chosen), rows[chosen.slice]
+    if not spec.reduces_outputs:
+        sums = outer_sums(part.expanded(rows), None, spec.out_blocks)
+        return sums if chosen.every == 1 else tuple(chosen.weight * m for m in sums), None
+
+    def summed(t: Array) -> Array:
+        return jnp.moveaxis(part.placed(part.sum_positions(t)), 1, 0)
+
+    if not spec.watches_sums:
+        return (summed(rows),), None
+    squares = summed(block_squares(rows, spec.out_blocks))
+    return (summed(rows),), (squares, largest_share(eps) * squares)
 
 
 def product(static: Tap, x: Array, gradient: Array) -> Product:
@@ -192,42 +247,66 @@ def multiplied(g: Array, a: Array) -> Product:
     return Product(sums(g, a), sums(jnp.abs(g), jnp.abs(a)))
 
 
-def finalise(spec: LayerSpec, sums: LayerSums, layout: Layout, scale: Array | float) -> Statistics:
+def finalise(spec: LayerSpec, sums: LayerSums, reading: Reading, scale: Array | float) -> Statistics:
     """Statistics of one backward pass from the sums of all calls in it.
 
     Args:
         spec: the layer.
         sums: what it collected.
-        layout: of its calls.
+        reading: how its calls are read.
         scale: what output gradients are multiplied by to belong to the summed, per-example loss.
     """
     valid = (sums.counts > 0).astype(sums.counts.dtype)  # (slices, examples)
     repeat = spec.groups // valid.shape[0]
+    by_sum = reading.layout.readout == "sum"
 
     def per_group(t: Array) -> Array:
         return jnp.repeat(t, repeat, axis=0)
 
-    if spec.approximation == "expand":
-        a, b = sums.inputs, sums.gradients
-        a_count = sums.counts.sum(1)
+    counts, seen, weights = _of_chosen(sums.counts, valid, reading)
+    divisor = per_group(jnp.maximum(counts, 1))[..., None]
+    if not spec.reduces_inputs:
+        a = sums.inputs
+        a_count = sums.counts.sum(1) if sums.taken is None else sums.taken
     else:
-        inputs, gradients = sums.inputs[0], sums.gradients[0]  # (groups, examples, P)
-        divisor = per_group(jnp.maximum(sums.counts, 1))[..., None]
-        ones = sums.counts if layout.readout == "sum" else valid
-        if layout.readout == "sum":
-            gradients = gradients / divisor
-        else:
+        inputs = sums.inputs[0]  # (groups, examples, P_in)
+        ones = counts if by_sum else seen
+        if not by_sum:
             inputs = inputs / divisor
         if spec.bias is not None:
             inputs = jnp.concatenate([inputs, per_group(ones)[..., None]], 2)
-        a = grouped_outer_sums(inputs, spec.in_blocks)
-        b = grouped_outer_sums(gradients, spec.out_blocks)
-        a_count = valid.sum(1)
+        a = grouped_outer_sums(_weighted(inputs, weights), spec.in_blocks)
+        a_count = seen.sum(1) if weights is None else (seen * weights).sum(1)
     examples = valid.sum(1)
+    share = jnp.zeros((spec.groups,), examples.dtype)
+    if not spec.reduces_outputs:
+        b = sums.gradients
+    else:
+        gradients = sums.gradients[0]  # (groups, examples, P_out)
+        b = grouped_outer_sums(_weighted(gradients / divisor if by_sum else gradients, weights), spec.out_blocks)
+        if sums.squares is not None:
+            totals = [t / divisor**2 if by_sum else t for t in sums.squares]
+            totals = [t if weights is None else t * weights[:, None] for t in totals]
+            b, share = without_vanishing(b, *(t.sum(1) for t in totals))
+    vanished = (share * per_group(examples)).mean()
     b = tuple(m * (scale * scale) for m in b)
     if valid.shape[0] == 1:
-        return Statistics(a, b, a_count[0], examples[0])
-    return Statistics(a, b, per_group(a_count), per_group(examples))
+        return Statistics(a, b, a_count[0], examples[0], vanished)
+    return Statistics(a, b, per_group(a_count), per_group(examples), vanished)
+
+
+def _of_chosen(counts: Array, valid: Array, reading: Reading) -> tuple[Array, Array, np.ndarray | None]:
+    """Positions and validity (slices, examples) of the examples that reduce chooses, and their weights."""
+    chosen = reading.chosen()
+    if chosen is None:
+        return counts, valid, None
+    numbers, weights = chosen
+    return counts[:, numbers], valid[:, numbers], weights.astype(counts.dtype)
+
+
+def _weighted(rows: Array, weights: np.ndarray | None) -> Array:
+    """Rows (groups, examples, P) whose outer products have these weights."""
+    return rows if weights is None else rows * np.sqrt(weights)[:, None]
 
 
 Added = TypeVar("Added", Statistics, "Gathered")

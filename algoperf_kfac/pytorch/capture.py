@@ -38,6 +38,7 @@ from algoperf_kfac.pytorch.factors import to_matrix
 from algoperf_kfac.pytorch.operations import LOSSES, RULES, Called, Function, Operation, is_mean
 from algoperf_kfac.pytorch.statistics import AnyRecorder, Call, Recorder, Scalar, Statistics
 from algoperf_kfac.pytorch.uses import Uses
+from algoperf_kfac.subset import limit_for
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -338,10 +339,13 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             self._next_forward(recorder)
         geometry, rows = operation.geometry(output), operation.rows(output)
         device = output.device.type
+        limit = limit_for(
+            self._options.config.statistics_rows, candidates_for(recorder.spec.name, self._options.positions)
+        )
 
         def record() -> Call:
             with torch.no_grad(), torch.autocast(device, enabled=False):
-                return recorder.input(operation, geometry, rows, positions)
+                return recorder.input(operation, geometry, rows, positions, limit)
 
         hook = self._gradient_hook(recorder, record if again else record(), output, operation.arrange)
         base = output._base if output._is_view() else None

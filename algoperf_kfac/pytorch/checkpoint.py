@@ -209,6 +209,7 @@ def layer_state(kfac: Entry, name: str, zeros: LayerState, scaling: Scaling) -> 
     old = {key: fields.pop(key) for key in _OLD_KEPT if key in fields}
     kept = fields.pop("kept", {}) | {key: value for key, value in old.items() if value is not None}
     like = zeros.weight
+    fields.setdefault("vanished", zeros.vanished)  # version 0.1.0 had none
     state = LayerState(**{key: _to(value, like) for key, value in fields.items()})
     # What the scaling does not keep is left behind; what it keeps anew begins at the beginning.
     state.kept = {key: _to(kept.get(key, value), like) for key, value in zeros.kept.items()}

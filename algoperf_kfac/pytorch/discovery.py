@@ -209,6 +209,7 @@ def spec_from_shape(
         in_dim=in_dim,
         out_dim=out_dim,
         config=config,
+        kernel=1 if kind == "linear" else math.prod(shape[2:]),
         parts=parts_of(name, kind, shape, splits),
         layout=layout,
         bias_start=bias_start,

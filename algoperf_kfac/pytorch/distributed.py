@@ -145,7 +145,7 @@ def all_reduce_statistics(statistics: list[Statistics], processes: Processes) ->
         return
     pieces: list[Tensor] = []
     for s in statistics:
-        counts = [torch.as_tensor(c).to((s.a or s.b)[0]) for c in (s.a_count, s.examples)]
+        counts = [torch.as_tensor(c).to((s.a or s.b)[0]) for c in (s.a_count, s.examples, s.vanished)]
         pieces += [*s.a, *s.b, *counts]
     for dtype in sorted({p.dtype for p in pieces}, key=str):
         group = [p for p in pieces if p.dtype == dtype]
@@ -158,7 +158,7 @@ def all_reduce_statistics(statistics: list[Statistics], processes: Processes) ->
     for s in statistics:
         s.a = [next(summed) for _ in s.a]
         s.b = [next(summed) for _ in s.b]
-        s.a_count, s.examples = next(summed), next(summed)
+        s.a_count, s.examples, s.vanished = (next(summed) for _ in range(3))
 
 
 def refresh(layers: list[tuple[LayerSpec, LayerState]], scaling: Scaling, processes: Processes) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from algoperf_kfac.layers import LayerSpec
 from algoperf_kfac.positions import Layout, Positions, Rows
 from algoperf_kfac.pytorch.geometry import MAX_PATCH_ELEMENTS, ConvGeometry
+from algoperf_kfac.subset import Subset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,23 @@ class MaskedLayout(Layout):
             mask = mask.reshape(sizes[0], -1).to(dtype)
         assert positions.segment_ids is None or isinstance(positions.segment_ids, Tensor)
         return dataclasses.replace(layout, mask=mask, segment_ids=positions.segment_ids)
+
+    def subset(self, limit: int | None, *, reduces: bool) -> Subset:
+        """The examples that a factor is formed of.
+
+        Args:
+            limit: from `limit_for`.
+            reduces: whether the factor has one row per example, and not one per position.
+        """
+        each = 1 if reduces else self.positions
+        return Subset.of(limit, self.num_examples, each)
+
+    def part(self, chosen: Subset) -> MaskedLayout:
+        """The layout of some of the examples."""
+        if chosen.every == 1:
+            return self
+        mask = None if self.mask is None else self.mask[chosen.slice]
+        return dataclasses.replace(self, num_examples=chosen.size, mask=mask)
 
     def batch_first(self, t: Tensor) -> Tensor:
         """A tensor of the call with its dimension over examples first."""

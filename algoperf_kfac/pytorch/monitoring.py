@@ -59,6 +59,7 @@ def metrics(
     for key in COUNTED:
         out[key] = float(sum(getattr(state, key) for state in states.values()))
     out["dropped"] = sum(float(state.dropped) for state in states.values())
+    out["vanished"] = float(sum(float(state.vanished) > 0 for state in states.values()))
     out["idle"] = float(sum(count > 0 for count in layers.missed_steps.values()))
     for key, values in judged.items():
         numbers = {name: float(value) for name, value in values.items() if name in states}
@@ -67,7 +68,7 @@ def metrics(
         out |= {f"{name}/{key}": number for name, number in numbers.items()}
     out |= {f"{name}/gradient_error": error for name, error in errors.items()}
     for name, state in states.items():
-        out |= {f"{name}/{key}": float(getattr(state, key)) for key in (*COUNTED, "drift", "dropped")}
+        out |= {f"{name}/{key}": float(getattr(state, key)) for key in (*COUNTED, "drift", "dropped", "vanished")}
         out[f"{name}/idle"] = float(layers.missed_steps.get(name, 0))
         out[f"{name}/noise"] = float(_noise(state, config))
     out["noise"] = sum(out[f"{name}/noise"] for name in states)

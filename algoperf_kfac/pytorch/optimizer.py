@@ -269,7 +269,11 @@ class KFAC(torch.optim.Optimizer):
         distributed.all_reduce_statistics(shared, self._processes)
         for name, s in zip(names, shared, strict=True):
             a, b = s.averages()
-            layers.states[name].update(a, b, s.examples, self.config.factor_decay)
+            state = layers.states[name]
+            state.update(a, b, s.examples, self.config.factor_decay)
+            if layers.covered[name].spec.watches_sums:
+                vanished, examples = (torch.as_tensor(n).to(state.vanished) for n in (s.vanished, s.examples))
+                state.vanished = vanished / examples.clamp(min=1)
         self._pending.forget()
         self._stop_at_unseen(layers.idle(names))
         due = [name for name in self._due() if name in layers.seen]
@@ -419,8 +423,10 @@ class KFAC(torch.optim.Optimizer):
         `stand_ins` counts K-FAC directions that vanished or overflowed and were replaced by first-order ones (the
         momentum, where no NadamW update is made: at its length for length="none", at the rule's for "rms").
         Per layer: refreshes, failures, skipped refreshes, dropped statistics, drift, the eigenvalues of A and B on
-        the level of rounding ("noise", see `KFACConfig.noise_level`), the graft ratio and the cosine between K-FAC
-        direction and momentum gradient, both at the last statistics step; and their totals or means over layers.
+        the level of rounding ("noise", see `KFACConfig.noise_level`), the share of its outputs for which the
+        identity stands for B ("vanished", with approximation="mixed"; of all, how many layers these are), the graft
+        ratio and the cosine between K-FAC direction and momentum gradient, both at the last statistics step; and
+        their totals or means over layers.
         """
         run = {"steps": float(self._steps), "stand_ins": float(self._stand_ins)}
         judged = {"graft_ratio": self._graft, "cosine": self._cosine}

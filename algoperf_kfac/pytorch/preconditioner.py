@@ -27,6 +27,8 @@ class LayerState:
         weight: what the averages are divided by to correct their bias, a scalar tensor.
         examples: moving average of the number of examples, not corrected.
         dropped: how many statistics were left out because they were not finite, a scalar tensor.
+        vanished: share of the output features for which the identity stands for B, as their gradients sum to zero
+            over positions, at the last statistics step; a scalar tensor.
         rounding: the coarsest eps among the dtypes that inputs and output gradients came in so far.
         a_basis, b_basis: eigenbases ("eigen") or inverses ("inverse"); empty before the first refresh, and after it
             where the scaling does not keep them (`Scaling.keeps_bases`).
@@ -45,6 +47,7 @@ class LayerState:
     weight: Tensor
     examples: Tensor
     dropped: Tensor
+    vanished: Tensor
     a_basis: list[Tensor] = dataclasses.field(default_factory=list)
     b_basis: list[Tensor] = dataclasses.field(default_factory=list)
     a_values: list[Tensor] = dataclasses.field(default_factory=list)
@@ -74,6 +77,7 @@ class LayerState:
         return cls(
             blocks(spec.in_blocks),
             blocks(spec.out_blocks),
+            like.new_zeros(()),
             like.new_zeros(()),
             like.new_zeros(()),
             like.new_zeros(()),

@@ -20,6 +20,8 @@ from algoperf_kfac.pytorch import factors
 from algoperf_kfac.pytorch.factors import MaskedLayout
 from algoperf_kfac.pytorch.geometry import ConvGeometry
 from algoperf_kfac.pytorch.operations import Operation
+from algoperf_kfac.pytorch.vanishing import example_squares, without_vanishing
+from algoperf_kfac.subset import Subset
 
 Scalar = Tensor | float
 
@@ -37,6 +39,7 @@ class Statistics:
         a_count: what `a` is divided by: valid positions (expand) or examples (reduce).
         examples: what `b` is divided by.
         rounding: the coarsest eps among the dtypes that inputs and output gradients came in.
+        vanished: share of the output features whose sums of gradients vanish, times `examples`.
     """
 
     a: list[Tensor]
@@ -44,6 +47,7 @@ class Statistics:
     a_count: Scalar
     examples: Scalar
     rounding: float = 0.0
+    vanished: Scalar = 0.0
 
     @classmethod
     def zeros(cls, spec: LayerSpec, like: Tensor) -> Statistics:
@@ -63,6 +67,7 @@ class Statistics:
         self.b = [x + y for x, y in zip(self.b, other.b, strict=True)]
         self.a_count = self.a_count + other.a_count
         self.examples = self.examples + other.examples
+        self.vanished = self.vanished + other.vanished
         self.rounding = max(self.rounding, other.rounding)
 
 
@@ -72,17 +77,32 @@ class Call:
 
     layout: MaskedLayout
     conv: ConvGeometry | None
-    input: Tensor | None = None  # batch first; kept where output gradients decide which positions count
+    inputs: Subset  # the examples that A is formed of
+    outputs: Subset  # and B
+    input: Tensor | None = (
+        None  # of these examples, batch first; kept where output gradients decide which positions count
+    )
     nonzero: Tensor | None = None  # (N, R): positions that some backward pass reached
     drop: Tensor | None = None  # (N, R): positions whose weight gradient the operation leaves out (padding_idx)
     input_sums: Tensor | None = None  # reduce: (examples, groups, P_in)
     products: list[Tensor] | None = None  # expand: outer products of the inputs, until they are merged with others'
     count: Scalar = 0.0  # expand: positions that count in them
     grad_sums: Tensor | None = None  # reduce: (examples, groups, P_out), of the current backward pass
+    grad_squares: Tensor | None = None  # where vanishing sums are watched: (examples, groups, blocks of B)
     checked: Tensor | None = None  # the input, kept for `Recorder.product`
     fired: bool = False  # its gradient came back in the current backward pass
     seen: bool = False  # or in any
     aside: bool = False  # a gradient with respect to inputs alone went through it
+
+    @property
+    def input_layout(self) -> MaskedLayout:
+        """Of the examples that A is formed of."""
+        return self.layout.part(self.inputs)
+
+    @property
+    def output_layout(self) -> MaskedLayout:
+        """Of the examples that B is formed of."""
+        return self.layout.part(self.outputs)
 
 
 class AnyRecorder(Protocol):
@@ -144,6 +164,7 @@ class Product:
 class Recorder:
     """Gathers one layer's statistics over its calls in a capture.
 
+    Sums over a part of the examples (`Subset`) are scaled to stand for those over all; examples are counted.
     Calls of one forward pass on equally many examples see the same examples, and their positions count together.
     Other numbers of examples are other examples.
 
@@ -175,11 +196,14 @@ class Recorder:
         self.a: list[Tensor] | None = None
         self.b: list[Tensor] | None = None
         self.a_count: Scalar = 0.0
+        self.vanished: Scalar = 0.0
         # Of the group at hand.
         self._a: list[Tensor] | None = None
         self._b: list[Tensor] | None = None
         self._a_count: Scalar = 0.0
-        self._reduced: list[tuple[int, Tensor]] = []  # gradient sums of passes whose counts are not known yet
+        self._squares: Tensor | None = None  # (groups, blocks of B), where vanishing sums are watched
+        # Gradient sums (and squares) of passes whose counts are not known yet.
+        self._reduced: list[tuple[int, Tensor, Tensor | None]] = []
         # Where several groups have losses of their own, see `statistics`.
         self._first: Scalar | None = None
         self._own: list[Tensor] | None = None
@@ -189,7 +213,7 @@ class Recorder:
 
     @property
     def is_complete(self) -> bool:
-        reduces = self.spec.approximation == "reduce"
+        reduces = self.spec.reduces_inputs
         lost = [call for call in self.calls if not call.seen]
         kept_apart = all(reduces or call.input is not None or call.products is not None for call in lost)
         return bool(self.rows or any(call.seen for call in self.calls)) and kept_apart
@@ -200,17 +224,36 @@ class Recorder:
             self.end_group()
 
     def input(
-        self, operation: Operation, conv: ConvGeometry | None, rows: Rows, positions: Positions | None
+        self,
+        operation: Operation,
+        conv: ConvGeometry | None,
+        rows: Rows,
+        positions: Positions | None,
+        limit: int | None = None,
     ) -> Call:
-        """Begin a call with its input."""
+        """Begin a call with its input.
+
+        Args:
+            operation: the call.
+            conv: where it reads, None for linear operations.
+            rows: of the call.
+            positions: which of them count.
+            limit: from `limit_for`.
+        """
         layout = MaskedLayout.fitted(positions, rows, self.spec.name, self.dtype)
-        call = Call(layout, conv)
+        call = Call(
+            layout,
+            conv,
+            layout.subset(limit, reduces=self.spec.reduces_inputs),
+            layout.subset(limit, reduces=self.spec.reduces_outputs),
+        )
         x = self._batch_first(operation.input.detach(), call)
         self._note_rounding(x)
         self._prepare(call, operation, x)
         self.calls.append(call)
         if self.checks:
             call.checked = x
+        x = x[call.inputs.slice]
         if layout.by_gradient:
             call.input = x
         else:
@@ -229,13 +272,13 @@ class Recorder:
         if call.nonzero is not None:
             call.layout = dataclasses.replace(call.layout, mask=call.nonzero.to(self.dtype))
         call.input = call.nonzero = None
-        if self.spec.approximation == "reduce":
+        if self.spec.reduces_inputs:
             call.input_sums = self._input_sums(call, x)
             return
-        call.products = self._expand_inputs(call, x)
-        count = len(x) * call.layout.positions
-        mask = call.layout.mask
-        call.count = float(count) if mask is None else mask.sum()
+        call.products = _weighted(self._expand_inputs(call, x), call.inputs)
+        count = call.inputs.weight * len(x) * call.layout.positions
+        mask = call.input_layout.mask
+        call.count = count if mask is None else call.inputs.weight * mask.sum()
         waiting = [c for c in self.calls if c.products is not None and not c.seen]
         if len(waiting) > MAX_WAITING:
             self._merge(waiting[0])
@@ -249,13 +292,14 @@ class Recorder:
 
     def _input_sums(self, call: Call, x: Tensor) -> Tensor:
         """(examples, groups, P_in): sums over each example's positions."""
-        return factors.input_sums(x.to(self.dtype), self.spec.groups, call.conv, call.layout)
+        return factors.input_sums(x.to(self.dtype), self.spec.groups, call.conv, call.input_layout)
 
     def _expand_inputs(self, call: Call, x: Tensor) -> list[Tensor]:
         """The outer products of all positions' inputs."""
         total: list[Tensor] | None = None
+        of_all = call.input_layout.mask
         for chunk, inputs in factors.input_chunks(x.to(self.dtype), self.spec.groups, call.conv):
-            mask = None if call.layout.mask is None else call.layout.mask[chunk]
+            mask = None if of_all is None else of_all[chunk]
             rows = factors.expand_rows(inputs, mask)
             ones = None
             if self.spec.bias is not None:
@@ -292,10 +336,14 @@ class Recorder:
             product = self._product(call, call.checked, grad, self.rounding)
             self.product = product if self.product is None else self.product + product
             call.checked = None
-        if self.spec.approximation == "reduce":
-            call.grad_sums = call.layout.sum_positions(rows)
+        chosen, layout = rows[call.outputs.slice], call.output_layout
+        if self.spec.reduces_outputs:
+            call.grad_sums = layout.sum_positions(chosen)
+            if self.spec.watches_sums:
+                call.grad_squares = example_squares(chosen, self.spec.out_blocks, layout)
         else:
-            self._b = _accumulate(self._b, self._output_products(factors.expand_rows(rows, call.layout.mask)))
+            products = self._output_products(factors.expand_rows(chosen, layout.mask))
+            self._b = _accumulate(self._b, _weighted(products, call.outputs))
         if call.layout.by_gradient:
             # The sums above need no mask: what it leaves out is zero.
             nonzero = factors.nonzero_positions(rows)
@@ -331,7 +379,7 @@ class Recorder:
                 "and not through others of the same forward pass: take it outside of capture()"
             )
         self.calls = []
-        self._a, self._b, self._a_count, self._reduced = None, None, 0.0, []
+        self._a, self._b, self._a_count, self._squares, self._reduced = None, None, 0.0, None, []
 
     def end_pass(self) -> None:
         """Close one backward pass; several may follow one forward pass (sampled or exact Fisher).
@@ -339,25 +387,31 @@ class Recorder:
         A call that this pass did not reach has a gradient of zero, as long as another pass reaches it.
         """
         fired = [call for call in self.calls if call.fired]
-        if self.spec.approximation == "reduce":
+        if self.spec.reduces_outputs:
             for number, calls in _by_examples(fired).items():
                 grads = _sum(call.grad_sums for call in calls)
+                squares = _sum(call.grad_squares for call in calls) if self.spec.watches_sums else None
                 for call in calls:
-                    call.grad_sums = None
+                    call.grad_sums = call.grad_squares = None
                 of_sum = calls[0].layout.readout == "sum"
                 if of_sum and any(call.input is not None for call in self.calls):
-                    self._reduced.append((number, grads))
+                    self._reduced.append((number, grads, squares))
                 else:
-                    self._reduce_outputs(number, grads)
+                    self._reduce_outputs(number, grads, squares)
         for call in fired:
             call.fired = False
 
-    def _reduce_outputs(self, number: int, grads: Tensor) -> None:
+    def _reduce_outputs(self, number: int, grads: Tensor, squares: Tensor | None) -> None:
         """Add the outer products of each example's gradient sums, or of its means, to those of the group."""
         calls = _by_examples(self.calls)[number]
+        part = calls[0].outputs
         if calls[0].layout.readout == "sum":
-            grads = grads / _counts(calls, grads).clamp(min=1)[:, None, None]
-        self._b = _accumulate(self._b, self._output_products(grads))
+            counts = _counts(calls, grads)[part.slice].clamp(min=1)[:, None, None]
+            grads, squares = grads / counts, None if squares is None else squares / counts**2
+        self._b = _accumulate(self._b, _weighted(self._output_products(grads), part))
+        if squares is not None:
+            total = part.weight * squares.sum(0)
+            self._squares = total if self._squares is None else self._squares + total
 
     def end_group(self) -> None:
         """Close the calls of one forward pass and its backward passes."""
@@ -370,8 +424,8 @@ class Recorder:
             if call.input is not None:
                 self._take(call, call.input)
             self._merge(call)
-        for number, grads in self._reduced:
-            self._reduce_outputs(number, grads)
+        for reduced in self._reduced:
+            self._reduce_outputs(*reduced)
         seen: Scalar = 0.0
         for calls in _by_examples(self.calls).values():
             seen = seen + self._end_calls(calls)
@@ -383,18 +437,21 @@ class Recorder:
 
     def _end_calls(self, calls: list[Call]) -> Scalar:
         """Close calls on the same examples; the number of these that count."""
-        layout = calls[0].layout
+        layout, part = calls[0].layout, calls[0].inputs
         examples: Scalar = float(layout.num_examples)
-        if self.spec.approximation == "expand":
+        if not self.spec.reduces_inputs:
             if layout.ragged:
                 like = self._a[0] if self._a else torch.empty(0, dtype=self.dtype)
                 examples = (_counts(calls, like) > 0).sum().to(self.dtype)
             return examples
         sums = _sum(call.input_sums for call in calls)
+        chosen: Scalar = examples
         if layout.ragged or layout.readout == "sum":
             counts = _counts(calls, sums)
             valid = (counts > 0).to(self.dtype)
             examples = valid.sum() if layout.ragged else examples
+            counts, valid = counts[part.slice], valid[part.slice]
+            chosen = part.weight * valid.sum() if layout.ragged else examples
             ones = counts if layout.readout == "sum" else valid
             if layout.readout == "mean":
                 sums = sums / counts.clamp(min=1)[:, None, None]
@@ -402,14 +459,17 @@ class Recorder:
             ones = sums.new_ones(len(sums))
             sums = sums / sum(call.layout.positions for call in calls)
         homogeneous = ones if self.spec.bias is not None else None
-        self._a = _accumulate(self._a, self._input_products(sums, homogeneous))
-        self._a_count = self._a_count + examples
+        self._a = _accumulate(self._a, _weighted(self._input_products(sums, homogeneous), part))
+        self._a_count = self._a_count + chosen
         return examples
 
     def _close(self, examples: Scalar) -> None:
         """Add the group's sums to those of the capture."""
         assert self._a is not None
         assert self._b is not None
+        if self._squares is not None:
+            self._b, share = without_vanishing(self._b, self._squares, self.rounding)
+            self.vanished = self.vanished + share * examples
         # What a loss of the group's own, a mean over its examples, asks for.
         own = None if self.loss_gradient is None else (examples / self.loss_gradient) ** 2
         if self.a is None or self.b is None:
@@ -422,7 +482,7 @@ class Recorder:
                 self._own = self._first = None
             self.a, self.b = _accumulate(self.a, self._a), _accumulate(self.b, self._b)
             self.a_count = self.a_count + self._a_count
-        self._a, self._b, self._a_count = None, None, 0.0
+        self._a, self._b, self._a_count, self._squares = None, None, 0.0, None
 
     def statistics(self, factor: Scalar, *, by_loss: bool = False) -> Statistics:
         """The sums of a closed recorder.
@@ -435,7 +495,7 @@ class Recorder:
         assert self.a is not None
         assert self.b is not None
         b = self._own if by_loss and self._own is not None else [matrix * factor for matrix in self.b]
-        return Statistics(self.a, b, self.a_count, self.examples, self.rounding)
+        return Statistics(self.a, b, self.a_count, self.examples, self.rounding, self.vanished)
 
     def kept_inputs(self) -> Iterator[Tensor]:
         """Inputs that are kept until their gradients come."""
@@ -468,6 +528,11 @@ def _sum(tensors: Iterable[Tensor | None]) -> Tensor:
         total = t if total is None else total + t
     assert total is not None
     return total
+
+
+def _weighted(sums: list[Tensor], part: Subset) -> list[Tensor]:
+    """Sums over the chosen examples as those over all."""
+    return sums if part.every == 1 else [m.mul_(part.weight) for m in sums]
 
 
 def _accumulate(total: list[Tensor] | None, new: list[Tensor]) -> list[Tensor]:

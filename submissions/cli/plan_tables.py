@@ -104,6 +104,8 @@ def render(named: Named, form: str, *, legend: bool = True) -> str:
     covered, total = plan.coverage.num_covered, plan.coverage.num_parameters
     config = plan.config
     intervals = f"statistics every {_count(config.factor_interval, 'step')}"
+    if config.statistics_rows is not None:
+        intervals += f" from at least {config.statistics_rows:,} rows of a call"
     intervals += f", refresh every {_count(config.refresh_interval, 'step')}"
     facts = [
         f"K-FAC covers {covered:,} of {total:,} parameters ({100 * plan.coverage.fraction:.1f} %), {intervals}.",

@@ -29,6 +29,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "one-sided": {"max_factor_dim": 70, "large_factor": "one_sided"},
     "blocks": {"max_factor_dim": 40},
     "reduce": {"approximation": "reduce"},
+    "mixed": {"approximation": "mixed", "statistics_rows": 4},
 }
 
 
@@ -124,6 +125,21 @@ def test_several_devices_share_the_refreshes(framework: str) -> None:
     assert shared.memory.kfac_state == alone.memory.kfac_state
     assert shared.flops.refresh < alone.flops.refresh
     assert shared.flops.preconditioning == alone.flops.preconditioning
+
+
+@pytest.mark.parametrize("framework", NAMES)
+@pytest.mark.parametrize(("approximation", "share"), [("expand", 1 / 3), ("reduce", 1.0)])
+def test_statistics_of_fewer_rows_cost_less(framework: str, approximation: str, share: float) -> None:
+    """Of 6 examples with 5 positions each two have 10 rows; with reduce an example has one row."""
+    rows = {"approximation": approximation, "statistics_rows": 10}
+
+    def of(**options: object) -> float:
+        if framework == "pytorch":
+            return plan(MLP.module(), torch.zeros(6, 5, 64), **options).flops.statistics
+        x = jax.ShapeDtypeStruct((6, 5, 64), np.float32)
+        return plan(MLP.apply, parameters_of(MLP, "float32"), x, **options).flops.statistics
+
+    assert of(**rows) == pytest.approx(share * of(approximation=approximation))
 
 
 def test_what_is_no_model() -> None:

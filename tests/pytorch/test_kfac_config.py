@@ -31,6 +31,7 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "initial_refreshes": (["all", 2, None], "'doubling', 'every'"),
     "factor_decay": ([1.0, -0.1], r"\[0, 1\)"),
     "factor_interval": ([0, -5, 2.5, True, math.nan, math.inf, "10"], "(at least 1|whole number)"),
+    "statistics_rows": ([0, -5, 2.5, True, math.nan, math.inf, "10"], "(at least 1|whole number)"),
     "initial_statistics": ([-1, 2.5, True, math.nan, math.inf, "10", None], "(at least 0|whole number)"),
     "refresh_interval": (
         [0, 15, 5, math.nan, math.inf, None],

@@ -22,13 +22,14 @@ TOTALS = {
     "failures",
     "skipped",
     "dropped",
+    "vanished",
     "idle",
     "noise",
     "graft_ratio",
     "cosine",
 }
 EACH = {
-    *("refreshes", "failures", "skipped", "dropped", "idle", "noise"),
+    *("refreshes", "failures", "skipped", "dropped", "vanished", "idle", "noise"),
     *("drift", "gradient_error", "graft_ratio", "cosine"),
 }
 EVERY_STEP: dict[str, Any] = {"factor_interval": 1, "refresh_interval": 1, "initial_refreshes": "every"}

@@ -16,7 +16,6 @@ from algoperf_kfac.jax.operations import Call, Lookup, Rule, Use, WeightView
 from algoperf_kfac.jax.statistics import Product, Statistics, Tap
 from algoperf_kfac.jax.types import Sizes
 from algoperf_kfac.layers import LayerSpec
-from algoperf_kfac.positions import Layout
 
 
 class Uses(NamedTuple):
@@ -75,13 +74,13 @@ class Kind(Generic[S]):
         """The uses whose statistics count."""
         return {**uses.calls}
 
-    def zeros(self, spec: LayerSpec, slices: int, examples: int, dtype: DTypeLike) -> S:
+    def zeros(self, spec: LayerSpec, slices: int, reading: Reading, dtype: DTypeLike) -> S:
         """For a layer to collect its sums in, at the start of a backward pass.
 
         Args:
             spec: the layer; its groups include the slices.
             slices: number of layers that the parameter holds, 1 if none.
-            examples: number of examples of a call.
+            reading: how its calls are read.
             dtype: at least float32.
         """
         raise NotImplementedError
@@ -102,13 +101,13 @@ class Kind(Generic[S]):
         """What one use adds to the gradient of the weight, from its input and output gradient."""
         return statistics.product(tap, x, gradient)
 
-    def finalise(self, spec: LayerSpec, sums: S, layout: Layout, scale: Array | float) -> Statistics:
+    def finalise(self, spec: LayerSpec, sums: S, reading: Reading, scale: Array | float) -> Statistics:
         """Statistics of one backward pass from the sums of all uses in it.
 
         Args:
             spec: the layer.
             sums: what it collected.
-            layout: of its uses.
+            reading: how its uses are read.
             scale: what output gradients are multiplied by to belong to the summed, per-example loss.
         """
         raise NotImplementedError

@@ -24,7 +24,6 @@ from algoperf_kfac.jax.sharding import replicated
 from algoperf_kfac.jax.sources import Source, is_data
 from algoperf_kfac.jax.statistics import LayerSums, Product, Statistics, Tap
 from algoperf_kfac.layers import LayerSpec
-from algoperf_kfac.positions import Layout
 
 NAME = "experts"
 Residuals: TypeAlias = tuple[Array, Reading]
@@ -71,8 +70,8 @@ class Experts(Kind[LayerSums]):
     def slices(self, view: WeightView) -> int:
         return view.groups
 
-    def zeros(self, spec: LayerSpec, slices: int, examples: int, dtype: DTypeLike) -> LayerSums:
-        return statistics.zeros(spec, slices, examples, dtype)
+    def zeros(self, spec: LayerSpec, slices: int, reading: Reading, dtype: DTypeLike) -> LayerSums:
+        return statistics.zeros(spec, slices, reading, dtype)
 
     def tap(self, tap: Tap, out: Array, x: Array, reading: Reading, sums: LayerSums) -> Array:
         return tap_experts(tap, out, x, reading, sums)
@@ -84,8 +83,8 @@ class Experts(Kind[LayerSums]):
         g, a = gradient.astype(tap.dtype)[:, None] * member, x[:, None, :-1].astype(tap.dtype) * member
         return statistics.multiplied(g, a)
 
-    def finalise(self, spec: LayerSpec, sums: LayerSums, layout: Layout, scale: Array | float) -> Statistics:
-        return statistics.finalise(spec, sums, layout, scale)
+    def finalise(self, spec: LayerSpec, sums: LayerSums, reading: Reading, scale: Array | float) -> Statistics:
+        return statistics.finalise(spec, sums, reading, scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

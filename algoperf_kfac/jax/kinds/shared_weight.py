@@ -10,7 +10,6 @@ from algoperf_kfac.jax.factors import Reading
 from algoperf_kfac.jax.kinds._base import Kind
 from algoperf_kfac.jax.statistics import LayerSums, Statistics, Tap
 from algoperf_kfac.layers import LayerSpec
-from algoperf_kfac.positions import Layout
 
 
 class SharedWeight(Kind[LayerSums]):
@@ -18,11 +17,11 @@ class SharedWeight(Kind[LayerSums]):
 
     names = frozenset({"linear", "conv", "conv_transpose"})
 
-    def zeros(self, spec: LayerSpec, slices: int, examples: int, dtype: DTypeLike) -> LayerSums:
-        return statistics.zeros(spec, slices, examples, dtype)
+    def zeros(self, spec: LayerSpec, slices: int, reading: Reading, dtype: DTypeLike) -> LayerSums:
+        return statistics.zeros(spec, slices, reading, dtype)
 
     def tap(self, tap: Tap, out: Array, x: Array, reading: Reading, sums: LayerSums) -> Array:
         return statistics.tap(tap, out, x, reading, sums)
 
-    def finalise(self, spec: LayerSpec, sums: LayerSums, layout: Layout, scale: Array | float) -> Statistics:
-        return statistics.finalise(spec, sums, layout, scale)
+    def finalise(self, spec: LayerSpec, sums: LayerSums, reading: Reading, scale: Array | float) -> Statistics:
+        return statistics.finalise(spec, sums, reading, scale)

@@ -22,6 +22,7 @@ from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -34,19 +35,20 @@ from algoperf_kfac.jax.sharding import replicated
 from algoperf_kfac.jax.statistics import Product, Statistics, Tap
 from algoperf_kfac.jax.types import Sizes
 from algoperf_kfac.layers import LayerSpec
-from algoperf_kfac.positions import Layout
 
 
 class TiedSums(NamedTuple):
     """What a tied table collects in a backward pass.
 
     Attributes:
-        inputs: of the output use: expand: outer products, (1, b, b) per block; reduce: one (1, examples, d).
+        inputs: of the output use: expand: outer products, (1, b, b) per block; reduce: one (1, examples, d), of the
+            examples that it chooses.
         outputs: of its output gradients: expand: their squares summed, (); reduce: (1, examples, V).
         counts: (1, examples): positions of the output use that count.
         tokens: of the lookups: expand: nothing, (); reduce: how often each token occurs, (examples, V).
         gradients: of the lookups' output gradients, as `inputs`.
         lookups: (1, examples): positions of the lookups that count.
+        taken: (): of expand, positions that count in `inputs`, times the weight of their examples.
     """
 
     inputs: tuple[Array, ...]
@@ -55,6 +57,7 @@ class TiedSums(NamedTuple):
     tokens: Array
     gradients: tuple[Array, ...]
     lookups: Array
+    taken: Array
 
 
 class TiedTable(Kind[TiedSums]):
@@ -78,14 +81,15 @@ class TiedTable(Kind[TiedSums]):
     def counted(self, uses: Uses) -> dict[Key, Use]:
         return {**uses.calls, **uses.lookups}
 
-    def zeros(self, spec: LayerSpec, slices: int, examples: int, dtype: DTypeLike) -> TiedSums:
-        counts = jnp.zeros((1, examples), dtype)
+    def zeros(self, spec: LayerSpec, slices: int, reading: Reading, dtype: DTypeLike) -> TiedSums:
+        counts, zero = jnp.zeros((1, reading.total), dtype), jnp.zeros((), dtype)
         if spec.approximation == "reduce":
+            examples = reading.part(reading.subset(reduces=True)).total
             rows = (jnp.zeros((1, examples, spec.in_dim), dtype),)
             vocabulary = jnp.zeros((examples, spec.out_dim), dtype)
-            return TiedSums(rows, vocabulary[None], counts, vocabulary, rows, counts)
+            return TiedSums(rows, vocabulary[None], counts, vocabulary, rows, counts, zero)
         blocks = tuple(jnp.zeros((1, size, size), dtype) for size in spec.in_blocks)
-        return TiedSums(blocks, jnp.zeros((), dtype), counts, jnp.zeros((), dtype), blocks, counts)
+        return TiedSums(blocks, zero, counts, zero, blocks, counts, zero)
 
     def tap(self, tap: Tap, out: Array, x: Array, reading: Reading, sums: TiedSums) -> Array:
         chosen = tap_lookup if isinstance(tap.use, Lookup) else tap_output
@@ -98,8 +102,8 @@ class TiedTable(Kind[TiedSums]):
         nothing = jnp.zeros((1, spec.out_dim, spec.in_dim), tap.dtype).at[0, x.reshape(-1)]
         return Product(nothing.add(rows), nothing.add(jnp.abs(rows)))
 
-    def finalise(self, spec: LayerSpec, sums: TiedSums, layout: Layout, scale: Array | float) -> Statistics:
-        return finalise(spec, sums, layout, scale)
+    def finalise(self, spec: LayerSpec, sums: TiedSums, reading: Reading, scale: Array | float) -> Statistics:
+        return finalise(spec, sums, reading, scale)
 
 
 def _is_transposed(view: WeightView) -> bool:
@@ -144,16 +148,22 @@ def _output_sums(static: Tap, x: Array, reading: Reading, sums: TiedSums, gradie
     assert isinstance(call, Call)
     rows = reading.rows(call.outputs(gradient.astype(static.dtype)))
     reading = reading.of_gradients(rows)
-    x = reading.rows(call.inputs(x.astype(static.dtype)))
-    if spec.approximation == "reduce":
-        inputs: tuple[Array, ...] = (jnp.moveaxis(reading.placed(reading.sum_positions(x)), 1, 0),)
-        outputs = jnp.moveaxis(reading.placed(reading.sum_positions(rows)), 1, 0)
-    else:
-        inputs = outer_sums(reading.expanded(x), None, spec.in_blocks)
-        outputs = jnp.square(reading.expanded(rows)).sum()
     counts = reading.placed(reading.counts(rows))[None]
+    chosen = reading.subset(reduces=spec.approximation == "reduce")
+    part, rows, x = reading.part(chosen), rows[chosen.slice], reading.rows(call.inputs(x))[chosen.slice]
+    x = x.astype(static.dtype)
     zeros = jax.tree.map(jnp.zeros_like, sums)
-    return zeros._replace(inputs=inputs, outputs=outputs, counts=counts)
+    if spec.approximation == "reduce":
+        inputs = (jnp.moveaxis(part.placed(part.sum_positions(x)), 1, 0),)
+        outputs = jnp.moveaxis(part.placed(part.sum_positions(rows)), 1, 0)
+        return zeros._replace(inputs=inputs, outputs=outputs, counts=counts)
+    products = outer_sums(part.expanded(x), None, spec.in_blocks)
+    return zeros._replace(
+        inputs=tuple(chosen.weight * m for m in products),
+        outputs=chosen.weight * jnp.square(part.expanded(rows)).sum(),
+        counts=counts,
+        taken=chosen.weight * part.counts(rows).sum(),
+    )
 
 
 def _lookup_backward(static: Tap, residuals: Residuals, gradient: Array) -> Cotangents:
@@ -167,11 +177,13 @@ def _lookup_sums(static: Tap, tokens: Array, reading: Reading, sums: TiedSums, g
     reading = reading.of_gradients(rows)
     zeros = jax.tree.map(jnp.zeros_like, sums)
     counts = reading.placed(reading.counts(rows))[None]
-    if spec.approximation == "expand":
-        gradients = outer_sums(reading.expanded(rows), None, spec.in_blocks)
-        return zeros._replace(gradients=gradients, lookups=counts)
-    gradients = (jnp.moveaxis(reading.placed(reading.sum_positions(rows)), 1, 0),)
     numbers = reading.batch_first(tokens, tokens.ndim).reshape(rows.shape[0], -1)
+    chosen = reading.subset(reduces=spec.approximation == "reduce")
+    reading, rows, numbers = reading.part(chosen), rows[chosen.slice], numbers[chosen.slice]
+    if spec.approximation == "expand":
+        products = outer_sums(reading.expanded(rows), None, spec.in_blocks)
+        return zeros._replace(gradients=tuple(chosen.weight * m for m in products), lookups=counts)
+    gradients = (jnp.moveaxis(reading.placed(reading.sum_positions(rows)), 1, 0),)
     ids = reading.segment_ids
     example = reading.place + (jnp.arange(rows.shape[0]) if ids is None else ids)
     weights = jnp.ones(numbers.shape, static.dtype) if reading.mask is None else reading.mask
@@ -184,7 +196,7 @@ tap_output.defvjp(_forward, _output_backward)
 tap_lookup.defvjp(_forward, _lookup_backward)
 
 
-def finalise(spec: LayerSpec, sums: TiedSums, layout: Layout, scale: Array | float) -> Statistics:
+def finalise(spec: LayerSpec, sums: TiedSums, reading: Reading, scale: Array | float) -> Statistics:
     """X in place of A, B being the identity; arguments as for `statistics.finalise`."""
     scale = jnp.asarray(scale, sums.counts.dtype)
     squared = scale * scale
@@ -192,23 +204,29 @@ def finalise(spec: LayerSpec, sums: TiedSums, layout: Layout, scale: Array | flo
     seen, looked_up = (sums.counts > 0).sum(), used.sum()
     examples, readers = (jnp.maximum(n, 1).astype(sums.counts.dtype) for n in (seen, looked_up))
     if spec.approximation == "expand":
-        positions = jnp.maximum(sums.counts.sum(), 1)
+        positions = jnp.maximum(sums.taken, 1)
         a_out = tuple(m / positions for m in sums.inputs)
         trace_out = sums.outputs * squared / examples
         b_emb = tuple(m * squared / readers for m in sums.gradients)
         trace_tokens = (looked_up > 0).astype(scale.dtype)
     else:
-        by_sum = layout.readout == "sum"
-        divisor, lookup_divisor = (jnp.maximum(n, 1)[..., None] for n in (sums.counts, sums.lookups))
+        by_sum = reading.layout.readout == "sum"
+        chosen = reading.chosen()
+        root = 1.0 if chosen is None else np.sqrt(chosen[1]).astype(sums.counts.dtype)[:, None]
+        counted = [n if chosen is None else n[:, chosen[0]] for n in (sums.counts, sums.lookups)]
+        divisor, lookup_divisor = (jnp.maximum(n, 1)[..., None] for n in counted)
         inputs, outputs = sums.inputs[0], sums.outputs
         gradients, tokens = sums.gradients[0], sums.tokens[None]
         if by_sum:
             outputs, gradients = outputs / divisor, gradients / lookup_divisor
         else:
             inputs, tokens = inputs / divisor, tokens / lookup_divisor
-        a_out = tuple(m / examples for m in grouped_outer_sums(inputs, spec.in_blocks))
+        inputs, outputs, gradients, tokens = (t * root for t in (inputs, outputs, gradients, tokens))
+        taken = examples if chosen is None else (counted[0] > 0) @ chosen[1].astype(sums.counts.dtype)
+        a_out = tuple(m / jnp.maximum(taken, 1) for m in grouped_outer_sums(inputs, spec.in_blocks))
         trace_out = jnp.square(outputs).sum() * squared / examples
         b_emb = tuple(m * squared / readers for m in grouped_outer_sums(gradients, spec.in_blocks))
         trace_tokens = jnp.square(tokens).sum() / readers
     x = tuple((trace_out * a + trace_tokens * b) / spec.out_dim for a, b in zip(a_out, b_emb, strict=True))
-    return Statistics(x, (), (seen + looked_up > 0).astype(scale.dtype), seen.astype(scale.dtype))
+    one = (seen + looked_up > 0).astype(scale.dtype)
+    return Statistics(x, (), one, seen.astype(scale.dtype), jnp.zeros((), scale.dtype))

@@ -242,7 +242,7 @@ class Lookups(Recorder):
 
     def _input_sums(self, call: Call, x: Tensor) -> Tensor:
         """(examples, 1, V): how often each token occurs in each example."""
-        layout, vocabulary = call.layout, self.spec.out_dim
+        layout, vocabulary = call.input_layout, self.spec.out_dim
         ids = x.reshape(len(x), -1).long()
         example = torch.arange(len(x), device=x.device) if layout.segment_ids is None else layout.segment_ids
         counts = torch.zeros(layout.num_examples * vocabulary, dtype=self.dtype, device=x.device)
@@ -252,7 +252,8 @@ class Lookups(Recorder):
 
     def _expand_inputs(self, call: Call, x: Tensor) -> list[Tensor]:
         count = torch.full((), float(x[..., 0].numel()), dtype=self.dtype, device=x.device)
-        count = count if call.layout.mask is None else call.layout.mask.sum()
+        mask = call.input_layout.mask
+        count = count if mask is None else mask.sum()
         return [count.reshape(1, 1, 1)]
 
     def _input_products(self, rows: Tensor, ones: Tensor | None) -> list[Tensor]:
@@ -351,4 +352,4 @@ class TiedRecorder:
             share, blocks = emb.a[0] / torch.as_tensor(emb.a_count).clamp(min=1), emb.b
         sums = [trace, share * out.examples, *blocks]
         rounding = max(self.output.rounding, self.lookups.rounding)
-        return TableStatistics(out.a, sums, out.a_count, out.examples, rounding, self.spec.out_dim)
+        return TableStatistics(out.a, sums, out.a_count, out.examples, rounding, vocabulary=self.spec.out_dim)

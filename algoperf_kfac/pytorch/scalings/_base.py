@@ -19,7 +19,7 @@ from algoperf_kfac.cost import (
 from algoperf_kfac.layers import LayerSpec
 from algoperf_kfac.pytorch.preconditioner import LayerState, multiply
 
-COUNTS_PER_LAYER = 3  # tensors of one number: weight of the averages, examples, dropped statistics
+COUNTS_PER_LAYER = 4  # tensors of one number: weight of the averages, examples, dropped and vanished statistics
 
 Operators = tuple[list[Tensor], list[Tensor]]
 

@@ -1,0 +1,36 @@
+"""Where output gradients sum to zero over positions: found on the statistics; see `algoperf_kfac.vanishing`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+
+def block_squares(rows: Array, blocks: Sequence[int]) -> Array:
+    """(N, R, groups, P) -> (N, R, groups, blocks): squared norms of the features of each block of B."""
+    parts = jnp.split(rows, np.cumsum(blocks)[:-1], -1)
+    return jnp.stack([jnp.square(part).sum(-1) for part in parts], -1)
+
+
+def without_vanishing(b: Sequence[Array], squares: Array, rounding: Array) -> tuple[tuple[Array, ...], Array]:
+    """B with a multiple of the identity in place of the blocks that are rounding.
+
+    Args:
+        b: blocks (groups, size, size), of gradients summed over positions.
+        squares: (groups, blocks), the squared gradients themselves, summed.
+        rounding: (groups, blocks), what of it rounding alone may leave of the trace of B.
+
+    Returns:
+        The blocks, and for each group the share of output features of those that were replaced, (groups,).
+    """
+    found, replaced = [], []
+    for i, block in enumerate(b):
+        size, total = block.shape[-1], squares[:, i]
+        vanishes = (jnp.trace(block, axis1=-2, axis2=-1) <= rounding[:, i]) & (total > 0)
+        identity = jnp.eye(size, dtype=block.dtype) * (total / size)[:, None, None]
+        found.append(jnp.where(vanishes[:, None, None], identity, block))
+        replaced.append(size * vanishes.astype(block.dtype))
+    return tuple(found), jnp.stack(replaced).sum(0) / sum(block.shape[-1] for block in b)
