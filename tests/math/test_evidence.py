@@ -1,5 +1,5 @@
-"""The evidence against dense log determinants, densities of torch.distributions, automatic differentiation, the exact
-Gauss-Newton matrix and the marginal likelihood of a linear model, which is known."""
+"""The evidence against dense log determinants, densities of torch.distributions, automatic differentiation, the
+exact Gauss-Newton matrix and the marginal likelihood of a linear model, which is known."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch.distributions import Bernoulli, Categorical, Laplace, MultivariateNor
 from torch.func import functional_call, jacrev
 
 from algoperf_kfac.evidence import Fitted, evidence, per_layer
+from algoperf_kfac.online import OnlineEvidence
 from algoperf_kfac.pytorch import KFAC
 from algoperf_kfac.pytorch.evidence import factors_of, fit_factors
 from tests.math import oracle
@@ -304,7 +305,7 @@ def test_a_tied_table_is_its_factor_for_every_token() -> None:
 
 
 def test_factors_of_an_optimizer() -> None:
-    """One step on all of the data: the same factors; what has none is left out, and the source says whose they are."""
+    """One step on all of the data: the same factors; what has none is left out, the source says whose they are."""
     model, x, y = Mixed(), torch.randn(6, 2, 4, 4), labels_for("softmax_cross_entropy", 6)
     optimizer = KFAC(model, fisher="exact", learning_rate=0.0)
     with optimizer.capture() as capture:
@@ -335,25 +336,43 @@ def test_a_fit_leaves_the_model_as_it_was() -> None:
     assert evidence(first).value == evidence(second).value  # no dropout, and signs of the same seed
 
 
+@pytest.mark.parametrize("approximation", APPROXIMATIONS)
 @pytest.mark.parametrize("loss", ["softmax_cross_entropy", "mean_squared_error"])
-def test_laplace_torch(loss: str) -> None:
-    """Value and gradient beside those of laplace-torch, where it is installed."""
-    pytest.importorskip("laplace", reason="laplace-torch is not installed")
-    curvature = importlib.import_module("laplace.curvature.curvlinops")
-    laplace = importlib.import_module("laplace")
-    model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 3))
-    x, y = torch.randn(20, 3), labels_for(loss, 20)
-    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=20)
-    kind = "classification" if loss == "softmax_cross_entropy" else "regression"
-    noise = 1.0 if kind == "classification" else 0.7
+def test_laplace_torch(loss: str, approximation: str) -> None:
+    """Value, gradient and the chosen precision beside those of laplace-torch, where it is installed.
+
+    Without biases: it takes them as blocks of their own, here they are a column of their layer. With a last batch
+    that is smaller.
+    """
+    laplace = pytest.importorskip("laplace", reason="laplace-torch is not installed")
+    backend = importlib.import_module("laplace.curvature.curvlinops").CurvlinopsGGN
+    model = nn.Sequential(
+        *(nn.Conv2d(2, 4, 3, bias=False), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        nn.Linear(4, 3, bias=False),
+    )
+    x, y = torch.randn(20, 2, 5, 5), labels_for(loss, 20)
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=8)
+    kind, noise = ("classification", 1.0) if loss == "softmax_cross_entropy" else ("regression", 0.7)
     theirs = laplace.Laplace(
-        model, kind, subset_of_weights="all", hessian_structure="kron", backend=curvature.CurvlinopsGGN
+        *(model, kind, "all", "kron"), backend=backend, asdl_fisher_kwargs={"kfac_approx": approximation}
     )
     theirs.fit(data)
-    log_delta = torch.tensor([math.log(0.6)], requires_grad=True)
     options = {} if kind == "classification" else {"sigma_noise": torch.tensor(noise)}
-    value = theirs.log_marginal_likelihood(log_delta.exp(), **options)
-    value.backward()
-    found = evidence(fit_factors(model, data, loss), 0.6, noise=noise)
-    assert found.gradient["*"] == pytest.approx(float(log_delta.grad), rel=1e-6)
-    assert found.value == pytest.approx(value.item(), rel=1e-8)
+
+    def of_theirs(log_delta: float) -> tuple[float, float]:
+        log = torch.tensor([log_delta], requires_grad=True)
+        value = theirs.log_marginal_likelihood(log.exp(), **options)
+        value.backward()
+        return value.item(), log.grad.item()
+
+    fitted = fit_factors(model, data, loss, approximation=approximation)
+    for log_delta in (-2.0, 0.0, 3.0):
+        value, gradient = of_theirs(log_delta)
+        found = evidence(fitted, math.exp(log_delta), noise=noise)
+        assert found.value == pytest.approx(value, rel=1e-8)
+        assert found.gradient["*"] == pytest.approx(gradient, rel=1e-6)
+    online = OnlineEvidence(steps=1500, learning_rate=0.01, noise=noise)
+    online.update(fitted)
+    value, gradient = of_theirs(math.log(online.prior_precision))
+    assert abs(gradient) < 1e-3
+    assert value > max(of_theirs(math.log(online.prior_precision) + s)[0] for s in (-0.1, 0.1))
