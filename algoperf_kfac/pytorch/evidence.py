@@ -93,13 +93,14 @@ def fit_factors(
 ) -> Fitted:
     """The curvature of a model over a data set, for `evidence`.
 
-    The model runs in evaluation mode, as it is after training; gradients and its mode are left as they were. With
-    the exact Fisher a batch takes a backward pass per output of an example, with fisher="mc" `fisher_samples` of
-    them; twice as many where there are parameters without factors.
+    The model runs in evaluation mode, as it is after training; gradients and its mode are left as they were. Of
+    several processes each fits what its own loader has. With the exact Fisher a batch takes a backward pass per
+    output of an example, with fisher="mc" `fisher_samples` of them; twice as many where there are parameters
+    without factors.
 
     Args:
         model: the model.
-        loader: batches, on the model's device.
+        loader: batches of tensors, on the model's device.
         loss_type: see `algoperf_kfac.evidence.Likelihood`.
         config: a configuration, of which approximation, fisher, fisher_samples, max_factor_dim and large_factor
             count; keyword arguments override its fields. Without either, the exact Fisher.
@@ -178,13 +179,14 @@ class _Fit:
         options = Options(self._config, True, as_candidates(positions), self._generator)
         with Capture(self._layers, self._finish, options) as capture:
             outputs = model(*example.args)
+            rows = fisher.classes_last(outputs, self._kind, self._class_dim)
+            assert isinstance(rows, Tensor)
+            check_targets(self._kind, rows.shape, example.targets.shape)
             capture.backward_fisher(outputs, self._kind, example.mask, class_dim=self._class_dim)
         if not self._statistics:
             raise no_factors()
-        outputs = fisher.classes_last(outputs, self._kind, self._class_dim)
-        assert isinstance(outputs, Tensor)
-        self._add_diagonals(outputs, example.mask)
-        loss, labels, examples = summed_loss(outputs.detach(), self._kind, example)
+        self._add_diagonals(rows, example.mask)
+        loss, labels, examples = summed_loss(rows.detach(), self._kind, example)
         self._loss += loss
         self._labels += labels
         self._examples += examples
@@ -330,7 +332,6 @@ def summed_loss(outputs: Tensor, loss_type: LossType, example: Example) -> tuple
     """
     f = outputs.to(_wide(outputs))
     targets = torch.as_tensor(example.targets, device=f.device)
-    check_targets(loss_type, f.shape, targets.shape)
     if loss_type is LossType.SOFTMAX_CROSS_ENTROPY:
         log_probabilities = f.log_softmax(-1)
         if targets.dim() == f.dim():

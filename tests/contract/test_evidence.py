@@ -39,6 +39,7 @@ def fit(framework: str, loader: Any, loss: str = "softmax_cross_entropy", **opti
         model = Model()
         with torch.no_grad():
             model.out.weight.copy_(torch.tensor(weights))
+            model.out.bias.zero_()
         batches = jax.tree.map(torch.as_tensor, loader)
         return in_pytorch.fit_factors(model, batches, loss, **options)
     params = {
