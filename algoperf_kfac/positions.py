@@ -154,13 +154,31 @@ def candidates_for(name: str, candidates: Candidates) -> list[Positions]:
     """
     if not isinstance(candidates, Mapping):
         return candidates
-    matches = sorted((p for p in candidates if fnmatch.fnmatchcase(name, p)), key=_said, reverse=True)
+    pattern = most_said("positions", (name,), candidates)
+    return [] if pattern is None else candidates[pattern]
+
+
+def most_said(argument: str, names: Iterable[str], patterns: Iterable[str]) -> str | None:
+    """The pattern (fnmatch) that says most of one of a layer's names; None where none matches.
+
+    Args:
+        argument: that holds the patterns.
+        names: what the layer goes by, its own name first.
+        patterns: to choose from.
+
+    Raises:
+        ValueError: naming the layer, if two patterns say equally much.
+    """
+    names = list(names)
+    fitting = {p for p in patterns if any(fnmatch.fnmatchcase(name, p) for name in names)}
+    matches = sorted(fitting, key=_said, reverse=True)
     if len(matches) > 1 and _said(matches[0]) == _said(matches[1]):
+        first, second = sorted(matches[:2])
         raise ValueError(
-            f"positions: layer {name} matches {matches[0]!r} and {matches[1]!r}, and neither says more of its "
-            f"name: give {name!r} itself, too"
+            f"{argument}: layer {names[0]} matches {first!r} and {second!r}, and neither says more of its "
+            f"name: give {names[0]!r} itself, too"
         )
-    return candidates[matches[0]] if matches else []
+    return matches[0] if matches else None
 
 
 def _said(pattern: str) -> tuple[bool, int]:

@@ -165,6 +165,7 @@ def kfac(
     *,
     learning_rate: float | Schedule | None = None,
     weight_decay_mask: Mask = None,
+    decay: optax.GradientTransformation | None = None,
     mesh: Mesh | None = None,
     mistakes: Mistakes | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -175,19 +176,19 @@ def kfac(
         config: the configuration.
         learning_rate: a number or an optax schedule in place of the configuration's.
         weight_decay_mask: as optax.add_decayed_weights takes it.
+        decay: a decay of other form in place of the configuration's, such as `decay.decay_by_parameter()`.
         mesh, mistakes: see `scale_by_kfac`.
     """
     rate = config.learning_rate if learning_rate is None else learning_rate
     return optax.chain(
         scale_by_kfac(layers, config, mesh, mistakes),
-        _add_decayed_weights(layers, config.weight_decay, weight_decay_mask),
+        _decay(layers, decay or optax.add_decayed_weights(config.weight_decay, weight_decay_mask)),
         optax.scale_by_learning_rate(rate),
     )
 
 
-def _add_decayed_weights(layers: Layers, weight_decay: float, mask: Mask) -> optax.GradientTransformationExtraArgs:
-    """optax.add_decayed_weights for what moves: neither whole numbers nor layers that a step did not call."""
-    decay = optax.add_decayed_weights(weight_decay, mask)
+def _decay(layers: Layers, decay: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """A decay for what moves: neither whole numbers nor layers that a step did not call."""
     if not all(jnp.issubdtype(dtype, jnp.inexact) for _, dtype in layers.shapes.values()):
         decay = optax.masked(decay, are_trained)  # whole numbers, rounded down, would decay
 
