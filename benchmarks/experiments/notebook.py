@@ -50,4 +50,22 @@ EXPERIMENTS = (
         submission="kfac_expand",
         variants={name: Variant(submission=name) for name in ("only_a", "only_b", "random_basis")},
     ),
+    Experiment(
+        name="rows",
+        change="Statistics from every n-th example, as many as bring the given number of rows.",
+        submission="kfac_expand",
+        base={**LINEAR, "scaling": "polar", **RMS},
+        variants={f"{rows} rows": Variant({"statistics_rows": rows}) for rows in (256, 1024)},
+    ),
+    Experiment(
+        name="mixed",
+        change="Reduce where it fits: expand's A for kernels over several positions, the identity for a vanishing B.",
+        submission="kfac_reduce",
+        base=LINEAR,
+        variants={
+            "mixed": Variant({"approximation": "mixed"}),
+            "polar, rms": Variant({"scaling": "polar", **RMS}),
+            "mixed, polar, rms": Variant({"approximation": "mixed", "scaling": "polar", **RMS}),
+        },
+    ),
 )
