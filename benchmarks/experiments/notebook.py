@@ -59,7 +59,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         name="mixed",
-        change="Reduce where it fits: expand's A for kernels over several positions, the identity for a vanishing B.",
+        change="Reduce where it fits: expand's A for kernels over several positions, no B that vanishes.",
         submission="kfac_reduce",
         base=LINEAR,
         variants={
