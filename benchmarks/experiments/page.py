@@ -43,7 +43,7 @@ class Difference:
 
 def page(experiments: Sequence[Experiment], kept: Mapping[str, dict[str, Any]]) -> str:
     """The whole page as Markdown."""
-    done = [one for one in experiments if any(_found(one, kept).values())]
+    done = [one for one in experiments if compare(one, kept)]
     counted = {name for one in done for name in _keys(one).values() if name in kept}
     count = f"{len(kept)} runs are kept, {len(counted)} of them in the {len(done)} experiments below."
     return "\n".join([HEAD, count, "", *(section(one, kept) for one in done)])
