@@ -29,9 +29,10 @@ EXPERIMENTS = (
             "polar, rms": Variant({"scaling": "polar", **RMS}),
             "power, rms": Variant(RMS),
         },
-        verdict="Better on digits and text by more than the seeds differ, as low as the base in 0.83 of the steps, with "
-        "either length; no difference beyond the seeds on the residual network and the clicks. The length alone does "
-        "not do it. A step takes about a fifth longer (beside other work). To be raced; not the submissions' point yet.",
+        verdict="Better on digits and text by more than seeds differ, as low as the base in 0.83 of the steps, "
+        "with either length; no difference beyond the seeds on the residual network and the clicks. The length alone "
+        "does not do it. A step takes about a fifth longer (beside other work). To be raced; not the submissions' "
+        "point yet.",
     ),
     Experiment(
         name="fresh_statistics",

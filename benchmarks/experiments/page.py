@@ -22,7 +22,7 @@ Base and variant train on the same seeds, with the same initial weights and batc
 whose length is given as a share of the step hint. The seeds are used for nothing else. A cell is the mean over
 seeds of the variant's validation loss less that of the base at the end (least to most); less than zero is
 better. Behind it, in italics, where the variant came as low as the base at its end: the share of the steps it took
-(the median).
+up to an evaluation (the median); these are some steps apart.
 """
 
 
