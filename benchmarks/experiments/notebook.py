@@ -30,7 +30,7 @@ EXPERIMENTS = (
             "power, rms": Variant(RMS),
         },
         verdict="Better on digits and text by more than seeds differ, as low as the base in 0.83 of the steps, "
-        "with either length; no difference beyond the seeds on the residual network and the clicks. The length alone "
+        "with either length; no difference beyond seeds on the residual network and the clicks. The length alone "
         "does not do it. A step takes about a fifth longer (beside other work). To be raced; not the submissions' "
         "point yet.",
     ),
