@@ -150,7 +150,7 @@ def test_what_is_counted(framework: str) -> None:
     run = start(framework, FOUR, factor_interval=1, refresh_interval=1)
     run.step()
     metrics = run.metrics()
-    each = {"refreshes", "failures", "skipped", "dropped", "idle", "drift", "graft_ratio", "cosine"}
+    each = {"refreshes", "failures", "skipped", "dropped", "idle", "vanished", "drift", "graft_ratio", "cosine"}
     own = {"gradient_error", "noise"} if framework == "pytorch" else set()
     assert {key for key in metrics if "/" in key} == {f"{name}/{key}" for name in LAYERS for key in each | own}
     assert {"steps", "coverage", "stand_ins", *(each - {"drift"})} <= metrics.keys()

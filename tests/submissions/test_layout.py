@@ -55,7 +55,7 @@ def test_it_trains_and_its_hyperparameters_are_checked(checkout, tmp_path):
     more = [f"--experiment_dir={tmp_path / 'x'}", f"--tuning_search_space={space}"]
     finished = run_in(checkout, "workloads.study", *flags, *more)
     assert finished.returncode == 1
-    assert "unknown hyperparameter 'momentum': known are ['dropout_rate', 'grad_clip'" in finished.stderr
+    assert "unknown hyperparameter 'momentum': known are ['budget_factor', " in finished.stderr
 
 
 def test_its_export_says_what_it_is(checkout, tmp_path):

@@ -175,8 +175,8 @@ def test_both_weights_of_an_lstm_see_every_time_step():
     seen = sight_optimizer(subject, KFAC)
     for direction in ("", "_reverse"):
         inputs_load, hidden_load = (seen.loads[f"lstm.weight_{side}_l0{direction}"] for side in ("ih", "hh"))
-        assert inputs_load == Load(BATCH, 7, 7 * BATCH, 7 * BATCH * 3, 7 * BATCH * 20)
-        assert hidden_load == Load(BATCH, 7, 7 * BATCH, 7 * BATCH * 5, 7 * BATCH * 20)
+        assert inputs_load == Load(BATCH, 7, 7 * BATCH, 7 * BATCH * 3, 7 * BATCH * 20, in_segments=True)
+        assert hidden_load == Load(BATCH, 7, 7 * BATCH, 7 * BATCH * 5, 7 * BATCH * 20, in_segments=True)
 
 
 def test_peaks_by_hand():
@@ -198,4 +198,4 @@ def test_peaks_by_hand():
 def test_rows_of_graphs_are_positions_of_their_graphs():
     make = lambda: nn.Linear(3, 5)  # noqa: E731
     subject = Subject(make, lambda net, n: net(torch.zeros(12, 3)), 3, None, segments={12: 3})
-    assert sight_optimizer(subject, KFAC).loads["weight"] == Load(3, 4, 12, 36, 60)
+    assert sight_optimizer(subject, KFAC).loads["weight"] == Load(3, 4, 12, 36, 60, in_segments=True)
