@@ -25,6 +25,7 @@ from algoperf_kfac.pytorch.mistakes import Mistakes
 from algoperf_kfac.pytorch.monitoring import FactorPair
 from algoperf_kfac.pytorch.pending import Pending
 from algoperf_kfac.pytorch.scalings import Scaling, scaling_of
+from algoperf_kfac.pytorch.stacks import Stacks
 from algoperf_kfac.pytorch.statistics import Scalar
 
 REMEDY = (
@@ -91,6 +92,7 @@ class KFAC(torch.optim.Optimizer):
     _unchecked: bool
     _gradient_errors: dict[str, float]
     _processes: distributed.Processes
+    _stacks: Stacks
 
     def __init__(
         self,
@@ -153,6 +155,7 @@ class KFAC(torch.optim.Optimizer):
         self._seed = seed
         self._unchecked = True
         self._processes = processes
+        self._stacks = Stacks(self.scaling)
         self._keep_entries()
 
     def coverage(self) -> Coverage:
@@ -367,7 +370,7 @@ class KFAC(torch.optim.Optimizer):
             with torch.enable_grad(), self.capture():
                 loss = closure()
         for name, layer in self._layers.covered.items():
-            self._layers.states[name].move(layer.factor_like)
+            self._layers.states[name].move(layer.factor_dtype, layer.weight.device)
         self._update_statistics()
         length = self.config.length_factor if self.config.length_rule == "rms" else None
         directions = first_order(self.param_groups, self.state, self._without_second_moment(), length)
@@ -403,7 +406,7 @@ class KFAC(torch.optim.Optimizer):
             self._layers.covered,
             self._layers.states,
             beta2s,
-            self.scaling,
+            self._stacks,
             monitor=self.is_statistics_step,
         )
         self._stand_ins += outcome.stand_ins

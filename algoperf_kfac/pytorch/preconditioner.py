@@ -84,17 +84,20 @@ class LayerState:
             kept=kept,
         )
 
-    def move(self, like: Tensor) -> None:
-        """Bring the tensors to the device and dtype of `like`, where the model was moved."""
-        if (self.weight.dtype, self.weight.device) == (like.dtype, like.device):
+    def move(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Bring the tensors to a dtype and a device, where the model was moved."""
+        if self.weight.dtype == dtype and self.weight.device == device:
             return
+
+        def moved(value: object) -> object:
+            return value.to(device=device, dtype=dtype) if isinstance(value, Tensor) else value
+
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, dict):
-                setattr(self, field.name, {key: _moved(v, like) for key, v in value.items()})
+                setattr(self, field.name, {key: moved(v) for key, v in value.items()})
             else:
-                moved = [_moved(v, like) for v in value] if isinstance(value, list) else _moved(value, like)
-                setattr(self, field.name, moved)
+                setattr(self, field.name, [moved(v) for v in value] if isinstance(value, list) else moved(value))
 
     def update(self, a: list[Tensor], b: list[Tensor], examples: Tensor | float, decay: float) -> None:
         """Move the averages towards the statistics of one step; non-finite statistics are left out.
@@ -118,10 +121,6 @@ class LayerState:
     def noise_level(self, config: KFACConfig) -> float:
         """See `KFACConfig.noise_level`; rounding of the factors themselves is part of it."""
         return config.noise_level(max(self.rounding, torch.finfo(self.weight.dtype).eps))
-
-
-def _moved(value: object, like: Tensor) -> object:
-    return value.to(device=like.device, dtype=like.dtype) if isinstance(value, Tensor) else value
 
 
 def mean_eigenvalue(blocks: list[Tensor]) -> Tensor:
