@@ -25,6 +25,9 @@ from algoperf_kfac.positions import Layout, Positions, Rows
 from algoperf_kfac.pytorch.geometry import MAX_PATCH_ELEMENTS, ConvGeometry
 from algoperf_kfac.subset import Subset
 
+# Up to so many rows for each feature, one product with the homogeneous coordinate among them is the cheapest.
+FEW_ROWS = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class MaskedLayout(Layout):
@@ -169,6 +172,9 @@ def outer_sums(rows: Tensor, ones: Tensor | None, blocks: Sequence[int]) -> list
     for i, size in enumerate(blocks):
         homogeneous = ones is not None and i == len(blocks) - 1
         part = by_group[..., start : start + size - homogeneous]
+        if homogeneous and ones is not None and len(ones) <= FEW_ROWS * size:
+            part = torch.cat([part, ones[:, None].expand(len(part), -1, 1)], 2)
+            homogeneous = False
         outer = part.transpose(1, 2) @ part
         if homogeneous:
             assert ones is not None

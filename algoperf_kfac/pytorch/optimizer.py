@@ -24,6 +24,7 @@ from algoperf_kfac.pytorch.layer_book import Layers
 from algoperf_kfac.pytorch.mistakes import Mistakes
 from algoperf_kfac.pytorch.monitoring import FactorPair
 from algoperf_kfac.pytorch.pending import Pending
+from algoperf_kfac.pytorch.preconditioner import move_averages
 from algoperf_kfac.pytorch.scalings import Scaling, scaling_of
 from algoperf_kfac.pytorch.stacks import Stacks
 from algoperf_kfac.pytorch.statistics import Scalar
@@ -270,10 +271,11 @@ class KFAC(torch.optim.Optimizer):
         mine = self._pending.statistics
         shared = [mine[n] if n in mine else layers.no_statistics(n) for n in names]
         distributed.all_reduce_statistics(shared, self._processes)
-        for name, s in zip(names, shared, strict=True):
-            a, b = s.averages()
-            state = layers.states[name]
-            state.update(a, b, s.examples, self.config.factor_decay)
+        states = [layers.states[name] for name in names]
+        move_averages(
+            states, [s.averages() for s in shared], [s.examples for s in shared], self.config.factor_decay
+        )
+        for name, state, s in zip(names, states, shared, strict=True):
             if layers.covered[name].spec.watches_sums:
                 vanished, examples = (torch.as_tensor(n).to(state.vanished) for n in (s.vanished, s.examples))
                 state.vanished = vanished / examples.clamp(min=1)
