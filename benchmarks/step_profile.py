@@ -73,7 +73,7 @@ def start(workload_name: str, point: str) -> Run:
     """A submission at a point, ready to train."""
     name, changes = POINTS[point]
     submission, workload = load(str(path_of(name, "pytorch"))), registry.load(workload_name, "pytorch")
-    hyperparameters = collections.namedtuple("Point", changes)(**changes) if changes else None
+    hyperparameters = changes or None
     rng = np.array([1, 2])
     params, model_state = workload.init_model_fn(rng)
     state = submission.init_optimizer_state(workload, params, model_state, hyperparameters, rng)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,10 +52,9 @@ class Stack:
         # Stored in the order of its matrix.
         self._plain = not spec.layout and spec.kind != "conv_transpose"
         if len(members) > 1 and self.refreshed:
-            stacked = {field: self._laid_together(field) for field in reads}
-            self.state = dataclasses.replace(
-                self.state, a=[], b=[], kept={}, **({key: [] for key in LISTS} | stacked)
-            )
+            lists: dict[str, Any] = {field: [] for field in LISTS}
+            lists |= {field: self._laid_together(field) for field in reads}
+            self.state = dataclasses.replace(self.state, a=[], b=[], kept={}, **lists)
 
     def _laid_together(self, field: str) -> list[Tensor]:
         parts = [getattr(state, field) for state in self._states]
