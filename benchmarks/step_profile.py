@@ -47,7 +47,7 @@ PHASES: dict[str, list[tuple[Any, str]]] = {
     "NadamW's part": [(optimizer, "first_order")],
     "K-FAC directions": [(optimizer, "second_order")],
 }
-SKIPPED = 12  # the first steps take statistics and refresh at every one
+SKIPPED = 10  # the first steps take statistics and refresh at every one
 
 
 class Watch:
