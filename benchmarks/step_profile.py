@@ -3,21 +3,23 @@
     OMP_NUM_THREADS=1 python -m benchmarks.step_profile --workloads=mnist_vit --steps=60 --label=after
 
 Submissions take turns step by step, each with its own copy of the workload's model, as in `benchmarks.step_time`;
-times are of the processor, so that what else runs on the machine counts little. Phases do not contain each other:
-"model" is forward and backward pass, clipping and the watching of operations on statistics steps. Ratios are of
-medians; "slowest" is the 99th percentile over the median. The table replaces the section of its label in the file.
+times are of the processor, which a busy machine lengthens less than those of the clock. Phases do not contain each
+other: "model" is forward and backward pass, clipping and the watching of operations on statistics steps. Ratios are
+of medians; "slowest" is the 99th percentile over the median. The table replaces the section of its label.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -84,9 +86,15 @@ def start(workload_name: str, point: str) -> Run:
 def measure(workload: str, steps: int) -> dict[str, list[dict[str, float]]]:
     """By point, the milliseconds of each step by phase; "step" is all of it."""
     watch = Watch()
-    for phase, functions in PHASES.items():
-        for owner, name in functions:
-            setattr(owner, name, watch.times(phase, getattr(owner, name)))
+    with contextlib.ExitStack() as stack:
+        for phase, functions in PHASES.items():
+            for owner, name in functions:
+                stack.enter_context(mock.patch.object(owner, name, watch.times(phase, getattr(owner, name))))
+        return _in_turns(workload, steps, watch)
+
+
+def _in_turns(workload: str, steps: int, watch: Watch) -> dict[str, list[dict[str, float]]]:
+    """The steps of all points, their phases told apart by a watch that times them."""
     runs = {point: start(workload, point) for point in POINTS}
     found: dict[str, list[dict[str, float]]] = {point: [] for point in POINTS}
     for number in range(SKIPPED + steps):
