@@ -22,7 +22,7 @@ import numpy as np
 
 from commands import errors
 from commands.arguments import Parser
-from submissions.common.api import Tree
+from submissions.common.api import Hyperparameters, Tree
 from submissions.registry import path_of
 from workloads import registry
 from workloads.data.queue import BatchQueue
@@ -43,6 +43,7 @@ class Run:
     state: Tree
     params: Tree
     model_state: Tree
+    hyperparameters: Hyperparameters = None
 
     def step(self, number: int, rng: np.ndarray) -> None:
         """Draws a batch and makes a step."""
@@ -54,7 +55,7 @@ class Run:
             current_param_container=self.params,
             current_params_types=self.workload.model_params_types,
             model_state=self.model_state,
-            hyperparameters=None,
+            hyperparameters=self.hyperparameters,
             batch=batch,
             loss_type=self.workload.loss_type,
             optimizer_state=self.state,

@@ -53,6 +53,8 @@ TRANSFORMED = (
     "The model ran inside torch.func (grad, vmap, ...), where layers cannot be recorded: on statistics steps "
     "(optimizer.is_statistics_step) run it as it is, and loss.backward(), inside capture()"
 )
+# What properties of tensors return, which a mode sees like functions: nothing that a gradient could go through.
+NO_TENSORS = (torch.Size, int, float, str, torch.dtype, torch.device, type(None))
 EMPTY = "The batch has no examples: leave such a step out, optimizer.step() included"
 
 
@@ -237,6 +239,8 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             if output is not NotImplemented:
                 return output
         output = called.run()
+        if isinstance(output, NO_TENSORS):
+            return output
         if called.func in RULES and torch._C._functorch.peek_interpreter_stack() is not None:
             self._hint = TRANSFORMED
         if called.name == "__iter__" and self.uses.views.of(called.args[0]) is not None:

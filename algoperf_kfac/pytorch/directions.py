@@ -15,10 +15,11 @@ from torch import Tensor
 
 from algoperf_kfac.layers import LayerSpec
 from algoperf_kfac.pytorch.covered_layer import CoveredLayer
-from algoperf_kfac.pytorch.factors import bias_part, from_matrix, part_of, to_matrix
+from algoperf_kfac.pytorch.factors import bias_part, part_of
 from algoperf_kfac.pytorch.nadamw import nadamw_directions, nesterov
 from algoperf_kfac.pytorch.preconditioner import LayerState
 from algoperf_kfac.pytorch.scalings import Scaling
+from algoperf_kfac.pytorch.stacks import Stack, Stacks
 
 
 @dataclasses.dataclass
@@ -115,7 +116,7 @@ def second_order(
     layers: Mapping[str, CoveredLayer],
     states: Mapping[str, LayerState],
     beta2s: Mapping[int, float],
-    scaling: Scaling,
+    stacks: Stacks,
     *,
     monitor: bool,
 ) -> Outcome:
@@ -126,117 +127,164 @@ def second_order(
         layers: by name.
         states: by name; what the scaling keeps in them is updated.
         beta2s: by identity of the weight.
-        scaling: the optimizer's.
+        stacks: the optimizer's.
         monitor: whether to compute cosines.
     """
-    names: list[str] = []
-    momenta: list[Tensor] = []
-    kfac: list[Tensor] = []
-    for name, layer in layers.items():
-        gradients = [p.grad for p in layer.params if p.grad is not None]
-        if len(gradients) < len(layer.params):
-            continue
-        momentum = _matrix(layer, [directions[id(p)].momentum for p in layer.params])
-        state = states[name]
-        names.append(name)
-        momenta.append(momentum)
-        if state.refreshes:
-            gradient = _matrix(layer, gradients) if scaling.uses_gradient else momentum
-            kfac.append(scaling.precondition(state, momentum, gradient, beta2s[id(layer.weight)]))
-        else:
-            kfac.append(momentum.clone())
-    if not names:
+    taking_part = {name: la for name, la in layers.items() if all(p.grad is not None for p in la.params)}
+    if not taking_part:
         return Outcome()
-    norms = _long_norms(kfac)
-    rule = scaling.config.length_rule
+    config = stacks.scaling.config
+    moves = [_Move.of(stack, directions, stacks.scaling) for stack in stacks.of(taking_part, states, beta2s)]
+    names = [name for move in moves for name in move.stack.names]
+    counts = [len(move.stack.names) for move in moves]
+    norms = _long_norms_of_layers([(move.direction, n) for move, n in zip(moves, counts, strict=True)])
+    momenta = [(move.momentum, n) for move, n in zip(moves, counts, strict=True)]
     ratios = torch.ones_like(norms)
     # A layer without gradient (all zero) has no direction of either kind, and is not in need of a stand-in.
-    if rule == "graft":
-        lengths = _first_order_norms([layers[name] for name in names], directions)
+    if config.length_rule == "graft":
+        lengths = _joined([move.first_order_norms() for move in moves])
         ratios = torch.where(lengths == 0, lengths, lengths / norms)
-    elif rule == "rms":
-        ratios = torch.where(_long_norms(momenta) == 0, 0.0, _ratios_to(scaling.config.length_factor, kfac, norms))
+    elif config.length_rule == "rms":
+        # Numbers of the host go into the call: an array of them would be copied to the device at every step.
+        sizes = [move.momentum.numel() // n for move, n in zip(moves, counts, strict=True)]
+        roots = [part / math.sqrt(size) for part, size in zip(norms.split(counts), sizes, strict=True)]
+        ratios = config.length_factor / torch.cat(roots)
+        ratios = torch.where(_long_norms_of_layers(momenta) == 0, 0.0, ratios)
     # Where factors are all but singular a direction may vanish or overflow: the first-order one then stands.
     usable = ratios.isfinite() & norms.isfinite()
     ratios = torch.where(usable, ratios, 1.0)
-    torch._foreach_mul_(kfac, list(ratios.unbind()))
-    outcome = Outcome((~usable).sum(), dict(zip(names, ratios.unbind(), strict=True)))
+    outcome = Outcome((~usable).sum(), _by_name(taking_part, names, ratios))
+    dots = []
+    for move, ratio, ok in zip(moves, ratios.split(counts), usable.split(counts), strict=True):
+        direction = move.lengthened(ratio)
+        if monitor:
+            dots.append(
+                torch.linalg.vecdot(move.momentum.flatten(1), direction.flatten(1)).view(len(ok), -1).sum(1)
+            )
+        move.replace_steps(direction, ok)
     if monitor:
-        dots = [torch.dot(m.flatten(), d.flatten()) for m, d in zip(momenta, kfac, strict=True)]
-        cosines = _stack(dots) / (_norms(momenta) * norms * ratios)
-        outcome.cosines = dict(zip(names, cosines.unbind(), strict=True))
-    for name, direction, ok in zip(names, kfac, usable.unbind(), strict=True):
-        layer = layers[name]
-        weight, bias = from_matrix(direction, layer.spec)
-        _replace(directions[id(layer.weight)], weight, ok, layer.spec, part_of if layer.spec.is_part else None)
-        if layer.bias is not None and bias is not None:
-            of_part = layer.spec.bias_start is not None
-            _replace(directions[id(layer.bias)], bias, ok, layer.spec, bias_part if of_part else None)
+        lengths = _joined([_norms_of_layers(*momentum) for momentum in momenta])
+        outcome.cosines = _by_name(taking_part, names, _joined(dots) / (lengths * norms * ratios))
     return outcome
 
 
+@dataclasses.dataclass
+class _Move:
+    """The directions of a stack's layers, as matrices (layers groups, P_out, P_in), with a bias P_in + 1.
+
+    Attributes:
+        stack: the layers.
+        weights, biases: the directions of their parameters.
+        momentum: what is preconditioned.
+        direction: K-FAC's.
+        first_weights, first_biases: the first-order steps, biases as (layers groups, P_out, 1).
+    """
+
+    stack: Stack
+    weights: list[Direction]
+    biases: list[Direction]
+    momentum: Tensor
+    direction: Tensor
+    first_weights: Tensor
+    first_biases: Tensor | None
+
+    @classmethod
+    def of(cls, stack: Stack, directions: Mapping[int, Direction], scaling: Scaling) -> _Move:
+        weights = [directions[id(layer.weight)] for layer in stack.layers]
+        biases = [directions[id(layer.bias)] for layer in stack.layers if layer.bias is not None]
+        momentum = stack.matrices([w.momentum for w in weights], [b.momentum for b in biases])
+        direction = momentum
+        if stack.refreshed:
+            gradient = stack.gradients() if scaling.uses_gradient else momentum
+            direction = scaling.precondition(stack.state, momentum, gradient, stack.beta2)
+        first_biases = stack.biases([b.step for b in biases]) if biases else None
+        first_weights = stack.weights([w.step for w in weights])
+        return cls(stack, weights, biases, momentum, direction, first_weights, first_biases)
+
+    def first_order_norms(self) -> Tensor:
+        """(layers,): the norms of the layers' first-order steps, weight and bias together."""
+        count = len(self.weights)
+        norms = _norms_of_layers(self.first_weights, count)
+        if self.first_biases is None:
+            return norms
+        return (norms.square() + _norms_of_layers(self.first_biases, count).square()).sqrt()
+
+    def lengthened(self, ratios: Tensor) -> Tensor:
+        """The direction multiplied by (layers,) numbers."""
+        return self.direction * self.stack.spread(ratios.to(self.direction.dtype))
+
+    def replace_steps(self, direction: Tensor, usable: Tensor) -> None:
+        """Put usable directions in the place of the parameters' first-order steps, or of parts of them."""
+        ok = self.stack.spread(usable)
+        spec = self.stack.layers[0].spec
+        if self.first_biases is None:
+            steps = torch.where(ok, direction, self.first_weights)
+        else:
+            steps = torch.where(ok, direction[..., :-1], self.first_weights)
+            biases = torch.where(ok, direction[..., -1:], self.first_biases)
+            of_layers = biases.reshape(len(usable), -1).unbind()
+            _replace(self.biases, of_layers, self.stack, bias_part if spec.bias_start is not None else None)
+        _replace(self.weights, self.stack.apart(steps), self.stack, part_of if spec.is_part else None)
+
+
 def _replace(
-    first: Direction, step: Tensor, ok: Tensor, spec: LayerSpec, part: Callable[[Tensor, LayerSpec], Tensor] | None
+    firsts: Sequence[Direction],
+    steps: Sequence[Tensor],
+    stack: Stack,
+    part: Callable[[Tensor, LayerSpec], Tensor] | None,
 ) -> None:
-    """Put a usable K-FAC direction in the place of a parameter's first-order one, or of a part of it."""
-    if part is None:
-        first.step = torch.where(ok, step.reshape(first.step.shape), first.step)
-        return
-    # In place, so that the many parts of a parameter are not copied for each; all momenta have been read.
-    first.step = first.step.contiguous()
-    old = part(first.step, spec)
-    old.copy_(torch.where(ok, step, old))
+    """Put steps in the place of parameters' first-order ones, or of a part of them."""
+    for first, step, layer in zip(firsts, steps, stack.layers, strict=True):
+        if part is None:
+            first.step = step.reshape(first.step.shape)
+        else:
+            # In place, so that the many parts of a parameter are not copied for each; all momenta have been read.
+            first.step = first.step.contiguous()
+            part(first.step, layer.spec).copy_(step)
 
 
-def _matrix(layer: CoveredLayer, tensors: list[Tensor]) -> Tensor:
-    """What a layer has of a weight's and a bias' tensor as one matrix, in the factors' dtype."""
-    matrix = to_matrix(tensors[0], tensors[1] if len(tensors) > 1 else None, layer.spec)
-    return matrix.to(layer.factor_dtype)
+def _by_name(order: Iterable[str], names: Sequence[str], values: Tensor) -> dict[str, Tensor]:
+    """(layers,) numbers by layer, in the layers' order."""
+    found = dict(zip(names, values.unbind(), strict=True))
+    return {name: found[name] for name in order}
 
 
-def _first_order_norms(layers: Sequence[CoveredLayer], directions: Mapping[int, Direction]) -> Tensor:
-    """(layers,): the norms of the layers' NadamW directions, weight and bias together."""
-    weights = _norms([part_of(directions[id(la.weight)].step, la.spec) for la in layers])
-    with_bias = [bias_part(directions[id(la.bias)].step, la.spec) for la in layers if la.bias is not None]
-    if not with_bias:
-        return weights
-    biases = _norms(with_bias).to(weights.dtype)
-    if len(with_bias) < len(layers):
-        # Spread without an index tensor, which would have to be copied to the device at every step.
-        parts = iter(biases.unbind())
-        biases = torch.stack([weights.new_zeros(()) if la.bias is None else next(parts) for la in layers])
-    return (weights.square() + biases.square()).sqrt()
+def _norms_of_layers(matrices: Tensor, count: int) -> Tensor:
+    """(count,): Frobenius norms of the layers in (count groups, P_out, P_in), in at least float32."""
+    return torch.linalg.vector_norm(
+        matrices.reshape(count, -1), dim=1, dtype=torch.promote_types(matrices.dtype, torch.float32)
+    )
 
 
-def _ratios_to(length: float, tensors: list[Tensor], norms: Tensor | None = None) -> Tensor:
+def _long_norms_of_layers(stacks: Sequence[tuple[Tensor, int]]) -> Tensor:
+    """(layers,): as `_norms_of_layers`, of all stacks, as long as `_long_norms`."""
+    norms = _joined([torch.linalg.vector_norm(m.reshape(n, -1), dim=1, dtype=torch.float64) for m, n in stacks])
+    return norms if any(m.dtype == torch.float64 for m, _ in stacks) else norms.float()
+
+
+def _joined(vectors: Sequence[Tensor]) -> Tensor:
+    """Numbers of stacks that may differ in dtype and device, as one vector."""
+    wide = any(v.dtype == torch.float64 for v in vectors)
+    dtype = torch.float64 if wide else torch.float32
+    return torch.cat([v.to(device=vectors[0].device, dtype=dtype) for v in vectors])
+
+
+def _ratios_to(length: float, tensors: list[Tensor]) -> Tensor:
     """(tensors,): what gives their entries the root mean square `length`; infinite or NaN of those without length.
 
     Args:
         length: k; the norm is k sqrt(P_out P_in), then.
         tensors: of any shape.
-        norms: theirs, if known.
     """
-    norms = _long_norms(tensors) if norms is None else norms
+    norms = _long_norms(tensors).unbind()
     # Numbers of the host go into the call: an array of them would have to be copied to the device at every step.
-    return length / torch.stack(torch._foreach_div(list(norms.unbind()), [math.sqrt(t.numel()) for t in tensors]))
-
-
-def _norms(tensors: list[Tensor]) -> Tensor:
-    """(tensors,): Frobenius norms in at least float32, whatever the dtype of the tensors."""
-    return _stack(torch._foreach_norm([t if t.dtype.itemsize >= 4 else t.float() for t in tensors]))
+    return length / torch.stack(torch._foreach_div(list(norms), [math.sqrt(t.numel()) for t in tensors]))
 
 
 def _long_norms(tensors: list[Tensor]) -> Tensor:
-    """(tensors,): as `_norms`, of tensors so long that the squares of their entries may overflow in float32.
+    """(tensors,): Frobenius norms of tensors so long that the squares of their entries may overflow in float32.
 
     They are: reduce's B of a layer before an instance norm, whose output gradients sum to zero, is rounding alone.
     """
-    norms = _stack(torch._foreach_norm(tensors, dtype=torch.float64))
+    norms = torch.stack(torch._foreach_norm(tensors, dtype=torch.float64))
     return norms if any(t.dtype == torch.float64 for t in tensors) else norms.float()
-
-
-def _stack(scalars: Sequence[Tensor]) -> Tensor:
-    """Scalars of layers that may differ in dtype and device, as one vector."""
-    wide = any(s.dtype == torch.float64 for s in scalars)
-    dtype = torch.float64 if wide else torch.float32
-    return torch.stack([s.to(device=scalars[0].device, dtype=dtype) for s in scalars])

@@ -25,6 +25,9 @@ from algoperf_kfac.positions import Layout, Positions, Rows
 from algoperf_kfac.pytorch.geometry import MAX_PATCH_ELEMENTS, ConvGeometry
 from algoperf_kfac.subset import Subset
 
+# Up to so many rows for each feature, one product with the homogeneous coordinate among them is the cheapest.
+FEW_ROWS = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class MaskedLayout(Layout):
@@ -169,6 +172,9 @@ def outer_sums(rows: Tensor, ones: Tensor | None, blocks: Sequence[int]) -> list
     for i, size in enumerate(blocks):
         homogeneous = ones is not None and i == len(blocks) - 1
         part = by_group[..., start : start + size - homogeneous]
+        if homogeneous and ones is not None and len(ones) <= FEW_ROWS * size:
+            part = torch.cat([part, ones[:, None].expand(len(part), -1, 1)], 2)
+            homogeneous = False
         outer = part.transpose(1, 2) @ part
         if homogeneous:
             assert ones is not None
@@ -202,13 +208,32 @@ def bias_part(bias: Tensor, spec: LayerSpec) -> Tensor:
     return flat if spec.bias_start is None else flat.narrow(0, spec.bias_start, spec.groups * spec.out_dim)
 
 
-def to_matrix(weight: Tensor, bias: Tensor | None, spec: LayerSpec) -> Tensor:
-    """A layer's parameters (or gradients) as (groups, P_out, P_in [+ 1]), the bias as last column."""
+def weight_matrix(weight: Tensor, spec: LayerSpec) -> Tensor:
+    """What a layer has of a tensor of its weight's shape as (groups, P_out, P_in), without the bias."""
     if spec.kind == "conv_transpose":  # stored as (C_in, C_out / groups, *kernel)
         grouped = weight.reshape(spec.groups, -1, spec.out_dim, math.prod(weight.shape[2:]))
-        matrix = grouped.transpose(1, 2).reshape(spec.groups, spec.out_dim, spec.in_dim)
-    else:
-        matrix = part_of(weight, spec).reshape(spec.groups, spec.out_dim, spec.in_dim)
+        return grouped.transpose(1, 2).reshape(spec.groups, spec.out_dim, spec.in_dim)
+    return part_of(weight, spec).reshape(spec.groups, spec.out_dim, spec.in_dim)
+
+
+def matrix_weight(matrix: Tensor, spec: LayerSpec) -> Tensor:
+    """The inverse of `weight_matrix`: as the framework stores the weight; a part of one as `part_of` gives it."""
+    if spec.kind == "conv_transpose":
+        kernel = math.prod(spec.weight_shape[2:])
+        matrix = matrix.reshape(spec.groups, spec.out_dim, -1, kernel).transpose(1, 2)
+    if not spec.layout:
+        return matrix.reshape(spec.weight_shape)
+    sizes, strides, (offset,) = spec.layout
+    if spec.is_part:
+        return matrix.reshape(sizes)
+    weight = matrix.new_empty(spec.weight_shape)
+    weight.as_strided(sizes, strides, offset).copy_(matrix.reshape(sizes))
+    return weight
+
+
+def to_matrix(weight: Tensor, bias: Tensor | None, spec: LayerSpec) -> Tensor:
+    """A layer's parameters (or gradients) as (groups, P_out, P_in [+ 1]), the bias as last column."""
+    matrix = weight_matrix(weight, spec)
     if bias is None:
         return matrix
     return torch.cat([matrix, bias_part(bias, spec).reshape(spec.groups, spec.out_dim, 1)], 2)
@@ -216,18 +241,6 @@ def to_matrix(weight: Tensor, bias: Tensor | None, spec: LayerSpec) -> Tensor:
 
 def from_matrix(matrix: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor | None]:
     """The inverse of `to_matrix`: weight and bias as the framework stores them; parts as `part_of` gives them."""
-    bias = None
-    if spec.bias is not None:
-        bias = matrix[..., -1].reshape(-1)
-        matrix = matrix[..., :-1]
-    if spec.kind == "conv_transpose":
-        kernel = math.prod(spec.weight_shape[2:])
-        matrix = matrix.reshape(spec.groups, spec.out_dim, -1, kernel).transpose(1, 2)
-    if not spec.layout:
-        return matrix.reshape(spec.weight_shape), bias
-    sizes, strides, (offset,) = spec.layout
-    if spec.is_part:
-        return matrix.reshape(sizes), bias
-    weight = matrix.new_empty(spec.weight_shape)
-    weight.as_strided(sizes, strides, offset).copy_(matrix.reshape(sizes))
-    return weight, bias
+    if spec.bias is None:
+        return matrix_weight(matrix, spec), None
+    return matrix_weight(matrix[..., :-1], spec), matrix[..., -1].reshape(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ class Called:
     kwargs: Mapping[str, Any]
     _outputs: list[Any] = dataclasses.field(default_factory=list)
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """The function's name; for properties such as `Tensor.T` that of the property."""
         name = getattr(self.func, "__name__", str(self.func))

@@ -24,7 +24,9 @@ from algoperf_kfac.pytorch.layer_book import Layers
 from algoperf_kfac.pytorch.mistakes import Mistakes
 from algoperf_kfac.pytorch.monitoring import FactorPair
 from algoperf_kfac.pytorch.pending import Pending
+from algoperf_kfac.pytorch.preconditioner import move_averages
 from algoperf_kfac.pytorch.scalings import Scaling, scaling_of
+from algoperf_kfac.pytorch.stacks import Stacks
 from algoperf_kfac.pytorch.statistics import Scalar
 
 REMEDY = (
@@ -91,6 +93,7 @@ class KFAC(torch.optim.Optimizer):
     _unchecked: bool
     _gradient_errors: dict[str, float]
     _processes: distributed.Processes
+    _stacks: Stacks
 
     def __init__(
         self,
@@ -153,6 +156,7 @@ class KFAC(torch.optim.Optimizer):
         self._seed = seed
         self._unchecked = True
         self._processes = processes
+        self._stacks = Stacks(self.scaling)
         self._keep_entries()
 
     def coverage(self) -> Coverage:
@@ -267,10 +271,11 @@ class KFAC(torch.optim.Optimizer):
         mine = self._pending.statistics
         shared = [mine[n] if n in mine else layers.no_statistics(n) for n in names]
         distributed.all_reduce_statistics(shared, self._processes)
-        for name, s in zip(names, shared, strict=True):
-            a, b = s.averages()
-            state = layers.states[name]
-            state.update(a, b, s.examples, self.config.factor_decay)
+        states = [layers.states[name] for name in names]
+        move_averages(
+            states, [s.averages() for s in shared], [s.examples for s in shared], self.config.factor_decay
+        )
+        for name, state, s in zip(names, states, shared, strict=True):
             if layers.covered[name].spec.watches_sums:
                 vanished, examples = (torch.as_tensor(n).to(state.vanished) for n in (s.vanished, s.examples))
                 state.vanished = vanished / examples.clamp(min=1)
@@ -367,7 +372,7 @@ class KFAC(torch.optim.Optimizer):
             with torch.enable_grad(), self.capture():
                 loss = closure()
         for name, layer in self._layers.covered.items():
-            self._layers.states[name].move(layer.factor_like)
+            self._layers.states[name].move(layer.factor_dtype, layer.weight.device)
         self._update_statistics()
         length = self.config.length_factor if self.config.length_rule == "rms" else None
         directions = first_order(self.param_groups, self.state, self._without_second_moment(), length)
@@ -403,7 +408,7 @@ class KFAC(torch.optim.Optimizer):
             self._layers.covered,
             self._layers.states,
             beta2s,
-            self.scaling,
+            self._stacks,
             monitor=self.is_statistics_step,
         )
         self._stand_ins += outcome.stand_ins

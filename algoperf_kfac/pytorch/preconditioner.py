@@ -7,6 +7,7 @@ are lists of diagonal blocks, usually one; an empty list stands for the identity
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -84,31 +85,20 @@ class LayerState:
             kept=kept,
         )
 
-    def move(self, like: Tensor) -> None:
-        """Bring the tensors to the device and dtype of `like`, where the model was moved."""
-        if (self.weight.dtype, self.weight.device) == (like.dtype, like.device):
+    def move(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Bring the tensors to a dtype and a device, where the model was moved."""
+        if self.weight.dtype == dtype and self.weight.device == device:
             return
+
+        def moved(value: object) -> object:
+            return value.to(device=device, dtype=dtype) if isinstance(value, Tensor) else value
+
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, dict):
-                setattr(self, field.name, {key: _moved(v, like) for key, v in value.items()})
+                setattr(self, field.name, {key: moved(v) for key, v in value.items()})
             else:
-                moved = [_moved(v, like) for v in value] if isinstance(value, list) else _moved(value, like)
-                setattr(self, field.name, moved)
-
-    def update(self, a: list[Tensor], b: list[Tensor], examples: Tensor | float, decay: float) -> None:
-        """Move the averages towards the statistics of one step; non-finite statistics are left out.
-
-        So is a step without examples, where no position counted (`Positions.mask`).
-        """
-        examples = torch.as_tensor(examples).to(self.examples)
-        finite = torch.stack(torch._foreach_norm([*a, *b])).sum().isfinite()
-        rate = torch.where(finite, 1 - decay, 0.0).to(self.weight.dtype)
-        for average, new in zip([*self.a, *self.b], [*a, *b], strict=True):
-            average.lerp_(torch.where(finite, new, average), rate)
-        self.examples.lerp_(examples, rate)
-        self.weight.lerp_(torch.ones_like(self.weight), rate)
-        self.dropped += (~finite & (examples > 0)).to(self.dropped.dtype)
+                setattr(self, field.name, [moved(v) for v in value] if isinstance(value, list) else moved(value))
 
     def corrected(self) -> tuple[list[Tensor], list[Tensor]]:
         """A and B per example, the bias of the averages corrected."""
@@ -120,8 +110,48 @@ class LayerState:
         return config.noise_level(max(self.rounding, torch.finfo(self.weight.dtype).eps))
 
 
-def _moved(value: object, like: Tensor) -> object:
-    return value.to(device=like.device, dtype=like.dtype) if isinstance(value, Tensor) else value
+def move_averages(
+    states: Sequence[LayerState],
+    averages: Sequence[tuple[list[Tensor], list[Tensor]]],
+    examples: Sequence[Tensor | float],
+    decay: float,
+) -> None:
+    """Move layers' averages towards the statistics of one step; of a layer with non-finite statistics they stay.
+
+    So they do at a step without examples, where no position counted (`Positions.mask`).
+
+    Args:
+        states: of the layers.
+        averages: their A and B per example, of this step.
+        examples: how many there were.
+        decay: of the averages.
+    """
+    alike: dict[Hashable, list[tuple[LayerState, list[Tensor], Tensor]]] = {}
+    for state, (a, b), count in zip(states, averages, examples, strict=True):
+        like = state.weight
+        number = count.to(like) if isinstance(count, Tensor) else like.new_full((), count)
+        alike.setdefault((like.dtype, like.device, len(a) + len(b)), []).append((state, [*a, *b], number))
+    for group in alike.values():
+        _move_alike([state for state, _, _ in group], [m for _, m, _ in group], [n for _, _, n in group], decay)
+
+
+def _move_alike(
+    states: list[LayerState], matrices: list[list[Tensor]], examples: list[Tensor], decay: float
+) -> None:
+    """Of layers of one dtype, device and number of blocks, so that a few calls serve all."""
+    new = [m for blocks in matrices for m in blocks]
+    old = [m for state in states for m in (*state.a, *state.b)]
+    finite = torch.stack(torch._foreach_norm(new)).view(len(states), -1).sum(1).isfinite()
+    rates = torch.where(finite, 1 - decay, 0.0).to(states[0].weight.dtype)
+    each, per_block = rates.unbind(), len(matrices[0])
+    ok = [flag for flag in finite.unbind() for _ in range(per_block)]
+    kept = [torch.where(flag, m, average) for flag, m, average in zip(ok, new, old, strict=True)]
+    torch._foreach_lerp_(old, kept, [rate for rate in each for _ in range(per_block)])
+    torch._foreach_lerp_([state.examples for state in states], examples, list(each))
+    ones = torch.ones_like(rates).unbind()
+    torch._foreach_lerp_([state.weight for state in states], list(ones), list(each))
+    dropped = (~finite & (torch.stack(examples) > 0)).to(rates.dtype)
+    torch._foreach_add_([state.dropped for state in states], list(dropped.unbind()))
 
 
 def mean_eigenvalue(blocks: list[Tensor]) -> Tensor:

@@ -518,7 +518,7 @@ def _by_examples(calls: list[Call]) -> dict[int, list[Call]]:
 
 def _counts(calls: list[Call], like: Tensor) -> Tensor:
     """(examples,): positions that count, over all calls."""
-    return torch.stack([call.layout.counts(like) for call in calls]).sum(0)
+    return _sum(call.layout.counts(like) for call in calls)
 
 
 def _sum(tensors: Iterable[Tensor | None]) -> Tensor:

@@ -50,6 +50,8 @@ class Uses:
 
     def sources(self, value: object) -> Sources:
         """The parameters of which a value is a function, of them alone; empty for anything else."""
+        if type(value) is Tensor and not self._derived.data:
+            return NOTHING  # most of what a model computes, and by far the quickest to tell
         if isinstance(value, torch.nn.Parameter):
             return frozenset((id(value),)) if value.requires_grad else NOTHING
         return self._derived.get(value, NOTHING) if isinstance(value, Tensor) else NOTHING

@@ -106,6 +106,8 @@ class Views:
 
     def of(self, value: object) -> View | None:
         """What a value is of a parameter that is to be trained; None if it is anything else."""
+        if type(value) is Tensor and not self._views.data:
+            return None  # most of what a model computes, and by far the quickest to tell
         if isinstance(value, torch.nn.Parameter):
             return View.whole(value) if value.requires_grad else None
         return self._views.get(value) if isinstance(value, Tensor) else None

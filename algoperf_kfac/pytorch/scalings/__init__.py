@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 
 from algoperf_kfac.config import KFACConfig
-from algoperf_kfac.pytorch.scalings._base import Operators, Scaling
+from algoperf_kfac.pytorch.scalings._base import Operators, Scaling, by_group
 
 
 def scaling_of(config: KFACConfig) -> Scaling:
@@ -20,4 +20,4 @@ def scaling_of(config: KFACConfig) -> Scaling:
     return scaling
 
 
-__all__ = ["Operators", "Scaling", "scaling_of"]
+__all__ = ["Operators", "Scaling", "by_group", "scaling_of"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
@@ -22,6 +25,25 @@ from algoperf_kfac.pytorch.preconditioner import LayerState, multiply
 COUNTS_PER_LAYER = 4  # tensors of one number: weight of the averages, examples, dropped and vanished statistics
 
 Operators = tuple[list[Tensor], list[Tensor]]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def by_group(*reads: str) -> Callable[[Function], Function]:
+    """Say of a `precondition` that it treats each channel group by itself.
+
+    Layers of equal shape then come to it at once, as the groups of one state (`pytorch/stacks.py`). One that
+    does not say so, like an override of a user's, is called layer by layer.
+
+    Args:
+        reads: the lists of tensors (groups, ...) of a `LayerState` that it reads; it is given no others, nor what
+            is kept.
+    """
+
+    def mark(function: Function) -> Function:
+        function.__dict__["reads"] = reads
+        return function
+
+    return mark
 
 
 class Scaling:
@@ -90,6 +112,7 @@ class Scaling:
 
     # At every step.
 
+    @by_group("a_operator", "b_operator")
     def precondition(self, state: LayerState, momentum: Tensor, grad: Tensor, beta2: float) -> Tensor:
         """The direction of one layer after its first refresh.
 

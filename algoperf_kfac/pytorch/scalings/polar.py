@@ -37,6 +37,7 @@ class Scaling(_base.Scaling):
     def operators(self, state: LayerState) -> _base.Operators:
         return [], []
 
+    @_base.by_group("a_basis", "b_basis", "a_values", "b_values")
     def precondition(self, state: LayerState, momentum: Tensor, grad: Tensor, beta2: float) -> Tensor:
         rotated = multiply(state.b_basis, momentum, state.a_basis, transpose_left=True)
         factor = polar(_divided(state, rotated, WHITENING))
