@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from algoperf_kfac.layers import Layout
-from algoperf_kfac.positions import BY_GRADIENT, Positions, Rows
+from algoperf_kfac.positions import BY_GRADIENT, Candidates, Positions, Rows, candidates_for, choose
 from algoperf_kfac.pytorch.geometry import ConvGeometry
 
 Function = Callable[..., Any]
@@ -130,6 +130,33 @@ class Operation:
         self.input = self.input.flatten(0, dims - 1)
         self.arrange = lambda grad: (grad if earlier is None else earlier(grad)).flatten(0, dims - 1)
         return dataclasses.replace(positions, mask=flat, segment_ids=ids.flatten(), batch_dim=0)
+
+    def positions(
+        self, name: str, output: Tensor, candidates: Candidates, *, sequence_first: bool
+    ) -> Positions | None:
+        """The description of positions that the operation takes; may change it as `flatten` does.
+
+        Args:
+            name: the layer's.
+            output: of the operation, or a tensor of its shape.
+            candidates: what is given.
+            sequence_first: whether the module says that sequences come first; a mask or segments of the user's,
+                fitted to rows, say more.
+        """
+        rows = self.rows(output)
+        for given in candidates_for(name, candidates):
+            if (flat := self.flatten(given, rows)) is not None:
+                return flat
+        chosen = choose(name, candidates, rows)
+        unsaid = chosen is None or (chosen.by_gradient and chosen.segment_ids is None)
+        if unsaid and sequence_first:
+            chosen = dataclasses.replace(chosen or Positions(), batch_dim=1)
+        if self.mask is None or (chosen is not None and chosen.by_gradient):
+            return chosen
+        mask = self.mask
+        if chosen is not None and isinstance(chosen.mask, Tensor):
+            mask = mask * chosen.mask.reshape(*chosen.mask.shape, *[1] * (mask.dim() - chosen.mask.dim()))
+        return dataclasses.replace(chosen or Positions(), mask=mask)
 
     def geometry(self, output: Tensor) -> ConvGeometry | None:
         """The geometry of a convolution, None for other operations."""
