@@ -99,10 +99,10 @@ class Operation:
     def rows(self, output: Tensor) -> Rows:
         """The rows of the operation: its output, or its input, without features."""
         if not self.is_conv:
-            return Rows(tuple((output if self.arrange is None else self.input).shape[:-1]))
+            return Rows(_numbers((output if self.arrange is None else self.input).shape[:-1]))
         dims = len(self.shape) - 2
-        examples = output.shape[0] if output.dim() == dims + 2 else 1
-        return Rows((examples, *output.shape[-dims:]), batch_first=True)
+        examples = output.shape[:1] if output.dim() == dims + 2 else (1,)
+        return Rows(_numbers((*examples, *output.shape[-dims:])), batch_first=True)
 
     def flatten(self, positions: Positions, rows: Rows) -> Positions | None:
         """Take rows in several dimensions as rows in one, where segment ids have these dimensions, too.
@@ -176,10 +176,15 @@ class Operation:
             stride=_tuple(self.hyper["stride"], dims),
             dilation=dilation,
             padding=_tuple(padding, dims),
-            in_size=tuple(self.input.shape[-dims:]),
-            out_size=tuple(output.shape[-dims:]),
+            in_size=_numbers(self.input.shape[-dims:]),
+            out_size=_numbers(output.shape[-dims:]),
             transposed=self.kind == "conv_transpose",
         )
+
+
+def _numbers(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Sizes as plain numbers: where a graph is compiled for any batch size, one with statistics is for its own."""
+    return tuple(int(size) for size in sizes)
 
 
 def _tuple(value: Sizes, dims: int) -> tuple[int, ...]:
