@@ -568,6 +568,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             recorder = ran_uncompiled.pop(name, None) or Recorder(tap.spec, tap.dtype)
             assert isinstance(recorder, Recorder)
             if tap.take(recorder):
+                self._backward = True  # torch 2.9 may not ask the mode on the step that compiles
                 self._calls.setdefault(name, []).append(tap.sight.rows)
             elif not recorder.calls and not recorder.rows:
                 continue
