@@ -577,9 +577,9 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
 
     def _sights(self, recorders: Mapping[str, AnyRecorder]) -> tuple[dict[str, Sight], list[str]]:
         """What compiled graphs have to know of layers, the one that sees the batch first; and what forbids them."""
-        sights, obstacles = {}, list(dict.fromkeys(self._obstacles))
         if self._options.config.fisher != "empirical":
-            obstacles.append(f"fisher={self._options.config.fisher!r}")
+            return {}, [f"fisher={self._options.config.fisher!r}"]
+        sights, obstacles = {}, list(dict.fromkeys(self._obstacles))
         for name in self._by_batch(recorders):
             recorder, functions = recorders[name], self._functions.get(name, [])
             if not functions and not obstacles:

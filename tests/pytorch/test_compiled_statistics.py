@@ -215,6 +215,7 @@ def test_gradients_for_given_parameters_run_uncompiled() -> None:
     optimizer = KFAC(compiled, **OPTIONS)
     params = list(model.parameters())
     for x, y in [images() for _ in range(3)]:
+        optimizer.zero_grad()
         with optimizer.capture():
             grads = torch.autograd.grad(F.cross_entropy(compiled(x), y), params)
         for p, grad in zip(params, grads, strict=True):
