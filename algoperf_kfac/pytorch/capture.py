@@ -560,19 +560,21 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         )
 
     def _take(self, taps: Taps) -> None:
-        """What compiled graphs took, beside what ran uncompiled."""
+        """What compiled graphs took, beside what ran uncompiled.
+
+        Backends that run a graph as Python (backend="eager") show its operations once more: the tap is the whole.
+        """
         ran_uncompiled = self.recorders
         self.recorders = {}
         for tap in taps.taps:
-            name = tap.spec.name
-            recorder = ran_uncompiled.pop(name, None) or Recorder(tap.spec, tap.dtype)
-            assert isinstance(recorder, Recorder)
+            name, recorder = tap.spec.name, Recorder(tap.spec, tap.dtype)
+            shown = ran_uncompiled.pop(name, None)
             if tap.take(recorder):
                 self._backward = True  # torch 2.9 may not ask the mode on the step that compiles
-                self._calls.setdefault(name, []).append(tap.sight.rows)
-            elif not recorder.calls and not recorder.rows:
-                continue
-            self.recorders[name] = recorder
+                self._calls[name] = [tap.sight.rows]
+                self.recorders[name] = recorder
+            elif shown is not None:
+                self.recorders[name] = shown
         self.recorders |= ran_uncompiled
 
     def _sights(self, recorders: Mapping[str, AnyRecorder]) -> tuple[dict[str, Sight], list[str]]:
