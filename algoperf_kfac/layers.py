@@ -251,10 +251,18 @@ class FallbackSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Coverage:
-    """Which parameters K-FAC handles; `print` it for a table."""
+    """Which parameters K-FAC handles; `print` it for a table.
+
+    Attributes:
+        layers: the covered layers.
+        fallbacks: the other parameters.
+        note: what else is to say, below the table: of a model that torch.compile compiled, how statistics
+            steps run.
+    """
 
     layers: tuple[LayerSpec, ...]
     fallbacks: tuple[FallbackSpec, ...]
+    note: str = ""
 
     @property
     def num_covered(self) -> int:
@@ -291,6 +299,8 @@ class Coverage:
         ]
         covered, total = self.num_covered, self.num_parameters
         lines.append(f"K-FAC covers {covered:,} of {total:,} parameters ({100 * self.fraction:.1f} %)")
+        if self.note:
+            lines.append(self.note)
         return "\n".join(lines)
 
 

@@ -31,8 +31,9 @@ from algoperf_kfac.layers import (
     computed_before,
     not_its_gradient,
 )
-from algoperf_kfac.positions import Candidates, Positions, Rows, candidates_for, check_fits, choose
+from algoperf_kfac.positions import Candidates, Positions, Rows, candidates_for, check_fits
 from algoperf_kfac.pytorch import fisher
+from algoperf_kfac.pytorch.compiled import Sight, Taps, obstacle_of, tapped
 from algoperf_kfac.pytorch.contractions import operations_of
 from algoperf_kfac.pytorch.factors import to_matrix
 from algoperf_kfac.pytorch.operations import LOSSES, RULES, Called, Function, Operation, is_mean
@@ -69,6 +70,7 @@ class Options:
         generator: of the label draws of fisher="mc".
         checks: whether to compare what was captured with the weights' gradients.
         before_backward: called ahead of the first backward pass for parameters.
+        taps: what takes the statistics of layers within compiled graphs; None to run those uncompiled.
     """
 
     config: KFACConfig
@@ -77,6 +79,7 @@ class Options:
     generator: torch.Generator | None = None
     checks: bool = False
     before_backward: Callable[[], None] = lambda: None
+    taps: Taps | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +99,8 @@ class Gathered:
         strangers: parameters with a gradient that operations with a rule read, and the optimizer does not have.
         hint: why no layer at all was recorded, as far as that is known, and what to do.
         second: by layer whose second dimension alone is as long as what the loss function took: both sizes.
+        sights: of a capture that ran uncompiled, what compiled graphs need to know of its layers.
+        obstacles: why compiled graphs could not have taken all of it.
     """
 
     statistics: dict[str, Statistics]
@@ -109,6 +114,8 @@ class Gathered:
     strangers: list[Tensor]
     hint: str
     second: dict[str, tuple[int, int]]
+    sights: dict[str, Sight]
+    obstacles: list[str]
 
 
 class Capture(contextlib.AbstractContextManager["Capture"]):
@@ -149,9 +156,12 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         self._gradients: dict[str, Tensor] = {}  # of the weights, where they are checked
         self._strangers: dict[int, Tensor] = {}
         self._calls: dict[str, list[Rows]] = {}
+        self._functions: dict[str, list[Function]] = {}  # that apply layers, and could be tapped
+        self._obstacles: list[str] = []
         self._handles: list[RemovableHandle] = []
         self._record_gradients = options.config.fisher == "empirical"
         self._aside = False
+        self._seeing = 0  # functions that a kind of layers runs in place of a fused one
         self._entered = False
         self._backward = False
         self._loss_gradient: Tensor | None = None
@@ -165,10 +175,11 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             raise RuntimeError("a capture() is for one pass: call optimizer.capture() again")
         self._entered = True
         if self.active:
-            # A compiled graph hides its operations: statistics steps run the same model eagerly.
-            if "torch._dynamo" in sys.modules:
+            taps = self._options.taps
+            # A compiled graph hides its operations: without taps the same model runs eagerly.
+            if taps is None and "torch._dynamo" in sys.modules:
                 self._stack.enter_context(_eagerly())
-            self._stack.enter_context(_Interceptor(self))
+            self._stack.enter_context(_Interceptor(self) if taps is None else _TracedInterceptor(self, taps))
         return self
 
     def __exit__(
@@ -184,6 +195,8 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
                 self._collect()
         finally:
             # Nothing hangs on the graph any more, which a kept loss keeps alive.
+            if self._options.taps is not None:
+                self._options.taps.clear()
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
@@ -249,6 +262,8 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         if operations:
             for operation in operations:
                 output = self.operation(operation, output)
+                if isinstance(output, Tensor) and output.requires_grad:
+                    self._note_function(called, operation)
             return output
         self.uses.views.flatten(called, output)
         self.uses.follow(called, called.run())
@@ -269,6 +284,10 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         """
         weights = None if inputs is None else [p for p in inputs if isinstance(p, torch.nn.Parameter)]
         self._aside = inputs is not None and not weights
+        if weights:
+            self._obstacles.append("gradients are taken for given parameters")
+        elif self._backward and not self._aside:
+            self._obstacles.append("a capture has several backward passes")
         if self._aside and again and self.recorders:
             raise RuntimeError(
                 "autograd.grad(..., create_graph=True) inside capture(): K-FAC has no statistics for the gradient "
@@ -287,6 +306,21 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             else:
                 self._backward = True
             self._aside = False
+
+    def _note_function(self, called: Called, operation: Operation) -> None:
+        """Remember how a layer is applied, for steps that run compiled."""
+        spec = self.spec_of(operation.weight, operation.layout)
+        if spec is None:
+            return
+        obstacle = obstacle_of(called, operation, spec)
+        if self._seeing:
+            obstacle = f"layer {spec.name} is part of a fused operation"
+        elif _in_backward():
+            obstacle = f"layer {spec.name} is run again in the backward pass"
+        if obstacle is not None:
+            self._obstacles.append(obstacle)
+            return
+        self._functions.setdefault(spec.name, []).append(called.func)
 
     def _note_loss(self, gradient: Tensor) -> None:
         """The gradient that the mean of a loss function gets; of several in one pass the largest."""
@@ -401,8 +435,12 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
 
     def see(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a function as a part of the model: for a kind, in place of one that torch has fused."""
-        with _Interceptor(self):
-            return function(*args, **kwargs)
+        self._seeing += 1
+        try:
+            with _Interceptor(self):
+                return function(*args, **kwargs)
+        finally:
+            self._seeing -= 1
 
     def recorder(self, spec: LayerSpec, weight: Tensor) -> AnyRecorder:
         """What gathers the statistics of a layer; made at its first call."""
@@ -441,21 +479,9 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
 
     def choose(self, spec: LayerSpec, operation: Operation, output: Tensor) -> Positions | None:
         """The description of positions that a call takes."""
-        rows = operation.rows(output)
-        for given in self.candidates(spec, rows):
-            if (flat := operation.flatten(given, rows)) is not None:
-                return flat
-        chosen = choose(spec.name, self._options.positions, rows)
-        # A module may say that sequences come first; a mask or segments of the user's, fitted to rows, say more.
-        unsaid = chosen is None or (chosen.by_gradient and chosen.segment_ids is None)
-        if unsaid and spec.weight in self.layers.sequence_first:
-            chosen = dataclasses.replace(chosen or Positions(), batch_dim=1)
-        if operation.mask is None or (chosen is not None and chosen.by_gradient):
-            return chosen
-        mask = operation.mask
-        if chosen is not None and isinstance(chosen.mask, Tensor):
-            mask = mask * chosen.mask.reshape(*chosen.mask.shape, *[1] * (mask.dim() - chosen.mask.dim()))
-        return dataclasses.replace(chosen or Positions(), mask=mask)
+        self._calls.setdefault(spec.name, []).append(operation.rows(output))
+        first = spec.weight in self.layers.sequence_first
+        return operation.positions(spec.name, output, self._options.positions, sequence_first=first)
 
     def kept_inputs(self) -> Iterator[Tensor]:
         """Inputs that are kept until their gradients come, most of them kept by autograd as well."""
@@ -467,8 +493,12 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
     def _collect(self) -> None:
         for watch in self._watches:
             watch.settle()
-        calls = {name: rows for name, rows in self._calls.items() if name in self.layers.covered}
-        check_fits(self._options.positions, calls, self.layers.names())
+        taps = self._options.taps
+        if taps is None:
+            calls = {name: rows for name, rows in self._calls.items() if name in self.layers.covered}
+            check_fits(self._options.positions, calls, self.layers.names())
+        else:
+            self._take(taps)
         missing: dict[str, str] = {}
         wrong: dict[str, str] = {}
         for spec in (layer.spec for layer in self.layers.covered.values()):
@@ -502,6 +532,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         wrong |= too_far
         counted = {name: recorder for name, recorder in counted.items() if name not in too_far}
         factor = self._factor(counted)
+        sights, obstacles = ({}, []) if taps is not None else self._sights(counted)
         by_loss = self.loss_normalizer is None and self._options.config.fisher == "empirical"
         statistics = {name: recorder.statistics(factor, by_loss=by_loss) for name, recorder in counted.items()}
         rows = {
@@ -516,9 +547,56 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         scaled = self.loss_normalizer is not None
         self._finish(
             Gathered(
-                statistics, missing, wrong, self._backward, rows, scaled, errors, readers, strangers, hint, second
+                statistics,
+                missing,
+                wrong,
+                self._backward,
+                rows,
+                scaled,
+                errors,
+                readers,
+                strangers,
+                hint,
+                second,
+                sights,
+                obstacles,
             )
         )
+
+    def _take(self, taps: Taps) -> None:
+        """What compiled graphs took, beside what ran uncompiled.
+
+        Backends that run a graph as Python (backend="eager") show its operations once more: the tap is the whole.
+        """
+        ran_uncompiled = self.recorders
+        self.recorders = {}
+        for tap in taps.taps:
+            name, recorder = tap.spec.name, Recorder(tap.spec, tap.dtype)
+            shown = ran_uncompiled.pop(name, None)
+            if tap.take(recorder):
+                self._backward = True  # torch 2.9 may not ask the mode on the step that compiles
+                self._calls[name] = [tap.sight.rows]
+                self.recorders[name] = recorder
+            elif shown is not None:
+                self.recorders[name] = shown
+        self.recorders |= ran_uncompiled
+
+    def _sights(self, recorders: Mapping[str, AnyRecorder]) -> tuple[dict[str, Sight], list[str]]:
+        """What compiled graphs have to know of layers, the one that sees the batch first; and what forbids them."""
+        if self._options.config.fisher != "empirical":
+            return {}, [f"fisher={self._options.config.fisher!r}"]
+        sights, obstacles = {}, list(dict.fromkeys(self._obstacles))
+        for name in self._by_batch(recorders):
+            recorder, functions = recorders[name], self._functions.get(name, [])
+            if not functions and not obstacles:
+                obstacles.append(f"layer {name} is applied by a fused operation")
+            if len(functions) > 1:
+                obstacles.append(f"layer {name} is called {len(functions)} times")
+            elif functions and type(recorder) is Recorder:
+                sights[name] = Sight(functions[0], self._calls[name][0], recorder.rows, recorder.rounding)
+            elif functions:
+                obstacles.append(f"layer {name} is a {self.layers.covered[name].spec.kind}")
+        return sights, obstacles
 
     def _missed_use(self, spec: LayerSpec) -> str | None:
         """An operation that reads the weight or bias of a layer and is not recorded."""
@@ -624,6 +702,25 @@ class _Interceptor(TorchFunctionMode):
             return func(*args, **kwargs)
 
         return self._capture.backward(run, inputs, again=bool(bound.get("create_graph")))
+
+
+class _TracedInterceptor(_Interceptor):
+    """The same, and taps where dynamo traces a graph."""
+
+    def __init__(self, capture: Capture, taps: Taps) -> None:
+        super().__init__(capture)
+        self._table, self._masks = taps.table, taps.masks
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: Iterable[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_dynamo_compiling():
+            return tapped(self._table, self._masks, func, args, kwargs)
+        # What a compiled graph consists of runs without gradients, and asks every mode.
+        if not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def _tensor_backward(

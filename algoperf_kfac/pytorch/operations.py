@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from algoperf_kfac.layers import Layout
-from algoperf_kfac.positions import BY_GRADIENT, Positions, Rows
+from algoperf_kfac.positions import BY_GRADIENT, Candidates, Positions, Rows, candidates_for, choose
 from algoperf_kfac.pytorch.geometry import ConvGeometry
 
 Function = Callable[..., Any]
@@ -100,10 +100,10 @@ class Operation:
     def rows(self, output: Tensor) -> Rows:
         """The rows of the operation: its output, or its input, without features."""
         if not self.is_conv:
-            return Rows(tuple((output if self.arrange is None else self.input).shape[:-1]))
+            return Rows(_numbers((output if self.arrange is None else self.input).shape[:-1]))
         dims = len(self.shape) - 2
-        examples = output.shape[0] if output.dim() == dims + 2 else 1
-        return Rows((examples, *output.shape[-dims:]), batch_first=True)
+        examples = output.shape[:1] if output.dim() == dims + 2 else (1,)
+        return Rows(_numbers((*examples, *output.shape[-dims:])), batch_first=True)
 
     def flatten(self, positions: Positions, rows: Rows) -> Positions | None:
         """Take rows in several dimensions as rows in one, where segment ids have these dimensions, too.
@@ -132,6 +132,33 @@ class Operation:
         self.arrange = lambda grad: (grad if earlier is None else earlier(grad)).flatten(0, dims - 1)
         return dataclasses.replace(positions, mask=flat, segment_ids=ids.flatten(), batch_dim=0)
 
+    def positions(
+        self, name: str, output: Tensor, candidates: Candidates, *, sequence_first: bool
+    ) -> Positions | None:
+        """The description of positions that the operation takes; may change it as `flatten` does.
+
+        Args:
+            name: the layer's.
+            output: of the operation, or a tensor of its shape.
+            candidates: what is given.
+            sequence_first: whether the module says that sequences come first; a mask or segments of the user's,
+                fitted to rows, say more.
+        """
+        rows = self.rows(output)
+        for given in candidates_for(name, candidates):
+            if (flat := self.flatten(given, rows)) is not None:
+                return flat
+        chosen = choose(name, candidates, rows)
+        unsaid = chosen is None or (chosen.by_gradient and chosen.segment_ids is None)
+        if unsaid and sequence_first:
+            chosen = dataclasses.replace(chosen or Positions(), batch_dim=1)
+        if self.mask is None or (chosen is not None and chosen.by_gradient):
+            return chosen
+        mask = self.mask
+        if chosen is not None and isinstance(chosen.mask, Tensor):
+            mask = mask * chosen.mask.reshape(*chosen.mask.shape, *[1] * (mask.dim() - chosen.mask.dim()))
+        return dataclasses.replace(chosen or Positions(), mask=mask)
+
     def geometry(self, output: Tensor) -> ConvGeometry | None:
         """The geometry of a convolution, None for other operations."""
         if not self.is_conv:
@@ -150,10 +177,15 @@ class Operation:
             stride=_tuple(self.hyper["stride"], dims),
             dilation=dilation,
             padding=_tuple(padding, dims),
-            in_size=tuple(self.input.shape[-dims:]),
-            out_size=tuple(output.shape[-dims:]),
+            in_size=_numbers(self.input.shape[-dims:]),
+            out_size=_numbers(output.shape[-dims:]),
             transposed=self.kind == "conv_transpose",
         )
+
+
+def _numbers(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Sizes as plain numbers: where a graph is compiled for any batch size, one with statistics is for its own."""
+    return tuple(int(size) for size in sizes)
 
 
 def _tuple(value: Sizes, dims: int) -> tuple[int, ...]:

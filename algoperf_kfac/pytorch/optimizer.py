@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from algoperf_kfac.layers import NEVER_SEEN, Coverage
 from algoperf_kfac.positions import PositionsLike, as_candidates
 from algoperf_kfac.pytorch import checkpoint, distributed, monitoring
 from algoperf_kfac.pytorch.capture import Capture, Gathered, Options
+from algoperf_kfac.pytorch.compiled import CompiledStatistics
 from algoperf_kfac.pytorch.directions import Direction, first_order, second_order
 from algoperf_kfac.pytorch.discovery import check_model, check_parameter, unwrap
 from algoperf_kfac.pytorch.layer_book import Layers
@@ -66,6 +68,8 @@ class KFAC(torch.optim.Optimizer):
         seed: of the label draws of fisher="mc".
         process_group: processes that train the same model on parts of a batch, and share statistics and refreshes.
             Default: those of DistributedDataParallel around the model; without it every process is on its own.
+        compiled_statistics: of a model that torch.compile compiled, whether statistics steps run compiled, too,
+            where they can. The first one never does; `coverage()` says why others do not.
         lr: the learning rate by torch's name, for `learning_rate`.
         betas: decays of the first and second moment by torch's name, for `one_minus_beta1` and `beta2`.
         **hyperparameters: fields of `KFACConfig`; `eps` and `weight_decay` have torch's names anyway.
@@ -94,6 +98,7 @@ class KFAC(torch.optim.Optimizer):
     _gradient_errors: dict[str, float]
     _processes: distributed.Processes
     _stacks: Stacks
+    _compiled: CompiledStatistics
 
     def __init__(
         self,
@@ -106,6 +111,7 @@ class KFAC(torch.optim.Optimizer):
         allow_partial_coverage: bool = False,
         seed: int = 0,
         process_group: ProcessGroup | None = None,
+        compiled_statistics: bool = True,
         lr: float | None = None,
         betas: tuple[float, float] | None = None,
         **hyperparameters: object,
@@ -120,7 +126,7 @@ class KFAC(torch.optim.Optimizer):
         self._complete = False
         self.config = config
         self.scaling = scaling_of(config)
-        model = unwrap(model)
+        wrapped, model = model, unwrap(model)
         check_model(model)
         names = {id(p): name for name, p in model.named_parameters()}  # the first of several
         if isinstance(params, int | float):
@@ -157,11 +163,13 @@ class KFAC(torch.optim.Optimizer):
         self._unchecked = True
         self._processes = processes
         self._stacks = Stacks(self.scaling)
+        self._compiled = CompiledStatistics(wrapped, allowed=compiled_statistics, alone=processes.size == 1)
         self._keep_entries()
 
     def coverage(self) -> Coverage:
         """The covered layers, and every other trainable parameter with the reason why it is not covered."""
-        return self._layers.coverage()
+        coverage, note = self._layers.coverage(), self._compiled.note(self._layers.covered)
+        return coverage if note is None else dataclasses.replace(coverage, note=note)
 
     # Statistics --------------------------------------------------------------------------------------------
 
@@ -213,7 +221,13 @@ class KFAC(torch.optim.Optimizer):
             self._pending.captures += 1
         self._pending.forget_stale(self._layers.covered)
         checks = active and self._unchecked and self.config.fisher == "empirical"
-        options = Options(self.config, active, as_candidates(positions), generator, checks, self._before_backward)
+        candidates = as_candidates(positions)
+        layers, taps = self._layers, None
+        if active and not checks:
+            taps = self._compiled.taps(
+                layers.covered, candidates, self.config.statistics_rows, layers.sequence_first
+            )
+        options = Options(self.config, active, candidates, generator, checks, self._before_backward, taps)
         return Capture(self._layers, self._finish_capture, options, loss_normalizer)
 
     def check(self) -> None:
@@ -253,6 +267,8 @@ class KFAC(torch.optim.Optimizer):
         for name in lost:
             pending.drop(name)
         pending.add(gathered.statistics, layers.covered)
+        if gathered.sights or gathered.obstacles:  # it ran uncompiled
+            self._compiled.learn(gathered.sights, gathered.obstacles)
         self._gradient_errors |= gathered.errors
         self._unchecked = self._unchecked and not gathered.errors
         self._mistakes.rows(gathered.rows, scaled=gathered.scaled)
@@ -477,6 +493,7 @@ class KFAC(torch.optim.Optimizer):
         # A layer in the place of another has its turn, so that the others keep theirs.
         self._layers.order(name for name in order if name in self._layers.covered)
         self._unchecked = True
+        self._compiled.forget()
         self._keep_entries()
 
     def _let_go(self, gone: Mapping[str, Tensor]) -> None:
@@ -545,6 +562,7 @@ class KFAC(torch.optim.Optimizer):
         self._stand_ins.copy_(kfac["stand_ins"])
         self._seed = checkpoint.seed_of(kfac)
         self._unchecked = self._steps == 0
+        self._compiled.forget()
         self._pending.forget()
         self._keep_entries()
         plain = self._without_second_moment()

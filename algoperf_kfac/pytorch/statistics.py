@@ -435,6 +435,24 @@ class Recorder:
         self.calls, self._reduced = [], []
         self.backward_done = False
 
+    def add_closed(
+        self,
+        a: list[Tensor],
+        b: list[Tensor],
+        a_count: Scalar,
+        examples: Scalar,
+        vanished: Scalar,
+        rows: int,
+        rounding: float,
+    ) -> None:
+        """Add what another recorder of the layer came to; arguments are its attributes."""
+        self.end_group()
+        self.a, self.b = _accumulate(self.a, a), _accumulate(self.b, b)
+        self.a_count, self.examples = self.a_count + a_count, self.examples + examples
+        self.vanished, self.rows = self.vanished + vanished, self.rows + rows
+        self.rounding = max(self.rounding, rounding)
+        self._first = self._own = None
+
     def _end_calls(self, calls: list[Call]) -> Scalar:
         """Close calls on the same examples; the number of these that count."""
         layout, part = calls[0].layout, calls[0].inputs

@@ -46,7 +46,7 @@ def test_loads() -> None:
 
 def test_rows_of_graphs_are_positions_of_their_graphs() -> None:
     subject = Subject(lambda p, x: x @ p, Shape((3, 5), "f"), (Shape((12, 3), "f"),), segments={12: 3})
-    assert sight(subject, KFACConfig()).loads["params"] == Load(3, 4, 12, 36, 60)
+    assert sight(subject, KFACConfig()).loads["params"] == Load(3, 4, 12, 36, 60, in_segments=True)
 
 
 def test_a_model_that_cannot_be_traced() -> None:

@@ -1,4 +1,7 @@
-"""torch.compile: statistics steps run the model uncompiled, plain steps compiled, and nothing is compiled anew."""
+"""torch.compile: plain steps run compiled, the first statistics step uncompiled, and nothing is compiled anew.
+
+Statistics inside compiled graphs are in test_compiled_statistics.py.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ def test_same_factors_and_trajectory_as_uncompiled(backend: str, approximation: 
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["torch.compile", "module.compile"])
-def test_plain_steps_are_compiled_once_and_statistics_steps_never(in_place: bool) -> None:
+def test_without_compiled_statistics_plain_steps_alone_are_compiled(in_place: bool) -> None:
     """30 steps, 10 of them statistics steps: one graph, run on the other 20. A second graph would mean that capture
     changes something the compiler guards on."""
     model, backend = Patches(), Counting()
@@ -68,7 +71,7 @@ def test_plain_steps_are_compiled_once_and_statistics_steps_never(in_place: bool
         model.compile(backend=backend)
     else:
         compiled = torch.compile(model, backend=backend)
-    optimizer = KFAC(compiled, **OPTIONS)
+    optimizer = KFAC(compiled, compiled_statistics=False, **OPTIONS)
     batches = [images() for _ in range(30)]
     train(compiled, optimizer, batches[:1])
     assert (backend.graphs, backend.runs) == (0, 0)

@@ -1,0 +1,378 @@
+"""Statistics inside compiled graphs: what torch.compile traces on statistics steps.
+
+The output of a layer passes through an identity, the tap. Its backward pass sees input and output gradient, forms
+the layer's sums as uncompiled code does (`Recorder`), and hands them out as gradients of zeros of their shapes.
+Nothing is written to while the graph runs, so that the graph does not break; steps without statistics keep the
+graph they have.
+
+Which layers a model has and how they are read is learnt from a statistics step that runs uncompiled, the first one.
+A model whose covered layers cannot all be tapped stays with such steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import sys
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from algoperf_kfac.errors import listed
+from algoperf_kfac.layers import LayerSpec
+from algoperf_kfac.positions import Candidates, Positions, Rows, candidates_for
+from algoperf_kfac.pytorch.covered_layer import CoveredLayer
+from algoperf_kfac.pytorch.discovery import unwrap
+from algoperf_kfac.pytorch.operations import RULES, Called, Function, Operation
+from algoperf_kfac.pytorch.statistics import Recorder
+from algoperf_kfac.subset import limit_for
+
+# What stands in for tensors of an operation that its sums do not read.
+_NONE = torch.empty(0, device="meta")
+# What graphs know taps by: a number is the only handle that a graph can hold.
+_TAPS: weakref.WeakValueDictionary[int, Tap] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+Table = dict[int, tuple[int, list[Tensor]]]
+# Of one description: the number of its mask, or "gradient", or None; batch_dim; readout.
+_Form = tuple[int | str | None, int, str]
+_Forms = tuple[tuple[str, tuple[_Form, ...]], ...]  # by pattern
+_WHOLE = ""  # the pattern of descriptions for the whole model
+
+
+@dataclasses.dataclass(frozen=True)
+class Sight:
+    """A covered layer as an uncompiled statistics step saw it.
+
+    Attributes:
+        function: what it calls.
+        rows: of the call.
+        examples: that it was taken to see.
+        rounding: the coarsest eps of its input and output gradient.
+    """
+
+    function: Function
+    rows: Rows
+    examples: int
+    rounding: float
+
+
+@dataclasses.dataclass(eq=False)
+class Tap:
+    """Takes one layer's sums within compiled graphs.
+
+    Attributes:
+        spec: the layer.
+        sight: what is known of its call.
+        dtype: of the factors.
+        limit: from `limit_for`.
+        forms: of the positions' descriptions.
+        sequence_first: whether its module says that inputs are (T, N, features).
+        zeros: whose gradients the sums are: the blocks of A, those of B, and (a_count, examples, vanished). They
+            take no memory.
+        number: what graphs know it by.
+    """
+
+    spec: LayerSpec
+    sight: Sight
+    dtype: torch.dtype
+    limit: int | None
+    forms: _Forms
+    sequence_first: bool
+    zeros: list[Tensor]
+    number: int = dataclasses.field(default_factory=lambda: next(_numbers))
+
+    def __post_init__(self) -> None:
+        _TAPS[self.number] = self
+
+    def sums(self, operation: Operation, masks: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
+        """The gradients of `zeros`.
+
+        Args:
+            operation: with its input; weight and bias do not matter.
+            masks: of the positions.
+            grad: of the operation's output.
+        """
+        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+            candidates = _together(self.forms, masks)
+            positions = operation.positions(self.spec.name, grad, candidates, sequence_first=self.sequence_first)
+            recorder = Recorder(self.spec, self.dtype)
+            call = recorder.input(operation, operation.geometry(grad), operation.rows(grad), positions, self.limit)
+            recorder.output_gradient(call, grad)
+            recorder.end_group()
+            counts = (recorder.a_count, recorder.examples, recorder.vanished)
+            numbers = torch.stack([torch.as_tensor(n, dtype=self.dtype, device=grad.device) for n in counts])
+            return [*(recorder.a or ()), *(recorder.b or ()), numbers]
+
+    def clear(self) -> None:
+        """Forget what graphs handed out."""
+        for zero in self.zeros:
+            zero.grad = None
+
+    def take(self, recorder: Recorder) -> bool:
+        """Hand on what graphs handed out; whether they did."""
+        *blocks, numbers = (zero.grad for zero in self.zeros)
+        self.clear()
+        if numbers is None:
+            return False
+        sums = [block for block in blocks if block is not None]
+        split = len(self.spec.in_blocks)
+        sight = self.sight
+        a_count, examples, vanished = numbers.unbind()
+        recorder.add_closed(sums[:split], sums[split:], a_count, examples, vanished, sight.examples, sight.rounding)
+        return True
+
+
+class _Identity(torch.autograd.Function):
+    """A layer's output; its backward pass takes the sums."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, input: Tensor, tap: Tap, operation: Operation, masks: int, *tensors: Tensor
+    ) -> Tensor:
+        ctx.tap, ctx.operation = tap, operation
+        ctx.save_for_backward(input, *tensors[:masks])
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,) = grads
+        input, *masks = ctx.saved_tensors
+        sums = ctx.tap.sums(dataclasses.replace(ctx.operation, input=input), masks, grad)
+        return grad, None, None, None, None, *[None] * len(masks), *sums
+
+
+def _record(
+    output: Tensor, number: int, masks: list[Tensor], zeros: list[Tensor], args: Any, kwargs: Mapping[str, Any]
+) -> Tensor:
+    """The output of a call to hand on in its place; in the graph one operation, which dynamo does not look into."""
+    if not output.requires_grad or not output.numel():
+        return output
+    tap = _TAPS[number]
+    operation = RULES[tap.sight.function](*args, **kwargs)
+    bare = dataclasses.replace(operation, input=_NONE, weight=_NONE, bias=None)
+    return _Identity.apply(output, operation.input.detach(), tap, bare, len(masks), *masks, *zeros)
+
+
+def tapped(table: Table, masks: list[Tensor], func: Function, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Run a function of torch, with a tap where it applies a layer; traced by dynamo.
+
+    Args:
+        table: by identity of a weight, its tap's number and zeros.
+        masks: of the positions.
+        func, args, kwargs: the call.
+    """
+    output = func(*args, **kwargs)
+    weight = args[1] if len(args) > 1 else kwargs.get("weight")
+    # The identity of anything that is made within the graph is not known to dynamo.
+    if isinstance(weight, nn.Parameter):
+        found = table.get(id(weight))
+        if found is not None:
+            return _record(output, found[0], masks, found[1], args, kwargs)
+    return output
+
+
+@functools.cache
+def _leave_whole() -> None:
+    """Have dynamo take `_record` as one operation; it is loaded when a model that it compiled is seen."""
+    torch.compiler.allow_in_graph(_record)
+
+
+@dataclasses.dataclass(frozen=True)
+class Taps:
+    """The taps of one statistics step.
+
+    Attributes:
+        taps: of all covered layers.
+        table: see `tapped`.
+        masks: of the positions given for this step.
+    """
+
+    taps: list[Tap]
+    table: Table
+    masks: list[Tensor]
+
+    def clear(self) -> None:
+        """Forget what graphs handed out."""
+        for tap in self.taps:
+            tap.clear()
+
+
+class CompiledStatistics:
+    """Decides whether statistics steps of a model run compiled, and makes its taps.
+
+    Args:
+        model: as it was given, perhaps in wrappers.
+        allowed: whether statistics may be taken in compiled graphs.
+        alone: whether this is the only process.
+    """
+
+    def __init__(self, model: nn.Module, *, allowed: bool, alone: bool) -> None:
+        self._allowed, self._alone = allowed, alone
+        self._compiled = _is_compiled(model)
+        self._model = unwrap(model)
+        self.forget()
+
+    def forget(self) -> None:
+        """Learn anew: layers joined or left."""
+        self._sights: dict[str, Sight] = {}
+        self._obstacles: list[str] = []
+        self._learnt = False
+        self._made: dict[tuple[object, ...], Taps] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For deepcopy and pickle: without what hangs on identities."""
+        return {name: getattr(self, name) for name in ("_allowed", "_alone", "_compiled", "_model")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.forget()
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether torch.compile compiled the model, as far as that can be seen."""
+        self._compiled = self._compiled or _is_compiled(self._model)
+        return self._compiled
+
+    def learn(self, sights: Mapping[str, Sight], obstacles: Iterable[str]) -> None:
+        """Take note of an uncompiled statistics step.
+
+        Args:
+            sights: of the layers that can be tapped, the one that sees the batch first.
+            obstacles: why others cannot.
+        """
+        self._learnt = True
+        self._sights = {**sights, **{name: s for name, s in self._sights.items() if name not in sights}}
+        self._obstacles = list(obstacles)
+        self._made.clear()
+
+    def obstacle(self, covered: Iterable[str]) -> str | None:
+        """Why the next statistics step of these layers runs uncompiled; None if it does not."""
+        if not self._allowed:
+            return "compiled_statistics=False"
+        if not self._alone:
+            return "there are several processes"
+        if not self._learnt:
+            return "the first one does"
+        if self._obstacles:
+            return listed(self._obstacles)
+        unseen = [name for name in covered if name not in self._sights]
+        return f"layer {listed(unseen)} was not called so far" if unseen else None
+
+    def note(self, covered: Iterable[str]) -> str | None:
+        """What to say of the statistics steps of a model; None of one that is not compiled."""
+        if not self.is_compiled:
+            return None
+        reason = self.obstacle(covered)
+        return "statistics steps run compiled" if reason is None else f"statistics steps run uncompiled: {reason}"
+
+    def taps(
+        self,
+        covered: Mapping[str, CoveredLayer],
+        candidates: Candidates,
+        rows: int | None,
+        sequence_first: Iterable[str],
+    ) -> Taps | None:
+        """The taps of a statistics step; None where it runs uncompiled.
+
+        Args:
+            covered: the layers.
+            candidates: descriptions of their positions.
+            rows: `KFACConfig.statistics_rows`.
+            sequence_first: names of parameters whose modules say that inputs are (T, N, features).
+        """
+        if not self.is_compiled or self.obstacle(covered) is not None:
+            return None
+        apart = _apart(candidates)
+        if apart is None:
+            return None
+        forms, masks = apart
+        _leave_whole()
+        # Models are cast and moved.
+        weights = tuple(
+            (layer.spec, id(layer.weight), layer.weight.dtype, layer.weight.device) for layer in covered.values()
+        )
+        made = self._made.get((forms, weights))
+        if made is None:
+            made = self._make(covered, candidates, rows, set(sequence_first), forms)
+            self._made[forms, weights] = made
+        made.clear()
+        return dataclasses.replace(made, masks=masks)
+
+    def _make(
+        self,
+        covered: Mapping[str, CoveredLayer],
+        candidates: Candidates,
+        rows: int | None,
+        sequence_first: set[str],
+        forms: _Forms,
+    ) -> Taps:
+        taps: list[Tap] = []
+        table: Table = {}
+        for name in (name for name in self._sights if name in covered):
+            layer = covered[name]
+            spec, weight = layer.spec, layer.weight
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            shapes = [(spec.groups, size, size) for size in spec.block_sizes]
+            zero = torch.zeros((), dtype=dtype, device=weight.device)
+            zeros = [zero.expand(shape).requires_grad_() for shape in (*shapes, (3,))]
+            limit = limit_for(rows, candidates_for(name, candidates))
+            tap = Tap(spec, self._sights[name], dtype, limit, forms, spec.weight in sequence_first, zeros)
+            taps.append(tap)
+            table[id(weight)] = (tap.number, zeros)
+        return Taps(taps, table, [])
+
+
+def obstacle_of(called: Called, operation: Operation, spec: LayerSpec) -> str | None:
+    """Why a call of a layer cannot be tapped; None if it can."""
+    plain = called.func in RULES and operation.weight is _weight_of(called)
+    if not plain or operation.arrange is not None or operation.mask is not None or spec.layout:
+        return f"layer {spec.name} is applied by {called.name} to a part or a view of its weight"
+    return None
+
+
+def _weight_of(called: Called) -> object:
+    return called.args[1] if len(called.args) > 1 else called.kwargs.get("weight")
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether a model is in torch.compile's wrapper, or its module or a part of it was compiled in place."""
+    if "torch._dynamo" not in sys.modules:
+        return False
+    return any(
+        "_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules()
+    )
+
+
+def _apart(candidates: Candidates) -> tuple[_Forms, list[Tensor]] | None:
+    """Descriptions of positions without their masks, and these; None where they have segments, or no tensors."""
+    masks: list[Tensor] = []
+    by_pattern = candidates if isinstance(candidates, Mapping) else {_WHOLE: candidates}
+    forms = []
+    for pattern, own in by_pattern.items():
+        described: list[_Form] = []
+        for one in own:
+            mask: int | str | None = one.mask if isinstance(one.mask, str) else None
+            if one.segment_ids is not None or (one.array_mask is not None and not isinstance(one.mask, Tensor)):
+                return None
+            if isinstance(one.mask, Tensor):
+                mask = len(masks)
+                masks.append(one.mask)
+            described.append((mask, one.batch_dim, one.readout))
+        forms.append((pattern, tuple(described)))
+    return tuple(forms), masks
+
+
+def _together(forms: _Forms, masks: Sequence[Tensor]) -> Candidates:
+    """The inverse of `_apart`."""
+    by_pattern: dict[str, list[Positions]] = {}
+    for pattern, described in forms:
+        by_pattern[pattern] = [
+            Positions(mask=masks[mask] if isinstance(mask, int) else mask, batch_dim=batch_dim, readout=readout)
+            for mask, batch_dim, readout in described
+        ]
+    return by_pattern.get(_WHOLE, []) if set(by_pattern) <= {_WHOLE} else by_pattern
