@@ -18,7 +18,7 @@ from algoperf_kfac.evidence import Fitted, evidence, per_layer
 from algoperf_kfac.online import OnlineEvidence
 from algoperf_kfac.pytorch import KFAC
 from algoperf_kfac.pytorch.evidence import factors_of, fit_factors
-from tests.math import oracle
+from benchmarks.paper import ggn as oracle
 from tests.math.support import fisher_factors
 
 APPROXIMATIONS = ("expand", "reduce")
