@@ -187,8 +187,8 @@ def _of_times(one: Judged) -> str:
     parts = []
     if one.alone:
         parts.append(
-            f"{', '.join(one.alone)}: the race's steps, at the pace of the best point on a machine with nothing "
-            "else to do (the stage `pace`)"
+            f"{', '.join(one.alone)}: the race's steps, at the pace of the best point, measured one trial at a "
+            "time (the stage `pace`)"
         )
     if rest:
         parts.append(f"{', '.join(rest)}: as the race took them, beside other work")

@@ -221,75 +221,81 @@ def _tuning_jobs(plan: Plan, workload: str, submission: str, seconds: Seconds) -
 def _race_jobs(
     plan: Plan, framework: str, workload: str, submission: str, needs: tuple[str, ...], seconds: Seconds
 ) -> list[Job]:
-    base = facts.base_of(workload)
-    raced = plan.suite.raced if workload == base else plan.suite.raced_on_variants
+    raced = plan.suite.raced if workload == facts.base_of(workload) else plan.suite.raced_on_variants
     points = min(raced, len(tuning.read_points(str(plan.spaces[submission]), plan.suite.points)))
     found = []
-    for study, seed in plan.seeds.items():
-        folder = plan.race / submission / f"study_{study}" / f"{workload}_{framework}"
+    for study in plan.seeds:
         for part in parts(points, TOGETHER[framework]):
             last = f" to {part.stop}" if len(part) > 1 else ""
             name = f"{workload} {framework}: {submission} in study {study}, trial {part.start + 1}{last}"
-            folders = tuple(folder / f"trial_{index + 1}" for index in part)
-            train = command(
-                workload,
-                framework,
-                submission,
-                plan.race,
-                folder.parent.name,
-                seed,
-                plan.settings,
-                space=_points_file(plan, base, submission),
-                points=part,
-                of=points,
-                save_checkpoints=False,
-            )
-            job = Job(
-                name,
-                folders,
-                train,
-                log_of(plan.directory, name),
-                plan.settings,
-                seconds.of(workload, framework, submission),
-                needs,
-                functools.partial(_prepare_race, plan, base, submission, folders, part),
-            )
-            found.append(_checked(job, workload))
+            where = (plan.race, framework, workload, submission)
+            found.append(_chosen_job(plan, name, where, study, part, points, needs, seconds))
     return found
 
 
 def pace_jobs(plan: Plan) -> list[Job]:
     """A trial of each submission's best point on the seed of the first study, to be run one at a time."""
-    found, seconds = [], Seconds(plan.directory)
-    study, seed = next(iter(plan.seeds.items()))
-    for framework, workload, submission in plan.runs():
-        base = facts.base_of(workload)
-        folder = plan.directory / "pace" / submission / f"study_{study}" / f"{workload}_{framework}"
-        train = command(
-            workload,
-            framework,
-            submission,
-            plan.directory / "pace",
-            folder.parent.name,
-            seed,
-            plan.settings,
-            space=_points_file(plan, base, submission),
-            save_checkpoints=False,
-        )
-        name = f"{workload} {framework}: pace of {submission}"
-        folders = (folder / "trial_1",)
-        job = Job(
-            name,
-            folders,
-            train,
-            log_of(plan.directory, name),
-            plan.settings,
-            seconds.of(workload, framework, submission),
+    seconds, study = Seconds(plan.directory), next(iter(plan.seeds))
+    return [
+        _chosen_job(
+            plan,
+            f"{workload} {framework}: pace of {submission}",
+            (plan.directory / "pace", framework, workload, submission),
+            study,
+            range(1),
+            1,
             (),
-            functools.partial(_prepare_race, plan, base, submission, folders, range(1)),
+            seconds,
         )
-        found.append(_checked(job, workload))
-    return found
+        for framework, workload, submission in plan.runs()
+    ]
+
+
+def _chosen_job(
+    plan: Plan,
+    name: str,
+    where: tuple[Path, str, str, str],
+    study: int,
+    part: range,
+    of: int,
+    needs: tuple[str, ...],
+    seconds: Seconds,
+) -> Job:
+    """Trains chosen points on the seed of a study.
+
+    Args:
+        where: folder of the stage, framework, workload and submission.
+        part: indices of the points, counted from the best.
+        of: how many points there are.
+    """
+    stage, framework, workload, submission = where
+    base = facts.base_of(workload)
+    folder = stage / submission / f"study_{study}" / f"{workload}_{framework}"
+    folders = tuple(folder / f"trial_{index + 1}" for index in part)
+    train = command(
+        workload,
+        framework,
+        submission,
+        stage,
+        folder.parent.name,
+        plan.seeds[study],
+        plan.settings,
+        space=_points_file(plan, base, submission),
+        points=part,
+        of=of,
+        save_checkpoints=False,
+    )
+    job = Job(
+        name,
+        folders,
+        train,
+        log_of(plan.directory, name),
+        plan.settings,
+        seconds.of(workload, framework, submission),
+        needs,
+        functools.partial(_prepare_race, plan, base, submission, folders, part),
+    )
+    return _checked(job, workload)
 
 
 def parts(count: int, size: int) -> list[range]:
