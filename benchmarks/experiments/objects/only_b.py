@@ -1,8 +1,9 @@
 """K-FAC-expand with A taken as the identity."""
 
-from benchmarks.controls import OnlyB
-from benchmarks.experiments.objects._kfac import with_scaling
+import dataclasses
+
+from benchmarks.experiments.objects._kfac import seeing, with_scaling
 
 DESCRIPTION, init_optimizer_state, update_params, prepare_for_eval, data_selection, get_batch_size = with_scaling(
-    OnlyB
+    seeing(lambda state: dataclasses.replace(state, a_basis=[], a_values=[]))
 )
