@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from algoperf_kfac.jax.reductions import are_finite
+
 # Damping of the attempts at a decomposition, as multiples of the configured one.
 RETRIES = (1.0, 10.0, 100.0)
 
@@ -70,9 +72,9 @@ def decompose(
         scaled = damping * multiples[number]
         damped = matrices + scaled[:, None, None] * eye
         # What is not wanted, fillings among it, costs least as the identity.
-        usable = wanted & jnp.isfinite(damped).all((1, 2))
+        usable = wanted & are_finite(damped)
         values, new = run(jnp.where(usable[:, None, None], damped, eye))
-        good = usable & jnp.isfinite(new).all((1, 2)) & jnp.isfinite(values).all(1)
+        good = usable & are_finite(new) & are_finite(values)
         # Damping was added before the decomposition, so that rank-deficient factors decompose.
         values = jnp.maximum(values, scaled[:, None])
         take = ~done.ok & good

@@ -17,6 +17,7 @@ from jax import Array
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.jax.nadamw import nadamw_directions
 from algoperf_kfac.jax.preconditioner import LayerState
+from algoperf_kfac.jax.reductions import dots, long_norms, norms
 from algoperf_kfac.jax.scalings import Scaling
 from algoperf_kfac.jax.stacks import Stack, broadcast, select
 from algoperf_kfac.jax.tracing import named_leaves
@@ -51,8 +52,8 @@ def first_order(
         gradients: of this step.
         momenta: bias-corrected.
         nu: second moments; of plain parameters a zero in the place of one.
-        plain: which parameters do without: their directions are the momenta with entries of root mean square
-            `KFACConfig.length_factor`, zero where there is none.
+        plain: which parameters do without: covered ones, whose directions `second_order` makes of the momenta
+            alone, which stand in for them here.
         count: number of this update, from 1.
         config: the configuration.
     """
@@ -62,11 +63,6 @@ def first_order(
     moved = nadamw_directions(some, looking_ahead, old, count, config.beta2, config.eps)
     for i, moment, direction in zip(own, *moved, strict=True):
         new[i], directions[i] = moment, direction
-    for i, is_plain in enumerate(plain):
-        if is_plain:
-            wide = momenta[i].astype(jnp.promote_types(momenta[i].dtype, jnp.float32))
-            ratio = _ratio_to(config.length_factor, wide.size, _long_norm(wide))
-            directions[i] = (wide * jnp.nan_to_num(ratio, nan=0.0, posinf=0.0)).astype(momenta[i].dtype)
     return new, directions
 
 
@@ -112,15 +108,16 @@ def second_order(
             if called[i] and name in absent:
                 part = (jnp.array(called) if part is None else part).at[i].set(~absent[name])
         places = _Places(stack, number)
-        momentum, stand_in = places.matrices(momentum_leaves), places.matrices(leaves)
+        momentum = places.matrices(momentum_leaves)
         direction, kept = jax.vmap(scaling.precondition)(states[key], momentum, places.matrices(gradient_leaves))
         state = dataclasses.replace(states[key], kept=kept)
-        norm = jax.vmap(_long_norm)(direction)
-        ratio, usable = _lengthened(norm, momentum, stand_in, scaling.config)
+        norm = long_norms(direction)
+        stand_in = _first_order(momentum, places.matrices(leaves), scaling.config)
+        ratio, usable = _lengthened(norm, stand_in, scaling.config)
         useless = ~usable if part is None else ~usable & part
         failed = failed + useless.sum(dtype=jnp.int32)
         if monitor:
-            cosine = (momentum * direction).sum((1, 2, 3)) / (_norms(momentum) * norm)
+            cosine = dots(momentum, direction) / (norms(momentum) * norm)
             state = dataclasses.replace(state, cosine=cosine)
             if scaling.config.length_rule == "graft":
                 state = dataclasses.replace(state, graft_ratio=ratio)
@@ -162,23 +159,33 @@ class _Places:
                     leaves[position] = part.astype(leaves[position].dtype)
 
 
-def _lengthened(norm: Array, momentum: Array, stand_in: Array, config: KFACConfig) -> tuple[Array, Array]:
+def _first_order(momentum: Array, direction: Array, config: KFACConfig) -> Array:
+    """What stands in for K-FAC directions that are of no use, (layers, groups, P_out, P_in).
+
+    Args:
+        momentum: what is preconditioned, of that shape.
+        direction: NadamW's, of that shape; of no meaning where there are no second moments.
+        config: says what lengths directions take.
+    """
+    if config.length_rule != "rms":
+        return direction
+    ratio = _ratio_to(config.length_factor, math.prod(momentum.shape[1:]), long_norms(momentum))
+    return momentum * broadcast(jnp.nan_to_num(ratio, nan=0.0, posinf=0.0), momentum)  # zero stays zero
+
+
+def _lengthened(norm: Array, stand_in: Array, config: KFACConfig) -> tuple[Array, Array]:
     """What K-FAC directions are multiplied by, and which of them are of use, (layers,) each.
 
     Args:
         norm: their lengths, (layers,).
-        momentum: what was preconditioned, (layers, groups, P_out, P_in).
-        stand_in: the first-order directions, of the same shape.
+        stand_in: the first-order directions, (layers, groups, P_out, P_in).
         config: says what lengths they take.
     """
-    ratio = jnp.ones_like(norm)
+    if config.length_rule == "none":
+        return jnp.ones_like(norm), jnp.isfinite(norm)
+    length = norms(stand_in)
     # A layer without gradient (all zero) has no direction of either kind, and is not in need of a stand-in.
-    if config.length_rule == "graft":
-        length = _norms(stand_in)
-        ratio = jnp.where(length == 0, length, length / norm)
-    elif config.length_rule == "rms":
-        ratio = _ratio_to(config.length_factor, math.prod(momentum.shape[1:]), norm)
-        ratio = jnp.where(jax.vmap(_long_norm)(momentum) == 0, 0.0, ratio)
+    ratio = jnp.where(length == 0, length, length / norm)
     # Where factors are all but singular a direction may vanish or overflow: the first-order one then stands.
     usable = jnp.isfinite(ratio) & jnp.isfinite(norm)
     return jnp.where(usable, ratio, 1.0), usable
@@ -193,18 +200,3 @@ def _ratio_to(length: float, size: int, norm: Array) -> Array:
         norm: of arrays of that size.
     """
     return length / (norm / math.sqrt(size))
-
-
-def _norms(matrices: Array) -> Array:
-    """(layers,): Frobenius norms of (layers, groups, P_out, P_in)."""
-    return jnp.sqrt(jnp.square(matrices).sum((1, 2, 3)))
-
-
-def _long_norm(array: Array) -> Array:
-    """(): the norm of an array so long that the squares of its entries may overflow in float32.
-
-    Directions are: reduce's B of a layer before an instance norm, whose output gradients sum to zero, is rounding
-    alone.
-    """
-    largest = jnp.maximum(jnp.abs(array).max(), jnp.finfo(array.dtype).tiny)
-    return largest * jnp.sqrt(jnp.square(array / largest).sum())

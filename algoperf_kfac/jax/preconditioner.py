@@ -23,6 +23,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from algoperf_kfac.config import KFACConfig
+from algoperf_kfac.jax.reductions import are_finite, dots, traces
 from algoperf_kfac.jax.statistics import Statistics
 from algoperf_kfac.layers import LayerSpec
 
@@ -156,7 +157,7 @@ def update_statistics(state: LayerState, new: Statistics, decay: float) -> Layer
 
     a = tuple(mean(m, new.a_count, old) for m, old in zip(new.a, state.a, strict=True))
     b = tuple(mean(m, new.examples, old) for m, old in zip(new.b, state.b, strict=True))
-    finite = jnp.stack([jnp.isfinite(m).all() for m in (*a, *b)]).all()
+    finite = jnp.stack([are_finite(m[None])[0] for m in (*a, *b)]).all()
     rate = jnp.where(finite, 1 - decay, 0.0).astype(state.weight.dtype)
 
     first = (state.examples == 0) & finite & (weight > 0) if new.examples.ndim else None
@@ -192,7 +193,7 @@ def corrected(state: LayerState) -> tuple[Blocks, Blocks]:
 
 def mean_eigenvalue(blocks: Blocks) -> Array:
     """(groups,): trace divided by dimension, over the blocks of a factor."""
-    trace = sum(jnp.trace(m, axis1=-2, axis2=-1) for m in blocks)
+    trace = sum(map(traces, blocks))
     return jnp.asarray(trace) / sum(m.shape[-1] for m in blocks)
 
 
@@ -222,7 +223,7 @@ def damping_terms(a: Blocks, b: Blocks, config: KFACConfig, noise_level: float) 
 
 def frobenius_norm(blocks: Blocks) -> Array:
     """(groups,): of a factor, over its blocks. At least its largest eigenvalue; hardly more if few are large."""
-    return jnp.linalg.norm(jnp.stack([jnp.linalg.norm(m, axis=(-2, -1)) for m in blocks]), axis=0)
+    return jnp.sqrt(jnp.asarray(sum(dots(m, m) for m in blocks)))
 
 
 def _relative(mean: Array, damping: float) -> Array:

@@ -22,7 +22,7 @@ from algoperf_kfac.jax.nadamw import nesterov
 from algoperf_kfac.jax.preconditioner import LayerState
 from algoperf_kfac.jax.refresh import refresh_due
 from algoperf_kfac.jax.scalings import scaling_of
-from algoperf_kfac.jax.stacks import Stacks, check_members, members_of, select, stack_trees, stacks_of
+from algoperf_kfac.jax.stacks import Stack, Stacks, check_members, members_of, select, stack_trees, stacks_of
 from algoperf_kfac.jax.statistics import Gathered, Statistics
 from algoperf_kfac.jax.tracing import named_leaves
 from algoperf_kfac.jax.trained import are_trained, put_back, trained
@@ -85,17 +85,20 @@ def scale_by_kfac(
     scaling = scaling_of(config)
     said = mistakes or Mistakes()
 
+    def new_states(stack: Stack) -> LayerState:
+        """Of layers that are alike at the beginning."""
+        layer = stack.layers[0]
+        one = preconditioner.init_layer(layer.spec, layer.slices, scaling, stack.dtype)
+        states: LayerState = jax.tree.map(lambda leaf: jnp.tile(leaf, (len(stack.layers), *[1] * leaf.ndim)), one)
+        return states
+
     def init(params: Tree) -> KFACState:
         check_params(layers, params)
         check_real(named_leaves(params))
         here = layers.within(params)
         stacks = stacks_of(here)
-        states = {
-            key: stack_trees(
-                [preconditioner.init_layer(la.spec, la.slices, scaling, stack.dtype) for la in stack.layers]
-            )
-            for key, stack in stacks.items()
-        }
+        # In one program: one by one each kind of array is compiled for itself, for seconds.
+        states = jax.jit(lambda: {key: new_states(stack) for key, stack in stacks.items()})()
         zeros = functools.partial(jax.tree.map, jnp.zeros_like)
         nothing = jax.tree.map(lambda leaf: jnp.zeros((), leaf.dtype), params)
         nu = put_in(zeros(params), nothing, here.without_second_moment(config))

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from algoperf_kfac.jax.reductions import traces
+
 
 def block_squares(rows: Array, blocks: Sequence[int]) -> Array:
     """(N, R, groups, P) -> (N, R, groups, blocks): squared norms of the features of each block of B."""
@@ -29,7 +31,7 @@ def without_vanishing(b: Sequence[Array], squares: Array, rounding: Array) -> tu
     found, replaced = [], []
     for i, block in enumerate(b):
         size, total = block.shape[-1], squares[:, i]
-        vanishes = (jnp.trace(block, axis1=-2, axis2=-1) <= rounding[:, i]) & (total > 0)
+        vanishes = (traces(block) <= rounding[:, i]) & (total > 0)
         identity = jnp.eye(size, dtype=block.dtype) * (total / size)[:, None, None]
         found.append(jnp.where(vanishes[:, None, None], identity, block))
         replaced.append(size * vanishes.astype(block.dtype))

@@ -54,7 +54,6 @@ def first_order(
     groups: Iterable[Mapping[str, Any]],
     states: Mapping[Tensor, dict[str, Any]],
     plain: Set[int],
-    length: float | None = None,
 ) -> dict[int, Direction]:
     """NadamW's direction of every parameter with a gradient, by the parameter's identity.
 
@@ -62,7 +61,6 @@ def first_order(
         groups: parameter groups with "params", "betas" and "eps".
         states: by parameter: step, exp_avg and exp_avg_sq, made where they are missing and updated.
         plain: identities of parameters whose direction is the momentum, without a second moment.
-        length: root mean square that the entries of those directions get; None for the momentum itself.
     """
     directions: dict[int, Direction] = {}
     for group in groups:
@@ -92,9 +90,6 @@ def first_order(
             if not is_plain:
                 second_moments = [states[p]["exp_avg_sq"] for p in params]
                 steps = nadamw_directions(grads, momenta, second_moments, step=step, beta2=beta2, eps=group["eps"])
-            elif length is not None:
-                ratios = _ratios_to(length, momenta).nan_to_num(0.0, 0.0)  # of what has no direction to keep
-                steps = list(torch._foreach_mul(momenta, list(ratios.unbind())))
             directions |= {id(p): Direction(*pair) for p, *pair in zip(params, steps, momenta, strict=True)}
     return directions
 
@@ -116,24 +111,33 @@ def second_order(
     layers: Mapping[str, CoveredLayer],
     states: Mapping[str, LayerState],
     beta2s: Mapping[int, float],
+    plain: Set[int],
     stacks: Stacks,
     *,
     monitor: bool,
 ) -> Outcome:
     """Replace the steps of covered layers whose parameters all have gradients by their K-FAC directions.
 
+    With length="rms" those of plain parameters get that length where their layer is not such a one.
+
     Args:
         directions: of `first_order`; the steps of covered layers are replaced.
         layers: by name.
         states: by name; what the scaling keeps in them is updated.
         beta2s: by identity of the weight.
+        plain: identities of parameters whose direction is the momentum.
         stacks: the optimizer's.
         monitor: whether to compute cosines.
     """
     taking_part = {name: la for name, la in layers.items() if all(p.grad is not None for p in la.params)}
+    config = stacks.scaling.config
+    if config.length_rule == "rms":
+        replaced = {id(p) for layer in taking_part.values() for p in layer.params}
+        _lengthen(
+            [step for p, step in directions.items() if p in plain and p not in replaced], config.length_factor
+        )
     if not taking_part:
         return Outcome()
-    config = stacks.scaling.config
     moves = [_Move.of(stack, directions, stacks.scaling) for stack in stacks.of(taking_part, states, beta2s)]
     names = [name for move in moves for name in move.stack.names]
     counts = [len(move.stack.names) for move in moves]
@@ -147,9 +151,16 @@ def second_order(
     elif config.length_rule == "rms":
         # Numbers of the host go into the call: an array of them would be copied to the device at every step.
         sizes = [move.momentum.numel() // n for move, n in zip(moves, counts, strict=True)]
-        roots = [part / math.sqrt(size) for part, size in zip(norms.split(counts), sizes, strict=True)]
-        ratios = config.length_factor / torch.cat(roots)
-        ratios = torch.where(_long_norms_of_layers(momenta) == 0, 0.0, ratios)
+
+        def to_length(lengths: Tensor) -> Tensor:
+            roots = [part / math.sqrt(size) for part, size in zip(lengths.split(counts), sizes, strict=True)]
+            return config.length_factor / torch.cat(roots)
+
+        long = _long_norms_of_layers(momenta)
+        ratios = torch.where(long == 0, 0.0, to_length(norms))
+        stand_in_ratios = to_length(long).nan_to_num(0.0, 0.0)  # of what has no direction to keep
+        for move, ratio in zip(moves, stand_in_ratios.split(counts), strict=True):
+            move.stand_in_by_momentum(ratio)
     # Where factors are all but singular a direction may vanish or overflow: the first-order one then stands.
     usable = ratios.isfinite() & norms.isfinite()
     ratios = torch.where(usable, ratios, 1.0)
@@ -208,6 +219,13 @@ class _Move:
         if self.first_biases is None:
             return norms
         return (norms.square() + _norms_of_layers(self.first_biases, count).square()).sqrt()
+
+    def stand_in_by_momentum(self, ratios: Tensor) -> None:
+        """Take the momentum, multiplied by (layers,) numbers, for the first-order steps."""
+        steps = self.momentum * self.stack.spread(ratios.to(self.momentum.dtype))
+        has_bias = self.first_biases is not None
+        self.first_weights = steps[..., :-1] if has_bias else steps
+        self.first_biases = steps[..., -1:] if has_bias else None
 
     def lengthened(self, ratios: Tensor) -> Tensor:
         """The direction multiplied by (layers,) numbers."""
@@ -269,16 +287,15 @@ def _joined(vectors: Sequence[Tensor]) -> Tensor:
     return torch.cat([v.to(device=vectors[0].device, dtype=dtype) for v in vectors])
 
 
-def _ratios_to(length: float, tensors: list[Tensor]) -> Tensor:
-    """(tensors,): what gives their entries the root mean square `length`; infinite or NaN of those without length.
-
-    Args:
-        length: k; the norm is k sqrt(P_out P_in), then.
-        tensors: of any shape.
-    """
-    norms = _long_norms(tensors).unbind()
+def _lengthen(directions: Sequence[Direction], length: float) -> None:
+    """Give steps entries of the root mean square `length`; zero stays zero."""
+    if not directions:
+        return
+    norms = _long_norms([one.step for one in directions]).unbind()
     # Numbers of the host go into the call: an array of them would have to be copied to the device at every step.
-    return length / torch.stack(torch._foreach_div(list(norms), [math.sqrt(t.numel()) for t in tensors]))
+    roots = torch._foreach_div(list(norms), [math.sqrt(one.step.numel()) for one in directions])
+    for one, ratio in zip(directions, (length / torch.stack(roots)).nan_to_num(0.0, 0.0).unbind(), strict=True):
+        one.step = one.step * ratio
 
 
 def _long_norms(tensors: list[Tensor]) -> Tensor:

@@ -390,9 +390,9 @@ class KFAC(torch.optim.Optimizer):
         for name, layer in self._layers.covered.items():
             self._layers.states[name].move(layer.factor_dtype, layer.weight.device)
         self._update_statistics()
-        length = self.config.length_factor if self.config.length_rule == "rms" else None
-        directions = first_order(self.param_groups, self.state, self._without_second_moment(), length)
-        self._second_order(directions)
+        plain = self._without_second_moment()
+        directions = first_order(self.param_groups, self.state, plain)
+        self._second_order(directions, plain)
         for group in self.param_groups:
             params = [p for p in group["params"] if id(p) in directions]
             if not params:
@@ -416,7 +416,7 @@ class KFAC(torch.optim.Optimizer):
         partly = {id(self._params[f.name]) for f in self._layers.fallbacks}
         return {id(p) for layer in self._layers.covered.values() for p in layer.params} - partly
 
-    def _second_order(self, directions: dict[int, Direction]) -> None:
+    def _second_order(self, directions: dict[int, Direction], plain: set[int]) -> None:
         """Replace the directions of covered layers by their K-FAC directions."""
         beta2s = {id(p): group["betas"][1] for group in self.param_groups for p in group["params"]}
         outcome = second_order(
@@ -424,6 +424,7 @@ class KFAC(torch.optim.Optimizer):
             self._layers.covered,
             self._layers.states,
             beta2s,
+            plain,
             self._stacks,
             monitor=self.is_statistics_step,
         )

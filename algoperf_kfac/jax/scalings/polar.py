@@ -12,11 +12,12 @@ rotated matrix is the rotated polar factor, so all of it happens in the eigenbas
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from algoperf_kfac.config import WHITENING
 from algoperf_kfac.cost import EIGH_FLOPS, ScalingFlops, cubes, product_flops
 from algoperf_kfac.jax.preconditioner import LayerState, multiply
+from algoperf_kfac.jax.reductions import norms, scales
 from algoperf_kfac.jax.scalings import _base
 from algoperf_kfac.jax.scalings._base import Kept
 from algoperf_kfac.layers import LayerSpec
@@ -62,9 +63,13 @@ def polar(z: Array) -> Array:
     a, b, c = COEFFICIENTS
     least = jnp.finfo(z.dtype).tiny
     # Not by the norm alone: whitened by factors that are all but zero, squares of entries may overflow.
-    z = z / jnp.maximum(jnp.abs(z).max((1, 2), keepdims=True), least)
-    z = z / jnp.maximum(jnp.linalg.norm(z, axis=(1, 2), keepdims=True), least)
-    for _ in range(STEPS):
+    z = z / scales(z)[:, None, None]
+    z = z / jnp.maximum(norms(z), least)[:, None, None]
+
+    def step(_: int, z: Array) -> Array:
         gram = z @ z.transpose(0, 2, 1)
-        z = a * z + (b * gram + c * (gram @ gram)) @ z
-    return z
+        return a * z + (b * gram + c * (gram @ gram)) @ z
+
+    # Not unrolled: each step would be compiled for itself.
+    turned: Array = lax.fori_loop(0, STEPS, step, z)
+    return turned
