@@ -32,7 +32,10 @@ def state_of(a: torch.Tensor, b: torch.Tensor, kept=None) -> LayerState:
 @pytest.fixture
 def factors():
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
     x, g = draw(40, 4), draw(40, 5)
     return x.T @ x / 40, g.T @ g / 40, draw(1, 5, 4)
 
