@@ -62,6 +62,19 @@ EXPERIMENTS = (
         variants={f"{rows} rows": Variant({"statistics_rows": rows}) for rows in (256, 1024)},
     ),
     Experiment(
+        name="intervals",
+        change="Statistics at every fourth or eighth step in place of every second, a refresh at every third of them.",
+        submission="kfac_expand",
+        base={**LINEAR, "scaling": "polar", **RMS},
+        variants={
+            "4, 12": Variant({"factor_interval": 4, "refresh_interval": 12, "factor_decay": 0.95}),
+            "8, 24": Variant({"factor_interval": 8, "refresh_interval": 24, "factor_decay": 0.9}),
+            "4, 12, 512 rows": Variant(
+                {"factor_interval": 4, "refresh_interval": 12, "factor_decay": 0.95, "statistics_rows": 512}
+            ),
+        },
+    ),
+    Experiment(
         name="mixed",
         change="Reduce where it fits: expand's A for kernels over several positions, no B that vanishes.",
         submission="kfac_reduce",
