@@ -63,7 +63,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         name="intervals",
-        change="Statistics at every fourth or eighth step in place of every second, a refresh at every third of them.",
+        change="Statistics at every 4th or 8th step in place of every 2nd, a refresh at every third of them.",
         submission="kfac_expand",
         base={**LINEAR, "scaling": "polar", **RMS},
         variants={
