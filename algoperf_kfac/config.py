@@ -17,6 +17,7 @@ DAMPING_MODES = ("relative", "absolute")
 LARGE_FACTORS = ("block", "one_sided")
 INITIAL_REFRESHES = ("doubling", "every")
 LENGTHS = ("graft", "rms", "none")
+POLAR_STEPS = 5  # of the Newton-Schulz iteration, see `algoperf_kfac.polar`
 WHITENING = 0.5  # the power of the eigenvalues that scaling="polar" takes out of the momentum
 DAMPING = 1e-2  # the default
 LAYER_KINDS = ("linear", "conv", "conv_transpose")
@@ -71,6 +72,8 @@ class KFACConfig:
         power: exponent for scaling="power", in (0, 1]; 1 is K-FAC's own, 1/2 Adam's in the eigenbasis.
         polar_exponent: exponent q for scaling="polar", in [0, 1]: D = B^-q polar(B^-1/2 M A^-1/2) A^-q; with 1/2
             the direction is the steepest in the norm that both factors make, with 0 it has singular values of 1.
+        polar_steps: steps of the Newton-Schulz iteration for scaling="polar", which take most of the time of its
+            directions; with fewer, small singular values of the whitened momentum stay smaller.
         damping: with "relative", lambda_A = damping tr(A)/P_in and lambda_B = damping tr(B)/P_out; with
             "absolute", lambda_A = pi sqrt(damping) and lambda_B = sqrt(damping)/pi with
             pi^2 = (tr(A)/P_in) / (tr(B)/P_out) (Martens and Grosse 2015, section 6.3).
@@ -116,6 +119,7 @@ class KFACConfig:
     scaling: str | type = "power"
     power: float = 0.75
     polar_exponent: float = 0.125
+    polar_steps: int = POLAR_STEPS
     damping: float = DAMPING
     damping_mode: str = "relative"
     noise_floor: float | None = None
@@ -170,6 +174,7 @@ class KFACConfig:
         check("scaling", known, f"one of {scaling_names()}, or a class of your own")
         check("power", 0 < self.power <= 1, "a number in (0, 1]")
         check("polar_exponent", 0 <= self.polar_exponent <= 1, "a number in [0, 1]")
+        check("polar_steps", self.polar_steps >= 1, "a whole number, at least 1")
         check("damping", self.damping > 0, "a number > 0")
         check("damping_mode", self.damping_mode in DAMPING_MODES, f"one of {DAMPING_MODES}")
         check("noise_floor", self.noise_floor is None or self.noise_floor >= 0, "a number >= 0, or None")

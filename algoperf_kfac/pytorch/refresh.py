@@ -214,12 +214,12 @@ def _inverse(matrices: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
     eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     root = torch.where((info == 0)[:, None, None], root, eye)
     inverse = torch.cholesky_inverse(root)
-    return (inverse,), (info == 0) & inverse.isfinite().all(-1).all(-1)
+    return (inverse,), (info == 0) & _are_finite(inverse)
 
 
 def _eigh(matrices: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
     """Batched eigendecomposition, and which of the matrices succeeded."""
-    finite = matrices.isfinite().all(-1).all(-1)
+    finite = _are_finite(matrices)
     eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     matrices = torch.where(finite[:, None, None], matrices, eye)
     try:
@@ -230,8 +230,13 @@ def _eigh(matrices: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         if "illegal value" not in str(error) or matrices.dtype == torch.float64:
             raise
         values, vectors = (part.to(matrices.dtype) for part in torch.linalg.eigh(matrices.double()))
-    ok = finite & values.isfinite().all(-1) & vectors.isfinite().all(-1).all(-1)
+    ok = finite & values.sum(-1).isfinite() & _are_finite(vectors)
     return (values, vectors), ok
+
+
+def _are_finite(matrices: Tensor) -> Tensor:
+    """(..., n, m) -> (...). By the sum: a look at each entry takes a fifth of the decomposition's time on a CPU."""
+    return matrices.sum((-2, -1)).isfinite()
 
 
 def _attempt(decompose: Decomposition, matrices: Tensor) -> tuple[tuple[Tensor, ...], Tensor] | None:

@@ -49,7 +49,7 @@ def written_out(a: torch.Tensor, b: torch.Tensor, m: torch.Tensor) -> torch.Tens
     """The polar scaling in dense matrices, not in eigenbases."""
     q = CONFIG.polar_exponent
     whitened = power(b, -0.5) @ m[0] @ power(a, -0.5)
-    return (power(b, -q) @ polar.polar(whitened[None])[0] @ power(a, -q))[None]
+    return (power(b, -q) @ polar.polar(whitened[None], CONFIG.polar_steps)[0] @ power(a, -q))[None]
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from torch import nn
 
 from algoperf_kfac import jax as kfac_jax
 from algoperf_kfac import pytorch as kfac_torch
+from algoperf_kfac.config import POLAR_STEPS as STEPS_OF_POLAR
 from algoperf_kfac.polar import COEFFICIENTS
-from algoperf_kfac.polar import STEPS as STEPS_OF_POLAR
 from tests.jax.support import applier, initialise, normal
 
 STEPS = 20

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from algoperf_kfac.config import POLAR_STEPS as STEPS
 from algoperf_kfac.layers import make_spec
-from algoperf_kfac.polar import BAND, COEFFICIENTS, LEAST, STEPS
+from algoperf_kfac.polar import BAND, COEFFICIENTS, LEAST
 from algoperf_kfac.pytorch import KFAC, KFACConfig
 from algoperf_kfac.pytorch.preconditioner import LayerState
 from algoperf_kfac.pytorch.scalings.polar import Scaling, polar
@@ -38,20 +39,27 @@ def in_its_vectors(result: Tensor, z: Tensor) -> Tensor:
     return values
 
 
-def newton_schulz(s: Tensor) -> Tensor:
+def newton_schulz(s: Tensor, steps: int = STEPS) -> Tensor:
     """What the iteration makes of singular values, relative to their norm: numbers, no matrices."""
     a, b, c = COEFFICIENTS
     s = s / s.norm(dim=-1, keepdim=True)
-    for _ in range(STEPS):
+    for _ in range(steps):
         s = a * s + b * s**3 + c * s**5
     return s
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_fewer_steps(steps: int) -> None:
+    z = matrices(0)
+    values = in_its_vectors(polar(z, steps), z)
+    torch.testing.assert_close(values, newton_schulz(torch.linalg.svdvals(z), steps), rtol=0, atol=1e-9)
 
 
 @SEEDS
 def test_the_vectors_stay_and_the_values_come_near_one(seed: int) -> None:
     z = matrices(seed)
     s = torch.linalg.svdvals(z)
-    values = in_its_vectors(polar(z), z)
+    values = in_its_vectors(polar(z, STEPS), z)
     known = s >= LEAST * s.norm(dim=1, keepdim=True)
     assert known.double().mean() > 0.9
     assert (values[known] > BAND[0]).all()
@@ -63,7 +71,7 @@ def test_the_vectors_stay_and_the_values_come_near_one(seed: int) -> None:
 def test_small_values_are_lifted_and_none_leaves_the_band_above(seed: int) -> None:
     z = matrices(seed, decades=7.0)
     s = torch.linalg.svdvals(z) / torch.linalg.matrix_norm(z)[:, None]
-    values = in_its_vectors(polar(z), z)
+    values = in_its_vectors(polar(z, STEPS), z)
     assert (values > -1e-9).all()
     assert (values < BAND[1]).all()
     assert (values <= COEFFICIENTS[0] ** STEPS * s + 1e-9).all()
@@ -91,18 +99,18 @@ def test_extreme_scales(dtype: torch.dtype, scale: float) -> None:
     z = (scale * torch.randn(1, 4, 6)).to(dtype)
     if not z.isfinite().all():
         return
-    got = polar(z)
+    got = polar(z, STEPS)
     assert got.isfinite().all()
     if (z.abs() >= torch.finfo(dtype).tiny).all():
-        torch.testing.assert_close(got, polar(z / z.abs().max()), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(got, polar(z / z.abs().max(), STEPS), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 5), (2, 5, 3), (1, 1, 1)], ids=str)
 def test_zero_stays_zero(shape: tuple[int, ...]) -> None:
-    assert torch.equal(polar(torch.zeros(shape)), torch.zeros(shape))
+    assert torch.equal(polar(torch.zeros(shape), STEPS), torch.zeros(shape))
     one_group = torch.randn(shape)
     one_group[0] = 0
-    got = polar(one_group)
+    got = polar(one_group, STEPS)
     assert not got[0].any()
     assert got.isfinite().all()
     assert shape[0] == 1 or got[1].any()

@@ -21,7 +21,7 @@ from algoperf_kfac.jax.reductions import norms, scales
 from algoperf_kfac.jax.scalings import _base
 from algoperf_kfac.jax.scalings._base import Kept
 from algoperf_kfac.layers import LayerSpec
-from algoperf_kfac.polar import COEFFICIENTS, STEPS, polar_flops
+from algoperf_kfac.polar import COEFFICIENTS, polar_flops
 
 
 class Scaling(_base.Scaling):
@@ -32,11 +32,13 @@ class Scaling(_base.Scaling):
 
     def flops(self, spec: LayerSpec) -> ScalingFlops:
         # Into the basis, and back.
-        return ScalingFlops(EIGH_FLOPS * cubes(spec), 2 * product_flops(spec) + polar_flops(spec))
+        return ScalingFlops(
+            EIGH_FLOPS * cubes(spec), 2 * product_flops(spec) + polar_flops(spec, self.config.polar_steps)
+        )
 
     def precondition(self, state: LayerState, momentum: Array, gradient: Array) -> tuple[Array, Kept]:
         rotated = multiply(state.b_basis, momentum, state.a_basis, transpose_left=True)
-        factor = polar(_divided(state, rotated, WHITENING))
+        factor = polar(_divided(state, rotated, WHITENING), self.config.polar_steps)
         tempered = _divided(state, factor, self.config.polar_exponent)
         direction = multiply(state.b_basis, tempered, state.a_basis, transpose_right=True)
         return jnp.where(state.refreshes > 0, direction, momentum), state.kept
@@ -49,17 +51,18 @@ def _divided(state: LayerState, m: Array, power: float) -> Array:
     return m * (jnp.concatenate(state.a_values, 1) ** -power)[:, None, :] if state.a_values else m
 
 
-def polar(z: Array) -> Array:
+def polar(z: Array, steps: int) -> Array:
     """The polar factor of matrices by Newton-Schulz; zero stays zero.
 
     Args:
         z: (groups, P_out, P_in), in the precision to work in.
+        steps: of the iteration.
 
     Returns:
         (groups, P_out, P_in), the singular vectors those of z, singular values as `algoperf_kfac.polar` says.
     """
     if z.shape[1] > z.shape[2]:
-        return polar(z.transpose(0, 2, 1)).transpose(0, 2, 1)
+        return polar(z.transpose(0, 2, 1), steps).transpose(0, 2, 1)
     a, b, c = COEFFICIENTS
     least = jnp.finfo(z.dtype).tiny
     # Not by the norm alone: whitened by factors that are all but zero, squares of entries may overflow.
@@ -71,5 +74,5 @@ def polar(z: Array) -> Array:
         return a * z + (b * gram + c * (gram @ gram)) @ z
 
     # Not unrolled: each step would be compiled for itself.
-    turned: Array = lax.fori_loop(0, STEPS, step, z)
+    turned: Array = lax.fori_loop(0, steps, step, z)
     return turned

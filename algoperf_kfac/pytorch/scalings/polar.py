@@ -17,7 +17,7 @@ from torch import Tensor
 from algoperf_kfac.config import WHITENING
 from algoperf_kfac.cost import ScalingFlops
 from algoperf_kfac.layers import LayerSpec
-from algoperf_kfac.polar import COEFFICIENTS, STEPS, polar_flops
+from algoperf_kfac.polar import COEFFICIENTS, polar_flops
 from algoperf_kfac.pytorch.preconditioner import LayerState, multiply
 from algoperf_kfac.pytorch.scalings import _base
 
@@ -32,7 +32,9 @@ class Scaling(_base.Scaling):
 
     def flops(self, spec: LayerSpec) -> ScalingFlops:
         of_base = super().flops(spec)
-        return ScalingFlops(of_base.refresh, 2 * of_base.step + polar_flops(spec))  # into the basis, and back
+        return ScalingFlops(
+            of_base.refresh, 2 * of_base.step + polar_flops(spec, self.config.polar_steps)
+        )  # into the basis, and back
 
     def operators(self, state: LayerState) -> _base.Operators:
         return [], []
@@ -40,7 +42,7 @@ class Scaling(_base.Scaling):
     @_base.by_group("a_basis", "b_basis", "a_values", "b_values")
     def precondition(self, state: LayerState, momentum: Tensor, grad: Tensor, beta2: float) -> Tensor:
         rotated = multiply(state.b_basis, momentum, state.a_basis, transpose_left=True)
-        factor = polar(_divided(state, rotated, WHITENING))
+        factor = polar(_divided(state, rotated, WHITENING), self.config.polar_steps)
         tempered = _divided(state, factor, self.config.polar_exponent)
         return multiply(state.b_basis, tempered, state.a_basis, transpose_right=True)
 
@@ -52,23 +54,24 @@ def _divided(state: LayerState, m: Tensor, power: float) -> Tensor:
     return m * torch.cat(state.a_values, 1).pow(-power).unsqueeze(1) if state.a_values else m
 
 
-def polar(z: Tensor) -> Tensor:
+def polar(z: Tensor, steps: int) -> Tensor:
     """The polar factor of matrices by Newton-Schulz; zero stays zero.
 
     Args:
         z: (groups, P_out, P_in), in the precision to work in.
+        steps: of the iteration.
 
     Returns:
         (groups, P_out, P_in), the singular vectors those of z, singular values as `algoperf_kfac.polar` says.
     """
     if z.shape[1] > z.shape[2]:
-        return polar(z.transpose(1, 2)).transpose(1, 2)
+        return polar(z.transpose(1, 2), steps).transpose(1, 2)
     a, b, c = COEFFICIENTS
     least = torch.finfo(z.dtype).tiny
     # Not by the norm alone: whitened by factors that are all but zero, squares of entries may overflow.
     z = z / z.abs().amax((1, 2), keepdim=True).clamp(min=least)
     z = z / torch.linalg.matrix_norm(z, keepdim=True).clamp(min=least)
-    for _ in range(STEPS):
+    for _ in range(steps):
         gram = z @ z.transpose(1, 2)
         z = torch.baddbmm(z, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), z, beta=a)
     return z
