@@ -62,6 +62,13 @@ EXPERIMENTS = (
         variants={f"{rows} rows": Variant({"statistics_rows": rows}) for rows in (256, 1024)},
     ),
     Experiment(
+        name="polar_steps",
+        change="Fewer steps of the iteration to the polar factor.",
+        submission="kfac_expand",
+        base={**LINEAR, "scaling": "polar", **RMS},
+        variants={f"{steps} steps": Variant({"polar_steps": steps}) for steps in (2, 3, 4)},
+    ),
+    Experiment(
         name="intervals",
         change="Statistics at every 4th or 8th step in place of every 2nd, a refresh at every third of them.",
         submission="kfac_expand",
