@@ -5,8 +5,9 @@ from submissions.common.kfac.method import kfac
 # Statistics at every step: they cost reduce little, and a batch gives it one row per example, not per position.
 DESCRIPTION = kfac(
     "K-FAC-reduce",
-    "inputs are averaged, output gradients summed over positions that share a weight.",
-    approximation="reduce",
+    "inputs are averaged, output gradients summed over positions that share a weight; but kernels that read "
+    "several positions take K-FAC-expand's input factor, and output gradients whose sums vanish the identity.",
+    approximation="mixed",
     learning_rate=3e-2,
     warmup_factor=0.05,
     horizon_factor=0.5,

@@ -44,7 +44,8 @@ def test_the_runner_accepts_it(approximation):
 def test_every_linear_layer_has_its_approximation(approximation, workload):
     _, state = start(load(approximation), workload)
     coverage = state["optimizer"].coverage()
-    assert {layer.approximation for layer in coverage.layers} == {approximation}
+    expected = {"expand": "expand", "reduce": "mixed"}[approximation]
+    assert {layer.approximation for layer in coverage.layers} == {expected}
     assert coverage.fraction > 0.9
     assert all("embedding" in f.reason or "normalisation" in f.reason for f in coverage.fallbacks)
 

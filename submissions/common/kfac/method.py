@@ -6,18 +6,22 @@ from algoperf_kfac.config import KFACConfig
 from submissions.common.description import Description
 
 TEXT = (
-    "Covered layers (linear and convolutional) move along their K-FAC direction (Eschenhagen et al., 2023, "
-    "https://arxiv.org/abs/2311.00636), with the length of their NadamW update; all other parameters take the "
-    "NadamW update. Linear warm-up, then cosine decay."
+    "The momentum of covered layers (linear and convolutional) is whitened by both Kronecker factors (Eschenhagen "
+    "et al., 2023, https://arxiv.org/abs/2311.00636), replaced by its polar factor, as Muon does without factors, "
+    "and given a fixed root mean square. All other parameters take the NadamW update. Linear warm-up, then cosine "
+    "decay."
 )
-# One point per approximation, the same for every workload; this much of it is the same for both. It was found with
-# refreshes at each of the first steps and without a noise floor: it does not follow the library's defaults.
+# One point per approximation, the same for every workload; this much of it is the same for both. It was found on
+# four workloads of the suite (docs/experiments.md), with refreshes at each of the first steps and without a noise floor:
+# it does not follow the library's defaults.
 POINT = {
     "one_minus_beta1": 0.2,
     "beta2": 0.99,
     "weight_decay": 0.05,
     "grad_clip": 0.25,
-    "power": 0.75,
+    "scaling": "polar",
+    "length": "rms",
+    "length_factor": 0.5,
     "noise_floor": 0.0,
     "initial_refreshes": "every",
     "max_factor_dim": 4096,
