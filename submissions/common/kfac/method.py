@@ -12,8 +12,7 @@ TEXT = (
     "decay."
 )
 # One point per approximation, the same for every workload; this much of it is the same for both. It was found on
-# four workloads of the suite (docs/experiments.md), with refreshes at each of the first steps and without a noise floor:
-# it does not follow the library's defaults.
+# four workloads of the suite (docs/experiments.md), with refreshes at each of the first steps and without a noise floor.
 POINT = {
     "one_minus_beta1": 0.2,
     "beta2": 0.99,
