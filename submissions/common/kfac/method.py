@@ -11,8 +11,8 @@ TEXT = (
     "and given a fixed root mean square. All other parameters take the NadamW update. Linear warm-up, then cosine "
     "decay."
 )
-# One point per approximation, the same for every workload; this much of it is the same for both. It was found on
-# four workloads of the suite (docs/experiments.md), with refreshes at each of the first steps and without a noise floor.
+# One point per approximation, the same for every workload; this much of it is the same for both. Found on four
+# workloads of the suite (docs/experiments.md), with refreshes at each of the first steps and without a noise floor.
 POINT = {
     "one_minus_beta1": 0.2,
     "beta2": 0.99,
@@ -21,6 +21,7 @@ POINT = {
     "scaling": "polar",
     "length": "rms",
     "length_factor": 0.5,
+    "polar_steps": 3,
     "noise_floor": 0.0,
     "initial_refreshes": "every",
     "max_factor_dim": 4096,
