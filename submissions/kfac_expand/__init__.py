@@ -7,10 +7,7 @@ DESCRIPTION = kfac(
     "every position that shares a layer's weight counts as an example of its own.",
     approximation="expand",
     learning_rate=2e-2,
-    warmup_factor=0.1,
+    warmup_factor=0.05,
     horizon_factor=0.48,
     damping=1e-4,
-    factor_decay=0.98,
-    factor_interval=2,
-    refresh_interval=6,
 )

@@ -2,7 +2,6 @@
 
 from submissions.common.kfac.method import kfac
 
-# Statistics at every step: they cost reduce little, and a batch gives it one row per example, not per position.
 DESCRIPTION = kfac(
     "K-FAC-reduce",
     "inputs are averaged, output gradients summed over positions that share a weight; but kernels that read "
@@ -12,7 +11,4 @@ DESCRIPTION = kfac(
     warmup_factor=0.05,
     horizon_factor=0.5,
     damping=1e-3,
-    factor_decay=0.9,
-    factor_interval=1,
-    refresh_interval=5,
 )

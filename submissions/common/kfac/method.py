@@ -23,6 +23,9 @@ POINT = {
     "length_factor": 0.5,
     "polar_steps": 3,
     "noise_floor": 0.0,
+    "factor_decay": 0.95,
+    "factor_interval": 4,
+    "refresh_interval": 12,
     "initial_refreshes": "every",
     "max_factor_dim": 4096,
 }
