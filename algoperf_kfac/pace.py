@@ -22,7 +22,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-from algoperf_kfac.cadence import cycle, rounds, stretch
+from algoperf_kfac.cadence import Step, cycle, rounds, stretch
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.cost import largest_load
 
@@ -44,9 +44,10 @@ def pace_of(refresh: float, step: float, budget: float) -> int:
     return max(1, math.ceil(refresh * (1 - budget) / (budget * step)))
 
 
-def interval_at(config: KFACConfig, pace: int) -> int:
-    """The refresh interval in force, in steps."""
-    return config.refresh_interval * (1 if config.refresh_budget is None else stretch(config, pace))
+def interval_at(config: KFACConfig, pace: Step) -> Step | int:
+    """The refresh interval in force, in steps. Of a traced pace it is traced, too."""
+    configured = config.refresh_interval
+    return configured if config.refresh_budget is None else stretch(config, pace) * configured
 
 
 def in_turns(costs: Sequence[float], turns: int, workers: int) -> float:

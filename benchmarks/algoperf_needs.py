@@ -3,8 +3,8 @@
     python -m benchmarks.algoperf_needs --assume=a100
 
 reads the published self-tuning runs (scoring/data), plans a submission on each workload (AlgoPerf must be
-installed), and replaces what stands in docs/running_on_algoperf.md between its two markers. On a machine with the GPUs,
-`python -m submissions plan --calibrate` first, and no --assume, puts measured speeds in the place of assumed ones.
+installed), and replaces what stands in docs/running_on_algoperf.md between its two markers. On a machine with
+the GPUs, `python -m submissions plan --calibrate` first, and no --assume, puts measured speeds in their place.
 """
 
 from __future__ import annotations

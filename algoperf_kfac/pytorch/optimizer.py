@@ -177,6 +177,11 @@ class KFAC(torch.optim.Optimizer):
         coverage, note = self._layers.coverage(), self._compiled.note(self._layers.covered)
         return coverage if note is None else dataclasses.replace(coverage, note=note)
 
+    @property
+    def refresh_interval(self) -> int:
+        """Steps between refreshes of a layer, in force: those configured, or what a budget makes of them."""
+        return interval_at(self.config, self._pace)
+
     # Statistics --------------------------------------------------------------------------------------------
 
     @property
@@ -475,7 +480,7 @@ class KFAC(torch.optim.Optimizer):
         run = {
             "steps": float(self._steps),
             "stand_ins": float(self._stand_ins),
-            "refresh_interval": float(interval_at(self.config, self._pace)),
+            "refresh_interval": float(self.refresh_interval),
         }
         judged = {"graft_ratio": self._graft, "cosine": self._cosine}
         return run | monitoring.metrics(self._layers, self.config, judged, self._gradient_errors)

@@ -173,12 +173,15 @@ def test_refreshes_keep_to_a_share_of_the_time(monkeypatch, tmp_path):
     point = POINT._asdict() | {"factor_interval": 1, "refresh_budget": 0.1}
     seconds = iter([0, 3, 6, 7, 8, 9])  # two more than a step takes where all layers are refreshed
     monkeypatch.setattr(pace, "now", lambda: next(seconds))
-    workload = WithoutModelState()
+    workload, rows = WithoutModelState(), []
+    workload.metrics_logger = SimpleNamespace(append_scalar_metrics=lambda row, step: rows.append(row))
     run = begin(workload, point)
     assert run[2][0].stacks.pace == 1
     params, model_state, state = train(workload, run, 0, 6, point)
     passes = workload.num_passes
     assert state[0].stacks.pace == 18
+    assert rows[0].keys() == {"loss", "grad_norm", "refresh_interval"}
+    assert rows[0]["refresh_interval"] == 4
     train(workload, (params, model_state, (jax.tree.map(jnp.copy, state[0]), state[1])), 6, 8, point)
     assert workload.num_passes == passes
     checkpoints.save_checkpoint(tmp_path, target=state[0], step=6)

@@ -21,6 +21,7 @@ from algoperf_kfac.jax import (
     scale_by_kfac,
     value_grad_and_statistics,
 )
+from algoperf_kfac.pace import interval_at
 from submissions.common.api import Batch, Rng, Tree, Workload
 from submissions.common.description import Description
 from submissions.common.hyperparameters import TrainingConfig
@@ -149,7 +150,10 @@ class Run:
         gradient, grad_norm = clip_gradient(gradient, training.grad_clip)
         directions, opt_state = self._optimizer.update(gradient, opt_state, statistics=statistics)
         params = apply_directions(params, directions, learning_rate, config.weight_decay)
-        return params, opt_state, model_state, {"loss": loss, "grad_norm": grad_norm}
+        logged = {"loss": loss, "grad_norm": grad_norm}
+        if (pace := opt_state.stacks.pace) is not None:
+            logged["refresh_interval"] = interval_at(config, pace)
+        return params, opt_state, model_state, logged
 
 
 def positions(batch: Batch) -> list[Positions]:
