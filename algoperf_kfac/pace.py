@@ -12,7 +12,7 @@ or another program on the machine only ever adds time.
 
 Times are not reproducible, so they decide as seldom as can be. The pace is a part of the state: behind the second
 round a run that is resumed goes on bit for bit. Processes take the largest of their paces. Nothing waits for a
-device but at a reading, fewer than twenty times in a run.
+device but at a reading, fourteen times in a run at most.
 """
 
 from __future__ import annotations
