@@ -13,7 +13,7 @@ from benchmarks.algoperf_needs import Best, best, insert, needs, page, step_seco
 from commands.errors import UserError
 from scoring.judge import published
 from submissions.cli import assumed
-from submissions.cli.plan_tables import Named, Room
+from submissions.cli.plan_tables import Named, Room, render_all
 from tests.submissions.planned import make_plan
 from tests.submissions.test_plan import one_layer
 from workloads.algoperf import BUDGETS
@@ -61,3 +61,9 @@ def test_the_page(tmp_path):
     document.write_text("no markers")
     with pytest.raises(UserError, match="lacks the lines"):
         insert(document, text)
+
+
+def test_plans_of_all_workloads_have_the_intervals():
+    text = render_all({"PyTorch": [named(speed=assumed.a100())]}, "command", "text")
+    assert "Refreshes that take at most 10.0 % of the time, in PyTorch on an A100 of 40 GB by assumption:" in text
+    assert "Refreshes that take" not in render_all({"PyTorch": [named()]}, "command", "text")
