@@ -91,6 +91,9 @@ class KFACConfig:
         refresh_interval: steps between refreshes of a layer's preconditioner, a multiple of factor_interval.
         initial_refreshes: which statistics steps refresh all layers until the first refresh interval is over: the
             first, second, fourth, eighth, ... ("doubling"), or "every" one.
+        refresh_budget: the largest share of a run's time that refreshes may take, between 0 and 1. Where the clock
+            finds them to take more (`pace.py`), `refresh_interval` is multiplied by a whole number, and the first
+            steps refresh less often. None keeps the interval, and looks at no clock.
         drift_tolerance: with "eigen", a due refresh is skipped where the old basis still diagonalises the
             factor up to this share of its Frobenius norm; the eigenvalues are updated all the same.
         length: the length of a covered layer's direction: "graft" (the norm of its NadamW update), "rms" (such that
@@ -129,6 +132,7 @@ class KFACConfig:
     initial_statistics: int = 10
     refresh_interval: int = 20
     initial_refreshes: str = "doubling"
+    refresh_budget: float | None = None
     drift_tolerance: float = 0.0
     length: str | None = None
     length_factor: float = 0.5
@@ -192,6 +196,11 @@ class KFACConfig:
             f"a multiple of factor_interval={self.factor_interval}",
         )
         check("initial_refreshes", self.initial_refreshes in INITIAL_REFRESHES, f"one of {INITIAL_REFRESHES}")
+        check(
+            "refresh_budget",
+            self.refresh_budget is None or 0 < self.refresh_budget < 1,
+            "a number in (0, 1), or None",
+        )
         check("drift_tolerance", 0 <= self.drift_tolerance < 1, "a number in [0, 1)")
         check("length", self.length is None or self.length in LENGTHS, f"one of {LENGTHS}, or None")
         check("length_factor", self.length_factor > 0, "a number > 0")

@@ -14,6 +14,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
+from algoperf_kfac.cadence import cycle
 from algoperf_kfac.cost import (
     EIGH_FLOPS,
     INVERSE_FLOPS,
@@ -24,7 +25,8 @@ from algoperf_kfac.cost import (
     cubes,
     product_flops,
 )
-from algoperf_kfac.layers import LayerSpec
+from algoperf_kfac.layers import LayerSpec, split_blocks
+from algoperf_kfac.pace import pace_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +105,69 @@ def seconds_of(plan: Plan, speed: Speed) -> Seconds:
         busiest / config.refresh_interval,
         sum(_preconditioning(layer, speed) for layer in plan.layers),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Paced:
+    """What a `refresh_budget` makes of the refresh interval, by the seconds of a plan.
+
+    Attributes:
+        refresh: seconds of a refresh of all layers in their turns, each of the device with the most work.
+        share: of the time, at the configured interval.
+        interval: in force, in steps.
+        share_then: of the time, at that.
+    """
+
+    refresh: float
+    share: float
+    interval: int
+    share_then: float
+
+
+def paced(plan: Plan, speed: Speed, step: float, budget: float) -> Paced:
+    """The interval that `refresh_budget` comes to; see `pace.py`, which measures what is planned here.
+
+    Args:
+        plan: of a configuration on a model.
+        speed: of its devices.
+        step: seconds of a step without refreshes.
+        budget: the share of the time that refreshes may take.
+    """
+    refresh, configured = refresh_in_turns(plan, speed), plan.config.refresh_interval
+    interval = configured * -(-pace_of(refresh, step, budget) // configured)
+    return Paced(
+        refresh,
+        refresh / (refresh + configured * step),
+        interval,
+        refresh / (refresh + interval * step),
+    )
+
+
+def refresh_in_turns(plan: Plan, speed: Speed) -> float:
+    """Seconds of a refresh of all layers, one turn after the other, the work of each divided over the devices."""
+    inverse, turns = plan.config.preconditioner == "inverse", cycle(plan.config)
+    seconds = 0.0
+    for turn in range(turns):
+        layers = plan.layers[turn::turns]
+        owners = assign([cubes(layer.spec) for layer in layers], plan.devices)
+        times = [_refresh(layer, speed, inverse=inverse) for layer in layers]
+        seconds += max((sum(_of(times, owners, owner)) for owner in range(plan.devices)), default=0.0)
+    return seconds
+
+
+def with_blocks(plan: Plan, max_factor_dim: int) -> Plan:
+    """The plan's layers with factors cut into smaller blocks: for their seconds; memory and flops stay behind."""
+
+    def cut(blocks: Sequence[int]) -> tuple[int, ...]:
+        return tuple(part for block in blocks for part in split_blocks(block, max_factor_dim, "block"))
+
+    layers = []
+    for layer in plan.layers:
+        before, spec = layer.spec, layer.spec
+        spec = dataclasses.replace(spec, in_blocks=cut(spec.in_blocks), out_blocks=cut(spec.out_blocks))
+        share = cubes(spec) / cubes(before) if cubes(before) else 1.0
+        layers.append(dataclasses.replace(layer, spec=spec, refresh=layer.refresh * share))
+    return dataclasses.replace(plan, layers=tuple(layers))
 
 
 def _of(values: Sequence[float], owners: Sequence[int], owner: int) -> list[float]:

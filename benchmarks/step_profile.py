@@ -75,12 +75,11 @@ def start(workload_name: str, point: str) -> Run:
     """A submission at a point, ready to train."""
     name, changes = POINTS[point]
     submission, workload = load(str(path_of(name, "pytorch"))), registry.load(workload_name, "pytorch")
-    hyperparameters = changes or None
     rng = np.array([1, 2])
     params, model_state = workload.init_model_fn(rng)
-    state = submission.init_optimizer_state(workload, params, model_state, hyperparameters, rng)
+    state = submission.init_optimizer_state(workload, params, model_state, changes, rng)
     queue = workload._build_input_queue(rng, "train", "", submission.get_batch_size(workload_name))
-    return Run(submission, workload, queue, state, params, model_state, hyperparameters)
+    return Run(submission, workload, queue, state, params, model_state, changes)
 
 
 def measure(workload: str, steps: int) -> dict[str, list[dict[str, float]]]:

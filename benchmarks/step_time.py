@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -43,7 +43,8 @@ class Run:
     state: Tree
     params: Tree
     model_state: Tree
-    hyperparameters: Hyperparameters = None
+    # Its own point, but for what self-tuning changes: there the clock has a say.
+    hyperparameters: Hyperparameters = field(default_factory=dict)
 
     def step(self, number: int, rng: np.ndarray) -> None:
         """Draws a batch and makes a step."""
@@ -78,7 +79,7 @@ def measure(workload_name: str, framework: str, steps: int) -> tuple[dict[str, l
         rng = np.array([1, 2], dtype=dtype)
         params, model_state = workload.init_model_fn(rng)
         start = time.perf_counter()
-        state = submission.init_optimizer_state(workload, params, model_state, None, rng)
+        state = submission.init_optimizer_state(workload, params, model_state, {}, rng)
         finished(state[0] if framework == "jax" else state)
         startup[name] = time.perf_counter() - start
         queue = workload._build_input_queue(rng, "train", "", submission.get_batch_size(workload_name))

@@ -10,6 +10,7 @@ from algoperf_kfac.jax.discovery import discover
 from algoperf_kfac.jax.layer_book import CoveredLayer, Layers
 from algoperf_kfac.jax.monitoring import FactorPair, factors, metrics, summary
 from algoperf_kfac.jax.optimizer import KFAC
+from algoperf_kfac.jax.pacing import Pacing
 from algoperf_kfac.jax.sharding import batch_mesh, replicate, shard_batch
 from algoperf_kfac.jax.stacks import layer_states
 from algoperf_kfac.jax.statistics import add
@@ -24,6 +25,7 @@ __all__ = [
     "KFACState",
     "Layers",
     "MissingStatisticsError",
+    "Pacing",
     "Positions",
     "add",
     "batch_mesh",

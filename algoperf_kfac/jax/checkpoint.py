@@ -91,14 +91,16 @@ def _renewed(saved: StateDict) -> StateDict:
 def stacks_to_dict(stacks: Stacks) -> StateDict:
     """The states of all layers with the layers' names, as text in an array: a loaded state is checked by them."""
     names = {key: "\n".join(members.names).encode() for key, members in stacks.members.items()}
+    paced = {} if stacks.pace is None else {"pace": stacks.pace}
     return {
         "states": {key: serialization.to_state_dict(state) for key, state in stacks.items()},
         "names": {key: np.frombuffer(text, np.uint8) for key, text in names.items()},
+        **paced,
     }
 
 
 def stacks_from_dict(like: Stacks, saved: StateDict) -> Stacks:
-    """The inverse of `stacks_to_dict`; also of what 0.1.0 saved.
+    """The inverse of `stacks_to_dict`; also of what 0.1.0 saved. A pace is taken where there is one to be kept.
 
     Args:
         like: states of the same layers, for instance fresh ones.
@@ -108,6 +110,10 @@ def stacks_from_dict(like: Stacks, saved: StateDict) -> Stacks:
         ValueError: the dictionaries are those of other layers.
     """
     orders = {key: members.names for key, members in like.members.items()}
+    pace = like.pace
+    if "states" in saved:
+        pace = None if pace is None else saved.get("pace", pace)
+        saved = {key: value for key, value in saved.items() if key != "pace"}
     if saved.keys() == {"states"}:  # orbax keeps arrays alone
         states = saved["states"]
         found = {key: orders.get(key, (key,)) for key in states}
@@ -130,7 +136,7 @@ def stacks_from_dict(like: Stacks, saved: StateDict) -> Stacks:
             f"the saved state is of the layers {_all(found)}, the state to load it into of {_all(orders)}"
         )
     loaded = {key: serialization.from_state_dict(state, states[key], name=key) for key, state in like.items()}
-    return Stacks(loaded, like.members, masked=like.masked)
+    return Stacks(loaded, like.members, masked=like.masked, pace=pace)
 
 
 def _all(names: Mapping[str, tuple[str, ...]]) -> str:

@@ -22,6 +22,7 @@ from algoperf_kfac.jax.transform import find_state
 from algoperf_kfac.jax.types import Tree
 from algoperf_kfac.judging import Judged, table, worst_first
 from algoperf_kfac.layers import NEVER_SEEN
+from algoperf_kfac.pace import interval_at
 
 
 class FactorPair(NamedTuple):
@@ -83,7 +84,8 @@ def metrics(state: Tree, layers: Layers, config: KFACConfig | None = None) -> di
     Args:
         state: of `scale_by_kfac`, `kfac`, or a chain with one of them.
         layers: from `discover`.
-        config: the configuration: warns if statistics are missing on most statistics steps.
+        config: the configuration: warns if statistics are missing on most statistics steps, and says the
+            `refresh_interval` in force, which a `refresh_budget` may have stretched.
 
     Raises:
         MissingStatisticsError: naming layers that none of many statistics steps has called.
@@ -105,6 +107,9 @@ def metrics(state: Tree, layers: Layers, config: KFACConfig | None = None) -> di
         "stand_ins": float(inner.stand_ins),
         "coverage": at_work / max(layers.coverage().num_parameters, 1),
     }
+    if config is not None:
+        pace = inner.stacks.pace
+        out["refresh_interval"] = float(interval_at(config, 1 if pace is None else int(pace)))
     for key in each:
         values = {name: own[key] for name, own in numbers.items()}
         if key in ("graft_ratio", "cosine"):

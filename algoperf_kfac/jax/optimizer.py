@@ -15,6 +15,7 @@ from algoperf_kfac.jax.checks import in_short
 from algoperf_kfac.jax.discovery import discover
 from algoperf_kfac.jax.mistakes import Mistakes
 from algoperf_kfac.jax.monitoring import FactorPair
+from algoperf_kfac.jax.pacing import Pacing
 from algoperf_kfac.jax.transform import Mask, Schedule, kfac
 from algoperf_kfac.jax.types import ApplyFn, LossFn, LossTypeLike, Tree
 from algoperf_kfac.layers import Coverage
@@ -91,6 +92,7 @@ class KFAC:
         self.config = KFACConfig.updated(config, hyperparameters)
         self.layers = discover(apply_fn, params, *args, config=self.config, exclude=exclude, has_aux=has_aux)
         self._apply_fn, self._loss_fn, self._has_aux = apply_fn, loss_fn, has_aux
+        self._mesh = mesh
         self._mistakes = mistakes = Mistakes()
         self.value_grad_and_statistics = value_grad_and_statistics(
             apply_fn,
@@ -143,6 +145,10 @@ class KFAC:
     def is_statistics_step(self, step: int) -> bool:
         """Whether the update number `step`, counted from 0, takes statistics; traced if `step` is."""
         return is_statistics_step(self.config, step)
+
+    def pacing(self) -> Pacing:
+        """What goes into the loop for a `refresh_budget`: `state = pacing(state, step)` after each update."""
+        return Pacing(self.layers, self.config, self._mesh)
 
     def factors(self, state: Tree, *, reduction: str = "sum") -> dict[str, FactorPair]:
         """Each covered layer's A and B from the moving averages; see `monitoring.factors`."""

@@ -35,7 +35,12 @@ States: TypeAlias = dict[str, LayerState]
 
 
 def refresh_due(
-    states: States, stacks: Mapping[str, Stack], count: Array, scaling: Scaling, mesh: Mesh | None = None
+    states: States,
+    stacks: Mapping[str, Stack],
+    count: Array,
+    scaling: Scaling,
+    mesh: Mesh | None = None,
+    pace: Array | None = None,
 ) -> States:
     """The states with the preconditioners that are due recomputed from their current statistics.
 
@@ -48,6 +53,7 @@ def refresh_due(
         count: updates made so far, int32 ().
         scaling: what is made of the decompositions.
         mesh: a one-dimensional mesh whose devices share the work; None to do it where the state lies.
+        pace: see `cadence`, int32 (); None without a `refresh_budget`.
     """
     if not states:
         return states
@@ -55,8 +61,8 @@ def refresh_due(
     cycle = cadence.cycle(config)
     levels = {key: stack.noise_level(config) for key, stack in stacks.items()}
     turns = min(cycle, sum(len(stack.names) for stack in stacks.values()))
-    turn = cadence.turn(config, count)
-    all_due = cadence.all_are_due(config, count)
+    turn = cadence.turn(config, count, 1 if pace is None else pace)
+    all_due = cadence.all_are_due(config, count, 1 if pace is None else pace)
     due = {key: all_due | (state.refreshes == 0) for key, state in states.items()}
     if turns == 1:
         return refresh(states, {key: flags | (turn == 0) for key, flags in due.items()}, levels, scaling, mesh)

@@ -62,29 +62,38 @@ class Stacks(dict[str, LayerState]):
         states: by stack, the layer as leading dimension.
         members: of each stack.
         masked: whether other layers are left out, as their parameters are masked.
+        pace: steps that two refreshes of all layers are to be apart, int32 (); None without a `refresh_budget`.
     """
 
     def __init__(
-        self, states: Mapping[str, LayerState], members: Mapping[str, Members], *, masked: bool = False
+        self,
+        states: Mapping[str, LayerState],
+        members: Mapping[str, Members],
+        *,
+        masked: bool = False,
+        pace: Array | None = None,
     ) -> None:
         super().__init__(states)
         self.members = dict(members)
         self.masked = masked
+        self.pace = pace
 
     def __or__(self, states: Mapping[str, LayerState]) -> Stacks:  # type: ignore[override]
         """The same with some states replaced."""
-        return Stacks({**self, **states}, self.members, masked=self.masked)
+        return Stacks({**self, **states}, self.members, masked=self.masked, pace=self.pace)
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         # Not under the key of "stacks" itself: what 0.1.0 saved had its layers in another order there.
-        children = ((jax.tree_util.GetAttrKey("states"), dict(self)),)
+        children: tuple[Any, ...] = ((jax.tree_util.GetAttrKey("states"), dict(self)),)
+        if self.pace is not None:
+            children = (*children, (jax.tree_util.GetAttrKey("pace"), self.pace))
         return children, (tuple(sorted(self.members.items(), key=lambda item: item[0])), self.masked)
 
     @classmethod
     def tree_unflatten(cls, static: Any, children: Any) -> Stacks:
         # Not through dict(): jax also unflattens with stand-ins that are no dictionaries.
         members, masked = static
-        stacks = cls({}, dict(members), masked=masked)
+        stacks = cls({}, dict(members), masked=masked, pace=children[1] if len(children) > 1 else None)
         if isinstance(children[0], Mapping):
             stacks.update(children[0])
         return stacks

@@ -102,7 +102,8 @@ def scale_by_kfac(
         zeros = functools.partial(jax.tree.map, jnp.zeros_like)
         nothing = jax.tree.map(lambda leaf: jnp.zeros((), leaf.dtype), params)
         nu = put_in(zeros(params), nothing, here.without_second_moment(config))
-        held = Stacks(states, members_of(stacks), masked=here is not layers)
+        pace = None if config.refresh_budget is None else jnp.ones((), jnp.int32)
+        held = Stacks(states, members_of(stacks), masked=here is not layers, pace=pace)
         # Two arrays: what is shared cannot be donated.
         steps, stand_ins = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
         return KFACState(steps, zeros(params), nu, held, stand_ins)
@@ -125,6 +126,9 @@ def scale_by_kfac(
         without = here.without_second_moment(config)
         _check_moments(state, without)
         states: Mapping[str, LayerState] = state.stacks
+        pace = state.stacks.pace
+        if pace is None and config.refresh_budget is not None:  # restored from a run without
+            pace = jnp.ones((), jnp.int32)
         if statistics is None:
             said.without_statistics()
         else:
@@ -132,7 +136,7 @@ def scale_by_kfac(
             idle = _idle(statistics, idle)
             check_known(layers, {*statistics, *idle})
             states = move_averages(states, statistics, here, config)
-            states = refresh_due(dict(states), stacks, state.steps, scaling, mesh)
+            states = refresh_due(dict(states), stacks, state.steps, scaling, mesh, pace)
         count = state.steps + 1
         gradients = trained(updates, state.mu)
         mu, momenta = nesterov(gradients, trained(state.mu, state.mu), count, beta1)
@@ -156,7 +160,7 @@ def scale_by_kfac(
         directions = _stopped(outcome.directions, still)
         if absent:
             directions = _kept(directions, jax.tree.map(jnp.zeros_like, directions), here, absent)
-        new = Stacks(outcome.states, members_of(stacks), masked=here is not layers)
+        new = Stacks(outcome.states, members_of(stacks), masked=here is not layers, pace=pace)
         return directions, KFACState(count, mu, nu, new, state.stand_ins + outcome.stand_ins)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -13,9 +13,11 @@ from torch.distributed import ProcessGroup
 
 from algoperf_kfac import cadence
 from algoperf_kfac.config import KFACConfig
+from algoperf_kfac.cost import cubes
 from algoperf_kfac.errors import MissingStatisticsError, missing_statistics
 from algoperf_kfac.judging import WHEN_JUDGED
 from algoperf_kfac.layers import NEVER_SEEN, Coverage
+from algoperf_kfac.pace import Pacer, interval_at
 from algoperf_kfac.positions import PositionsLike, as_candidates
 from algoperf_kfac.pytorch import checkpoint, distributed, monitoring
 from algoperf_kfac.pytorch.capture import Capture, Gathered, Options
@@ -99,6 +101,8 @@ class KFAC(torch.optim.Optimizer):
     _processes: distributed.Processes
     _stacks: Stacks
     _compiled: CompiledStatistics
+    _pace: int
+    _pacer: Pacer
 
     def __init__(
         self,
@@ -164,12 +168,19 @@ class KFAC(torch.optim.Optimizer):
         self._processes = processes
         self._stacks = Stacks(self.scaling)
         self._compiled = CompiledStatistics(wrapped, allowed=compiled_statistics, alone=processes.size == 1)
+        self._pace = 1
+        self._pacer = Pacer(config)
         self._keep_entries()
 
     def coverage(self) -> Coverage:
         """The covered layers, and every other trainable parameter with the reason why it is not covered."""
         coverage, note = self._layers.coverage(), self._compiled.note(self._layers.covered)
         return coverage if note is None else dataclasses.replace(coverage, note=note)
+
+    @property
+    def refresh_interval(self) -> int:
+        """Steps between refreshes of a layer, in force: those configured, or what a budget makes of them."""
+        return interval_at(self.config, self._pace)
 
     # Statistics --------------------------------------------------------------------------------------------
 
@@ -362,8 +373,22 @@ class KFAC(torch.optim.Optimizer):
         return [
             name
             for number, name in enumerate(self._layers.covered)
-            if cadence.is_due(self.config, self._steps, number, states[name].refreshes)
+            if cadence.is_due(self.config, self._steps, number, states[name].refreshes, self._pace)
         ]
+
+    def _keep_pace(self) -> None:
+        """Read the clock after an update, where a `refresh_budget` asks for it, and agree on what follows."""
+        if not self._pacer.after(self._steps, self._wait_for_device):
+            return
+        costs = [cubes(layer.spec) for layer in self._layers.covered.values()]
+        paces = self._processes.all_gather(self._pacer.pace(costs, self._processes.size))
+        self._pace = max((pace for pace in paces if pace is not None), default=self._pace)
+
+    def _wait_for_device(self) -> None:
+        device = self._stand_ins.device
+        synchronize = getattr(getattr(torch, device.type, None), "synchronize", None)
+        if synchronize is not None:
+            synchronize()
 
     def factors(self, *, reduction: str = "sum") -> dict[str, FactorPair]:
         """Each covered layer's A and B from the moving averages: undamped, bias-corrected.
@@ -402,6 +427,7 @@ class KFAC(torch.optim.Optimizer):
                 torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             steps = [directions[id(p)].step.to(p.dtype) for p in params]
             torch._foreach_add_(params, steps, alpha=-lr)
+        self._keep_pace()
         self._steps += 1
         self._pending.forget()
         return loss
@@ -444,13 +470,18 @@ class KFAC(torch.optim.Optimizer):
 
         `stand_ins` counts K-FAC directions that vanished or overflowed and were replaced by first-order ones (the
         momentum, where no NadamW update is made: at its length for length="none", at the rule's for "rms").
+        `refresh_interval` is the one in force, which a `refresh_budget` may have stretched.
         Per layer: refreshes, failures, skipped refreshes, dropped statistics, drift, the eigenvalues of A and B on
         the level of rounding ("noise", see `KFACConfig.noise_level`), the share of its outputs for which the
         identity stands for B ("vanished", with approximation="mixed"; of all, how many layers these are), the graft
         ratio and the cosine between K-FAC direction and momentum gradient, both at the last statistics step; and
         their totals or means over layers.
         """
-        run = {"steps": float(self._steps), "stand_ins": float(self._stand_ins)}
+        run = {
+            "steps": float(self._steps),
+            "stand_ins": float(self._stand_ins),
+            "refresh_interval": float(self.refresh_interval),
+        }
         judged = {"graft_ratio": self._graft, "cosine": self._cosine}
         return run | monitoring.metrics(self._layers, self.config, judged, self._gradient_errors)
 
@@ -513,6 +544,9 @@ class KFAC(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue bit for bit; loadable with torch.load(weights_only=True).
 
+        With a `refresh_budget` the pace is in it that the clock set; a run that is resumed before the clock is read
+        the last time may come to another one there.
+
         K-FAC's part stands in the entry "kfac", and once more, as tensors, beside the moments of a parameter:
         torch.distributed.checkpoint passes on what belongs to parameters, and drops everything else.
         """
@@ -532,6 +566,7 @@ class KFAC(torch.optim.Optimizer):
             stand_ins=self._stand_ins,
             gradient_errors=dict(self._gradient_errors),
             missed_steps=dict(self._layers.missed_steps),
+            **({} if self.config.refresh_budget is None else {"pace": self._pace}),
         )
         number, _ = self._first_trained()
         state["state"][number]["kfac"] = checkpoint.to_tensors(state["kfac"], self._stand_ins)
@@ -560,6 +595,8 @@ class KFAC(torch.optim.Optimizer):
         self._gradient_errors = dict(kfac.get("gradient_errors", {}))
         layers.seen = {name for name, state in layers.states.items() if float(state.weight)}
         self._steps = kfac["steps"]
+        self._pace = kfac.get("pace", 1)  # of a run without a budget
+        self._pacer.forget()
         self._stand_ins.copy_(kfac["stand_ins"])
         self._seed = checkpoint.seed_of(kfac)
         self._unchecked = self._steps == 0

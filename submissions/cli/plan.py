@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 from collections.abc import Sequence
@@ -10,12 +11,14 @@ from typing import Any
 
 from absl import flags
 
+from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.cost import DEVICE_BYTES, DEVICES
+from algoperf_kfac.seconds import Speed
 from commands.errors import UserError
 from commands.flags import new, parse
 from commands.frameworks import FRAMEWORKS
 from submissions import registry
-from submissions.cli import calibration, plan_tables
+from submissions.cli import assumed, calibration, plan_tables
 from submissions.common.batch_sizes import SCORED, get_batch_size
 from workloads import algoperf
 from workloads.algoperf import BUDGETS, WORKLOADS
@@ -35,13 +38,17 @@ positional or a dict of keyword arguments. JAX: it returns the function to apply
 further arguments.
 
 --calibrate measures this machine's device, for half a minute or two, and keeps the result in the user's cache; from
-then on plans say seconds, too. With a workload or a model it goes on to its plan.
+then on plans say seconds, too. With a workload or a model it goes on to its plan. --assume takes a device's speed
+from published figures instead (submissions/cli/assumed.py), where the device is not at hand.
+
+With seconds, plans say what refresh_budget, the share of the time that refreshes may take, makes of their interval.
 """
 # Of a device's memory: what AlgoPerf's runner leaves JAX on the largest model.
 USABLE = {"pytorch": 1.0, "jax": 0.8}
 
 
-def _flags() -> flags.FlagValues:
+def new_flags() -> flags.FlagValues:
+    """The command's flags, not parsed yet."""
     values = new()
 
     def string(name: str, default: str | None, text: str) -> None:
@@ -75,6 +82,17 @@ def _flags() -> flags.FlagValues:
     flags.DEFINE_bool(
         "calibrate", default=False, help="Measure this machine's speed first; see above.", flag_values=values
     )
+    flags.DEFINE_enum(
+        "assume", None, sorted(assumed.DEVICES), "A device of an assumed speed; see above.", flag_values=values
+    )
+    flags.DEFINE_float(
+        "refresh_budget",
+        None,
+        "Share of the time that refreshes may take. Default: the submission's in self-tuning.",
+        lower_bound=0.0,
+        upper_bound=1.0,
+        flag_values=values,
+    )
     flags.DEFINE_bool("seconds", default=True, help="Say seconds, where they are known.", flag_values=values)
     flags.DEFINE_enum("format", "text", ["text", "markdown"], "How to print.", flag_values=values)
     flags.DEFINE_bool("all", default=False, help=f"All of AlgoPerf's {len(SCORED)} workloads.", flag_values=values)
@@ -87,11 +105,13 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         UserError: a flag does not fit, or something needed is not installed.
     """
-    values = _flags()
+    values = new_flags()
     parse(argv, values, PROGRAM, epilog=EPILOG)
     asked = sum((bool(values.workload), bool(values.model), values.all))
     if asked != 1 and not (values.calibrate and not asked):
         raise UserError(f"give one of --workload, --model and --all, or --calibrate. See {PROGRAM} --help.")
+    if values.assume and (values.calibrate or not values.seconds):
+        raise UserError("--assume stands in place of a calibration: leave --calibrate and --noseconds out")
     frameworks = values.framework.split(",")
     for framework in frameworks:
         if framework not in FRAMEWORKS:
@@ -133,7 +153,7 @@ def plan_for(values: flags.FlagValues, name: str, framework: str) -> plan_tables
     devices = values.devices
     batch_size = _batch_size(name, values)
     adapter, subject = _subject(values, name, framework, None if batch_size is None else batch_size // devices)
-    seen = adapter.sight(subject, registry.kfac_config(values.submission, framework))
+    seen = adapter.sight(subject, _config(values, framework))
     share = USABLE[framework] if values.usable is None else values.usable
     return plan_tables.Named(
         name,
@@ -141,9 +161,25 @@ def plan_for(values: flags.FlagValues, name: str, framework: str) -> plan_tables
         seen.note,
         batch_size or subject.batch_size * devices,
         plan_tables.Room(1e9 * values.device_gb, share),
-        calibration.known(framework) if values.seconds else None,
+        _speed(values, framework),
         BUDGETS.get(name),
     )
+
+
+def _config(values: flags.FlagValues, framework: str) -> KFACConfig:
+    config = registry.kfac_config(values.submission, framework)
+    if values.refresh_budget is None:
+        return config
+    try:
+        return dataclasses.replace(config, refresh_budget=values.refresh_budget)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _speed(values: flags.FlagValues, framework: str) -> Speed | None:
+    if not values.seconds:
+        return None
+    return assumed.DEVICES[values.assume]() if values.assume else calibration.known(framework)
 
 
 def _batch_size(name: str, values: flags.FlagValues) -> int | None:
@@ -188,7 +224,7 @@ def _command(values: flags.FlagValues) -> str:
     """The command line that gives the same output."""
     changed = [
         f"--{name}={values[name].value}"
-        for name in ("framework", "submission", "devices", "device_gb", "usable")
+        for name in ("framework", "submission", "devices", "device_gb", "usable", "assume", "refresh_budget")
         if values[name].value != values[name].default
     ] + ([] if values.seconds else ["--noseconds"])
     return " ".join([PROGRAM, "--all", "--format=markdown", *changed])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from algoperf_kfac.cost import LayerPlan, Memory, Plan
 from algoperf_kfac.layers import FallbackSpec
-from algoperf_kfac.seconds import Seconds, Speed, seconds_of
+from algoperf_kfac.seconds import Paced, Seconds, Speed, paced, refresh_in_turns, seconds_of, with_blocks
 from workloads.algoperf import SELF_TUNING, Budget
 
 Table = list[list[str]]
@@ -18,8 +18,13 @@ OTHER_HEAD = ["other parameters", "", "entries", "treatment", "reason"]
 SUMMARY_HEAD = ["workload", "covered", "layers", "K-FAC state", "NadamW peak", "peak", "fits", "model"]
 SUMMARY_HEAD += ["statistics", "refresh", "precond.", "sum"]
 BUDGET_HEAD = ["workload", "budget s", "step hint", "allowed s per step", "self-tuning s", "K-FAC s per step"]
+BLOCKS = (2048, 1024)  # what max_factor_dim might be instead
+PACE_HEAD = ["workload", "all refreshed s", "interval", "share", "interval by the budget", "share then"]
+PACE_HEAD += [*(f"blocks of {size:,}" for size in BLOCKS), "K-FAC s per step then", "allowed s"]
 COST_HEAD = ["K-FAC adds, per step", "of the model's flops", "seconds"]
-RIGHT = {"P_in", "P_out", "R", "entries", "size", *SUMMARY_HEAD[1:], *BUDGET_HEAD[1:], *COST_HEAD[1:]}
+RIGHT = {"P_in", "P_out", "R", "entries", "size", *SUMMARY_HEAD[1:], *BUDGET_HEAD[1:], *PACE_HEAD[1:]} | {
+    *COST_HEAD[1:]
+}
 
 # What XLA took of the JAX estimate, compiled for a CPU: growth or size of the temporary memory that
 # `memory_analysis()` gives for the gradient of the outputs' sum, at batches of 2 to 8. There was no GPU to ask.
@@ -46,6 +51,8 @@ keep more. Flops are shares of the model's own forward and backward pass (its we
 overstates the shares), averaged over the intervals; the work of a refresh is divided over the devices. They are not
 seconds: decompositions run slower than products. Seconds, where they stand, come from measured times of square
 matrices on the device that is named; operations are taken one after the other, nothing overlaps with the model.
+A refresh budget takes the seconds that AlgoPerf allows a step for those of a step without refreshes: training
+measures them instead.
 """
 
 
@@ -96,6 +103,22 @@ class Named:
     def seconds(self) -> Seconds | None:
         return None if self.speed is None else seconds_of(self.plan, self.speed)
 
+    def paced(self, max_factor_dim: int | None = None) -> Paced | None:
+        """What a refresh budget comes to, where the seconds of a step are known; also with smaller blocks."""
+        share = self.plan.config.refresh_budget
+        if share is None or self.speed is None or self.budget is None:
+            return None
+        plan = self.plan if max_factor_dim is None else with_blocks(self.plan, max_factor_dim)
+        return paced(plan, self.speed, self.budget.per_step, share)
+
+    @property
+    def seconds_then(self) -> float | None:
+        """What K-FAC adds to a step at the interval that a refresh budget comes to."""
+        found, each = self.paced(), self.seconds
+        if found is None or each is None:
+            return None
+        return each.total - each.refresh + found.refresh / found.interval
+
 
 def render(named: Named, form: str, *, legend: bool = True) -> str:
     """One plan: summary, memory, flops, layers, other parameters."""
@@ -120,7 +143,7 @@ def render(named: Named, form: str, *, legend: bool = True) -> str:
     if plan.coverage.fallbacks:
         tables.append(_others(plan.coverage.fallbacks))
     if form == "markdown":
-        return "\n\n".join([f"## {title}", "\n".join(facts), *map(_markdown, tables)]) + "\n"
+        return "\n\n".join([f"## {title}", "\n".join(facts), *map(markdown, tables)]) + "\n"
     rest = [LEGEND.rstrip()] if legend else []
     return "\n\n".join([title, "\n".join(facts), *map(_text, tables), *rest]) + "\n"
 
@@ -137,6 +160,7 @@ def _in_seconds(named: Named) -> list[str]:
     lines, seconds = [], named.seconds
     if seconds is not None and named.speed is not None:
         lines.append(f"By the calibration of {named.speed.device} these are {seconds.total:.3g} s a step.")
+        lines += _of_budget(named, named.speed)
     if named.budget is not None:
         budget = named.budget
         lines.append(
@@ -144,6 +168,24 @@ def _in_seconds(named: Named) -> list[str]:
             f"({SELF_TUNING * budget.per_step:.3g} s in self-tuning), the model's own work included."
         )
     return lines
+
+
+def _of_budget(named: Named, speed: Speed) -> list[str]:
+    """A sentence on the refresh interval under a budget."""
+    config, found = named.plan.config, named.paced()
+    share = config.refresh_budget
+    if share is None:
+        return []
+    refresh = refresh_in_turns(named.plan, speed)
+    text = f"All layers are refreshed in {refresh:.3g} s"
+    every = f"every {_count(config.refresh_interval, 'step')}"
+    if found is None:
+        enough = refresh * (1 - share) / (share * config.refresh_interval)
+        return [f"{text}: {every} that is within {_percent(share)} of the time where a step takes {enough:.3g} s."]
+    return [
+        f"{text}: {_percent(found.share)} of the time {every}. A refresh_budget of {_percent(share)} makes it "
+        f"every {_count(found.interval, 'step')}, and what K-FAC adds {named.seconds_then:.3g} s a step."
+    ]
 
 
 def _costs(named: Named) -> Table:
@@ -172,6 +214,25 @@ def _budgets(plans: Sequence[Named]) -> Table:
     return rows
 
 
+def intervals(plans: Sequence[Named]) -> Table:
+    """What a refresh budget makes of the interval; empty where it is not known."""
+    rows = [PACE_HEAD]
+    for named in plans:
+        found, then = named.paced(), named.seconds_then
+        if found is None or then is None or named.budget is None:
+            continue
+        smaller = [other.interval for size in BLOCKS if (other := named.paced(size)) is not None]
+        rows.append(
+            [
+                *(named.name, f"{found.refresh:.3g}", f"{named.plan.config.refresh_interval:,}"),
+                *(_percent(found.share), f"{found.interval:,}", _percent(found.share_then)),
+                *(f"{interval:,}" for interval in smaller),
+                *(f"{then:.3g}", f"{named.budget.per_step:.3f}"),
+            ]
+        )
+    return rows if len(rows) > 1 else []
+
+
 def render_speed(speed: Speed) -> str:
     """A calibration as a table, in milliseconds by size."""
     head = ["matrices", "product ms", "eigendecomposition ms", "inverse ms"]
@@ -187,7 +248,7 @@ def render_all(plans: Mapping[str, Sequence[Named]], command: str, form: str) ->
     if form == "markdown":
         parts = [f"# Coverage, memory and cost on AlgoPerf's workloads\n\nMade by `{command}`.\n\n{LEGEND}"]
         for framework, group in plans.items():
-            parts.append(f"{framework}:\n\n{_markdown(_summary(group))}\n")
+            parts.append(f"{framework}:\n\n{markdown(_summary(group))}\n")
             parts.append(f"{_room_of(group)}\n")
             if framework == "JAX":
                 parts.append(_caution(group))
@@ -211,13 +272,17 @@ def _room_of(group: Sequence[Named]) -> str:
 
 def _allowed(plans: Mapping[str, Sequence[Named]], form: str) -> list[str]:
     """What AlgoPerf allows a step; once, where no device was measured: it is the same in both frameworks."""
-    draw = _markdown if form == "markdown" else _text
+    draw = markdown if form == "markdown" else _text
     groups = list(plans.items())
     measured = any(named.speed is not None for _, group in groups for named in group)
     parts = []
     for framework, group in groups if measured else groups[:1]:
         device = f", in {framework} on {group[0].speed.device}" if group and group[0].speed is not None else ""
         parts.append(f"What AlgoPerf 1.0 allows a step{device}:\n\n{draw(_budgets(group))}\n")
+        at_budget = intervals(group)
+        if at_budget:
+            share = _percent(group[0].plan.config.refresh_budget or 0.0)
+            parts.append(f"Refreshes that take at most {share} of the time{device}:\n\n{draw(at_budget)}\n")
     return parts
 
 
@@ -368,9 +433,10 @@ def _text(table: Table) -> str:
     return "\n".join(lines)
 
 
-def _markdown(table: Table) -> str:
+def markdown(table: Table, right: Collection[str] = frozenset(RIGHT)) -> str:
+    """A table in Markdown; columns with these heads to the right."""
     table = _without_empty_columns(table)
-    rule = ["---:" if head in RIGHT else "---" for head in table[0]]
+    rule = ["---:" if head in right else "---" for head in table[0]]
     rows = [[cell.replace("*", r"\*").replace("|", r"\|") for cell in row] for row in table]
     return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
 

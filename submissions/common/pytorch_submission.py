@@ -76,6 +76,7 @@ class Submission(Generic[Config, Optimizer]):
             or of a group's own "initial_lr".
         capture: function of the optimizer and a batch: a context for the forward and backward pass.
         schedule: of the learning rate.
+        logged: function of the optimizer: what is logged beside loss and gradient norm, on the host already.
     """
 
     def __init__(
@@ -84,11 +85,13 @@ class Submission(Generic[Config, Optimizer]):
         make_optimizer: Callable[[nn.Module, Config, Workload, Rng], Optimizer],
         capture: Callable[[Optimizer, Batch], AbstractContextManager[Capture]] | None = None,
         schedule: Schedule = WARMUP_DECAY,
+        logged: Callable[[Optimizer], dict[str, float]] = lambda optimizer: {},
     ) -> None:
         self._description = description
         self._make_optimizer = make_optimizer
         self._capture = capture
         self._schedule = schedule
+        self._logged = logged
 
     def init_optimizer_state(
         self,
@@ -153,7 +156,7 @@ class Submission(Generic[Config, Optimizer]):
             context=None if self._capture is None else self._capture(optimizer, batch),
             loss_type=loss_type,
         )
-        log_step(workload, model, result.loss, global_step)
+        log_step(workload, model, result.loss, global_step, **self._logged(optimizer))
         clip_gradient(model.parameters(), training.grad_clip)
         factor = self._schedule.at(workload.step_hint, training, position)
         for group in optimizer.param_groups:

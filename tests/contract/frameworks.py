@@ -109,6 +109,7 @@ class InJAX:
         one = jnp.ones((), dtype)  # for the weights and for the normalizer
         self.optimizer = algoperf_kfac.jax.KFAC(model.apply, _loss, self.params, *self._inputs, one, one, **options)
         self.state = self.optimizer.init(self.params)
+        self.pacing = self.optimizer.pacing()
         self._steps = 0
         self._compiled: dict[Any, Any] = {}
 
@@ -123,6 +124,7 @@ class InJAX:
             run = jax.jit(self._with_statistics(positions, loss_normalizer) if kind[0] else self._plain)
             self._compiled[kind] = run, positions  # kept, so that no other takes its identity
         self.params, self.state = self._compiled[kind][0](self.params, self.state, *args)
+        self.state = self.pacing(self.state, self._steps)
         self._steps += 1
 
     def _plain(self, params: Any, state: Any, *args: Any) -> Any:

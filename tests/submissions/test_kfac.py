@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from algoperf_kfac.pytorch import KFAC
 from submissions import registry as submissions
+from submissions.common.kfac.pytorch import logged
 from submissions.common.spec import LossType
 from tests.submissions.steps import start, train
 from workloads import registry, seeds
@@ -104,6 +106,12 @@ def test_bad_points(point, message):
     workload = registry.load("mnist_vit", "pytorch")
     with pytest.raises(ValueError, match=message):
         start(load("reduce"), workload, point)
+
+
+def test_the_interval_is_logged_where_a_budget_sets_it():
+    for config, expected in (({}, {}), ({"refresh_budget": 0.1}, {"refresh_interval": 4})):
+        optimizer = KFAC(torch.nn.Linear(3, 2), factor_interval=2, refresh_interval=4, **config)
+        assert logged(optimizer) == expected
 
 
 def test_the_fisher_may_be_sampled():

@@ -13,6 +13,7 @@ import optax
 import pytest
 from flax.training import checkpoints
 
+from algoperf_kfac import pace
 from algoperf_kfac.jax import KFACState, layer_states
 from submissions.common.kfac.model_call import initial_call
 from submissions.common.spec import LossType
@@ -68,13 +69,13 @@ class Workload:
         return {"summed": losses.sum(), "n_valid_examples": len(losses), "per_example": losses}
 
 
-def begin(workload):
+def begin(workload, point=POINT):
     rng = np.array([0, 1], np.uint32)
     params, model_state = workload.init_model_fn(rng)
-    return params, model_state, submission.init_optimizer_state(workload, params, model_state, POINT, rng)
+    return params, model_state, submission.init_optimizer_state(workload, params, model_state, point, rng)
 
 
-def train(workload, run, first, last):
+def train(workload, run, first, last, point=POINT):
     params, model_state, state = run
     for step in range(first, last):
         generator = np.random.default_rng(step)
@@ -87,7 +88,7 @@ def train(workload, run, first, last):
             current_param_container=params,
             current_params_types=None,
             model_state=model_state,
-            hyperparameters=POINT,
+            hyperparameters=point,
             batch=batch,
             loss_type=workload.loss_type,
             optimizer_state=state,
@@ -165,6 +166,27 @@ def test_a_run_restored_by_flax_goes_on_bit_for_bit(stop, tmp_path):
     restored = saved["model_params"], saved["model_state"], (saved["optimizer_state"], state[1])
     resumed = train(workload, restored, stop, 7)
     assert_same((resumed[0], resumed[1], resumed[2][0]), (whole[0], whole[1], whole[2][0]))
+
+
+def test_refreshes_keep_to_a_share_of_the_time(monkeypatch, tmp_path):
+    """What the clock came to is in the state, from the first one on, and survives a checkpoint."""
+    point = POINT._asdict() | {"factor_interval": 1, "refresh_budget": 0.1}
+    seconds = iter([0, 3, 6, 7, 8, 9])  # two more than a step takes where all layers are refreshed
+    monkeypatch.setattr(pace, "now", lambda: next(seconds))
+    workload, rows = WithoutModelState(), []
+    workload.metrics_logger = SimpleNamespace(append_scalar_metrics=lambda row, step: rows.append(row))
+    run = begin(workload, point)
+    assert run[2][0].stacks.pace == 1
+    params, model_state, state = train(workload, run, 0, 6, point)
+    passes = workload.num_passes
+    assert state[0].stacks.pace == 18
+    assert rows[0].keys() == {"loss", "grad_norm", "refresh_interval"}
+    assert rows[0]["refresh_interval"] == 4
+    train(workload, (params, model_state, (jax.tree.map(jnp.copy, state[0]), state[1])), 6, 8, point)
+    assert workload.num_passes == passes
+    checkpoints.save_checkpoint(tmp_path, target=state[0], step=6)
+    fresh = begin(WithoutModelState(), point)[2][0]
+    assert checkpoints.restore_checkpoint(tmp_path, target=fresh).stacks.pace == 18
 
 
 def test_layers_that_show_in_training_alone_are_covered_all_the_same():

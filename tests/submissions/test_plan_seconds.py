@@ -9,9 +9,9 @@ import torch
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.cost import Load
-from algoperf_kfac.seconds import Speed, interpolated, seconds_of
+from algoperf_kfac.seconds import Speed, interpolated, paced, refresh_in_turns, seconds_of, with_blocks
 from submissions.__main__ import main
-from submissions.cli import calibration
+from submissions.cli import assumed, calibration
 from tests.submissions.planned import make_plan
 from tests.submissions.test_plan import one_layer
 
@@ -60,6 +60,69 @@ def test_the_busiest_device_counts():
     for devices, busiest in ((1, 2 * each[40] + each[20]), (2, each[40] + each[20]), (3, each[40])):
         plan = make_plan(coverage, {}, KFACConfig(refresh_interval=4, factor_interval=2), devices=devices)
         assert seconds_of(plan, SPEED).refresh == pytest.approx(busiest / 4)
+
+
+def refreshes(*sizes):
+    """Layers with one factor each, two turns: a decomposition and a product of each, at the toy's speed."""
+    base = one_layer().layers[0]
+    specs = [
+        type(base)(**(vars(base) | {"name": str(i), "weight": str(i), "in_blocks": (n,), "out_blocks": ()}))
+        for i, n in enumerate(sizes)
+    ]
+    return type(one_layer())(tuple(specs), ())
+
+
+def test_the_interval_of_a_refresh_budget_by_hand():
+    """On two devices the turns are {40, 20} and {40}: each takes as long as its largest."""
+    config = KFACConfig(refresh_interval=4, factor_interval=2, refresh_budget=0.1)
+    plan = make_plan(refreshes(40, 40, 20), {}, config, devices=2)
+    each = {n: SPEED.decompositions[n] + PRODUCTS[n] for n in (20, 40)}
+    assert refresh_in_turns(plan, SPEED) == pytest.approx(2 * each[40])
+    found = paced(plan, SPEED, step=0.01, budget=0.1)
+    assert found.refresh == refresh_in_turns(plan, SPEED)
+    assert found.share == pytest.approx(2 * each[40] / (2 * each[40] + 4 * 0.01))
+    assert found.interval == 56  # 54.06 steps of 0.01 s are nine tenths where refreshes are one
+    assert found.share_then <= 0.1 < found.refresh / (found.refresh + 52 * 0.01)
+    assert paced(plan, SPEED, step=100.0, budget=0.1).interval == 4
+
+
+def test_smaller_blocks_are_refreshed_sooner():
+    config = KFACConfig(refresh_interval=2, factor_interval=2, max_factor_dim=40)
+    plan = make_plan(refreshes(40), {}, config)
+    halves = refresh_in_turns(with_blocks(plan, 20), SPEED)
+    assert halves == pytest.approx(2 * (SPEED.decompositions[20] + PRODUCTS[20]))
+    assert refresh_in_turns(with_blocks(plan, 40), SPEED) == refresh_in_turns(plan, SPEED) > halves
+
+
+def test_assumed_speeds_are_those_of_their_sources():
+    speed = assumed.a100()
+    assert speed.decompositions[1024] == pytest.approx(0.05625)
+    assert interpolated(speed.decompositions, 4096) == pytest.approx(0.9)
+    assert speed.products[4096] == pytest.approx(2 * 4096**3 / (0.7 * 19.5e12))
+    assert speed.products[64] == 1e-5
+
+
+def test_plans_say_what_a_refresh_budget_comes_to(capsys):
+    code, out, _ = command(capsys, "--workload=mnist_vit", "--devices=1", "--assume=a100")
+    assert code == 0
+    assert "By the calibration of an A100 of 40 GB by assumption" in out
+    (line,) = [line for line in out.splitlines() if line.startswith("All layers are refreshed in ")]
+    assert "every 5 steps that is within 10.0 % of the time where a step takes " in line
+    seconds = [float(word) for word in line.replace(":", "").split() if word[0].isdigit() and "." in word]
+    assert seconds[2] == pytest.approx(seconds[0] * 9 / 5, rel=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--assume=a100", "--calibrate"), "--assume stands in place of a calibration"),
+        (("--refresh_budget=0", "--workload=mnist_vit"), "hyperparameter refresh_budget=0.0: allowed is"),
+    ],
+)
+def test_flags_that_say_nothing(capsys, flags, message):
+    code, out, err = command(capsys, *flags)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
 
 
 def test_impossible_speeds_are_refused():

@@ -299,3 +299,5 @@ def test_self_tuning_k_fac_keeps_to_its_time():
     assert KFAC.configure(None)[0].schedule_clock == "sooner"
     assert KFAC.configure({})[0].schedule_clock == "steps"
     assert NADAMW.configure(None)[0].schedule_clock == "steps"
+    assert KFAC.configure(None)[1].refresh_budget == 0.1
+    assert KFAC.configure({})[1].refresh_budget is None

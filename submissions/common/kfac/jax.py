@@ -12,7 +12,16 @@ from flax.serialization import from_state_dict, to_state_dict
 
 from algoperf_kfac.cadence import is_statistics_step
 from algoperf_kfac.config import KFACConfig
-from algoperf_kfac.jax import KFACState, Layers, Positions, discover, scale_by_kfac, value_grad_and_statistics
+from algoperf_kfac.jax import (
+    KFACState,
+    Layers,
+    Pacing,
+    Positions,
+    discover,
+    scale_by_kfac,
+    value_grad_and_statistics,
+)
+from algoperf_kfac.pace import interval_at
 from submissions.common.api import Batch, Rng, Tree, Workload
 from submissions.common.description import Description
 from submissions.common.hyperparameters import TrainingConfig
@@ -54,6 +63,7 @@ class Run:
         self._forward = partial(forward, workload, dropout_rate=training.dropout_rate)
         self._optimizer: optax.GradientTransformationExtraArgs | None = None
         self._steps: dict[bool, Callable[..., Step]] = {}
+        self._pacing: Pacing | None = None
 
     def initial_state(self, params: Tree, rng: Rng) -> Tree:
         """The state before the first step; empty where the layers show only in the first batch."""
@@ -88,12 +98,15 @@ class Run:
         devices = mesh()
         self.layers = layers
         self._optimizer = scale_by_kfac(layers, self.config, devices if devices.size > 1 else None)
+        self._pacing = Pacing(layers, self.config, devices)
         # Compiled as one: a state has some thirty arrays for each shape of a layer.
         return jax.jit(self._optimizer.init)(params)
 
     def step(self, global_step: int, *args: Tree) -> Step:
-        """The compiled step with or without statistics, as the step number demands."""
-        return self._steps[is_statistics_step(self.config, global_step)](*args)
+        """The compiled step with or without statistics, as the step number demands, and the clock after it."""
+        assert self._pacing is not None
+        params, opt_state, *rest = self._steps[is_statistics_step(self.config, global_step)](*args)
+        return params, self._pacing(opt_state, global_step), *rest
 
     def _step(
         self,
@@ -137,7 +150,10 @@ class Run:
         gradient, grad_norm = clip_gradient(gradient, training.grad_clip)
         directions, opt_state = self._optimizer.update(gradient, opt_state, statistics=statistics)
         params = apply_directions(params, directions, learning_rate, config.weight_decay)
-        return params, opt_state, model_state, {"loss": loss, "grad_norm": grad_norm}
+        logged = {"loss": loss, "grad_norm": grad_norm}
+        if (pace := opt_state.stacks.pace) is not None:
+            logged["refresh_interval"] = interval_at(config, pace)
+        return params, opt_state, model_state, logged
 
 
 def positions(batch: Batch) -> list[Positions]:

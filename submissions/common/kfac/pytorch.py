@@ -24,12 +24,17 @@ def submission(description: Description[KFACConfig]) -> Submission[KFACConfig, K
     def make(model: nn.Module, config: KFACConfig, workload: Workload, rng: Rng) -> KFAC:
         return make_optimizer(model, config, workload, seed=abs(int(rng[0])))
 
-    return Submission(description, make, capture)
+    return Submission(description, make, capture, logged=logged)
 
 
 def capture(optimizer: KFAC, batch: Batch) -> AbstractContextManager[Capture]:
     """The capture of curvature statistics, which does nothing on steps that take none."""
     return optimizer.capture(positions=positions(batch) if optimizer.is_statistics_step else None)
+
+
+def logged(optimizer: KFAC) -> dict[str, float]:
+    """The refresh interval in force, where a budget sets it."""
+    return {} if optimizer.config.refresh_budget is None else {"refresh_interval": optimizer.refresh_interval}
 
 
 def make_optimizer(model: nn.Module, config: KFACConfig, workload: Workload | None, *, seed: int) -> KFAC:

@@ -1,0 +1,43 @@
+"""Speeds of devices that nobody could measure here: assumptions, each from a published figure, for plans alone.
+
+`plan --calibrate` on the device itself takes their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from algoperf_kfac.seconds import Speed
+
+SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+
+# NVIDIA's data sheet of the A100 with 40 GB: float32 without TF32, and the memory's bandwidth.
+A100_FLOPS, A100_BYTES = 19.5e12, 1.555e12
+# What is assumed to be reached, and the least time of any operation.
+REACHED, LAUNCH = 0.7, 1e-5
+# jax-ml/jax issue 10180: 16 eigendecompositions of 1,024 rows in float32 took a V100 0.90 s, one after the other.
+MEASURED_SIZE, MEASURED_SECONDS = 1024, 0.90 / 16
+
+
+def a100() -> Speed:
+    """An A100 with 40 GB, on three assumptions.
+
+    Products run at 0.7 of the peak without TF32. One eigendecomposition of 1,024 rows takes what it took on a V100,
+    and others grow as the square of their size: between time that goes into starting kernels, a few for each row,
+    and into arithmetic, which grows as the cube. An inverse by the Cholesky root takes a tenth of that.
+    """
+
+    def decomposition(n: int) -> float:
+        return max(LAUNCH, MEASURED_SECONDS * (n / MEASURED_SIZE) ** 2)
+
+    return Speed(
+        "an A100 of 40 GB by assumption",
+        products={n: max(LAUNCH, 2 * n**3 / (REACHED * A100_FLOPS)) for n in SIZES},
+        decompositions={n: decomposition(n) for n in SIZES},
+        inverses={n: decomposition(n) / 10 for n in SIZES},
+        bytes_per_second=REACHED * A100_BYTES,
+    )
+
+
+DEVICES: Mapping[str, Callable[[], Speed]] = {"a100": a100}
+"""By the name that `plan --assume` takes."""
