@@ -7,6 +7,8 @@ from benchmarks.experiments.experiment import Experiment, Variant
 FRESH = {"factor_interval": 1, "refresh_interval": 2, "factor_decay": 0.9, "initial_refreshes": "doubling"}
 RMS = {"length": "rms", "length_factor": 0.5}
 LINEAR = {"decay_shape": "linear", "warmup_factor": 0.05}
+SELDOM = {"factor_interval": 4, "refresh_interval": 12, "factor_decay": 0.95}
+KEPT = {"scaling": "polar", "polar_steps": 3, **RMS, **SELDOM}
 
 EXPERIMENTS = (
     Experiment(
@@ -74,10 +76,8 @@ EXPERIMENTS = (
         submission="kfac_expand",
         base={**LINEAR, "scaling": "polar", **RMS},
         variants={
-            "4, 12": Variant({"factor_interval": 4, "refresh_interval": 12, "factor_decay": 0.95}),
-            "4, 12, 512 rows": Variant(
-                {"factor_interval": 4, "refresh_interval": 12, "factor_decay": 0.95, "statistics_rows": 512}
-            ),
+            "4, 12": Variant(SELDOM),
+            "4, 12, 512 rows": Variant({**SELDOM, "statistics_rows": 512}),
         },
     ),
     Experiment(
@@ -90,5 +90,19 @@ EXPERIMENTS = (
             "polar, rms": Variant({"scaling": "polar", **RMS}),
             "mixed, polar, rms": Variant({"approximation": "mixed", "scaling": "polar", **RMS}),
         },
+    ),
+    Experiment(
+        name="together_expand",
+        change="What was kept of the experiments above, together.",
+        submission="kfac_expand",
+        base=LINEAR,
+        variants={"together": Variant(KEPT)},
+    ),
+    Experiment(
+        name="together_reduce",
+        change="The same for reduce where it fits.",
+        submission="kfac_reduce",
+        base=LINEAR,
+        variants={"together": Variant({"approximation": "mixed", **KEPT})},
     ),
 )
