@@ -2,6 +2,7 @@
 
 from submissions.common.kfac.method import kfac
 
+# Statistics more often than in K-FAC-expand: a batch gives one row per example, not per position.
 DESCRIPTION = kfac(
     "K-FAC-reduce",
     "inputs are averaged, output gradients summed over positions that share a weight; but kernels that read "
@@ -11,4 +12,7 @@ DESCRIPTION = kfac(
     warmup_factor=0.05,
     horizon_factor=0.5,
     damping=1e-3,
+    factor_decay=0.9,
+    factor_interval=2,
+    refresh_interval=6,
 )

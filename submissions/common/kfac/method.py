@@ -23,9 +23,6 @@ POINT = {
     "length_factor": 0.5,
     "polar_steps": 3,
     "noise_floor": 0.0,
-    "factor_decay": 0.95,
-    "factor_interval": 4,
-    "refresh_interval": 12,
     "statistics_rows": 4096,  # no fewer than a factor has
     "initial_refreshes": "every",
     "max_factor_dim": 4096,
