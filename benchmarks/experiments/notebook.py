@@ -8,6 +8,7 @@ FRESH = {"factor_interval": 1, "refresh_interval": 2, "factor_decay": 0.9, "init
 RMS = {"length": "rms", "length_factor": 0.5}
 LINEAR = {"decay_shape": "linear", "warmup_factor": 0.05}
 SELDOM = {"factor_interval": 4, "refresh_interval": 12, "factor_decay": 0.95}
+OFTEN = {"factor_interval": 2, "refresh_interval": 6, "factor_decay": 0.9}
 KEPT = {"scaling": "polar", "polar_steps": 3, **RMS, **SELDOM}
 
 EXPERIMENTS = (
@@ -103,6 +104,9 @@ EXPERIMENTS = (
         change="The same for reduce where it fits.",
         submission="kfac_reduce",
         base=LINEAR,
-        variants={"together": Variant({"approximation": "mixed", **KEPT})},
+        variants={
+            "together": Variant({"approximation": "mixed", **KEPT}),
+            "more often": Variant({"approximation": "mixed", **KEPT, **OFTEN}),
+        },
     ),
 )
