@@ -32,6 +32,7 @@ class Experiment:
         name: unique, for the command line.
         change: what is tried, in a sentence.
         submission: of the base, and of variants that name none.
+        start: the submission's hyperparameters as they were then, where they are others by now.
         base: what replaces the submission's own hyperparameters in the base, and in the variants.
         variants: by name.
         workloads: where; tuning is for `TUNED_ON` alone.
@@ -44,6 +45,7 @@ class Experiment:
     change: str
     submission: str
     variants: Mapping[str, Variant]
+    start: Point = field(default_factory=dict)
     base: Point = field(default_factory=dict)
     workloads: tuple[str, ...] = TUNED_ON
     horizon: float = 0.36
@@ -55,6 +57,6 @@ class Experiment:
         """Base first, each with its whole point."""
         every = {"base": Variant(), **self.variants}
         return {
-            name: Variant({**self.base, **one.point}, one.submission or self.submission)
+            name: Variant({**self.start, **self.base, **one.point}, one.submission or self.submission)
             for name, one in every.items()
         }

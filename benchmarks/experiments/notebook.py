@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from benchmarks.experiments.experiment import Experiment, Variant
 
+# The submissions' points before these experiments, where they are others now.
+EARLIER = {
+    "scaling": "power",
+    "length": "graft",
+    "statistics_rows": None,
+    "polar_steps": 5,
+}
+EXPAND = {**EARLIER, "warmup_factor": 0.1, "factor_decay": 0.98, "factor_interval": 2, "refresh_interval": 6}
+REDUCE = {**EARLIER, "approximation": "reduce", "factor_interval": 1, "refresh_interval": 5}
 FRESH = {"factor_interval": 1, "refresh_interval": 2, "factor_decay": 0.9, "initial_refreshes": "doubling"}
 RMS = {"length": "rms", "length_factor": 0.5}
 LINEAR = {"decay_shape": "linear", "warmup_factor": 0.05}
@@ -16,6 +25,7 @@ EXPERIMENTS = (
         name="schedule",
         change="The shape of the decay, and a shorter warm-up.",
         submission="kfac_expand",
+        start=EXPAND,
         variants={
             "short warm-up": Variant({"warmup_factor": 0.05}),
             "linear": Variant(LINEAR),
@@ -26,6 +36,7 @@ EXPERIMENTS = (
         name="polar",
         change="The whitened polar in place of the power 3/4, with the graft and with a length of its own.",
         submission="kfac_expand",
+        start=EXPAND,
         base=LINEAR,
         variants={
             "polar": Variant({"scaling": "polar"}),
@@ -41,6 +52,7 @@ EXPERIMENTS = (
         name="fresh_statistics",
         change="Statistics at every step with a short memory, and a refresh at every second step.",
         submission="kfac_expand",
+        start=EXPAND,
         base=LINEAR,
         variants={"fresh": Variant(FRESH), "fresh, polar, rms": Variant({**FRESH, "scaling": "polar", **RMS})},
     ),
@@ -48,19 +60,15 @@ EXPERIMENTS = (
         name="power",
         change="The power of the eigenvalues: 1 is K-FAC's own, 1/2 Adam's in the eigenbasis.",
         submission="kfac_expand",
+        start=EXPAND,
         base=LINEAR,
         variants={f"p = {power:g}": Variant({"power": power}) for power in (0.5, 0.65, 1.0)},
-    ),
-    Experiment(
-        name="controls",
-        change="Is it the curvature of both sides that helps? One side alone, and the eigenvalues in random bases.",
-        submission="kfac_expand",
-        variants={name: Variant(submission=name) for name in ("only_a", "only_b", "random_basis")},
     ),
     Experiment(
         name="rows",
         change="Statistics from every n-th example, as many as bring the given number of rows.",
         submission="kfac_expand",
+        start=EXPAND,
         base={**LINEAR, "scaling": "polar", **RMS},
         variants={f"{rows} rows": Variant({"statistics_rows": rows}) for rows in (256, 1024)},
     ),
@@ -68,6 +76,7 @@ EXPERIMENTS = (
         name="polar_steps",
         change="Fewer steps of the iteration to the polar factor.",
         submission="kfac_expand",
+        start=EXPAND,
         base={**LINEAR, "scaling": "polar", **RMS},
         variants={"3 steps": Variant({"polar_steps": 3})},
     ),
@@ -75,6 +84,7 @@ EXPERIMENTS = (
         name="intervals",
         change="Statistics at every 4th step in place of every 2nd, a refresh at every third of them, fewer rows.",
         submission="kfac_expand",
+        start=EXPAND,
         base={**LINEAR, "scaling": "polar", **RMS},
         variants={
             "4, 12": Variant(SELDOM),
@@ -85,6 +95,7 @@ EXPERIMENTS = (
         name="mixed",
         change="Reduce where it fits: expand's A for kernels over several positions, no B that vanishes.",
         submission="kfac_reduce",
+        start=REDUCE,
         base=LINEAR,
         variants={
             "mixed": Variant({"approximation": "mixed"}),
@@ -96,6 +107,7 @@ EXPERIMENTS = (
         name="together_expand",
         change="What was kept of the experiments above, together.",
         submission="kfac_expand",
+        start=EXPAND,
         base=LINEAR,
         variants={"together": Variant(KEPT)},
     ),
@@ -103,10 +115,21 @@ EXPERIMENTS = (
         name="together_reduce",
         change="The same for reduce where it fits.",
         submission="kfac_reduce",
+        start=REDUCE,
         base=LINEAR,
         variants={
             "together": Variant({"approximation": "mixed", **KEPT}),
             "more often": Variant({"approximation": "mixed", **KEPT, **OFTEN}),
+        },
+    ),
+    Experiment(
+        name="controls",
+        change="Is it the curvature that helps? One side alone, no factors (Muon's direction), their diagonals, random "
+        "bases, and Shampoo's factors in their place.",
+        submission="kfac_expand",
+        variants={
+            name: Variant(submission=name)
+            for name in ("only_a", "only_b", "no_factors", "diagonal", "random_basis", "gradient_basis")
         },
     ),
 )

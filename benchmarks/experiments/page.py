@@ -58,7 +58,7 @@ def section(one: Experiment, kept: Mapping[str, dict[str, Any]]) -> str:
     }
     lines = [f"## {one.name}", "", one.change, ""]
     lines.append(
-        f"Base: `{one.submission}`{_point(one.base)}. Horizon {one.horizon:g} of the step hint "
+        f"Base: `{one.submission}`{_point({**one.start, **one.base})}. Horizon {one.horizon:g} of the step hint "
         f"({', '.join(f'{workload} {count}' for workload, count in steps.items())} steps), "
         f"{one.framework}, seeds {', '.join(map(str, one.seeds))}."
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ class Run:
 
     Attributes:
         submission: a name, or that of a file in `objects/`.
-        point: what replaces its own hyperparameters, the schedule's horizon among them.
+        point: all its hyperparameters, so that a result is not taken for one of later defaults.
         steps: how many.
     """
 
@@ -56,9 +58,19 @@ def run_of(one: Experiment, variant: Variant, workload: str, seed: int) -> Run:
     """The run of a variant on a workload and a seed."""
     hint = facts.task(workload).step_hint
     steps = max(2, round(one.horizon * hint))
-    point = {**variant.point, "horizon_factor": steps / hint}
+    point = {**_defaults(variant.submission, one.framework), **variant.point, "horizon_factor": steps / hint}
     texts = tuple(sorted((name, json.dumps(value)) for name, value in point.items()))
     return Run(variant.submission, texts, workload, one.framework, steps, seed)
+
+
+@functools.cache
+def _defaults(submission: str, framework: str) -> dict[str, object]:
+    """What the submission's description says, but for the classes that objects hand in."""
+    if _object_file(submission).is_file():
+        description = importlib.import_module(f"benchmarks.experiments.objects.{submission}").DESCRIPTION
+    else:
+        description = submissions.describe(submission, framework)
+    return {name: value for name, value in description.defaults.items() if not isinstance(value, type)}
 
 
 def runs_of(one: Experiment) -> dict[tuple[str, str, int], Run]:
