@@ -124,8 +124,8 @@ EXPERIMENTS = (
     ),
     Experiment(
         name="controls",
-        change="Is it the curvature that helps? One side alone, no factors (Muon's direction), their diagonals, random "
-        "bases, and Shampoo's factors in their place.",
+        change="Is it the curvature that helps? One side alone, no factors (Muon's direction), their diagonals, "
+        "random bases, and Shampoo's factors in their place.",
         submission="kfac_expand",
         variants={
             name: Variant(submission=name)

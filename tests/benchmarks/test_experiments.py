@@ -10,6 +10,7 @@ from benchmarks.experiments import __main__ as program
 from benchmarks.experiments import page, records, runs
 from benchmarks.experiments.experiment import SEEDS, TUNED_ON, Experiment, Variant
 from benchmarks.experiments.notebook import EXPERIMENTS
+from submissions import registry as submissions
 from workloads import registry
 from workloads.studies import suite
 
@@ -115,7 +116,12 @@ def test_runs_are_kept_and_not_repeated(tmp_path, monkeypatch, capsys):
     results = records.read(kept)
     assert len(results) == 3
     by_submission = {(one["submission"], one["point"].get("learning_rate")): one for one in results.values()}
-    base, slow = by_submission["nadamw", None], by_submission["nadamw", 1e-6]
+    own = submissions.describe("nadamw", "pytorch").defaults
+    base, slow = by_submission["nadamw", own["learning_rate"]], by_submission["nadamw", 1e-6]
+    assert base["point"] == {
+        **own,
+        "horizon_factor": base["point"]["horizon_factor"],
+    }  # not what defaults may become
     assert (base["steps"], slow["steps"], base["seed"]) == (4, 4, 3001)
     assert base["loss"] < slow["loss"]
     assert "/" not in json.dumps(list(results.values()))  # no path of the machine
