@@ -33,11 +33,14 @@ from algoperf_kfac.layers import (
 )
 from algoperf_kfac.positions import Candidates, Positions, Rows, candidates_for, check_fits
 from algoperf_kfac.pytorch import fisher
+from algoperf_kfac.pytorch.calls import Call
 from algoperf_kfac.pytorch.compiled import Sight, Taps, obstacle_of, tapped
 from algoperf_kfac.pytorch.contractions import operations_of
 from algoperf_kfac.pytorch.factors import to_matrix
+from algoperf_kfac.pytorch.kinds import AnyRecorder
 from algoperf_kfac.pytorch.operations import LOSSES, RULES, Called, Function, Operation, is_mean
-from algoperf_kfac.pytorch.statistics import AnyRecorder, Call, Recorder, Scalar, Statistics
+from algoperf_kfac.pytorch.recorder import Recorder
+from algoperf_kfac.pytorch.statistics import Scalar, Statistics
 from algoperf_kfac.pytorch.uses import Uses
 from algoperf_kfac.subset import limit_for
 

@@ -28,7 +28,7 @@ from algoperf_kfac.positions import Candidates, Positions, Rows, candidates_for
 from algoperf_kfac.pytorch.covered_layer import CoveredLayer
 from algoperf_kfac.pytorch.discovery import unwrap
 from algoperf_kfac.pytorch.operations import RULES, Called, Function, Operation
-from algoperf_kfac.pytorch.statistics import Recorder
+from algoperf_kfac.pytorch.recorder import Recorder
 from algoperf_kfac.subset import limit_for
 
 # What stands in for tensors of an operation that its sums do not read.
@@ -104,9 +104,10 @@ class Tap:
             call = recorder.input(operation, operation.geometry(grad), operation.rows(grad), positions, self.limit)
             recorder.output_gradient(call, grad)
             recorder.end_group()
-            counts = (recorder.a_count, recorder.examples, recorder.vanished)
+            sums = recorder.sums
+            counts = (sums.a_count, sums.examples, sums.vanished)
             numbers = torch.stack([torch.as_tensor(n, dtype=self.dtype, device=grad.device) for n in counts])
-            return [*(recorder.a or ()), *(recorder.b or ()), numbers]
+            return [*(sums.a or ()), *(sums.b or ()), numbers]
 
     def clear(self) -> None:
         """Forget what graphs handed out."""
@@ -123,7 +124,8 @@ class Tap:
         split = len(self.spec.in_blocks)
         sight = self.sight
         a_count, examples, vanished = numbers.unbind()
-        recorder.add_closed(sums[:split], sums[split:], a_count, examples, vanished, sight.examples, sight.rounding)
+        recorder.sums.add(sums[:split], sums[split:], a_count, examples, vanished, sight.examples)
+        recorder.rounding = max(recorder.rounding, sight.rounding)
         return True
 
 

@@ -27,12 +27,12 @@ from algoperf_kfac.layers import (
 )
 from algoperf_kfac.pytorch.covered_layer import CoveredLayer
 from algoperf_kfac.pytorch.discovery import discover, spec_of_operation
-from algoperf_kfac.pytorch.kinds import KINDS, Kind, Watch
+from algoperf_kfac.pytorch.kinds import KINDS, AnyRecorder, Kind, Watch
 from algoperf_kfac.pytorch.kinds.attention import sequence_first
 from algoperf_kfac.pytorch.operations import RULES, Operation
 from algoperf_kfac.pytorch.preconditioner import LayerState
 from algoperf_kfac.pytorch.scalings import Scaling
-from algoperf_kfac.pytorch.statistics import AnyRecorder, Statistics
+from algoperf_kfac.pytorch.statistics import Statistics
 from algoperf_kfac.pytorch.views import overlap
 
 if TYPE_CHECKING:

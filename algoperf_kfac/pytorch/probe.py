@@ -18,11 +18,12 @@ from algoperf_kfac.cost import Load, Plan, Sighting, make_plan
 from algoperf_kfac.layers import RAW, UNREAD, Coverage
 from algoperf_kfac.pytorch.activations import saving
 from algoperf_kfac.pytorch.discovery import unwrap
+from algoperf_kfac.pytorch.kinds import AnyRecorder
 from algoperf_kfac.pytorch.meta import META, on_meta
 from algoperf_kfac.pytorch.operations import LOOKUPS, RULES, Function
 from algoperf_kfac.pytorch.optimizer import KFAC
+from algoperf_kfac.pytorch.recorder import Recorder
 from algoperf_kfac.pytorch.scalings import scaling_of
-from algoperf_kfac.pytorch.statistics import AnyRecorder, Recorder
 
 if TYPE_CHECKING:
     Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]

@@ -29,9 +29,11 @@ from torch import Tensor, nn
 from algoperf_kfac.config import TABLE, KFACConfig
 from algoperf_kfac.layers import FallbackSpec, LayerSpec, make_spec, matches
 from algoperf_kfac.pytorch import factors
-from algoperf_kfac.pytorch.kinds._base import Kind, Watch
+from algoperf_kfac.pytorch.calls import Call
+from algoperf_kfac.pytorch.kinds._base import AnyRecorder, Kind, Watch
 from algoperf_kfac.pytorch.operations import LOOKUPS, RULES, Called, Operation
-from algoperf_kfac.pytorch.statistics import AnyRecorder, Call, Product, Recorder, Scalar, Statistics
+from algoperf_kfac.pytorch.recorder import Recorder
+from algoperf_kfac.pytorch.statistics import Product, Scalar, Statistics
 
 if TYPE_CHECKING:
     from algoperf_kfac.pytorch.capture import Capture
@@ -344,7 +346,7 @@ class TiedRecorder:
         """The sums of both uses, to be divided by their counts."""
         out = self.output.statistics(factor, by_loss=by_loss)
         trace, ones = out.b[0], torch.ones_like(out.b[0])
-        if self.lookups.a is None:
+        if self.lookups.sums.a is None:
             share, blocks = 0 * ones, [m.new_zeros(m.shape) for m in out.a]
         else:
             emb = self.lookups.statistics(factor, by_loss=by_loss)
