@@ -10,36 +10,29 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
-import inspect
-import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.errors import MissingStatisticsError
-from algoperf_kfac.layers import (
-    MAX_ERROR,
-    ROUNDING,
-    LayerSpec,
-    Layout,
-    also_read_by,
-    computed_before,
-    not_its_gradient,
-)
-from algoperf_kfac.positions import Candidates, Positions, Rows, candidates_for, check_fits
+from algoperf_kfac.layers import LayerSpec, Layout, also_read_by, computed_before
+from algoperf_kfac.positions import Positions, Rows, candidates_for, check_fits
 from algoperf_kfac.pytorch import fisher
 from algoperf_kfac.pytorch.calls import Call
-from algoperf_kfac.pytorch.compiled import Sight, Taps, obstacle_of, tapped
+from algoperf_kfac.pytorch.checks import compare
+from algoperf_kfac.pytorch.compiled import Taps
 from algoperf_kfac.pytorch.contractions import operations_of
-from algoperf_kfac.pytorch.factors import to_matrix
+from algoperf_kfac.pytorch.hooks import first_hook, in_backward, output_hook
+from algoperf_kfac.pytorch.interception import Interceptor, TracedInterceptor, eagerly
 from algoperf_kfac.pytorch.kinds import AnyRecorder
-from algoperf_kfac.pytorch.operations import LOSSES, RULES, Called, Function, Operation, is_mean
+from algoperf_kfac.pytorch.loss_scale import LossScale
+from algoperf_kfac.pytorch.operations import LOSSES, RULES, Called, Operation, is_mean
+from algoperf_kfac.pytorch.options import Options
 from algoperf_kfac.pytorch.recorder import Recorder
+from algoperf_kfac.pytorch.sights import Sight, Sights
 from algoperf_kfac.pytorch.statistics import Scalar, Statistics
 from algoperf_kfac.pytorch.uses import Uses
 from algoperf_kfac.subset import limit_for
@@ -60,29 +53,6 @@ TRANSFORMED = (
 # What properties of tensors return, which a mode sees like functions: nothing that a gradient could go through.
 NO_TENSORS = (torch.Size, int, float, str, torch.dtype, torch.device, type(None))
 EMPTY = "The batch has no examples: leave such a step out, optimizer.step() included"
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What a capture is to do.
-
-    Attributes:
-        config: the configuration.
-        active: whether this is a statistics step; if not, nothing is watched and entering costs nothing.
-        positions: which positions count and to which example they belong.
-        generator: of the label draws of fisher="mc".
-        checks: whether to compare what was captured with the weights' gradients.
-        before_backward: called ahead of the first backward pass for parameters.
-        taps: what takes the statistics of layers within compiled graphs; None to run those uncompiled.
-    """
-
-    config: KFACConfig
-    active: bool
-    positions: Candidates
-    generator: torch.Generator | None = None
-    checks: bool = False
-    before_backward: Callable[[], None] = lambda: None
-    taps: Taps | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,17 +128,14 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         self._weights: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}  # of the weights, where they are checked
         self._strangers: dict[int, Tensor] = {}
-        self._calls: dict[str, list[Rows]] = {}
-        self._functions: dict[str, list[Function]] = {}  # that apply layers, and could be tapped
-        self._obstacles: list[str] = []
+        self._scale = LossScale()
+        self._sights = Sights()
         self._handles: list[RemovableHandle] = []
         self._record_gradients = options.config.fisher == "empirical"
         self._aside = False
         self._seeing = 0  # functions that a kind of layers runs in place of a fused one
         self._entered = False
         self._backward = False
-        self._loss_gradient: Tensor | None = None
-        self._loss_rows: set[int] = set()  # in dimension 0 of what loss functions took
         self._passes = 0
         self._hint = ""
         self._stack = contextlib.ExitStack()
@@ -181,8 +148,8 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             taps = self._options.taps
             # A compiled graph hides its operations: without taps the same model runs eagerly.
             if taps is None and "torch._dynamo" in sys.modules:
-                self._stack.enter_context(_eagerly())
-            self._stack.enter_context(_Interceptor(self) if taps is None else _TracedInterceptor(self, taps))
+                self._stack.enter_context(eagerly())
+            self._stack.enter_context(Interceptor(self) if taps is None else TracedInterceptor(self, taps))
         return self
 
     def __exit__(
@@ -266,13 +233,14 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             for operation in operations:
                 output = self.operation(operation, output)
                 if isinstance(output, Tensor) and output.requires_grad:
-                    self._note_function(called, operation)
+                    spec = self.spec_of(operation.weight, operation.layout)
+                    if spec is not None:
+                        self._sights.note(called, operation, spec, fused=self._seeing > 0)
             return output
         self.uses.views.flatten(called, output)
         self.uses.follow(called, called.run())
         if torch.is_grad_enabled() and called.func in LOSSES and output.requires_grad:
-            inputs_and_targets = [leaf for leaf in called.leaves() if isinstance(leaf, Tensor)][:2]
-            self._loss_rows |= {tensor.shape[0] for tensor in inputs_and_targets if tensor.ndim}
+            self._scale.note_loss(called)
             if is_mean(called):
                 self._handles.append(output.register_hook(self._note_loss))
         return output
@@ -288,16 +256,16 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         weights = None if inputs is None else [p for p in inputs if isinstance(p, torch.nn.Parameter)]
         self._aside = inputs is not None and not weights
         if weights:
-            self._obstacles.append("gradients are taken for given parameters")
+            self._sights.obstruct("gradients are taken for given parameters")
         elif self._backward and not self._aside:
-            self._obstacles.append("a capture has several backward passes")
+            self._sights.obstruct("a capture has several backward passes")
         if self._aside and again and self.recorders:
             raise RuntimeError(
                 "autograd.grad(..., create_graph=True) inside capture(): K-FAC has no statistics for the gradient "
                 "of a gradient. Take the statistics of the plain loss alone inside capture(), and call backward() "
                 "on the penalty outside of it: gradients add up"
             )
-        self._loss_gradient = None
+        self._scale.gradient = None
         if not self._aside and not self._backward:
             self._options.before_backward()
         try:
@@ -310,28 +278,10 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
                 self._backward = True
             self._aside = False
 
-    def _note_function(self, called: Called, operation: Operation) -> None:
-        """Remember how a layer is applied, for steps that run compiled."""
-        spec = self.spec_of(operation.weight, operation.layout)
-        if spec is None:
-            return
-        obstacle = obstacle_of(called, operation, spec)
-        if self._seeing:
-            obstacle = f"layer {spec.name} is part of a fused operation"
-        elif _in_backward():
-            obstacle = f"layer {spec.name} is run again in the backward pass"
-        if obstacle is not None:
-            self._obstacles.append(obstacle)
-            return
-        self._functions.setdefault(spec.name, []).append(called.func)
-
     def _note_loss(self, gradient: Tensor) -> None:
-        """The gradient that the mean of a loss function gets; of several in one pass the largest."""
-        if self._aside:
-            return
-        gradient = gradient.detach()
-        before = self._loss_gradient
-        self._loss_gradient = gradient if before is None else torch.maximum(before, gradient)
+        """The gradient that the mean of a loss function gets."""
+        if not self._aside:
+            self._scale.note_gradient(gradient)
 
     def operation(self, operation: Operation, output: Tensor) -> Tensor:
         """Record a weighted operation; returns the output to hand on in its place.
@@ -342,7 +292,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         """
         spec = self.spec_of(operation.weight, operation.layout)
         known = None if spec is None else self.recorders.get(spec.name)
-        if isinstance(known, Recorder) and not _in_backward():
+        if isinstance(known, Recorder) and not in_backward():
             self._next_forward(known)
         if not output.requires_grad or not output.numel() or not operation.input.numel():
             self._hint = self._hint or (EMPTY if output.requires_grad else "")
@@ -375,7 +325,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         self, recorder: Recorder, operation: Operation, output: Tensor, positions: Positions | None
     ) -> Tensor:
         """Record a call's input now (or when its layer is run again), and its output gradient when it comes."""
-        again = _in_backward()
+        again = in_backward()
         if not again:
             self._next_forward(recorder)
         geometry, rows = operation.geometry(output), operation.rows(output)
@@ -389,19 +339,12 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
                 return recorder.input(operation, geometry, rows, positions, limit)
 
         hook = self._gradient_hook(recorder, record if again else record(), output, operation.arrange)
-        base = output._base if output._is_view() else None
-        producer = base.grad_fn if base is not None else None
-        if producer is not None and base is not None and _same_order(output, base):
-            # An in-place operation on a view rewrites its history, and a hook on it would never fire; the operation
-            # that made what it is a view of stays in the graph.
-            self._handles.append(producer.register_prehook(lambda grads: hook(grads[0])))
-        else:
-            output = output.clone() if output._is_view() else output
-            self._handles.append(output.register_hook(hook))
+        output, handle = output_hook(output, hook)
+        self._handles.append(handle)
         return output
 
     def _next_forward(self, recorder: Recorder) -> None:
-        recorder.note_loss(self._loss_gradient)
+        recorder.note_loss(self._scale.gradient)
         recorder.next_forward()
 
     def _gradient_hook(
@@ -440,7 +383,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         """Run a function as a part of the model: for a kind, in place of one that torch has fused."""
         self._seeing += 1
         try:
-            with _Interceptor(self):
+            with Interceptor(self):
                 return function(*args, **kwargs)
         finally:
             self._seeing -= 1
@@ -456,7 +399,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             self.recorders[spec.name] = self.layers.recorder(spec, dtype, one_pass=one_pass, checks=checks)
             self._weights[spec.name] = weight
             if checks:
-                self._handles.append(_first_hook(weight, lambda grad: self._add_gradient(spec.name, grad)))
+                self._handles.append(first_hook(weight, lambda grad: self._add_gradient(spec.name, grad)))
         return self.recorders[spec.name]
 
     def _add_gradient(self, name: str, grad: Tensor) -> None:
@@ -477,12 +420,12 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             spec: the layer.
             rows: of the call at hand.
         """
-        self._calls.setdefault(spec.name, []).append(rows)
+        self._scale.note_call(spec.name, rows)
         return candidates_for(spec.name, self._options.positions)
 
     def choose(self, spec: LayerSpec, operation: Operation, output: Tensor) -> Positions | None:
         """The description of positions that a call takes."""
-        self._calls.setdefault(spec.name, []).append(operation.rows(output))
+        self._scale.note_call(spec.name, operation.rows(output))
         first = spec.weight in self.layers.sequence_first
         return operation.positions(spec.name, output, self._options.positions, sequence_first=first)
 
@@ -498,7 +441,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             watch.settle()
         taps = self._options.taps
         if taps is None:
-            calls = {name: rows for name, rows in self._calls.items() if name in self.layers.covered}
+            calls = {name: rows for name, rows in self._scale.calls.items() if name in self.layers.covered}
             check_fits(self._options.positions, calls, self.layers.names())
         else:
             self._take(taps)
@@ -529,22 +472,19 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             )
         counted = {n: r for n, r in self.recorders.items() if n not in missing and n not in wrong}
         for recorder in counted.values():
-            recorder.note_loss(self._loss_gradient)
+            recorder.note_loss(self._scale.gradient)
             recorder.end_group()
-        errors, too_far = self._check(counted)
+        products = {name: recorder.product for name, recorder in counted.items()}
+        errors, too_far = compare(self.layers.covered, products, self._gradients, self.uses.penalised)
         wrong |= too_far
         counted = {name: recorder for name, recorder in counted.items() if name not in too_far}
-        factor = self._factor(counted)
-        sights, obstacles = ({}, []) if taps is not None else self._sights(counted)
+        factor = self._scale.factor(counted, self._options.config, self.loss_normalizer)
+        sights, obstacles = ({}, []) if taps is not None else self._seen(counted)
         by_loss = self.loss_normalizer is None and self._options.config.fisher == "empirical"
         statistics = {name: recorder.statistics(factor, by_loss=by_loss) for name, recorder in counted.items()}
-        rows = {
-            name: counted[name].rows
-            for number, name in enumerate(self._by_batch(counted))
-            if not number or not self._by_row(name)
-        }
+        rows = self._scale.rows(counted, self.layers.covered)
         hint = "" if self.recorders else self._hint
-        second = self._batch_second(counted)
+        second = self._scale.batch_second(counted)
         strangers = list(self._strangers.values())
         readers = self.uses.missed
         scaled = self.loss_normalizer is not None
@@ -578,204 +518,21 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             shown = ran_uncompiled.pop(name, None)
             if tap.take(recorder):
                 self._backward = True  # torch 2.9 may not ask the mode on the step that compiles
-                self._calls[name] = [tap.sight.rows]
+                self._scale.calls[name] = [tap.sight.rows]
                 self.recorders[name] = recorder
             elif shown is not None:
                 self.recorders[name] = shown
         self.recorders |= ran_uncompiled
 
-    def _sights(self, recorders: Mapping[str, AnyRecorder]) -> tuple[dict[str, Sight], list[str]]:
+    def _seen(self, recorders: dict[str, AnyRecorder]) -> tuple[dict[str, Sight], list[str]]:
         """What compiled graphs have to know of layers, the one that sees the batch first; and what forbids them."""
         if self._options.config.fisher != "empirical":
             return {}, [f"fisher={self._options.config.fisher!r}"]
-        sights, obstacles = {}, list(dict.fromkeys(self._obstacles))
-        for name in self._by_batch(recorders):
-            recorder, functions = recorders[name], self._functions.get(name, [])
-            if not functions and not obstacles:
-                obstacles.append(f"layer {name} is applied by a fused operation")
-            if len(functions) > 1:
-                obstacles.append(f"layer {name} is called {len(functions)} times")
-            elif functions and type(recorder) is Recorder:
-                sights[name] = Sight(functions[0], self._calls[name][0], recorder.rows, recorder.rounding)
-            elif functions:
-                obstacles.append(f"layer {name} is a {self.layers.covered[name].spec.kind}")
-        return sights, obstacles
+        ordered = {name: recorders[name] for name in self._scale.by_batch(recorders)}
+        return self._sights.of(ordered, self._scale.calls, self.layers.covered)
 
     def _missed_use(self, spec: LayerSpec) -> str | None:
         """An operation that reads the weight or bias of a layer and is not recorded."""
         names = (spec.weight, spec.bias) if spec.bias is not None else (spec.weight,)
         uses = (self.uses.missed.get(id(self.layers.params[name])) for name in names)
         return next((use for use in uses if use is not None), None)
-
-    def _factor(self, recorders: Mapping[str, AnyRecorder]) -> Scalar:
-        """What squares of output gradients are multiplied by to belong to the per-example loss.
-
-        One number for all layers: by default the examples of the layer that was called first of those that see the
-        batch. Others may see a part of it (experts) or cut it up (windows).
-        """
-        config = self._options.config
-        if config.fisher != "empirical":
-            return 1.0 / config.fisher_samples if config.fisher == "mc" else 1.0
-        scale = self.loss_normalizer
-        if scale is None:
-            scale = next((recorders[name].examples for name in self._by_batch(recorders)), 1.0)
-        return scale * scale
-
-    def _by_batch(self, recorders: Mapping[str, AnyRecorder]) -> list[str]:
-        """The layers as they were called, but the first one that sees what a loss function does ahead of all."""
-
-        def sees_the_batch(name: str) -> bool:
-            sizes = {
-                size for rows in self._calls.get(name, ()) for size in (*rows.leading, math.prod(rows.leading))
-            }
-            return not sizes.isdisjoint(self._loss_rows)
-
-        batch = next(filter(sees_the_batch, recorders), None)
-        return list(recorders) if batch is None else [batch, *(name for name in recorders if name != batch)]
-
-    def _batch_second(self, recorders: Mapping[str, AnyRecorder]) -> dict[str, tuple[int, int]]:
-        """Layers taken to have examples first, where the loss has as many rows as their second dimension alone."""
-        found = {}
-        for name, recorder in recorders.items():
-            for rows in self._calls.get(name, ()):
-                first, second = (*rows.leading, 0, 0)[:2]
-                elsewhere = self._loss_rows.isdisjoint((first, math.prod(rows.leading)))
-                if second in self._loss_rows and elsewhere and recorder.rows == first and not rows.batch_first:
-                    found[name] = (first, second)
-        return found
-
-    def _by_row(self, name: str) -> bool:
-        """Whether it changes nothing but the scale of B how a layer's rows are put together: tokens of experts."""
-        spec = self.layers.covered[name].spec
-        return spec.is_part and spec.approximation == "expand"
-
-    def _check(self, recorders: Mapping[str, AnyRecorder]) -> tuple[dict[str, float], dict[str, str]]:
-        """By layer, how far the captured pairs are from the weight's gradient; and the layers that are too far."""
-        shares, excesses = {}, {}
-        for name, recorder in recorders.items():
-            spec, product, gradient = self.layers.covered[name].spec, recorder.product, self._gradients.get(name)
-            if product is None or gradient is None or product.matrix.is_meta:
-                continue
-            if id(self._weights[name]) in self.uses.penalised:
-                continue
-            wanted = to_matrix(gradient.to(product.matrix), None, spec)
-            difference, norm = product.matrix - wanted, wanted.norm()
-            shares[name] = difference.norm() / norm.clamp(min=torch.finfo(norm.dtype).tiny)
-            allowed = MAX_ERROR * norm + ROUNDING * product.eps * product.bound
-            excesses[name] = difference.norm() - allowed
-        if not shares:
-            return {}, {}
-        device = next(iter(shares.values())).device
-        table = torch.stack([torch.stack([shares[n].to(device), excesses[n].to(device)]) for n in shares]).tolist()
-        errors = {name: share for name, (share, _) in zip(shares, table, strict=True)}
-        far = {name: share for name, (share, excess) in zip(shares, table, strict=True) if excess > 0}
-        return errors, {name: not_its_gradient(share) for name, share in far.items()}
-
-
-class _Interceptor(TorchFunctionMode):
-    """Hands every function of torch to the capture."""
-
-    def __init__(self, capture: Capture) -> None:
-        super().__init__()
-        self._capture = capture
-
-    def __torch_function__(
-        self, func: Function, types: Any, args: Iterable[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is Tensor.backward:
-            with self:
-                return _tensor_backward(*args, **kwargs)
-        if func is torch.autograd.backward or func is torch.autograd.grad:
-            return self._backward(func, list(args), kwargs)
-        return self._capture.called(Called(func, list(args), kwargs))
-
-    def _backward(self, func: Function, args: list[Any], kwargs: Mapping[str, Any]) -> Any:
-        bound = inspect.signature(func).bind(*args, **kwargs).arguments
-        inputs = bound.get("inputs")
-        inputs = [inputs] if isinstance(inputs, Tensor) else inputs
-        edges = [] if func is torch.autograd.grad else _edges(*args, **kwargs)
-
-        def run() -> Any:
-            # A mode is off while it handles a function, and this one may run layers again (reentrant
-            # checkpointing). Unlike for tensors, backward from gradient edges does not ask the mode again.
-            if edges:
-                with self:
-                    return func(edges, *args[1:], **kwargs)
-            return func(*args, **kwargs)
-
-        return self._capture.backward(run, inputs, again=bool(bound.get("create_graph")))
-
-
-class _TracedInterceptor(_Interceptor):
-    """The same, and taps where dynamo traces a graph."""
-
-    def __init__(self, capture: Capture, taps: Taps) -> None:
-        super().__init__(capture)
-        self._table, self._masks = taps.table, taps.masks
-
-    def __torch_function__(
-        self, func: Function, types: Any, args: Iterable[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if torch.compiler.is_dynamo_compiling():
-            return tapped(self._table, self._masks, func, args, kwargs)
-        # What a compiled graph consists of runs without gradients, and asks every mode.
-        if not torch.is_grad_enabled():
-            return func(*args, **kwargs)
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-def _tensor_backward(
-    tensor: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = None
-) -> None:
-    """`Tensor.backward`, which in older versions of torch is all that asks the mode."""
-    torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
-
-
-def _edges(tensors: Any, *args: Any, inputs: Any = None, **kwargs: Any) -> list[Any]:
-    """The gradient edges from which `torch.autograd.backward` starts; none where it takes no edges."""
-    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    if inputs is not None or not all(isinstance(t, Tensor) and t.requires_grad for t in tensors):
-        return []
-    return [torch.autograd.graph.get_gradient_edge(t) for t in tensors]
-
-
-def _first_hook(weight: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
-    """Register a hook that sees a weight's gradient ahead of hooks that clip, scale or mask it."""
-    handle = weight.register_hook(hook)
-    hooks = weight._backward_hooks
-    if hooks is not None and len(hooks) > 1:  # they run in the order in which they stand in this dict
-        others = {key: other for key, other in hooks.items() if key != handle.id}
-        mine = hooks[handle.id]
-        hooks.clear()
-        hooks[handle.id] = mine
-        hooks.update(others)
-    return handle
-
-
-def _same_order(output: Tensor, base: Tensor) -> bool:
-    """Whether a view holds its base's elements in their order."""
-    return output.numel() == base.numel() and output.is_contiguous() and base.is_contiguous()
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
-@contextlib.contextmanager
-def _eagerly() -> Iterator[None]:
-    """Run what torch.compile compiled as it was written."""
-    if hasattr(torch.compiler, "set_stance"):
-        with torch.compiler.set_stance("force_eager"):
-            yield
-        return
-    # Before torch 2.6: compiled functions ask this one to switch compilation on for their frame.
-    from torch._dynamo import eval_frame
-
-    switch = eval_frame._maybe_set_eval_frame
-    eval_frame._maybe_set_eval_frame = lambda callback: switch(None)
-    try:
-        yield
-    finally:
-        eval_frame._maybe_set_eval_frame = switch

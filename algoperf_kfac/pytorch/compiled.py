@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 from algoperf_kfac.errors import listed
 from algoperf_kfac.layers import LayerSpec
-from algoperf_kfac.positions import Candidates, Positions, Rows, candidates_for
+from algoperf_kfac.positions import Candidates, Positions, candidates_for
 from algoperf_kfac.pytorch.covered_layer import CoveredLayer
 from algoperf_kfac.pytorch.discovery import unwrap
-from algoperf_kfac.pytorch.operations import RULES, Called, Function, Operation
+from algoperf_kfac.pytorch.operations import RULES, Function, Operation
 from algoperf_kfac.pytorch.recorder import Recorder
+from algoperf_kfac.pytorch.sights import Sight
 from algoperf_kfac.subset import limit_for
 
 # What stands in for tensors of an operation that its sums do not read.
@@ -42,23 +43,6 @@ Table = dict[int, tuple[int, list[Tensor]]]
 _Form = tuple[int | str | None, int, str]
 _Forms = tuple[tuple[str, tuple[_Form, ...]], ...]  # by pattern
 _WHOLE = ""  # the pattern of descriptions for the whole model
-
-
-@dataclasses.dataclass(frozen=True)
-class Sight:
-    """A covered layer as an uncompiled statistics step saw it.
-
-    Attributes:
-        function: what it calls.
-        rows: of the call.
-        examples: that it was taken to see.
-        rounding: the coarsest eps of its input and output gradient.
-    """
-
-    function: Function
-    rows: Rows
-    examples: int
-    rounding: float
 
 
 @dataclasses.dataclass(eq=False)
@@ -327,18 +311,6 @@ class CompiledStatistics:
             taps.append(tap)
             table[id(weight)] = (tap.number, zeros)
         return Taps(taps, table, [])
-
-
-def obstacle_of(called: Called, operation: Operation, spec: LayerSpec) -> str | None:
-    """Why a call of a layer cannot be tapped; None if it can."""
-    plain = called.func in RULES and operation.weight is _weight_of(called)
-    if not plain or operation.arrange is not None or operation.mask is not None or spec.layout:
-        return f"layer {spec.name} is applied by {called.name} to a part or a view of its weight"
-    return None
-
-
-def _weight_of(called: Called) -> object:
-    return called.args[1] if len(called.args) > 1 else called.kwargs.get("weight")
 
 
 def _is_compiled(model: nn.Module) -> bool:
