@@ -36,7 +36,7 @@ from algoperf_kfac.pytorch.statistics import Statistics
 from algoperf_kfac.pytorch.views import overlap
 
 if TYPE_CHECKING:
-    from algoperf_kfac.pytorch.capture import Capture
+    from algoperf_kfac.pytorch.observer import Observer
 
 
 _PLAIN = Kind()
@@ -163,9 +163,9 @@ class Layers:
 
     # Capture.
 
-    def watches(self, capture: Capture) -> list[Watch]:
+    def watches(self, observer: Observer) -> list[Watch]:
         """What the kinds of layers have to do within a capture."""
-        return [watch for kind in self._kinds if (watch := kind.watch(capture)) is not None]
+        return [watch for kind in self._kinds if (watch := kind.watch(observer)) is not None]
 
     def recorder(self, spec: LayerSpec, dtype: torch.dtype, *, one_pass: bool, checks: bool) -> AnyRecorder:
         """What gathers the statistics of a layer; arguments as for `Recorder`."""

@@ -172,9 +172,9 @@ def _step(subject: Subject, make_optimizer: Callable[[nn.Module], KFAC], batch_s
             outputs = [t for t in tensors(subject.outputs(model, batch_size)) if t.requires_grad]
             if not outputs:
                 raise ValueError("the model's outputs do not depend on its parameters")
-            for tensor in capture.kept_inputs():
+            for tensor in capture.observer.kept_inputs():
                 captured.add(tensor)
-            recorded = _recorded_loads(capture.recorders.values())
+            recorded = _recorded_loads(capture.observer.recorders.values())
             torch.stack([t.sum() for t in outputs]).sum().backward()
     loads = {
         name: load.of_examples(subject.segments[int(load.examples)]) if load.examples in subject.segments else load

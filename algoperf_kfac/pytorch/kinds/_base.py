@@ -18,7 +18,7 @@ from algoperf_kfac.pytorch.statistics import Product, Scalar, Statistics
 if TYPE_CHECKING:
     import torch
 
-    from algoperf_kfac.pytorch.capture import Capture
+    from algoperf_kfac.pytorch.observer import Observer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Kind:
         """
         return {}
 
-    def watch(self, capture: Capture) -> Watch | None:
+    def watch(self, observer: Observer) -> Watch | None:
         """What the kind does within a capture that is about to begin; None for nothing."""
         return None
 
