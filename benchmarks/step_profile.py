@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from algoperf_kfac.pytorch import capture, distributed, optimizer
-from algoperf_kfac.pytorch.statistics import Recorder
+from algoperf_kfac.pytorch.recorder import Recorder
 from benchmarks.step_time import Run
 from commands import errors
 from commands.arguments import Parser

@@ -44,13 +44,14 @@ from algoperf_kfac.evidence import (
     split_batch,
 )
 from algoperf_kfac.jax import fisher
-from algoperf_kfac.jax.capture import ForwardPass, TappedModel
 from algoperf_kfac.jax.discovery import discover
+from algoperf_kfac.jax.forward_pass import ForwardPass
 from algoperf_kfac.jax.kinds import kind_of
 from algoperf_kfac.jax.layer_book import CoveredLayer, Layers
 from algoperf_kfac.jax.monitoring import factors
 from algoperf_kfac.jax.optimizer import KFAC
 from algoperf_kfac.jax.statistics import Gathered, Statistics, add
+from algoperf_kfac.jax.tapped_model import TappedModel
 from algoperf_kfac.jax.tracing import named_leaves, trace
 from algoperf_kfac.jax.types import ApplyFn, LossTypeLike, Tree
 from algoperf_kfac.losses import LossType

@@ -14,11 +14,11 @@ from jax import Array
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.cost import Load, Plan, Sighting, make_plan
 from algoperf_kfac.jax.activations import activation_bytes
-from algoperf_kfac.jax.capture import AllSums, TappedModel
 from algoperf_kfac.jax.discovery import discover
 from algoperf_kfac.jax.interpreter import Key, Visitor
 from algoperf_kfac.jax.operations import Call
 from algoperf_kfac.jax.scalings import scaling_of
+from algoperf_kfac.jax.tapped_model import AllSums, TappedModel
 from algoperf_kfac.jax.tracing import trace
 from algoperf_kfac.jax.types import ApplyFn, Tree
 from algoperf_kfac.positions import BY_GRADIENT, as_candidates

@@ -1,121 +1,30 @@
-"""Capture: seeing what goes into a layer and which gradient comes back, without editing the model.
+"""Capture: the context around a forward and a backward pass in which layers are recorded, the model unedited.
 
-On statistics steps a `TorchFunctionMode` watches the operations that take a parameter as weight. Operations are
-matched by the identity of that parameter, not by module class, so that functional layers, views, in-place
-operations and repeated uses are seen. Factors are accumulated at once, activations are not kept.
+On statistics steps the model runs under a `TorchFunctionMode` (`interception.py`), an observer records what it does
+(`observer.py`), and at the end statistics are made of that (`gathering.py`). On others nothing happens.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import enum
-import inspect
-import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from algoperf_kfac.config import KFACConfig
-from algoperf_kfac.errors import MissingStatisticsError
-from algoperf_kfac.layers import (
-    MAX_ERROR,
-    ROUNDING,
-    LayerSpec,
-    Layout,
-    also_read_by,
-    computed_before,
-    not_its_gradient,
-)
-from algoperf_kfac.positions import Candidates, Positions, Rows, candidates_for, check_fits
 from algoperf_kfac.pytorch import fisher
-from algoperf_kfac.pytorch.compiled import Sight, Taps, obstacle_of, tapped
-from algoperf_kfac.pytorch.contractions import operations_of
-from algoperf_kfac.pytorch.factors import to_matrix
-from algoperf_kfac.pytorch.operations import LOSSES, RULES, Called, Function, Operation, is_mean
-from algoperf_kfac.pytorch.statistics import AnyRecorder, Call, Recorder, Scalar, Statistics
-from algoperf_kfac.pytorch.uses import Uses
-from algoperf_kfac.subset import limit_for
+from algoperf_kfac.pytorch.gathering import Gathered, gather
+from algoperf_kfac.pytorch.interception import Interceptor, TracedInterceptor, eagerly
+from algoperf_kfac.pytorch.observer import Observer
+from algoperf_kfac.pytorch.options import Options
+from algoperf_kfac.pytorch.statistics import Scalar
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from torch.utils.hooks import RemovableHandle
-
     from algoperf_kfac.pytorch.layer_book import Layers
-
-
-# Why no layer is recorded, and what to do about it.
-TRANSFORMED = (
-    "The model ran inside torch.func (grad, vmap, ...), where layers cannot be recorded: on statistics steps "
-    "(optimizer.is_statistics_step) run it as it is, and loss.backward(), inside capture()"
-)
-# What properties of tensors return, which a mode sees like functions: nothing that a gradient could go through.
-NO_TENSORS = (torch.Size, int, float, str, torch.dtype, torch.device, type(None))
-EMPTY = "The batch has no examples: leave such a step out, optimizer.step() included"
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What a capture is to do.
-
-    Attributes:
-        config: the configuration.
-        active: whether this is a statistics step; if not, nothing is watched and entering costs nothing.
-        positions: which positions count and to which example they belong.
-        generator: of the label draws of fisher="mc".
-        checks: whether to compare what was captured with the weights' gradients.
-        before_backward: called ahead of the first backward pass for parameters.
-        taps: what takes the statistics of layers within compiled graphs; None to run those uncompiled.
-    """
-
-    config: KFACConfig
-    active: bool
-    positions: Candidates
-    generator: torch.Generator | None = None
-    checks: bool = False
-    before_backward: Callable[[], None] = lambda: None
-    taps: Taps | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Gathered:
-    """What a capture came to.
-
-    Attributes:
-        statistics: by layer.
-        missing: layers without, and what they missed.
-        wrong: layers whose statistics would not be the whole of them, and why.
-        backward: whether there was a backward pass.
-        rows: examples that each layer with statistics was taken to see.
-        scaled: whether the caller said what the loss was divided by.
-        errors: by layer, how far what was captured is from the weight's gradient, relative to it; of a checked
-            capture.
-        readers: by identity of a parameter: the operation without a rule in which it met data.
-        strangers: parameters with a gradient that operations with a rule read, and the optimizer does not have.
-        hint: why no layer at all was recorded, as far as that is known, and what to do.
-        second: by layer whose second dimension alone is as long as what the loss function took: both sizes.
-        sights: of a capture that ran uncompiled, what compiled graphs need to know of its layers.
-        obstacles: why compiled graphs could not have taken all of it.
-    """
-
-    statistics: dict[str, Statistics]
-    missing: dict[str, str]
-    wrong: dict[str, str]
-    backward: bool
-    rows: dict[str, int]
-    scaled: bool
-    errors: dict[str, float]
-    readers: dict[int, str]
-    strangers: list[Tensor]
-    hint: str
-    second: dict[str, tuple[int, int]]
-    sights: dict[str, Sight]
-    obstacles: list[str]
 
 
 class Capture(contextlib.AbstractContextManager["Capture"]):
@@ -132,9 +41,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         loss_normalizer: what the summed loss was divided by before `backward`: the number of examples
             (default), the number of valid tokens, ... A tensor is fine. Output gradients are scaled by it, so
             that B belongs to the summed, per-example loss. May be set until the context is left.
-        layers: the book of layers.
-        recorders: what gathers the statistics of the layers seen so far, by name.
-        uses: what becomes of parameters in operations without a rule.
+        observer: sees the passes.
     """
 
     def __init__(
@@ -144,30 +51,12 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         options: Options,
         loss_normalizer: Scalar | None = None,
     ) -> None:
-        self.layers = layers
         self.active = options.active
         self.loss_normalizer = loss_normalizer
-        self.recorders: dict[str, AnyRecorder] = {}
+        self.observer = Observer(layers, options)
         self._finish = finish
         self._options = options
-        self._watches = layers.watches(self) if options.active else []
-        self.uses = Uses()
-        self._weights: dict[str, Tensor] = {}
-        self._gradients: dict[str, Tensor] = {}  # of the weights, where they are checked
-        self._strangers: dict[int, Tensor] = {}
-        self._calls: dict[str, list[Rows]] = {}
-        self._functions: dict[str, list[Function]] = {}  # that apply layers, and could be tapped
-        self._obstacles: list[str] = []
-        self._handles: list[RemovableHandle] = []
-        self._record_gradients = options.config.fisher == "empirical"
-        self._aside = False
-        self._seeing = 0  # functions that a kind of layers runs in place of a fused one
         self._entered = False
-        self._backward = False
-        self._loss_gradient: Tensor | None = None
-        self._loss_rows: set[int] = set()  # in dimension 0 of what loss functions took
-        self._passes = 0
-        self._hint = ""
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Capture:
@@ -175,11 +64,11 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             raise RuntimeError("a capture() is for one pass: call optimizer.capture() again")
         self._entered = True
         if self.active:
-            taps = self._options.taps
+            taps, observer = self._options.taps, self.observer
             # A compiled graph hides its operations: without taps the same model runs eagerly.
             if taps is None and "torch._dynamo" in sys.modules:
-                self._stack.enter_context(_eagerly())
-            self._stack.enter_context(_Interceptor(self) if taps is None else _TracedInterceptor(self, taps))
+                self._stack.enter_context(eagerly())
+            self._stack.enter_context(Interceptor(observer) if taps is None else TracedInterceptor(observer, taps))
         return self
 
     def __exit__(
@@ -189,20 +78,17 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             return
         self._stack.close()
         self.active = False
-        self._record_gradients = False
+        self.observer.stop()
         try:
             if exc_type is None:
                 self._collect()
         finally:
-            # Nothing hangs on the graph any more, which a kept loss keeps alive.
             if self._options.taps is not None:
                 self._options.taps.clear()
-            for handle in self._handles:
-                handle.remove()
-            self._handles.clear()
-            self.recorders.clear()
-            self._weights.clear()
-            self._gradients.clear()
+            self.observer.release()
+
+    def _collect(self) -> None:
+        self._finish(gather(self.observer, self._options, self.loss_normalizer))
 
     def backward_fisher(
         self,
@@ -232,547 +118,4 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             )
         else:
             losses = fisher.exact_losses(outputs, loss_type, mask)
-        weights = list(self._weights.values())
-        if not weights:
-            return  # no layer is covered, or the forward pass is yet to come
-        self._record_gradients = True
-        for loss in losses:
-            torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
-            for recorder in self.recorders.values():
-                recorder.end_pass()
-            self._passes += 1
-        self._record_gradients = False
-
-    # What is called. The kinds of layers use these, too.
-
-    def called(self, called: Called) -> Any:
-        """Run a function of torch, recording it where it takes a parameter as weight; what to hand on for it."""
-        for watch in self._watches:
-            output = watch.called(called)
-            if output is not NotImplemented:
-                return output
-        output = called.run()
-        if isinstance(output, NO_TENSORS):
-            return output
-        if called.func in RULES and torch._C._functorch.peek_interpreter_stack() is not None:
-            self._hint = TRANSFORMED
-        if called.name == "__iter__" and self.uses.views.of(called.args[0]) is not None:
-            output = iter(called.replace(list(output)))
-        operations = operations_of(called, self.uses.views)
-        if operations:
-            for operation in operations:
-                output = self.operation(operation, output)
-                if isinstance(output, Tensor) and output.requires_grad:
-                    self._note_function(called, operation)
-            return output
-        self.uses.views.flatten(called, output)
-        self.uses.follow(called, called.run())
-        if torch.is_grad_enabled() and called.func in LOSSES and output.requires_grad:
-            inputs_and_targets = [leaf for leaf in called.leaves() if isinstance(leaf, Tensor)][:2]
-            self._loss_rows |= {tensor.shape[0] for tensor in inputs_and_targets if tensor.ndim}
-            if is_mean(called):
-                self._handles.append(output.register_hook(self._note_loss))
-        return output
-
-    def backward(self, run: Callable[[], object], inputs: Iterable[object] | None, *, again: bool) -> object:
-        """Run a backward pass.
-
-        Args:
-            run: the pass.
-            inputs: what gradients are taken with respect to, None for all parameters.
-            again: whether gradients of the gradients are to follow (create_graph).
-        """
-        weights = None if inputs is None else [p for p in inputs if isinstance(p, torch.nn.Parameter)]
-        self._aside = inputs is not None and not weights
-        if weights:
-            self._obstacles.append("gradients are taken for given parameters")
-        elif self._backward and not self._aside:
-            self._obstacles.append("a capture has several backward passes")
-        if self._aside and again and self.recorders:
-            raise RuntimeError(
-                "autograd.grad(..., create_graph=True) inside capture(): K-FAC has no statistics for the gradient "
-                "of a gradient. Take the statistics of the plain loss alone inside capture(), and call backward() "
-                "on the penalty outside of it: gradients add up"
-            )
-        self._loss_gradient = None
-        if not self._aside and not self._backward:
-            self._options.before_backward()
-        try:
-            return run()
-        finally:
-            if self._aside:
-                for recorder in self.recorders.values():
-                    recorder.set_aside()
-            else:
-                self._backward = True
-            self._aside = False
-
-    def _note_function(self, called: Called, operation: Operation) -> None:
-        """Remember how a layer is applied, for steps that run compiled."""
-        spec = self.spec_of(operation.weight, operation.layout)
-        if spec is None:
-            return
-        obstacle = obstacle_of(called, operation, spec)
-        if self._seeing:
-            obstacle = f"layer {spec.name} is part of a fused operation"
-        elif _in_backward():
-            obstacle = f"layer {spec.name} is run again in the backward pass"
-        if obstacle is not None:
-            self._obstacles.append(obstacle)
-            return
-        self._functions.setdefault(spec.name, []).append(called.func)
-
-    def _note_loss(self, gradient: Tensor) -> None:
-        """The gradient that the mean of a loss function gets; of several in one pass the largest."""
-        if self._aside:
-            return
-        gradient = gradient.detach()
-        before = self._loss_gradient
-        self._loss_gradient = gradient if before is None else torch.maximum(before, gradient)
-
-    def operation(self, operation: Operation, output: Tensor) -> Tensor:
-        """Record a weighted operation; returns the output to hand on in its place.
-
-        A layer that runs within the backward pass is run again by activation checkpointing. Where checkpointing
-        is reentrant, the first run was without gradients, and this one is recorded once its gradient arrives;
-        otherwise the first run was recorded, and no gradient will reach this one.
-        """
-        spec = self.spec_of(operation.weight, operation.layout)
-        known = None if spec is None else self.recorders.get(spec.name)
-        if isinstance(known, Recorder) and not _in_backward():
-            self._next_forward(known)
-        if not output.requires_grad or not output.numel() or not operation.input.numel():
-            self._hint = self._hint or (EMPTY if output.requires_grad else "")
-            return output
-        self.uses.miss(operation.input, f"{operation.name} as its input")
-        spec = spec or self.layers.promote(operation)
-        if spec is None:
-            if operation.weight.requires_grad and not self.layers.knows(operation.weight):
-                self._strangers[id(operation.weight)] = operation.weight
-            self.uses.miss(operation.weight, operation.name)
-            return output
-        return self.record(spec, operation, output, self.choose(spec, operation, output))
-
-    def record(self, spec: LayerSpec, operation: Operation, output: Tensor, positions: Positions | None) -> Tensor:
-        """Record a call of a covered layer; returns the output to hand on in its place."""
-        own = spec.bias is not None and operation.bias is self.layers.params[spec.bias]
-        if spec.bias is not None and operation.bias is None and spec.name not in self.recorders:
-            spec = self.layers.without_bias(spec)
-        if spec.bias is None:
-            self.uses.miss(operation.bias, f"{operation.name} as its bias")
-        elif not own or operation.bias_start != spec.bias_start:
-            self.uses.miss(operation.weight, "a call without its bias")
-        recorder = self.recorder(spec, operation.weight)
-        if not isinstance(recorder, Recorder):  # a kind's, and not for operations of this sort
-            self.uses.miss(operation.weight, operation.name)
-            return output
-        return self.attach(recorder, operation, output, positions)
-
-    def attach(
-        self, recorder: Recorder, operation: Operation, output: Tensor, positions: Positions | None
-    ) -> Tensor:
-        """Record a call's input now (or when its layer is run again), and its output gradient when it comes."""
-        again = _in_backward()
-        if not again:
-            self._next_forward(recorder)
-        geometry, rows = operation.geometry(output), operation.rows(output)
-        device = output.device.type
-        limit = limit_for(
-            self._options.config.statistics_rows, candidates_for(recorder.spec.name, self._options.positions)
-        )
-
-        def record() -> Call:
-            with torch.no_grad(), torch.autocast(device, enabled=False):
-                return recorder.input(operation, geometry, rows, positions, limit)
-
-        hook = self._gradient_hook(recorder, record if again else record(), output, operation.arrange)
-        base = output._base if output._is_view() else None
-        producer = base.grad_fn if base is not None else None
-        if producer is not None and base is not None and _same_order(output, base):
-            # An in-place operation on a view rewrites its history, and a hook on it would never fire; the operation
-            # that made what it is a view of stays in the graph.
-            self._handles.append(producer.register_prehook(lambda grads: hook(grads[0])))
-        else:
-            output = output.clone() if output._is_view() else output
-            self._handles.append(output.register_hook(hook))
-        return output
-
-    def _next_forward(self, recorder: Recorder) -> None:
-        recorder.note_loss(self._loss_gradient)
-        recorder.next_forward()
-
-    def _gradient_hook(
-        self,
-        recorder: Recorder,
-        call: Call | Callable[[], Call],
-        output: Tensor,
-        arrange: Callable[[Tensor], Tensor] | None,
-    ) -> Callable[[Tensor | None], None]:
-        """Records the output gradient of a call, and first the call itself where that was left open."""
-        shape, device = output.shape, output.device
-
-        def hook(grad: Tensor | None) -> None:
-            nonlocal call
-            if self._aside:
-                if isinstance(call, Call):
-                    call.aside = True
-                return
-            if not self._record_gradients:
-                return
-            self._backward = True  # of a capture around this one, which handles backward() alone
-            with torch._C.DisableTorchFunction(), torch.no_grad(), torch.autocast(device.type, enabled=False):
-                # None is what an autograd.Function may return for zero.
-                grad = torch.zeros(shape, device=device) if grad is None else grad.reshape(shape)
-                if not isinstance(call, Call):
-                    call = call()
-                recorder.output_gradient(call, grad if arrange is None else arrange(grad))
-
-        return hook
-
-    def spec_of(self, weight: Tensor, layout: Layout = ()) -> LayerSpec | None:
-        """The covered layer of a weight, or of a part of it; None if there is none."""
-        return self.layers.by_weight.get(id(weight), {}).get(layout)
-
-    def see(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run a function as a part of the model: for a kind, in place of one that torch has fused."""
-        self._seeing += 1
-        try:
-            with _Interceptor(self):
-                return function(*args, **kwargs)
-        finally:
-            self._seeing -= 1
-
-    def recorder(self, spec: LayerSpec, weight: Tensor) -> AnyRecorder:
-        """What gathers the statistics of a layer; made at its first call."""
-        if spec.name not in self.recorders:
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            one_pass = self._options.config.fisher == "empirical"
-            # A layer that joined later is checked when it is first seen.
-            checks = self._options.checks or (one_pass and spec.name not in self.layers.seen)
-            checks = checks and weight.requires_grad  # of a layer with a frozen weight the bias alone may move
-            self.recorders[spec.name] = self.layers.recorder(spec, dtype, one_pass=one_pass, checks=checks)
-            self._weights[spec.name] = weight
-            if checks:
-                self._handles.append(_first_hook(weight, lambda grad: self._add_gradient(spec.name, grad)))
-        return self.recorders[spec.name]
-
-    def _add_gradient(self, name: str, grad: Tensor) -> None:
-        """What a backward pass adds to a weight's gradient in this process, all its uses together."""
-        if not self._aside:
-            # A copy: the tensor becomes the parameter's .grad, which processes average and callers clip in place.
-            grad = grad.detach().clone()
-            self._gradients[name] = self._gradients[name] + grad if name in self._gradients else grad
-
-    def forget(self, name: str) -> None:
-        """Drop what was gathered for a layer."""
-        self.recorders.pop(name, None)
-
-    def candidates(self, spec: LayerSpec, rows: Rows) -> list[Positions]:
-        """The descriptions of positions that a layer may take, in order.
-
-        Args:
-            spec: the layer.
-            rows: of the call at hand.
-        """
-        self._calls.setdefault(spec.name, []).append(rows)
-        return candidates_for(spec.name, self._options.positions)
-
-    def choose(self, spec: LayerSpec, operation: Operation, output: Tensor) -> Positions | None:
-        """The description of positions that a call takes."""
-        self._calls.setdefault(spec.name, []).append(operation.rows(output))
-        first = spec.weight in self.layers.sequence_first
-        return operation.positions(spec.name, output, self._options.positions, sequence_first=first)
-
-    def kept_inputs(self) -> Iterator[Tensor]:
-        """Inputs that are kept until their gradients come, most of them kept by autograd as well."""
-        for recorder in self.recorders.values():
-            yield from recorder.kept_inputs()
-
-    # What came of it.
-
-    def _collect(self) -> None:
-        for watch in self._watches:
-            watch.settle()
-        taps = self._options.taps
-        if taps is None:
-            calls = {name: rows for name, rows in self._calls.items() if name in self.layers.covered}
-            check_fits(self._options.positions, calls, self.layers.names())
-        else:
-            self._take(taps)
-        missing: dict[str, str] = {}
-        wrong: dict[str, str] = {}
-        for spec in (layer.spec for layer in self.layers.covered.values()):
-            use = self._missed_use(spec)
-            recorder = self.recorders.get(spec.name)
-            if recorder is None:
-                if use is None:
-                    missing[spec.name] = "its inputs"
-                else:
-                    wrong[spec.name] = computed_before(use)
-            elif use is not None:
-                wrong[spec.name] = also_read_by(use)
-            elif not recorder.is_complete:
-                missing[spec.name] = "its output gradients"
-        kind = self._options.config.fisher
-        if (
-            kind != "empirical"
-            and self._backward
-            and not self._passes
-            and "its output gradients" in missing.values()
-        ):
-            raise MissingStatisticsError(
-                f"fisher={kind!r} needs capture.backward_fisher(outputs, loss_type) between the forward pass and "
-                "loss.backward()"
-            )
-        counted = {n: r for n, r in self.recorders.items() if n not in missing and n not in wrong}
-        for recorder in counted.values():
-            recorder.note_loss(self._loss_gradient)
-            recorder.end_group()
-        errors, too_far = self._check(counted)
-        wrong |= too_far
-        counted = {name: recorder for name, recorder in counted.items() if name not in too_far}
-        factor = self._factor(counted)
-        sights, obstacles = ({}, []) if taps is not None else self._sights(counted)
-        by_loss = self.loss_normalizer is None and self._options.config.fisher == "empirical"
-        statistics = {name: recorder.statistics(factor, by_loss=by_loss) for name, recorder in counted.items()}
-        rows = {
-            name: counted[name].rows
-            for number, name in enumerate(self._by_batch(counted))
-            if not number or not self._by_row(name)
-        }
-        hint = "" if self.recorders else self._hint
-        second = self._batch_second(counted)
-        strangers = list(self._strangers.values())
-        readers = self.uses.missed
-        scaled = self.loss_normalizer is not None
-        self._finish(
-            Gathered(
-                statistics,
-                missing,
-                wrong,
-                self._backward,
-                rows,
-                scaled,
-                errors,
-                readers,
-                strangers,
-                hint,
-                second,
-                sights,
-                obstacles,
-            )
-        )
-
-    def _take(self, taps: Taps) -> None:
-        """What compiled graphs took, beside what ran uncompiled.
-
-        Backends that run a graph as Python (backend="eager") show its operations once more: the tap is the whole.
-        """
-        ran_uncompiled = self.recorders
-        self.recorders = {}
-        for tap in taps.taps:
-            name, recorder = tap.spec.name, Recorder(tap.spec, tap.dtype)
-            shown = ran_uncompiled.pop(name, None)
-            if tap.take(recorder):
-                self._backward = True  # torch 2.9 may not ask the mode on the step that compiles
-                self._calls[name] = [tap.sight.rows]
-                self.recorders[name] = recorder
-            elif shown is not None:
-                self.recorders[name] = shown
-        self.recorders |= ran_uncompiled
-
-    def _sights(self, recorders: Mapping[str, AnyRecorder]) -> tuple[dict[str, Sight], list[str]]:
-        """What compiled graphs have to know of layers, the one that sees the batch first; and what forbids them."""
-        if self._options.config.fisher != "empirical":
-            return {}, [f"fisher={self._options.config.fisher!r}"]
-        sights, obstacles = {}, list(dict.fromkeys(self._obstacles))
-        for name in self._by_batch(recorders):
-            recorder, functions = recorders[name], self._functions.get(name, [])
-            if not functions and not obstacles:
-                obstacles.append(f"layer {name} is applied by a fused operation")
-            if len(functions) > 1:
-                obstacles.append(f"layer {name} is called {len(functions)} times")
-            elif functions and type(recorder) is Recorder:
-                sights[name] = Sight(functions[0], self._calls[name][0], recorder.rows, recorder.rounding)
-            elif functions:
-                obstacles.append(f"layer {name} is a {self.layers.covered[name].spec.kind}")
-        return sights, obstacles
-
-    def _missed_use(self, spec: LayerSpec) -> str | None:
-        """An operation that reads the weight or bias of a layer and is not recorded."""
-        names = (spec.weight, spec.bias) if spec.bias is not None else (spec.weight,)
-        uses = (self.uses.missed.get(id(self.layers.params[name])) for name in names)
-        return next((use for use in uses if use is not None), None)
-
-    def _factor(self, recorders: Mapping[str, AnyRecorder]) -> Scalar:
-        """What squares of output gradients are multiplied by to belong to the per-example loss.
-
-        One number for all layers: by default the examples of the layer that was called first of those that see the
-        batch. Others may see a part of it (experts) or cut it up (windows).
-        """
-        config = self._options.config
-        if config.fisher != "empirical":
-            return 1.0 / config.fisher_samples if config.fisher == "mc" else 1.0
-        scale = self.loss_normalizer
-        if scale is None:
-            scale = next((recorders[name].examples for name in self._by_batch(recorders)), 1.0)
-        return scale * scale
-
-    def _by_batch(self, recorders: Mapping[str, AnyRecorder]) -> list[str]:
-        """The layers as they were called, but the first one that sees what a loss function does ahead of all."""
-
-        def sees_the_batch(name: str) -> bool:
-            sizes = {
-                size for rows in self._calls.get(name, ()) for size in (*rows.leading, math.prod(rows.leading))
-            }
-            return not sizes.isdisjoint(self._loss_rows)
-
-        batch = next(filter(sees_the_batch, recorders), None)
-        return list(recorders) if batch is None else [batch, *(name for name in recorders if name != batch)]
-
-    def _batch_second(self, recorders: Mapping[str, AnyRecorder]) -> dict[str, tuple[int, int]]:
-        """Layers taken to have examples first, where the loss has as many rows as their second dimension alone."""
-        found = {}
-        for name, recorder in recorders.items():
-            for rows in self._calls.get(name, ()):
-                first, second = (*rows.leading, 0, 0)[:2]
-                elsewhere = self._loss_rows.isdisjoint((first, math.prod(rows.leading)))
-                if second in self._loss_rows and elsewhere and recorder.rows == first and not rows.batch_first:
-                    found[name] = (first, second)
-        return found
-
-    def _by_row(self, name: str) -> bool:
-        """Whether it changes nothing but the scale of B how a layer's rows are put together: tokens of experts."""
-        spec = self.layers.covered[name].spec
-        return spec.is_part and spec.approximation == "expand"
-
-    def _check(self, recorders: Mapping[str, AnyRecorder]) -> tuple[dict[str, float], dict[str, str]]:
-        """By layer, how far the captured pairs are from the weight's gradient; and the layers that are too far."""
-        shares, excesses = {}, {}
-        for name, recorder in recorders.items():
-            spec, product, gradient = self.layers.covered[name].spec, recorder.product, self._gradients.get(name)
-            if product is None or gradient is None or product.matrix.is_meta:
-                continue
-            if id(self._weights[name]) in self.uses.penalised:
-                continue
-            wanted = to_matrix(gradient.to(product.matrix), None, spec)
-            difference, norm = product.matrix - wanted, wanted.norm()
-            shares[name] = difference.norm() / norm.clamp(min=torch.finfo(norm.dtype).tiny)
-            allowed = MAX_ERROR * norm + ROUNDING * product.eps * product.bound
-            excesses[name] = difference.norm() - allowed
-        if not shares:
-            return {}, {}
-        device = next(iter(shares.values())).device
-        table = torch.stack([torch.stack([shares[n].to(device), excesses[n].to(device)]) for n in shares]).tolist()
-        errors = {name: share for name, (share, _) in zip(shares, table, strict=True)}
-        far = {name: share for name, (share, excess) in zip(shares, table, strict=True) if excess > 0}
-        return errors, {name: not_its_gradient(share) for name, share in far.items()}
-
-
-class _Interceptor(TorchFunctionMode):
-    """Hands every function of torch to the capture."""
-
-    def __init__(self, capture: Capture) -> None:
-        super().__init__()
-        self._capture = capture
-
-    def __torch_function__(
-        self, func: Function, types: Any, args: Iterable[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is Tensor.backward:
-            with self:
-                return _tensor_backward(*args, **kwargs)
-        if func is torch.autograd.backward or func is torch.autograd.grad:
-            return self._backward(func, list(args), kwargs)
-        return self._capture.called(Called(func, list(args), kwargs))
-
-    def _backward(self, func: Function, args: list[Any], kwargs: Mapping[str, Any]) -> Any:
-        bound = inspect.signature(func).bind(*args, **kwargs).arguments
-        inputs = bound.get("inputs")
-        inputs = [inputs] if isinstance(inputs, Tensor) else inputs
-        edges = [] if func is torch.autograd.grad else _edges(*args, **kwargs)
-
-        def run() -> Any:
-            # A mode is off while it handles a function, and this one may run layers again (reentrant
-            # checkpointing). Unlike for tensors, backward from gradient edges does not ask the mode again.
-            if edges:
-                with self:
-                    return func(edges, *args[1:], **kwargs)
-            return func(*args, **kwargs)
-
-        return self._capture.backward(run, inputs, again=bool(bound.get("create_graph")))
-
-
-class _TracedInterceptor(_Interceptor):
-    """The same, and taps where dynamo traces a graph."""
-
-    def __init__(self, capture: Capture, taps: Taps) -> None:
-        super().__init__(capture)
-        self._table, self._masks = taps.table, taps.masks
-
-    def __torch_function__(
-        self, func: Function, types: Any, args: Iterable[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if torch.compiler.is_dynamo_compiling():
-            return tapped(self._table, self._masks, func, args, kwargs)
-        # What a compiled graph consists of runs without gradients, and asks every mode.
-        if not torch.is_grad_enabled():
-            return func(*args, **kwargs)
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-def _tensor_backward(
-    tensor: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = None
-) -> None:
-    """`Tensor.backward`, which in older versions of torch is all that asks the mode."""
-    torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
-
-
-def _edges(tensors: Any, *args: Any, inputs: Any = None, **kwargs: Any) -> list[Any]:
-    """The gradient edges from which `torch.autograd.backward` starts; none where it takes no edges."""
-    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    if inputs is not None or not all(isinstance(t, Tensor) and t.requires_grad for t in tensors):
-        return []
-    return [torch.autograd.graph.get_gradient_edge(t) for t in tensors]
-
-
-def _first_hook(weight: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
-    """Register a hook that sees a weight's gradient ahead of hooks that clip, scale or mask it."""
-    handle = weight.register_hook(hook)
-    hooks = weight._backward_hooks
-    if hooks is not None and len(hooks) > 1:  # they run in the order in which they stand in this dict
-        others = {key: other for key, other in hooks.items() if key != handle.id}
-        mine = hooks[handle.id]
-        hooks.clear()
-        hooks[handle.id] = mine
-        hooks.update(others)
-    return handle
-
-
-def _same_order(output: Tensor, base: Tensor) -> bool:
-    """Whether a view holds its base's elements in their order."""
-    return output.numel() == base.numel() and output.is_contiguous() and base.is_contiguous()
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
-@contextlib.contextmanager
-def _eagerly() -> Iterator[None]:
-    """Run what torch.compile compiled as it was written."""
-    if hasattr(torch.compiler, "set_stance"):
-        with torch.compiler.set_stance("force_eager"):
-            yield
-        return
-    # Before torch 2.6: compiled functions ask this one to switch compilation on for their frame.
-    from torch._dynamo import eval_frame
-
-    switch = eval_frame._maybe_set_eval_frame
-    eval_frame._maybe_set_eval_frame = lambda callback: switch(None)
-    try:
-        yield
-    finally:
-        eval_frame._maybe_set_eval_frame = switch
+        self.observer.backward_fisher(losses)

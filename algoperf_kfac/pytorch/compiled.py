@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 from algoperf_kfac.errors import listed
 from algoperf_kfac.layers import LayerSpec
-from algoperf_kfac.positions import Candidates, Positions, Rows, candidates_for
+from algoperf_kfac.positions import Candidates, Positions, candidates_for
 from algoperf_kfac.pytorch.covered_layer import CoveredLayer
 from algoperf_kfac.pytorch.discovery import unwrap
-from algoperf_kfac.pytorch.operations import RULES, Called, Function, Operation
-from algoperf_kfac.pytorch.statistics import Recorder
+from algoperf_kfac.pytorch.operations import RULES, Function, Operation
+from algoperf_kfac.pytorch.recorder import Recorder
+from algoperf_kfac.pytorch.sights import Sight
 from algoperf_kfac.subset import limit_for
 
 # What stands in for tensors of an operation that its sums do not read.
@@ -42,23 +43,6 @@ Table = dict[int, tuple[int, list[Tensor]]]
 _Form = tuple[int | str | None, int, str]
 _Forms = tuple[tuple[str, tuple[_Form, ...]], ...]  # by pattern
 _WHOLE = ""  # the pattern of descriptions for the whole model
-
-
-@dataclasses.dataclass(frozen=True)
-class Sight:
-    """A covered layer as an uncompiled statistics step saw it.
-
-    Attributes:
-        function: what it calls.
-        rows: of the call.
-        examples: that it was taken to see.
-        rounding: the coarsest eps of its input and output gradient.
-    """
-
-    function: Function
-    rows: Rows
-    examples: int
-    rounding: float
 
 
 @dataclasses.dataclass(eq=False)
@@ -104,9 +88,10 @@ class Tap:
             call = recorder.input(operation, operation.geometry(grad), operation.rows(grad), positions, self.limit)
             recorder.output_gradient(call, grad)
             recorder.end_group()
-            counts = (recorder.a_count, recorder.examples, recorder.vanished)
+            sums = recorder.sums
+            counts = (sums.a_count, sums.examples, sums.vanished)
             numbers = torch.stack([torch.as_tensor(n, dtype=self.dtype, device=grad.device) for n in counts])
-            return [*(recorder.a or ()), *(recorder.b or ()), numbers]
+            return [*(sums.a or ()), *(sums.b or ()), numbers]
 
     def clear(self) -> None:
         """Forget what graphs handed out."""
@@ -123,7 +108,8 @@ class Tap:
         split = len(self.spec.in_blocks)
         sight = self.sight
         a_count, examples, vanished = numbers.unbind()
-        recorder.add_closed(sums[:split], sums[split:], a_count, examples, vanished, sight.examples, sight.rounding)
+        recorder.sums.add(sums[:split], sums[split:], a_count, examples, vanished, sight.examples)
+        recorder.rounding = max(recorder.rounding, sight.rounding)
         return True
 
 
@@ -325,18 +311,6 @@ class CompiledStatistics:
             taps.append(tap)
             table[id(weight)] = (tap.number, zeros)
         return Taps(taps, table, [])
-
-
-def obstacle_of(called: Called, operation: Operation, spec: LayerSpec) -> str | None:
-    """Why a call of a layer cannot be tapped; None if it can."""
-    plain = called.func in RULES and operation.weight is _weight_of(called)
-    if not plain or operation.arrange is not None or operation.mask is not None or spec.layout:
-        return f"layer {spec.name} is applied by {called.name} to a part or a view of its weight"
-    return None
-
-
-def _weight_of(called: Called) -> object:
-    return called.args[1] if len(called.args) > 1 else called.kwargs.get("weight")
 
 
 def _is_compiled(model: nn.Module) -> bool:

@@ -27,16 +27,16 @@ from algoperf_kfac.layers import (
 )
 from algoperf_kfac.pytorch.covered_layer import CoveredLayer
 from algoperf_kfac.pytorch.discovery import discover, spec_of_operation
-from algoperf_kfac.pytorch.kinds import KINDS, Kind, Watch
+from algoperf_kfac.pytorch.kinds import KINDS, AnyRecorder, Kind, Watch
 from algoperf_kfac.pytorch.kinds.attention import sequence_first
 from algoperf_kfac.pytorch.operations import RULES, Operation
 from algoperf_kfac.pytorch.preconditioner import LayerState
 from algoperf_kfac.pytorch.scalings import Scaling
-from algoperf_kfac.pytorch.statistics import AnyRecorder, Statistics
+from algoperf_kfac.pytorch.statistics import Statistics
 from algoperf_kfac.pytorch.views import overlap
 
 if TYPE_CHECKING:
-    from algoperf_kfac.pytorch.capture import Capture
+    from algoperf_kfac.pytorch.observer import Observer
 
 
 _PLAIN = Kind()
@@ -163,9 +163,9 @@ class Layers:
 
     # Capture.
 
-    def watches(self, capture: Capture) -> list[Watch]:
+    def watches(self, observer: Observer) -> list[Watch]:
         """What the kinds of layers have to do within a capture."""
-        return [watch for kind in self._kinds if (watch := kind.watch(capture)) is not None]
+        return [watch for kind in self._kinds if (watch := kind.watch(observer)) is not None]
 
     def recorder(self, spec: LayerSpec, dtype: torch.dtype, *, one_pass: bool, checks: bool) -> AnyRecorder:
         """What gathers the statistics of a layer; arguments as for `Recorder`."""

@@ -20,13 +20,15 @@ from algoperf_kfac.layers import NEVER_SEEN, Coverage
 from algoperf_kfac.pace import Pacer, interval_at
 from algoperf_kfac.positions import PositionsLike, as_candidates
 from algoperf_kfac.pytorch import checkpoint, distributed, monitoring
-from algoperf_kfac.pytorch.capture import Capture, Gathered, Options
+from algoperf_kfac.pytorch.capture import Capture
 from algoperf_kfac.pytorch.compiled import CompiledStatistics
 from algoperf_kfac.pytorch.directions import Direction, first_order, second_order
 from algoperf_kfac.pytorch.discovery import check_model, check_parameter, unwrap
+from algoperf_kfac.pytorch.gathering import Gathered
 from algoperf_kfac.pytorch.layer_book import Layers
 from algoperf_kfac.pytorch.mistakes import Mistakes
 from algoperf_kfac.pytorch.monitoring import FactorPair
+from algoperf_kfac.pytorch.options import Options
 from algoperf_kfac.pytorch.pending import Pending
 from algoperf_kfac.pytorch.preconditioner import move_averages
 from algoperf_kfac.pytorch.scalings import Scaling, scaling_of

@@ -18,11 +18,12 @@ from algoperf_kfac.cost import Load, Plan, Sighting, make_plan
 from algoperf_kfac.layers import RAW, UNREAD, Coverage
 from algoperf_kfac.pytorch.activations import saving
 from algoperf_kfac.pytorch.discovery import unwrap
+from algoperf_kfac.pytorch.kinds import AnyRecorder
 from algoperf_kfac.pytorch.meta import META, on_meta
 from algoperf_kfac.pytorch.operations import LOOKUPS, RULES, Function
 from algoperf_kfac.pytorch.optimizer import KFAC
+from algoperf_kfac.pytorch.recorder import Recorder
 from algoperf_kfac.pytorch.scalings import scaling_of
-from algoperf_kfac.pytorch.statistics import AnyRecorder, Recorder
 
 if TYPE_CHECKING:
     Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -171,9 +172,9 @@ def _step(subject: Subject, make_optimizer: Callable[[nn.Module], KFAC], batch_s
             outputs = [t for t in tensors(subject.outputs(model, batch_size)) if t.requires_grad]
             if not outputs:
                 raise ValueError("the model's outputs do not depend on its parameters")
-            for tensor in capture.kept_inputs():
+            for tensor in capture.observer.kept_inputs():
                 captured.add(tensor)
-            recorded = _recorded_loads(capture.recorders.values())
+            recorded = _recorded_loads(capture.observer.recorders.values())
             torch.stack([t.sum() for t in outputs]).sum().backward()
     loads = {
         name: load.of_examples(subject.segments[int(load.examples)]) if load.examples in subject.segments else load

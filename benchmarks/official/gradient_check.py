@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from algoperf_kfac.layers import LayerSpec
-from algoperf_kfac.pytorch import factors, statistics
+from algoperf_kfac.pytorch import factors
+from algoperf_kfac.pytorch.recorder import Recorder
 from benchmarks.official.replacing import replaced
 from submissions.common.api import Tree
 
@@ -34,7 +35,7 @@ class CapturedGradients:
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Listens to every capture made in this context."""
-        record_input, record_gradient = statistics.Recorder.input, statistics.Recorder.output_gradient
+        record_input, record_gradient = Recorder.input, Recorder.output_gradient
         inputs: dict[int, tuple[Tree, Tree]] = {}
 
         def input_(recorder: Tree, operation: Tree, *rest: Tree) -> Tree:
@@ -48,8 +49,8 @@ class CapturedGradients:
             self._add(recorder.spec, inputs.pop(id(call))[1], grad, call.conv)
 
         with (
-            replaced(statistics.Recorder, "input", input_),
-            replaced(statistics.Recorder, "output_gradient", output_gradient),
+            replaced(Recorder, "input", input_),
+            replaced(Recorder, "output_gradient", output_gradient),
         ):
             yield
 

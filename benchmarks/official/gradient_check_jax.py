@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from algoperf_kfac.jax import capture, checks, kinds
+from algoperf_kfac.jax import capture, checks, kinds, tapped_model
 from algoperf_kfac.jax.layer_book import Layers
 from algoperf_kfac.jax.statistics import Product
 from benchmarks.official.replacing import replaced
@@ -75,7 +75,7 @@ def errors(
 def listening() -> Iterator[dict[str, Product]]:
     """Gives what the taps of the capture made in this context see, as soon as it is made; see `Product`."""
     seen = checks.Checks(kinds.kind_of)
-    with replaced(capture, "kind_of", seen.kind_of):
+    with replaced(capture, "kind_of", seen.kind_of), replaced(tapped_model, "kind_of", seen.kind_of):
         yield seen.products
 
 

@@ -16,7 +16,7 @@ from torch import nn
 import algoperf_kfac.jax
 import algoperf_kfac.pytorch
 from algoperf_kfac import judging
-from algoperf_kfac.jax import capture
+from algoperf_kfac.jax import tapped_model
 from algoperf_kfac.jax.transform import find_state
 from tests.contract.frameworks import EVERY_STEP, NAMES, InJAX, InPyTorch, Run, start
 from tests.contract.models import normal, perceptron
@@ -47,12 +47,12 @@ def test_a_layer_that_falls_short_in_jax(monkeypatch: pytest.MonkeyPatch) -> Non
     """It is named where steps are not compiled, at the first; and whenever it is asked."""
     run = start("jax", MLP, **EVERY_STEP)
     assert isinstance(run, InJAX)
-    operation = capture._Tapper.operation
+    operation = tapped_model._Tapper.operation
 
     def half(self: Any, key: Any, call: Any, x: Any, out: Any) -> Any:
         return operation(self, key, call, x / 2 if call.view.source.name == "l1/kernel" else x, out)
 
-    monkeypatch.setattr(capture._Tapper, "operation", half)
+    monkeypatch.setattr(tapped_model._Tapper, "operation", half)
     args = (run.params, *run._inputs, jnp.ones(()), jnp.ones(()))
     message = r"K-FAC: layer l1: its captured .* miss 50 % of its gradient: .*exclude=\['l1'\]; optimizer\.check"
     with pytest.warns(UserWarning, match=message) as said:

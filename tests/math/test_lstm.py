@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from algoperf_kfac.pytorch import KFAC, Positions
-from algoperf_kfac.pytorch.statistics import Recorder
+from algoperf_kfac.pytorch.recorder import Recorder
 from tests.math import naive
 from tests.math.support import assert_equal
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from algoperf_kfac.pytorch import KFAC, Positions
-from algoperf_kfac.pytorch.statistics import Call, Recorder
+from algoperf_kfac.pytorch.calls import Call
+from algoperf_kfac.pytorch.recorder import Recorder
 from benchmarks.paper.ggn import ggn_blocks
 
 APPROXIMATIONS = pytest.mark.parametrize("approximation", ["expand", "reduce"])

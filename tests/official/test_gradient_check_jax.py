@@ -14,7 +14,7 @@ jax = pytest.importorskip("jax")
 from jax import lax  # noqa: E402
 from jax import numpy as jnp  # noqa: E402
 
-from algoperf_kfac.jax import KFAC, capture  # noqa: E402
+from algoperf_kfac.jax import KFAC, capture, tapped_model  # noqa: E402
 from benchmarks.official import gradient_check_jax  # noqa: E402
 
 NAMES = {"conv", "stack", "transposed", "table"}
@@ -75,19 +75,19 @@ def test_pairs_of_every_kind_of_layer_give_its_gradient(approximation):
 
 
 def test_a_use_of_a_weight_that_is_missed_shows(monkeypatch):
-    monkeypatch.setattr(capture._Tapper, "lookup", lambda self, key, lookup, rows, out: out)
+    monkeypatch.setattr(tapped_model._Tapper, "lookup", lambda self, key, lookup, rows, out: out)
     errors, _ = check("expand")
     assert errors.pop("table") > 1e-2
     assert all(error <= 1e-5 for error in errors.values()), errors
 
 
 def test_inputs_of_another_layer_show(monkeypatch):
-    operation = capture._Tapper.operation
+    operation = tapped_model._Tapper.operation
 
     def swapped(self: Any, key: Any, call: Any, x: Any, out: Any) -> Any:
         return operation(self, key, call, x[::-1] if call.view.source.name == "transposed" else x, out)
 
-    monkeypatch.setattr(capture._Tapper, "operation", swapped)
+    monkeypatch.setattr(tapped_model._Tapper, "operation", swapped)
     errors, _ = check("reduce")
     assert errors.pop("transposed") > 1e-2
     assert all(error <= 1e-5 for error in errors.values()), errors

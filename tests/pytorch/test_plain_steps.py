@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from algoperf_kfac.pytorch import KFAC
-from algoperf_kfac.pytorch import capture as capture_module
+from algoperf_kfac.pytorch.interception import Interceptor
 from tests.pytorch.toys import Batch, Patches, images
 
 OPTIONS: list[dict[str, Any]] = [
@@ -95,14 +95,14 @@ def test_capture_intercepts_nothing_on_plain_steps(monkeypatch: pytest.MonkeyPat
     model, batch = Patches(), images()
     optimizer = KFAC(model, factor_interval=2, refresh_interval=2, initial_statistics=1)
     calls = 0
-    original = capture_module._Interceptor.__torch_function__
+    original = Interceptor.__torch_function__
 
     def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(capture_module._Interceptor, "__torch_function__", counting)
+    monkeypatch.setattr(Interceptor, "__torch_function__", counting)
     for plain in (False, True, False, True):
         calls = 0
         optimizer.zero_grad()

@@ -1,6 +1,6 @@
 """Kinds of layers that need more than a rule for an operation; a new one is a file here and a line in `KINDS`."""
 
-from algoperf_kfac.pytorch.kinds._base import Found, Kind, Site, Watch
+from algoperf_kfac.pytorch.kinds._base import AnyRecorder, Found, Kind, Site, Watch
 from algoperf_kfac.pytorch.kinds.attention import Attention
 from algoperf_kfac.pytorch.kinds.recurrent import Recurrent
 from algoperf_kfac.pytorch.kinds.tied_table import TiedTable
@@ -12,4 +12,4 @@ KINDS: tuple[type[Kind], ...] = (
     Attention,
 )
 
-__all__ = ["KINDS", "Found", "Kind", "Site", "Watch"]
+__all__ = ["KINDS", "AnyRecorder", "Found", "Kind", "Site", "Watch"]

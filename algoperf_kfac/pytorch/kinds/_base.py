@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
@@ -12,12 +12,13 @@ from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.layers import FallbackSpec, LayerSpec
 from algoperf_kfac.pytorch.covered_layer import CoveredLayer
 from algoperf_kfac.pytorch.operations import Called, Operation
-from algoperf_kfac.pytorch.statistics import AnyRecorder, Recorder, Statistics
+from algoperf_kfac.pytorch.recorder import Recorder
+from algoperf_kfac.pytorch.statistics import Product, Scalar, Statistics
 
 if TYPE_CHECKING:
     import torch
 
-    from algoperf_kfac.pytorch.capture import Capture
+    from algoperf_kfac.pytorch.observer import Observer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,44 @@ class Watch:
         """The capture is over, its statistics are about to be collected."""
 
 
+class AnyRecorder(Protocol):
+    """Gathers one layer's statistics over its calls in a capture, whatever the layer's kind."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether output gradients have come back, for every call that is still part of the sums."""
+
+    @property
+    def examples(self) -> Scalar:
+        """Examples of the closed groups that count."""
+
+    @property
+    def rows(self) -> int:
+        """Examples of the closed groups, whether or not any of their positions counts."""
+
+    @property
+    def product(self) -> Product | None:
+        """G^T A of all calls, if it was asked for."""
+
+    def end_pass(self) -> None:
+        """Close one backward pass."""
+
+    def end_group(self) -> None:
+        """Close the calls of one forward pass and its backward passes."""
+
+    def note_loss(self, gradient: Tensor | None) -> None:
+        """The gradient that the mean of a loss function got in the latest backward pass, None if unknown."""
+
+    def set_aside(self) -> None:
+        """Forget the calls that a gradient with respect to inputs alone went through."""
+
+    def statistics(self, factor: Scalar, *, by_loss: bool = False) -> Statistics:
+        """The sums, output gradients squared multiplied by `factor`; see `LayerSums.statistics`."""
+
+    def kept_inputs(self) -> Iterator[Tensor]:
+        """Inputs that are kept until their gradients come."""
+
+
 class Kind:
     """A kind of layer; one object for each model, kept with the optimizer.
 
@@ -104,7 +143,7 @@ class Kind:
         """
         return {}
 
-    def watch(self, capture: Capture) -> Watch | None:
+    def watch(self, observer: Observer) -> Watch | None:
         """What the kind does within a capture that is about to begin; None for nothing."""
         return None
 

@@ -23,7 +23,7 @@ from algoperf_kfac.pytorch.kinds._base import Found, Kind, Site, Watch
 from algoperf_kfac.pytorch.operations import RULES, Called, Operation
 
 if TYPE_CHECKING:
-    from algoperf_kfac.pytorch.capture import Capture
+    from algoperf_kfac.pytorch.observer import Observer
 
 FUSED = F.multi_head_attention_forward
 PROJECTIONS = "in_proj_weight"
@@ -72,21 +72,21 @@ class Attention(Kind):
         parts = 3 * operation.shape[0] // len(operation.weight)
         return {name.rpartition(".")[0] or name: parts}
 
-    def watch(self, capture: Capture) -> Watch:
-        params = capture.layers.params
-        return _AttentionWatch(capture, {id(params[name]) for name in self._batch_first if name in params})
+    def watch(self, observer: Observer) -> Watch:
+        params = observer.layers.params
+        return _AttentionWatch(observer, {id(params[name]) for name in self._batch_first if name in params})
 
 
 class _AttentionWatch(Watch):
     """Runs the function as it is written, and tells its rows apart.
 
     Args:
-        capture: the capture.
+        observer: of the capture.
         batch_first: identities of out_proj.weight, of modules that take the batch first.
     """
 
-    def __init__(self, capture: Capture, batch_first: set[int]) -> None:
-        self._capture, self._batch_first = capture, batch_first
+    def __init__(self, observer: Observer, batch_first: set[int]) -> None:
+        self._observer, self._batch_first = observer, batch_first
         self._inside: tuple[int, int, bool] | None = None
 
     def called(self, called: Called) -> Any:
@@ -97,14 +97,14 @@ class _AttentionWatch(Watch):
             first = batched and id(call["out_proj_weight"]) in self._batch_first
             self._inside = (len(query), query.shape[1] if batched else 1, first)
             try:
-                return self._capture.see(unfused(), *called.args, **called.kwargs)
+                return self._observer.see(unfused(), *called.args, **called.kwargs)
             finally:
                 self._inside = before
         if self._inside is not None and called.func is F.linear:
-            operation = placed(RULES[F.linear](*called.args, **called.kwargs), self._capture.uses.views.of)
+            operation = placed(RULES[F.linear](*called.args, **called.kwargs), self._observer.uses.views.of)
             if operation is not None:
                 self._give_rows(operation, *self._inside)
-                return self._capture.operation(operation, called.run())
+                return self._observer.operation(operation, called.run())
         return NotImplemented
 
     @staticmethod

@@ -34,7 +34,7 @@ from algoperf_kfac.pytorch.kinds._base import Found, Kind, Site, Watch
 from algoperf_kfac.pytorch.operations import Called, Operation
 
 if TYPE_CHECKING:
-    from algoperf_kfac.pytorch.capture import Capture
+    from algoperf_kfac.pytorch.observer import Observer
 
 
 FUSED = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
@@ -75,32 +75,34 @@ class Recurrent(Kind):
                 layers.append(CoveredLayer(spec, weight, bias))
         return Found(layers, f"recurrent ({name}): its weight is frozen, or above max_factor_dim")
 
-    def watch(self, capture: Capture) -> Watch:
-        return _RecurrentWatch(capture)
+    def watch(self, observer: Observer) -> Watch:
+        return _RecurrentWatch(observer)
 
 
 class _RecurrentWatch(Watch):
-    def __init__(self, capture: Capture) -> None:
-        self._capture = capture
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
 
     def called(self, called: Called) -> Any:
         if not torch.is_grad_enabled():
             return NotImplemented
         if called.name in CELLS and not called.kwargs and len(called.args) >= 4:
-            if any(self._capture.spec_of(weight) for weight in called.args[2:4]):
-                return self._capture.see(_CELLS[called.name], *called.args)
+            if any(self._observer.spec_of(weight) for weight in called.args[2:4]):
+                return self._observer.see(_CELLS[called.name], *called.args)
             return NotImplemented
         call = parse(called) if called.name in FUSED else None
-        if call is None or not any(self._capture.spec_of(weight) for weight in call.weights):
+        if call is None or not any(self._observer.spec_of(weight) for weight in call.weights):
             return NotImplemented
         return run(call, self._record)
 
     def _record(self, operation: Operation, output: Tensor, rows: Steps) -> Tensor:
-        capture = self._capture
-        spec = capture.spec_of(operation.weight)
+        observer = self._observer
+        spec = observer.spec_of(operation.weight)
         if spec is None:
             return output
-        return capture.record(spec, operation, output, rows.positions(capture.candidates(spec, Rows(rows.leading))))
+        return observer.record(
+            spec, operation, output, rows.positions(observer.candidates(spec, Rows(rows.leading)))
+        )
 
 
 @dataclasses.dataclass

@@ -29,12 +29,14 @@ from torch import Tensor, nn
 from algoperf_kfac.config import TABLE, KFACConfig
 from algoperf_kfac.layers import FallbackSpec, LayerSpec, make_spec, matches
 from algoperf_kfac.pytorch import factors
-from algoperf_kfac.pytorch.kinds._base import Kind, Watch
+from algoperf_kfac.pytorch.calls import Call
+from algoperf_kfac.pytorch.kinds._base import AnyRecorder, Kind, Watch
 from algoperf_kfac.pytorch.operations import LOOKUPS, RULES, Called, Operation
-from algoperf_kfac.pytorch.statistics import AnyRecorder, Call, Product, Recorder, Scalar, Statistics
+from algoperf_kfac.pytorch.recorder import Recorder
+from algoperf_kfac.pytorch.statistics import Product, Scalar, Statistics
 
 if TYPE_CHECKING:
-    from algoperf_kfac.pytorch.capture import Capture
+    from algoperf_kfac.pytorch.observer import Observer
 
 # Operations whose output may be the transposed table; who reads that decides what it was for.
 TRANSPOSES = frozenset({"T", "H", "mT", "mH", "t", "adjoint", "transpose", "swapaxes", "swapdims", "permute"})
@@ -63,15 +65,15 @@ class TiedTable(Kind):
             name: (spec, reasons[name]) for name, spec in find_tables(model, config, reasons, exclude).items()
         }
 
-    def watch(self, capture: Capture) -> Watch | None:
-        book = capture.layers
+    def watch(self, observer: Observer) -> Watch | None:
+        book = observer.layers
         reasons = {f.name: f.reason for f in book.fallbacks}
         open_tables = {
             id(book.params[name]): spec
             for name, (spec, reason) in self.tables.items()
             if reasons.get(name) == reason or spec.name in book.covered
         }
-        return _TableWatch(capture, open_tables, self.untied) if open_tables else None
+        return _TableWatch(observer, open_tables, self.untied) if open_tables else None
 
     def recorder(self, spec: LayerSpec, dtype: torch.dtype, *, one_pass: bool, checks: bool) -> AnyRecorder:
         return TiedRecorder(spec, dtype, one_pass=one_pass, checks=checks)
@@ -130,13 +132,13 @@ class _TableWatch(Watch):
     """Records what operations do with the tables.
 
     Args:
-        capture: the capture.
+        observer: of the capture.
         tables: by identity of the weight: tied tables, and those of which it is not known.
         untied: names of tables that proved not to be tied; updated.
     """
 
-    def __init__(self, capture: Capture, tables: Mapping[int, LayerSpec], untied: set[str]) -> None:
-        self._capture, self._tables, self._untied = capture, tables, untied
+    def __init__(self, observer: Observer, tables: Mapping[int, LayerSpec], untied: set[str]) -> None:
+        self._observer, self._tables, self._untied = observer, tables, untied
 
     def called(self, called: Called) -> Any:
         if not torch.is_grad_enabled():
@@ -161,7 +163,7 @@ class _TableWatch(Watch):
             return output  # whoever reads it will be seen
         for item, table, _ in reads:
             if item is not table:
-                self._capture.uses.miss(table, called.name)
+                self._observer.uses.miss(table, called.name)
         return NotImplemented
 
     def _record(self, operation: Operation, output: Tensor) -> Tensor:
@@ -170,30 +172,30 @@ class _TableWatch(Watch):
         if spec.name in self._untied and not is_output:
             return output
         try:
-            positions = self._capture.choose(spec, operation, output)
+            positions = self._observer.choose(spec, operation, output)
         except ValueError:
-            if id(operation.weight) in self._capture.layers.by_weight or is_output:
+            if id(operation.weight) in self._observer.layers.by_weight or is_output:
                 raise
             # Positions concern covered layers, and this may be a plain lookup: once for the whole batch, say.
             self._untied.add(spec.name)
             return output
-        recorder = self._capture.recorder(spec, operation.weight)
+        recorder = self._observer.recorder(spec, operation.weight)
         assert isinstance(recorder, TiedRecorder)
         recorder.is_output |= is_output
         part = recorder.output if is_output else recorder.lookups
-        return self._capture.attach(part, operation, output, positions)
+        return self._observer.attach(part, operation, output, positions)
 
     def settle(self) -> None:
         """Cover the tables that proved to be the output layer, too; forget the others."""
-        capture = self._capture
+        observer = self._observer
         for weight_id, spec in self._tables.items():
-            recorder = capture.recorders.get(spec.name)
-            if capture.layers.by_weight.get(weight_id) or not isinstance(recorder, TiedRecorder):
+            recorder = observer.recorders.get(spec.name)
+            if observer.layers.by_weight.get(weight_id) or not isinstance(recorder, TiedRecorder):
                 continue
-            if recorder.is_complete and spec.name not in self._untied and weight_id not in capture.uses.missed:
-                capture.layers.adopt(spec)
+            if recorder.is_complete and spec.name not in self._untied and weight_id not in observer.uses.missed:
+                observer.layers.adopt(spec)
                 continue
-            capture.forget(spec.name)
+            observer.forget(spec.name)
             # An output layer whose lookups went by: the next statistics step will see both.
             if recorder.is_output:
                 self._untied.discard(spec.name)
@@ -344,7 +346,7 @@ class TiedRecorder:
         """The sums of both uses, to be divided by their counts."""
         out = self.output.statistics(factor, by_loss=by_loss)
         trace, ones = out.b[0], torch.ones_like(out.b[0])
-        if self.lookups.a is None:
+        if self.lookups.sums.a is None:
             share, blocks = 0 * ones, [m.new_zeros(m.shape) for m in out.a]
         else:
             emb = self.lookups.statistics(factor, by_loss=by_loss)

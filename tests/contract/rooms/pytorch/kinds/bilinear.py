@@ -13,7 +13,7 @@ from algoperf_kfac.pytorch.kinds._base import Found, Kind, Site, Watch
 from algoperf_kfac.pytorch.operations import Called, Operation
 
 if TYPE_CHECKING:
-    from algoperf_kfac.pytorch.capture import Capture
+    from algoperf_kfac.pytorch.observer import Observer
 
 
 class Bilinear(Kind):
@@ -40,12 +40,12 @@ class Bilinear(Kind):
         )
         return Found([CoveredLayer(spec, weight, bias)] if spec.has_factors else [], too_large(site.config))
 
-    def watch(self, capture: Capture) -> Watch:
+    def watch(self, capture: Observer) -> Watch:
         return _BilinearWatch(capture)
 
 
 class _BilinearWatch(Watch):
-    def __init__(self, capture: Capture) -> None:
+    def __init__(self, capture: Observer) -> None:
         self._capture = capture
 
     def called(self, called: Called) -> Any:

@@ -1,0 +1,90 @@
+"""Which layers a traced model calls, and how the rows of every call are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+from jax.typing import DTypeLike
+
+from algoperf_kfac import errors
+from algoperf_kfac.jax.factors import Reading
+from algoperf_kfac.jax.interpreter import Key
+from algoperf_kfac.jax.kinds import kind_of
+from algoperf_kfac.jax.layer_book import CoveredLayer, paths
+from algoperf_kfac.jax.tracing import Survey
+from algoperf_kfac.layers import also_read_by
+from algoperf_kfac.positions import Candidates, Rows, candidates_for, check_fits, choose
+from algoperf_kfac.subset import limit_for
+
+NOT_CALLED = "The model does not call them with these arguments: leave them out with exclude=[...]"
+
+Readings: TypeAlias = dict[str, dict[Key, Reading]]
+"""Per layer, how each of its calls is read."""
+
+
+def called_layers(layers: Mapping[str, CoveredLayer], notes: Survey) -> dict[str, CoveredLayer]:
+    """The layers that the model calls with these arguments, in the order of `layers`.
+
+    Raises:
+        MissingStatisticsError: it calls none of them.
+        ValueError: naming a layer that it reads in ways that it did not when K-FAC was made.
+    """
+    called = {name: layer for name, layer in layers.items() if layer.spec.weight in notes.calls}
+    for name, layer in layers.items():
+        weight, bias = layer.spec.weight, layer.spec.bias
+        reader = next((next(iter(notes.other_uses[p])) for p in (weight, bias) if p in notes.other_uses), None)
+        if name not in called and weight in notes.lookups:
+            reader = reader or "lookups alone"
+        for key, call in notes.calls.get(weight, {}).items():
+            source = notes.biases.get(key)
+            if bias is not None and (source is None or source.name != bias):
+                reader = reader or "a call without its bias"
+            if (call.view.groups, call.view.out_dim) != (layer.view.groups, layer.view.out_dim):
+                reader = reader or "a call in another layout"
+        if reader is not None:
+            raise ValueError(
+                f"layer {name} is {also_read_by(reader)}. It was not when K-FAC was made: make it with arguments "
+                f"like these, or with exclude=[{name!r}]"
+            )
+    if layers and not called:
+        raise errors.missing_statistics(dict.fromkeys(layers, "inputs"), len(layers), NOT_CALLED)
+    return called
+
+
+def read_calls(
+    layers: Mapping[str, CoveredLayer], notes: Survey, positions: Candidates, limit: int | None
+) -> Readings:
+    """Fit the positions to every call of every layer.
+
+    Calls with equal numbers of examples see the same examples, others see others.
+
+    Args:
+        layers: the layers.
+        notes: what the model does with them.
+        positions: which positions count.
+        limit: `KFACConfig.statistics_rows`.
+
+    Raises:
+        ValueError: naming a layer that the positions do not fit, or positions that fit no layer.
+    """
+    uses = {name: kind_of(layer.spec).counted(notes.uses(layer.spec.weight)) for name, layer in layers.items()}
+    rows = {name: [use.rows for use in of_layer.values()] for name, of_layer in uses.items()}
+    check_fits(positions, rows, {path for name in notes.names for path in paths(name)})
+    readings: Readings = {}
+    for name, layer in layers.items():
+        of_calls = {key: _read(name, positions, use.rows, layer.dtype) for key, use in uses[name].items()}
+        sizes = tuple(dict.fromkeys(reading.layout.num_examples for reading in of_calls.values()))
+        # Of the rows of experts some may have few: all are taken.
+        own = None if kind_of(layer.spec).by_row else limit_for(limit, candidates_for(name, positions))
+        readings[name] = {key: reading.among(sizes, own) for key, reading in of_calls.items()}
+    return readings
+
+
+def _read(name: str, positions: Candidates, rows: Rows, dtype: DTypeLike) -> Reading:
+    """Fit the positions to one call of a layer, segment ids of several dimensions first."""
+    for one in candidates_for(name, positions):
+        reading = Reading.of_segments(one, rows, name, dtype)
+        if reading is not None:
+            return reading
+    return Reading.of(choose(name, positions, rows), rows, name, dtype)

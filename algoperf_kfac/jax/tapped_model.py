@@ -1,0 +1,203 @@
+"""A traced model with a tap behind every use of a covered layer: what the taps collect, and statistics of that."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from algoperf_kfac import errors
+from algoperf_kfac.jax.checks import Checks
+from algoperf_kfac.jax.interpreter import Key, Visitor
+from algoperf_kfac.jax.kinds import Kind, Sums, kind_of
+from algoperf_kfac.jax.layer_book import CoveredLayer, Layers
+from algoperf_kfac.jax.operations import Call, Lookup, Use
+from algoperf_kfac.jax.readings import Readings, called_layers, read_calls
+from algoperf_kfac.jax.statistics import Statistics, Tap
+from algoperf_kfac.jax.tracing import TracedModel
+from algoperf_kfac.jax.types import Tree
+from algoperf_kfac.layers import LayerSpec
+from algoperf_kfac.positions import Candidates
+
+KindOf: TypeAlias = Callable[[LayerSpec], Kind[Any]]
+"""From a layer to its kind."""
+
+AllSums: TypeAlias = Mapping[str, Sums]
+"""Per layer, what it collects."""
+
+
+class TappedModel:
+    """A traced model with a tap behind every use of a covered layer.
+
+    Args:
+        model: the model.
+        layers: from `discover`.
+        positions: which positions count, from `as_candidates`.
+        checks: collects the layers' products G^T A beside their statistics.
+        rows: `KFACConfig.statistics_rows`.
+
+    Attributes:
+        model: the same.
+        idle: names of the layers that it does not call.
+        penalised: parameters that the loss depends on apart from what the model computes with them.
+
+    Raises:
+        MissingStatisticsError: the model calls none of them.
+        ValueError: naming a layer that the positions do not fit, or that it reads in other ways than it did.
+    """
+
+    def __init__(
+        self,
+        model: TracedModel,
+        layers: Layers,
+        positions: Candidates,
+        checks: Checks | None = None,
+        rows: int | None = None,
+    ) -> None:
+        self.model = model
+        self._kind_of: KindOf = kind_of if checks is None else checks.kind_of
+        notes = model.survey()
+        self._layers = called_layers(layers.covered, notes)
+        self.idle = tuple(layers.covered.keys() - self._layers.keys())
+        self._notes = notes
+        self._readings = read_calls(self._layers, notes, positions, rows)
+        self.penalised = frozenset(notes.penalised)
+        # How a layer's first call is read stands for all.
+        self._first = {name: next(iter(calls.values())) for name, calls in self._readings.items()}
+        self._reached: set[str] = set()
+
+    def zeros(self) -> dict[str, Sums]:
+        """What the layers collect, at the start of a backward pass."""
+        return {
+            name: self._kind_of(layer.spec).zeros(layer.spec, layer.slices, self._first[name], layer.dtype)
+            for name, layer in self._layers.items()
+        }
+
+    def run(self, params: Tree, args: Sequence[Tree], sums: AllSums) -> list[Array]:
+        """The flat outputs; the gradient with respect to `sums`, zeros as they are, is what the layers collect."""
+        return self.model.run(
+            _Tapper(self._layers, self._readings, sums, self._reached.add, self._kind_of), params, args
+        )
+
+    def statistics(self, sums: AllSums, normalizer: Array | float | None) -> dict[str, Statistics]:
+        """The statistics of one backward pass.
+
+        Args:
+            sums: what the layers collected in it.
+            normalizer: what the summed loss was divided by; None for the number of examples.
+        """
+        number = self._num_examples(sums) if normalizer is None else normalizer
+        return {
+            name: self._kind_of(layer.spec).finalise(
+                layer.spec, sums[name], self._first[name], jnp.asarray(number, sums[name].counts.dtype)
+            )
+            for name, layer in self._layers.items()
+        }
+
+    def _num_examples(self, sums: AllSums) -> Array | float:
+        """How many examples the batch has that count, as the layer sees them that is called first.
+
+        In layers that see other numbers (experts, windows, nodes) the loss was averaged over no other number.
+        """
+        number: Array | float = 1.0
+        for name in reversed(self._layers):
+            first = self._first[name]
+            if first.layout.ragged:
+                counted = (sums[name].counts > 0).any(0).sum()
+                number = jnp.where(counted > 0, counted, number)  # in a branch that is not taken there are none
+            else:
+                number = float(first.total)
+        return number
+
+    def numbers(self) -> dict[str, int]:
+        """How many examples each layer sees, whether they count or not, in the order of the first calls.
+
+        Where that changes nothing but the scale of B (tokens of experts, with expand) a layer is left out.
+        """
+        free = {
+            name
+            for name, layer in self._layers.items()
+            if layer.spec.approximation == "expand" and self._kind_of(layer.spec).by_row
+        }
+        return {
+            name: first.total
+            for number, (name, first) in enumerate(self._first.items())
+            if not number or name not in free
+        }
+
+    def batch_second(self) -> dict[str, tuple[int, int]]:
+        """Layers whose second dimension is that of all outputs over examples, and whose first is taken for it.
+
+        By layer the sizes of the two; outputs that have both, such as time-major ones, say nothing.
+        """
+        outputs = zip(self.model.program.out_avals, self.model.returned, strict=True)
+        shapes = [tuple(out.shape) for out, returned in outputs if returned and out.shape]
+        seen = {}
+        for name, layer in self._layers.items():
+            key, first = next(iter(self._readings[name].items()))
+            rows = self._kind_of(layer.spec).counted(self._notes.uses(layer.spec.weight))[key].rows
+            if rows.batch_first or len(rows.leading) < 2 or first.layout.ragged or first.layout.batch_dim:
+                continue
+            examples, second = rows.leading[:2]
+            if shapes and examples != second and all(s[0] == second and examples not in s[1:2] for s in shapes):
+                seen[name] = (examples, second)
+        return seen
+
+    def check_reached(self) -> None:
+        """Raises MissingStatisticsError, naming the layers, unless backward passes came by all of them."""
+        missing = {name: "its output gradients" for name in self._layers if name not in self._reached}
+        if missing:
+            remedy = "Their outputs do not reach the loss: leave them out with exclude=[...]"
+            raise errors.missing_statistics(missing, len(self._layers), remedy)
+
+
+class _Tapper(Visitor):
+    """Puts a tap behind the uses of the covered layers."""
+
+    def __init__(
+        self,
+        layers: Mapping[str, CoveredLayer],
+        readings: Readings,
+        sums: AllSums,
+        on_backward: Callable[[str], None],
+        kind_of: KindOf,
+    ) -> None:
+        self._kind_of = kind_of
+        self._by_weight = {layer.spec.weight: layer for layer in layers.values()}
+        self._readings = readings
+        self._sums = sums
+        self._on_backward = on_backward
+
+    def operation(self, key: Key, call: Call, x: Array, out: Array) -> Array:
+        return self._tapped(call.view.source.name, key, call, jax.lax.stop_gradient(x), out)
+
+    def lookup(self, key: Key, lookup: Lookup, rows: Array, out: Array) -> Array:
+        return self._tapped(lookup.source.name, key, lookup, rows, out)
+
+    def _tapped(self, weight: str, key: Key, use: Use, x: Array, out: Array) -> Array:
+        layer = self._by_weight.get(weight)
+        if layer is None:
+            return out
+        name = layer.spec.name
+        tap = Tap(layer.spec, use, layer.dtype, self._on_backward)
+        return self._kind_of(layer.spec).tap(tap, out, x, self._readings[name][key], self._sums[name])
+
+    def sliced(self, names: Sequence[str], length: int) -> AllSums:
+        layers = [self._by_weight[name].spec.name for name in names if name in self._by_weight]
+        return {
+            name: jax.tree.map(lambda t: t.reshape(length, t.shape[0] // length, *t.shape[1:]), self._sums[name])
+            for name in layers
+        }
+
+    @contextlib.contextmanager
+    def slice(self, names: Sequence[str], values: AllSums) -> Iterator[None]:
+        before = self._sums
+        self._sums = {**before, **values}
+        try:
+            yield
+        finally:
+            self._sums = before

@@ -1,0 +1,76 @@
+"""One call of a layer, from its input to its output gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from algoperf_kfac.pytorch.factors import MaskedLayout
+from algoperf_kfac.pytorch.geometry import ConvGeometry
+from algoperf_kfac.pytorch.statistics import Scalar
+from algoperf_kfac.subset import Subset
+
+
+@dataclasses.dataclass
+class Call:
+    """One call of a layer, until its output gradient has come back."""
+
+    layout: MaskedLayout
+    conv: ConvGeometry | None
+    inputs: Subset  # the examples that A is formed of
+    outputs: Subset  # and B
+    input: Tensor | None = (
+        None  # of these examples, batch first; kept where output gradients decide which positions count
+    )
+    nonzero: Tensor | None = None  # (N, R): positions that some backward pass reached
+    drop: Tensor | None = None  # (N, R): positions whose weight gradient the operation leaves out (padding_idx)
+    input_sums: Tensor | None = None  # reduce: (examples, groups, P_in)
+    products: list[Tensor] | None = None  # expand: outer products of the inputs, until they are merged with others'
+    count: Scalar = 0.0  # expand: positions that count in them
+    grad_sums: Tensor | None = None  # reduce: (examples, groups, P_out), of the current backward pass
+    grad_squares: Tensor | None = None  # where vanishing sums are watched: (examples, groups, blocks of B)
+    checked: Tensor | None = None  # the input, kept for `Recorder.product`
+    fired: bool = False  # its gradient came back in the current backward pass
+    seen: bool = False  # or in any
+    aside: bool = False  # a gradient with respect to inputs alone went through it
+
+    @property
+    def input_layout(self) -> MaskedLayout:
+        """Of the examples that A is formed of."""
+        return self.layout.part(self.inputs)
+
+    @property
+    def output_layout(self) -> MaskedLayout:
+        """Of the examples that B is formed of."""
+        return self.layout.part(self.outputs)
+
+    def batch_first(self, t: Tensor) -> Tensor:
+        """The input or output of the call with its batch dimension first."""
+        if self.conv is not None:
+            return t if t.dim() == len(self.conv.kernel) + 2 else t.unsqueeze(0)
+        return t.unsqueeze(0) if t.dim() == 1 else self.layout.batch_first(t)
+
+
+def by_examples(calls: list[Call]) -> dict[int, list[Call]]:
+    """Calls by their number of examples."""
+    sets: dict[int, list[Call]] = {}
+    for call in calls:
+        sets.setdefault(call.layout.num_examples, []).append(call)
+    return sets
+
+
+def counts_of(calls: list[Call], like: Tensor) -> Tensor:
+    """(examples,): positions that count, over all calls."""
+    return sum_of(call.layout.counts(like) for call in calls)
+
+
+def sum_of(tensors: Iterable[Tensor | None]) -> Tensor:
+    """Of what all calls have, at least one."""
+    total: Tensor | None = None
+    for t in tensors:
+        assert t is not None
+        total = t if total is None else total + t
+    assert total is not None
+    return total

@@ -1,0 +1,169 @@
+"""What a capture came to: the statistics of what was observed, and what is to be said of the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+
+from torch import Tensor
+
+from algoperf_kfac.errors import MissingStatisticsError
+from algoperf_kfac.layers import LayerSpec, also_read_by, computed_before
+from algoperf_kfac.positions import check_fits
+from algoperf_kfac.pytorch.checks import compare
+from algoperf_kfac.pytorch.compiled import Taps
+from algoperf_kfac.pytorch.kinds import AnyRecorder
+from algoperf_kfac.pytorch.observer import Observer
+from algoperf_kfac.pytorch.options import Options
+from algoperf_kfac.pytorch.recorder import Recorder
+from algoperf_kfac.pytorch.sights import Sight
+from algoperf_kfac.pytorch.statistics import Scalar, Statistics
+
+
+@dataclasses.dataclass(frozen=True)
+class Gathered:
+    """What a capture came to.
+
+    Attributes:
+        statistics: by layer.
+        missing: layers without, and what they missed.
+        wrong: layers whose statistics would not be the whole of them, and why.
+        backward: whether there was a backward pass.
+        rows: examples that each layer with statistics was taken to see.
+        scaled: whether the caller said what the loss was divided by.
+        errors: by layer, how far what was captured is from the weight's gradient, relative to it; of a checked
+            capture.
+        readers: by identity of a parameter: the operation without a rule in which it met data.
+        strangers: parameters with a gradient that operations with a rule read, and the optimizer does not have.
+        hint: why no layer at all was recorded, as far as that is known, and what to do.
+        second: by layer whose second dimension alone is as long as what the loss function took: both sizes.
+        sights: of a capture that ran uncompiled, what compiled graphs need to know of its layers.
+        obstacles: why compiled graphs could not have taken all of it.
+    """
+
+    statistics: dict[str, Statistics]
+    missing: dict[str, str]
+    wrong: dict[str, str]
+    backward: bool
+    rows: dict[str, int]
+    scaled: bool
+    errors: dict[str, float]
+    readers: dict[int, str]
+    strangers: list[Tensor]
+    hint: str
+    second: dict[str, tuple[int, int]]
+    sights: dict[str, Sight]
+    obstacles: list[str]
+
+
+def gather(observer: Observer, options: Options, normalizer: Scalar | None) -> Gathered:
+    """What the passes that an observer saw came to.
+
+    Args:
+        observer: after the passes.
+        options: of the capture.
+        normalizer: what the caller says that the summed loss was divided by.
+
+    Raises:
+        MissingStatisticsError: the backward passes of a sampled or exact Fisher were left out.
+        ValueError: positions fit no layer.
+    """
+    layers, taps, kind = observer.layers, options.taps, options.config.fisher
+    observer.settle()
+    if taps is None:
+        calls = {name: rows for name, rows in observer.scale.calls.items() if name in layers.covered}
+        check_fits(options.positions, calls, layers.names())
+    else:
+        _take(observer, taps)
+    missing, wrong = _incomplete(observer)
+    _check_passes(observer, kind, missing.values())
+    counted = {n: r for n, r in observer.recorders.items() if n not in missing and n not in wrong}
+    for recorder in counted.values():
+        recorder.note_loss(observer.scale.gradient)
+        recorder.end_group()
+    products = {name: recorder.product for name, recorder in counted.items()}
+    errors, too_far = compare(layers.covered, products, observer.gradients, observer.uses.penalised)
+    counted = {name: recorder for name, recorder in counted.items() if name not in too_far}
+    factor = observer.scale.factor(counted, options.config, normalizer)
+    by_loss = normalizer is None and kind == "empirical"
+    sights, obstacles = ({}, []) if taps is not None else _sights(observer, kind, counted)
+    return Gathered(
+        statistics={name: recorder.statistics(factor, by_loss=by_loss) for name, recorder in counted.items()},
+        missing=missing,
+        wrong=wrong | too_far,
+        backward=observer.seen_backward,
+        rows=observer.scale.rows(counted, layers.covered),
+        scaled=normalizer is not None,
+        errors=errors,
+        readers=observer.uses.missed,
+        strangers=observer.strangers,
+        hint="" if observer.recorders else observer.hint,
+        second=observer.scale.batch_second(counted),
+        sights=sights,
+        obstacles=obstacles,
+    )
+
+
+def _take(observer: Observer, taps: Taps) -> None:
+    """What compiled graphs took, beside what ran uncompiled.
+
+    Backends that run a graph as Python (backend="eager") show its operations once more: the tap is the whole.
+    """
+    ran_uncompiled = observer.recorders
+    observer.recorders = {}
+    for tap in taps.taps:
+        name, recorder = tap.spec.name, Recorder(tap.spec, tap.dtype)
+        shown = ran_uncompiled.pop(name, None)
+        if tap.take(recorder):
+            observer.seen_backward = True  # torch 2.9 may not ask the mode on the step that compiles
+            observer.scale.calls[name] = [tap.sight.rows]
+            observer.recorders[name] = recorder
+        elif shown is not None:
+            observer.recorders[name] = shown
+    observer.recorders |= ran_uncompiled
+
+
+def _incomplete(observer: Observer) -> tuple[dict[str, str], dict[str, str]]:
+    """Covered layers without statistics, and what they missed; and those whose statistics are not all, and why."""
+    missing: dict[str, str] = {}
+    wrong: dict[str, str] = {}
+    for spec in (layer.spec for layer in observer.layers.covered.values()):
+        use = _missed_use(observer, spec)
+        recorder = observer.recorders.get(spec.name)
+        if recorder is None:
+            if use is None:
+                missing[spec.name] = "its inputs"
+            else:
+                wrong[spec.name] = computed_before(use)
+        elif use is not None:
+            wrong[spec.name] = also_read_by(use)
+        elif not recorder.is_complete:
+            missing[spec.name] = "its output gradients"
+    return missing, wrong
+
+
+def _missed_use(observer: Observer, spec: LayerSpec) -> str | None:
+    """An operation that reads the weight or bias of a layer and is not recorded."""
+    names = (spec.weight, spec.bias) if spec.bias is not None else (spec.weight,)
+    uses = (observer.uses.missed.get(id(observer.layers.params[name])) for name in names)
+    return next((use for use in uses if use is not None), None)
+
+
+def _check_passes(observer: Observer, kind: str, missed: Collection[str]) -> None:
+    """Raises MissingStatisticsError if output gradients are missing as nobody asked for a Fisher's."""
+    left_out = kind != "empirical" and observer.seen_backward and not observer.fisher_passes
+    if left_out and "its output gradients" in missed:
+        raise MissingStatisticsError(
+            f"fisher={kind!r} needs capture.backward_fisher(outputs, loss_type) between the forward pass and "
+            "loss.backward()"
+        )
+
+
+def _sights(
+    observer: Observer, kind: str, recorders: Mapping[str, AnyRecorder]
+) -> tuple[dict[str, Sight], list[str]]:
+    """What compiled graphs have to know of layers, the one that sees the batch first; and what forbids them."""
+    if kind != "empirical":
+        return {}, [f"fisher={kind!r}"]
+    ordered = {name: recorders[name] for name in observer.scale.by_batch(recorders)}
+    return observer.sights.of(ordered, observer.scale.calls, observer.layers.covered)

@@ -1,0 +1,51 @@
+"""Hooks on gradients, where torch's own would not be asked, or asked too late."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+
+def output_hook(output: Tensor, hook: Callable[[Tensor | None], None]) -> tuple[Tensor, RemovableHandle]:
+    """Register a hook that sees the gradient of an output, even if an in-place operation follows.
+
+    Returns:
+        The output to hand on in its place, and the hook's handle.
+    """
+    base = output._base if output._is_view() else None
+    producer = base.grad_fn if base is not None else None
+    if producer is not None and base is not None and _same_order(output, base):
+        # An in-place operation on a view rewrites its history, and a hook on it would never fire; the operation
+        # that made what it is a view of stays in the graph.
+        return output, producer.register_prehook(lambda grads: hook(grads[0]))
+    output = output.clone() if output._is_view() else output
+    return output, output.register_hook(hook)
+
+
+def _same_order(output: Tensor, base: Tensor) -> bool:
+    """Whether a view holds its base's elements in their order."""
+    return output.numel() == base.numel() and output.is_contiguous() and base.is_contiguous()
+
+
+def first_hook(weight: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    """Register a hook that sees a weight's gradient ahead of hooks that clip, scale or mask it."""
+    handle = weight.register_hook(hook)
+    hooks = weight._backward_hooks
+    if hooks is not None and len(hooks) > 1:  # they run in the order in which they stand in this dict
+        others = {key: other for key, other in hooks.items() if key != handle.id}
+        mine = hooks[handle.id]
+        hooks.clear()
+        hooks[handle.id] = mine
+        hooks.update(others)
+    return handle
+
+
+def in_backward() -> bool:
+    """Whether this runs within a backward pass."""
+    return torch._C._current_graph_task_id() != -1

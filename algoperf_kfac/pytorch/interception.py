@@ -1,0 +1,118 @@
+"""The function modes under which a model runs on statistics steps: every function of torch is handed on."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from algoperf_kfac.pytorch.compiled import Taps, tapped
+from algoperf_kfac.pytorch.operations import Called, Function
+
+
+class Listener(Protocol):
+    """What functions of torch are handed to."""
+
+    def called(self, called: Called) -> Any:
+        """Run a function of torch; what to hand on for its output."""
+
+    def backward(self, run: Callable[[], object], inputs: Iterable[object] | None, *, again: bool) -> object:
+        """Run a backward pass.
+
+        Args:
+            run: the pass.
+            inputs: what gradients are taken with respect to, None for all parameters.
+            again: whether gradients of the gradients are to follow (create_graph).
+        """
+
+
+class Interceptor(TorchFunctionMode):
+    """Hands every function of torch to a listener."""
+
+    def __init__(self, listener: Listener) -> None:
+        super().__init__()
+        self._listener = listener
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: Iterable[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.backward:
+            with self:
+                return _tensor_backward(*args, **kwargs)
+        if func is torch.autograd.backward or func is torch.autograd.grad:
+            return self._backward(func, list(args), kwargs)
+        return self._listener.called(Called(func, list(args), kwargs))
+
+    def _backward(self, func: Function, args: list[Any], kwargs: Mapping[str, Any]) -> Any:
+        bound = inspect.signature(func).bind(*args, **kwargs).arguments
+        inputs = bound.get("inputs")
+        inputs = [inputs] if isinstance(inputs, Tensor) else inputs
+        edges = [] if func is torch.autograd.grad else _edges(*args, **kwargs)
+
+        def run() -> Any:
+            # A mode is off while it handles a function, and this one may run layers again (reentrant
+            # checkpointing). Unlike for tensors, backward from gradient edges does not ask the mode again.
+            if edges:
+                with self:
+                    return func(edges, *args[1:], **kwargs)
+            return func(*args, **kwargs)
+
+        return self._listener.backward(run, inputs, again=bool(bound.get("create_graph")))
+
+
+class TracedInterceptor(Interceptor):
+    """The same, and taps where dynamo traces a graph."""
+
+    def __init__(self, listener: Listener, taps: Taps) -> None:
+        super().__init__(listener)
+        self._table, self._masks = taps.table, taps.masks
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: Iterable[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_dynamo_compiling():
+            return tapped(self._table, self._masks, func, args, kwargs)
+        # What a compiled graph consists of runs without gradients, and asks every mode.
+        if not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _tensor_backward(
+    tensor: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = None
+) -> None:
+    """`Tensor.backward`, which in older versions of torch is all that asks the mode."""
+    torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
+
+
+def _edges(tensors: Any, *args: Any, inputs: Any = None, **kwargs: Any) -> list[Any]:
+    """The gradient edges from which `torch.autograd.backward` starts; none where it takes no edges."""
+    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    if inputs is not None or not all(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+        return []
+    return [torch.autograd.graph.get_gradient_edge(t) for t in tensors]
+
+
+@contextlib.contextmanager
+def eagerly() -> Iterator[None]:
+    """Run what torch.compile compiled as it was written."""
+    if hasattr(torch.compiler, "set_stance"):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+        return
+    # Before torch 2.6: compiled functions ask this one to switch compilation on for their frame.
+    from torch._dynamo import eval_frame
+
+    switch = eval_frame._maybe_set_eval_frame
+    eval_frame._maybe_set_eval_frame = lambda callback: switch(None)
+    try:
+        yield
+    finally:
+        eval_frame._maybe_set_eval_frame = switch

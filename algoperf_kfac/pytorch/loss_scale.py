@@ -1,0 +1,102 @@
+"""What the loss was divided by, as far as it shows: what B is multiplied by to belong to the per-example loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from algoperf_kfac.config import KFACConfig
+from algoperf_kfac.positions import Rows
+from algoperf_kfac.pytorch.covered_layer import CoveredLayer
+from algoperf_kfac.pytorch.kinds import AnyRecorder
+from algoperf_kfac.pytorch.operations import Called
+from algoperf_kfac.pytorch.statistics import Scalar
+
+
+class LossScale:
+    """Sees over one capture what loss functions took, and which layers see as many examples.
+
+    Attributes:
+        calls: by layer, the rows of its calls.
+        gradient: what the mean of a loss function got in the latest backward pass, of several the largest; None if
+            unknown.
+    """
+
+    def __init__(self) -> None:
+        self.calls: dict[str, list[Rows]] = {}
+        self.gradient: Tensor | None = None
+        self._sizes: set[int] = set()  # of dimension 0 of what loss functions took
+
+    def note_call(self, name: str, rows: Rows) -> None:
+        """Remember a call of a layer."""
+        self.calls.setdefault(name, []).append(rows)
+
+    def note_loss(self, called: Called) -> None:
+        """Remember the sizes of what a loss function took."""
+        inputs_and_targets = [leaf for leaf in called.leaves() if isinstance(leaf, Tensor)][:2]
+        self._sizes |= {tensor.shape[0] for tensor in inputs_and_targets if tensor.ndim}
+
+    def note_gradient(self, gradient: Tensor) -> None:
+        """Remember the gradient that the mean of a loss function gets."""
+        gradient = gradient.detach()
+        before = self.gradient
+        self.gradient = gradient if before is None else torch.maximum(before, gradient)
+
+    def factor(self, recorders: Mapping[str, AnyRecorder], config: KFACConfig, normalizer: Scalar | None) -> Scalar:
+        """What squares of output gradients are multiplied by to belong to the per-example loss.
+
+        One number for all layers: by default the examples of the layer that was called first of those that see the
+        batch. Others may see a part of it (experts) or cut it up (windows).
+
+        Args:
+            recorders: closed, by layer.
+            config: the configuration.
+            normalizer: what the summed loss was divided by, if the caller said so.
+        """
+        if config.fisher != "empirical":
+            return 1.0 / config.fisher_samples if config.fisher == "mc" else 1.0
+        scale = normalizer
+        if scale is None:
+            scale = next((recorders[name].examples for name in self.by_batch(recorders)), 1.0)
+        return scale * scale
+
+    def by_batch(self, recorders: Mapping[str, AnyRecorder]) -> list[str]:
+        """The layers as they were called, but the first one that sees what a loss function does ahead of all."""
+
+        def sees_the_batch(name: str) -> bool:
+            sizes = {size for rows in self.calls.get(name, ()) for size in (*rows.leading, math.prod(rows.leading))}
+            return not sizes.isdisjoint(self._sizes)
+
+        batch = next(filter(sees_the_batch, recorders), None)
+        return list(recorders) if batch is None else [batch, *(name for name in recorders if name != batch)]
+
+    def rows(self, recorders: Mapping[str, AnyRecorder], layers: Mapping[str, CoveredLayer]) -> dict[str, int]:
+        """Examples that each layer was taken to see, the one that sees the batch first.
+
+        Where it changes nothing but the scale of B how a layer's rows are put together (tokens of experts), the
+        layer is left out.
+        """
+
+        def by_row(name: str) -> bool:
+            spec = layers[name].spec
+            return spec.is_part and spec.approximation == "expand"
+
+        return {
+            name: recorders[name].rows
+            for number, name in enumerate(self.by_batch(recorders))
+            if not number or not by_row(name)
+        }
+
+    def batch_second(self, recorders: Mapping[str, AnyRecorder]) -> dict[str, tuple[int, int]]:
+        """Layers taken to have examples first, where the loss has as many rows as their second dimension alone."""
+        found = {}
+        for name, recorder in recorders.items():
+            for rows in self.calls.get(name, ()):
+                first, second = (*rows.leading, 0, 0)[:2]
+                elsewhere = self._sizes.isdisjoint((first, math.prod(rows.leading)))
+                if second in self._sizes and elsewhere and recorder.rows == first and not rows.batch_first:
+                    found[name] = (first, second)
+        return found

@@ -1,0 +1,342 @@
+"""What a model does in a forward and a backward pass: the operations of its layers are seen, and recorded.
+
+Operations are matched by the identity of the parameter that they take as weight, not by module class, so that
+functional layers, views, in-place operations and repeated uses are seen. Factors are accumulated at once,
+activations are not kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from algoperf_kfac.layers import LayerSpec, Layout
+from algoperf_kfac.positions import Positions, Rows, candidates_for
+from algoperf_kfac.pytorch.calls import Call
+from algoperf_kfac.pytorch.contractions import operations_of
+from algoperf_kfac.pytorch.hooks import first_hook, in_backward, output_hook
+from algoperf_kfac.pytorch.interception import Interceptor
+from algoperf_kfac.pytorch.kinds import AnyRecorder
+from algoperf_kfac.pytorch.loss_scale import LossScale
+from algoperf_kfac.pytorch.operations import LOSSES, RULES, Called, Operation, is_mean
+from algoperf_kfac.pytorch.options import Options
+from algoperf_kfac.pytorch.recorder import Recorder
+from algoperf_kfac.pytorch.sights import Sights
+from algoperf_kfac.pytorch.uses import Uses
+from algoperf_kfac.subset import limit_for
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+    from algoperf_kfac.pytorch.layer_book import Layers
+
+
+# Why no layer is recorded, and what to do about it.
+TRANSFORMED = (
+    "The model ran inside torch.func (grad, vmap, ...), where layers cannot be recorded: on statistics steps "
+    "(optimizer.is_statistics_step) run it as it is, and loss.backward(), inside capture()"
+)
+# What properties of tensors return, which a mode sees like functions: nothing that a gradient could go through.
+NO_TENSORS = (torch.Size, int, float, str, torch.dtype, torch.device, type(None))
+EMPTY = "The batch has no examples: leave such a step out, optimizer.step() included"
+
+
+class Observer:
+    """Sees what a model does in one forward and backward pass, and records the calls of its covered layers.
+
+    The kinds of layers use it, too.
+
+    Args:
+        layers: the book of layers.
+        options: what the capture is to do.
+
+    Attributes:
+        layers: the book of layers.
+        recorders: what gathers the statistics of the layers seen so far, by name.
+        gradients: of the weights of layers that are checked, by name: what the backward passes add to them.
+        uses: what becomes of parameters in operations without a rule.
+        scale: what the loss was divided by, as far as it shows.
+        sights: what compiled graphs have to know.
+        strangers: parameters with a gradient that operations with a rule read, and the optimizer does not have.
+        hint: why layers are not recorded, as far as that is known, and what to do.
+        seen_backward: whether there was a backward pass.
+        fisher_passes: backward passes for a sampled or exact Fisher so far.
+    """
+
+    def __init__(self, layers: Layers, options: Options) -> None:
+        self.layers = layers
+        self.recorders: dict[str, AnyRecorder] = {}
+        self.gradients: dict[str, Tensor] = {}
+        self.uses = Uses()
+        self.scale = LossScale()
+        self.sights = Sights()
+        self.hint = ""
+        self.seen_backward = False
+        self.fisher_passes = 0
+        self._options = options
+        self._watches = layers.watches(self) if options.active else []
+        self._weights: dict[str, Tensor] = {}
+        self._strangers: dict[int, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+        self._record_gradients = options.config.fisher == "empirical"
+        self._aside = False
+        self._seeing = 0  # functions that a kind of layers runs in place of a fused one
+
+    @property
+    def strangers(self) -> list[Tensor]:
+        return list(self._strangers.values())
+
+    def called(self, called: Called) -> Any:
+        """Run a function of torch, recording it where it takes a parameter as weight; what to hand on for it."""
+        for watch in self._watches:
+            output = watch.called(called)
+            if output is not NotImplemented:
+                return output
+        output = called.run()
+        if isinstance(output, NO_TENSORS):
+            return output
+        if called.func in RULES and torch._C._functorch.peek_interpreter_stack() is not None:
+            self.hint = TRANSFORMED
+        if called.name == "__iter__" and self.uses.views.of(called.args[0]) is not None:
+            output = iter(called.replace(list(output)))
+        operations = operations_of(called, self.uses.views)
+        if operations:
+            for operation in operations:
+                output = self.operation(operation, output)
+                if isinstance(output, Tensor) and output.requires_grad:
+                    spec = self.spec_of(operation.weight, operation.layout)
+                    if spec is not None:
+                        self.sights.note(called, operation, spec, fused=self._seeing > 0)
+            return output
+        self.uses.views.flatten(called, output)
+        self.uses.follow(called, called.run())
+        if torch.is_grad_enabled() and called.func in LOSSES and output.requires_grad:
+            self.scale.note_loss(called)
+            if is_mean(called):
+                self._handles.append(output.register_hook(self._note_loss))
+        return output
+
+    def backward(self, run: Callable[[], object], inputs: Iterable[object] | None, *, again: bool) -> object:
+        """Run a backward pass.
+
+        Args:
+            run: the pass.
+            inputs: what gradients are taken with respect to, None for all parameters.
+            again: whether gradients of the gradients are to follow (create_graph).
+        """
+        weights = None if inputs is None else [p for p in inputs if isinstance(p, torch.nn.Parameter)]
+        self._aside = inputs is not None and not weights
+        if weights:
+            self.sights.obstruct("gradients are taken for given parameters")
+        elif self.seen_backward and not self._aside:
+            self.sights.obstruct("a capture has several backward passes")
+        if self._aside and again and self.recorders:
+            raise RuntimeError(
+                "autograd.grad(..., create_graph=True) inside capture(): K-FAC has no statistics for the gradient "
+                "of a gradient. Take the statistics of the plain loss alone inside capture(), and call backward() "
+                "on the penalty outside of it: gradients add up"
+            )
+        self.scale.gradient = None
+        if not self._aside and not self.seen_backward:
+            self._options.before_backward()
+        try:
+            return run()
+        finally:
+            if self._aside:
+                for recorder in self.recorders.values():
+                    recorder.set_aside()
+            else:
+                self.seen_backward = True
+            self._aside = False
+
+    def backward_fisher(self, losses: Iterable[Tensor]) -> None:
+        """Record the output gradients of a sampled or exact Fisher: of each loss in a backward pass of its own."""
+        weights = list(self._weights.values())
+        if not weights:
+            return  # no layer is covered, or the forward pass is yet to come
+        self._record_gradients = True
+        for loss in losses:
+            torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+            for recorder in self.recorders.values():
+                recorder.end_pass()
+            self.fisher_passes += 1
+        self._record_gradients = False
+
+    def _note_loss(self, gradient: Tensor) -> None:
+        """The gradient that the mean of a loss function gets."""
+        if not self._aside:
+            self.scale.note_gradient(gradient)
+
+    def operation(self, operation: Operation, output: Tensor) -> Tensor:
+        """Record a weighted operation; returns the output to hand on in its place.
+
+        A layer that runs within the backward pass is run again by activation checkpointing. Where checkpointing
+        is reentrant, the first run was without gradients, and this one is recorded once its gradient arrives;
+        otherwise the first run was recorded, and no gradient will reach this one.
+        """
+        spec = self.spec_of(operation.weight, operation.layout)
+        known = None if spec is None else self.recorders.get(spec.name)
+        if isinstance(known, Recorder) and not in_backward():
+            self._next_forward(known)
+        if not output.requires_grad or not output.numel() or not operation.input.numel():
+            self.hint = self.hint or (EMPTY if output.requires_grad else "")
+            return output
+        self.uses.miss(operation.input, f"{operation.name} as its input")
+        spec = spec or self.layers.promote(operation)
+        if spec is None:
+            if operation.weight.requires_grad and not self.layers.knows(operation.weight):
+                self._strangers[id(operation.weight)] = operation.weight
+            self.uses.miss(operation.weight, operation.name)
+            return output
+        return self.record(spec, operation, output, self.choose(spec, operation, output))
+
+    def record(self, spec: LayerSpec, operation: Operation, output: Tensor, positions: Positions | None) -> Tensor:
+        """Record a call of a covered layer; returns the output to hand on in its place."""
+        own = spec.bias is not None and operation.bias is self.layers.params[spec.bias]
+        if spec.bias is not None and operation.bias is None and spec.name not in self.recorders:
+            spec = self.layers.without_bias(spec)
+        if spec.bias is None:
+            self.uses.miss(operation.bias, f"{operation.name} as its bias")
+        elif not own or operation.bias_start != spec.bias_start:
+            self.uses.miss(operation.weight, "a call without its bias")
+        recorder = self.recorder(spec, operation.weight)
+        if not isinstance(recorder, Recorder):  # a kind's, and not for operations of this sort
+            self.uses.miss(operation.weight, operation.name)
+            return output
+        return self.attach(recorder, operation, output, positions)
+
+    def attach(
+        self, recorder: Recorder, operation: Operation, output: Tensor, positions: Positions | None
+    ) -> Tensor:
+        """Record a call's input now (or when its layer is run again), and its output gradient when it comes."""
+        again = in_backward()
+        if not again:
+            self._next_forward(recorder)
+        geometry, rows = operation.geometry(output), operation.rows(output)
+        device = output.device.type
+        limit = limit_for(
+            self._options.config.statistics_rows, candidates_for(recorder.spec.name, self._options.positions)
+        )
+
+        def record() -> Call:
+            with torch.no_grad(), torch.autocast(device, enabled=False):
+                return recorder.input(operation, geometry, rows, positions, limit)
+
+        hook = self._gradient_hook(recorder, record if again else record(), output, operation.arrange)
+        output, handle = output_hook(output, hook)
+        self._handles.append(handle)
+        return output
+
+    def _next_forward(self, recorder: Recorder) -> None:
+        recorder.note_loss(self.scale.gradient)
+        recorder.next_forward()
+
+    def _gradient_hook(
+        self,
+        recorder: Recorder,
+        call: Call | Callable[[], Call],
+        output: Tensor,
+        arrange: Callable[[Tensor], Tensor] | None,
+    ) -> Callable[[Tensor | None], None]:
+        """Records the output gradient of a call, and first the call itself where that was left open."""
+        shape, device = output.shape, output.device
+
+        def hook(grad: Tensor | None) -> None:
+            nonlocal call
+            if self._aside:
+                if isinstance(call, Call):
+                    call.aside = True
+                return
+            if not self._record_gradients:
+                return
+            self.seen_backward = True  # of a capture around this one, which handles backward() alone
+            with torch._C.DisableTorchFunction(), torch.no_grad(), torch.autocast(device.type, enabled=False):
+                # None is what an autograd.Function may return for zero.
+                grad = torch.zeros(shape, device=device) if grad is None else grad.reshape(shape)
+                if not isinstance(call, Call):
+                    call = call()
+                recorder.output_gradient(call, grad if arrange is None else arrange(grad))
+
+        return hook
+
+    def spec_of(self, weight: Tensor, layout: Layout = ()) -> LayerSpec | None:
+        """The covered layer of a weight, or of a part of it; None if there is none."""
+        return self.layers.by_weight.get(id(weight), {}).get(layout)
+
+    def see(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a function as a part of the model: for a kind, in place of one that torch has fused."""
+        self._seeing += 1
+        try:
+            with Interceptor(self):
+                return function(*args, **kwargs)
+        finally:
+            self._seeing -= 1
+
+    def recorder(self, spec: LayerSpec, weight: Tensor) -> AnyRecorder:
+        """What gathers the statistics of a layer; made at its first call."""
+        if spec.name not in self.recorders:
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            one_pass = self._options.config.fisher == "empirical"
+            # A layer that joined later is checked when it is first seen.
+            checks = self._options.checks or (one_pass and spec.name not in self.layers.seen)
+            checks = checks and weight.requires_grad  # of a layer with a frozen weight the bias alone may move
+            self.recorders[spec.name] = self.layers.recorder(spec, dtype, one_pass=one_pass, checks=checks)
+            self._weights[spec.name] = weight
+            if checks:
+                self._handles.append(first_hook(weight, lambda grad: self._add_gradient(spec.name, grad)))
+        return self.recorders[spec.name]
+
+    def _add_gradient(self, name: str, grad: Tensor) -> None:
+        """What a backward pass adds to a weight's gradient in this process, all its uses together."""
+        if not self._aside:
+            # A copy: the tensor becomes the parameter's .grad, which processes average and callers clip in place.
+            grad = grad.detach().clone()
+            self.gradients[name] = self.gradients[name] + grad if name in self.gradients else grad
+
+    def forget(self, name: str) -> None:
+        """Drop what was gathered for a layer."""
+        self.recorders.pop(name, None)
+
+    def candidates(self, spec: LayerSpec, rows: Rows) -> list[Positions]:
+        """The descriptions of positions that a layer may take, in order.
+
+        Args:
+            spec: the layer.
+            rows: of the call at hand.
+        """
+        self.scale.note_call(spec.name, rows)
+        return candidates_for(spec.name, self._options.positions)
+
+    def choose(self, spec: LayerSpec, operation: Operation, output: Tensor) -> Positions | None:
+        """The description of positions that a call takes."""
+        self.scale.note_call(spec.name, operation.rows(output))
+        first = spec.weight in self.layers.sequence_first
+        return operation.positions(spec.name, output, self._options.positions, sequence_first=first)
+
+    def kept_inputs(self) -> Iterator[Tensor]:
+        """Inputs that are kept until their gradients come, most of them kept by autograd as well."""
+        for recorder in self.recorders.values():
+            yield from recorder.kept_inputs()
+
+    # When the passes are over.
+
+    def settle(self) -> None:
+        """Have the kinds of layers settle what they left open."""
+        for watch in self._watches:
+            watch.settle()
+
+    def stop(self) -> None:
+        """Record no further gradients."""
+        self._record_gradients = False
+
+    def release(self) -> None:
+        """Let go of what was gathered; nothing hangs on the graph any more, which a kept loss keeps alive."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.recorders.clear()
+        self._weights.clear()
+        self.gradients.clear()

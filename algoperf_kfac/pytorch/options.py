@@ -1,0 +1,35 @@
+"""What a capture is told."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from algoperf_kfac.config import KFACConfig
+from algoperf_kfac.positions import Candidates
+from algoperf_kfac.pytorch.compiled import Taps
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a capture is to do.
+
+    Attributes:
+        config: the configuration.
+        active: whether this is a statistics step; if not, nothing is watched and entering costs nothing.
+        positions: which positions count and to which example they belong.
+        generator: of the label draws of fisher="mc".
+        checks: whether to compare what was captured with the weights' gradients.
+        before_backward: called ahead of the first backward pass for parameters.
+        taps: what takes the statistics of layers within compiled graphs; None to run those uncompiled.
+    """
+
+    config: KFACConfig
+    active: bool
+    positions: Candidates
+    generator: torch.Generator | None = None
+    checks: bool = False
+    before_backward: Callable[[], None] = lambda: None
+    taps: Taps | None = None

@@ -1,0 +1,356 @@
+"""Gathers one layer's statistics over its calls in a capture, and sums them as they come.
+
+An input is summed when the layer is called and then let go. Where output gradients decide which positions count, it
+is kept until they come back: as long as autograd keeps it, with several backward passes until the last of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from algoperf_kfac.layers import LayerSpec
+from algoperf_kfac.positions import Positions, Rows
+from algoperf_kfac.pytorch import factors
+from algoperf_kfac.pytorch.calls import Call, by_examples, counts_of, sum_of
+from algoperf_kfac.pytorch.factors import MaskedLayout
+from algoperf_kfac.pytorch.geometry import ConvGeometry
+from algoperf_kfac.pytorch.operations import Operation
+from algoperf_kfac.pytorch.statistics import LayerSums, Product, Scalar, Statistics, accumulate
+from algoperf_kfac.pytorch.vanishing import example_squares, without_vanishing
+from algoperf_kfac.subset import Subset
+
+# Calls of a layer whose outer products of inputs are kept apart until their gradients come.
+MAX_WAITING = 4
+
+
+class Recorder:
+    """Gathers one layer's statistics over its calls in a capture.
+
+    Sums over a part of the examples (`Subset`) are scaled to stand for those over all; examples are counted.
+    Calls of one forward pass on equally many examples see the same examples, and their positions count together.
+    Other numbers of examples are other examples.
+
+    Args:
+        spec: the layer.
+        dtype: of the factors.
+        one_pass: whether a forward pass is followed by a single backward pass, and not by several for a sampled or
+            exact Fisher; inputs kept for their mask are then let go as soon as the gradient has come.
+        checks: whether to form `product`.
+
+    Attributes:
+        loss_gradient: the gradient that the mean of a loss function got in the backward pass at hand, None if
+            there is none; see `note_loss`.
+        sums: of the closed groups of calls.
+        rounding: the coarsest eps among the dtypes of inputs and output gradients.
+    """
+
+    def __init__(self, spec: LayerSpec, dtype: torch.dtype, *, one_pass: bool = True, checks: bool = False) -> None:
+        self.spec = spec
+        self.dtype = dtype
+        self.one_pass = one_pass
+        self.checks = checks
+        self.calls: list[Call] = []
+        self.backward_done = False
+        self.product: Product | None = None
+        self.loss_gradient: Tensor | None = None
+        self.rounding = 0.0
+        self.sums = LayerSums()
+        # Of the group at hand.
+        self._a: list[Tensor] | None = None
+        self._b: list[Tensor] | None = None
+        self._a_count: Scalar = 0.0
+        self._squares: Tensor | None = None  # (groups, blocks of B), where vanishing sums are watched
+        # Gradient sums (and squares) of passes whose counts are not known yet.
+        self._reduced: list[tuple[int, Tensor, Tensor | None]] = []
+
+    def note_loss(self, gradient: Tensor | None) -> None:
+        self.loss_gradient = gradient
+
+    @property
+    def examples(self) -> Scalar:
+        return self.sums.examples
+
+    @property
+    def rows(self) -> int:
+        return self.sums.rows
+
+    @property
+    def is_complete(self) -> bool:
+        reduces = self.spec.reduces_inputs
+        lost = [call for call in self.calls if not call.seen]
+        kept_apart = all(reduces or call.input is not None or call.products is not None for call in lost)
+        return bool(self.rows or any(call.seen for call in self.calls)) and kept_apart
+
+    def next_forward(self) -> None:
+        """A forward pass after a backward pass begins a further micro-batch in the same capture."""
+        if self.backward_done:
+            self.end_group()
+
+    def input(
+        self,
+        operation: Operation,
+        conv: ConvGeometry | None,
+        rows: Rows,
+        positions: Positions | None,
+        limit: int | None = None,
+    ) -> Call:
+        """Begin a call with its input.
+
+        Args:
+            operation: the call.
+            conv: where it reads, None for linear operations.
+            rows: of the call.
+            positions: which of them count.
+            limit: from `limit_for`.
+        """
+        layout = MaskedLayout.fitted(positions, rows, self.spec.name, self.dtype)
+        call = Call(
+            layout,
+            conv,
+            layout.subset(limit, reduces=self.spec.reduces_inputs),
+            layout.subset(limit, reduces=self.spec.reduces_outputs),
+        )
+        x = call.batch_first(operation.input.detach())
+        self._note_rounding(x)
+        self._prepare(call, operation, x)
+        self.calls.append(call)
+        if self.checks:
+            call.checked = x
+        x = x[call.inputs.slice]
+        if layout.by_gradient:
+            call.input = x
+        else:
+            self._take(call, x)
+        return call
+
+    def _note_rounding(self, x: Tensor) -> None:
+        if x.is_floating_point():
+            self.rounding = max(self.rounding, torch.finfo(x.dtype).eps)
+
+    def _prepare(self, call: Call, operation: Operation, x: Tensor) -> None:
+        """A place for what subclasses know of a call beforehand."""
+
+    def _take(self, call: Call, x: Tensor) -> None:
+        """Add a call's input to the sums, now that it is known which of its positions count."""
+        if call.nonzero is not None:
+            call.layout = dataclasses.replace(call.layout, mask=call.nonzero.to(self.dtype))
+        call.input = call.nonzero = None
+        if self.spec.reduces_inputs:
+            call.input_sums = self._input_sums(call, x)
+            return
+        call.products = _weighted(self._expand_inputs(call, x), call.inputs)
+        count = call.inputs.weight * len(x) * call.layout.positions
+        mask = call.input_layout.mask
+        call.count = count if mask is None else call.inputs.weight * mask.sum()
+        waiting = [c for c in self.calls if c.products is not None and not c.seen]
+        if len(waiting) > MAX_WAITING:
+            self._merge(waiting[0])
+
+    def _merge(self, call: Call) -> None:
+        """Add a call's outer products of inputs to those of the group."""
+        if call.products is not None:
+            self._a = accumulate(self._a, call.products)
+            self._a_count = self._a_count + call.count
+            call.products = None
+
+    def _input_sums(self, call: Call, x: Tensor) -> Tensor:
+        """(examples, groups, P_in): sums over each example's positions."""
+        return factors.input_sums(x.to(self.dtype), self.spec.groups, call.conv, call.input_layout)
+
+    def _expand_inputs(self, call: Call, x: Tensor) -> list[Tensor]:
+        """The outer products of all positions' inputs."""
+        total: list[Tensor] | None = None
+        of_all = call.input_layout.mask
+        for chunk, inputs in factors.input_chunks(x.to(self.dtype), self.spec.groups, call.conv):
+            mask = None if of_all is None else of_all[chunk]
+            rows = factors.expand_rows(inputs, mask)
+            ones = None
+            if self.spec.bias is not None:
+                ones = rows.new_ones(len(rows)) if mask is None else mask.reshape(-1)
+            total = accumulate(total, self._input_products(rows, ones))
+        assert total is not None
+        return total
+
+    def _input_products(self, rows: Tensor, ones: Tensor | None) -> list[Tensor]:
+        return factors.outer_sums(rows, ones, self.spec.in_blocks)
+
+    def _output_products(self, rows: Tensor) -> list[Tensor]:
+        return factors.outer_sums(rows, None, self.spec.out_blocks)
+
+    def output_gradient(self, call: Call, grad: Tensor) -> None:
+        """End a call with the gradient of its output.
+
+        Raises:
+            RuntimeError: if it was ended before.
+        """
+        if call.fired:
+            raise RuntimeError(
+                f"layer {self.spec.name} received two gradients for one call: capture() takes one backward pass "
+                "for each forward pass. Sum the losses of one forward pass before backward(), and leave gradients "
+                "of gradients (penalties, create_graph=True) outside of capture()"
+            )
+        call.fired = call.seen = True
+        self._note_rounding(grad)
+        grad = call.batch_first(grad.to(self.dtype))
+        rows = factors.output_rows(grad, self.spec.groups, call.conv)
+        if call.drop is not None:
+            rows = rows.masked_fill(call.drop[:, :, None, None], 0)
+        if call.checked is not None:
+            product = self._product(call, call.checked, grad, self.rounding)
+            self.product = product if self.product is None else self.product + product
+            call.checked = None
+        chosen, layout = rows[call.outputs.slice], call.output_layout
+        if self.spec.reduces_outputs:
+            call.grad_sums = layout.sum_positions(chosen)
+            if self.spec.watches_sums:
+                call.grad_squares = example_squares(chosen, self.spec.out_blocks, layout)
+        else:
+            products = self._output_products(factors.expand_rows(chosen, layout.mask))
+            self._b = accumulate(self._b, _weighted(products, call.outputs))
+        if call.layout.by_gradient:
+            # The sums above need no mask: what it leaves out is zero.
+            nonzero = factors.nonzero_positions(rows)
+            call.nonzero = nonzero if call.nonzero is None else call.nonzero | nonzero
+            if self.one_pass and call.input is not None:
+                self._take(call, call.input)
+        if call.input is None:
+            self._merge(call)
+        if all(c.seen for c in self.calls):
+            self.backward_done = True
+
+    def _product(self, call: Call, x: Tensor, grad: Tensor, eps: float) -> Product:
+        """G^T A of one call from its input and its output gradient, batch first."""
+        x = x.to(self.dtype)
+        bound = x.norm() * grad.norm()
+        if call.conv is not None:
+            matrix = call.conv.weight_gradient(x, grad, self.spec.groups)
+            return Product(matrix, bound * math.prod(call.conv.kernel) ** 0.5, eps)
+        matrix = grad.flatten(0, -2).T @ x.flatten(0, -2)
+        return Product(matrix.unsqueeze(0), bound, eps)
+
+    def set_aside(self) -> None:
+        """Forget the calls that a gradient with respect to inputs alone went through.
+
+        Raises:
+            RuntimeError: if it went through some calls of the forward pass, and left out others.
+        """
+        if not any(call.aside for call in self.calls):
+            return
+        if not all(call.aside for call in self.calls):
+            raise RuntimeError(
+                f"layer {self.spec.name}: a gradient with respect to inputs alone went through some of its calls "
+                "and not through others of the same forward pass: take it outside of capture()"
+            )
+        self.calls = []
+        self._a, self._b, self._a_count, self._squares, self._reduced = None, None, 0.0, None, []
+
+    def end_pass(self) -> None:
+        """Close one backward pass; several may follow one forward pass (sampled or exact Fisher).
+
+        A call that this pass did not reach has a gradient of zero, as long as another pass reaches it.
+        """
+        fired = [call for call in self.calls if call.fired]
+        if self.spec.reduces_outputs:
+            for number, calls in by_examples(fired).items():
+                grads = sum_of(call.grad_sums for call in calls)
+                squares = sum_of(call.grad_squares for call in calls) if self.spec.watches_sums else None
+                for call in calls:
+                    call.grad_sums = call.grad_squares = None
+                of_sum = calls[0].layout.readout == "sum"
+                if of_sum and any(call.input is not None for call in self.calls):
+                    self._reduced.append((number, grads, squares))
+                else:
+                    self._reduce_outputs(number, grads, squares)
+        for call in fired:
+            call.fired = False
+
+    def _reduce_outputs(self, number: int, grads: Tensor, squares: Tensor | None) -> None:
+        """Add the outer products of each example's gradient sums, or of its means, to those of the group."""
+        calls = by_examples(self.calls)[number]
+        part = calls[0].outputs
+        if calls[0].layout.readout == "sum":
+            counts = counts_of(calls, grads)[part.slice].clamp(min=1)[:, None, None]
+            grads, squares = grads / counts, None if squares is None else squares / counts**2
+        self._b = accumulate(self._b, _weighted(self._output_products(grads), part))
+        if squares is not None:
+            total = part.weight * squares.sum(0)
+            self._squares = total if self._squares is None else self._squares + total
+
+    def end_group(self) -> None:
+        """Close the calls of one forward pass and its backward passes."""
+        self.end_pass()
+        # A forward pass whose outputs were detached (pseudo-labels) has no part in the loss.
+        self.calls = [call for call in self.calls if call.seen]
+        if not self.calls:
+            return
+        for call in self.calls:
+            if call.input is not None:
+                self._take(call, call.input)
+            self._merge(call)
+        for reduced in self._reduced:
+            self._reduce_outputs(*reduced)
+        seen: Scalar = 0.0
+        for calls in by_examples(self.calls).values():
+            seen = seen + self._end_calls(calls)
+        self._close(seen, sum(by_examples(self.calls)))
+        self.calls, self._reduced = [], []
+        self.backward_done = False
+
+    def _end_calls(self, calls: list[Call]) -> Scalar:
+        """Close calls on the same examples; the number of these that count."""
+        layout, part = calls[0].layout, calls[0].inputs
+        examples: Scalar = float(layout.num_examples)
+        if not self.spec.reduces_inputs:
+            if layout.ragged:
+                like = self._a[0] if self._a else torch.empty(0, dtype=self.dtype)
+                examples = (counts_of(calls, like) > 0).sum().to(self.dtype)
+            return examples
+        sums = sum_of(call.input_sums for call in calls)
+        chosen: Scalar = examples
+        if layout.ragged or layout.readout == "sum":
+            counts = counts_of(calls, sums)
+            valid = (counts > 0).to(self.dtype)
+            examples = valid.sum() if layout.ragged else examples
+            counts, valid = counts[part.slice], valid[part.slice]
+            chosen = part.weight * valid.sum() if layout.ragged else examples
+            ones = counts if layout.readout == "sum" else valid
+            if layout.readout == "mean":
+                sums = sums / counts.clamp(min=1)[:, None, None]
+        else:  # the same, without asking the device for what is known
+            ones = sums.new_ones(len(sums))
+            sums = sums / sum(call.layout.positions for call in calls)
+        homogeneous = ones if self.spec.bias is not None else None
+        self._a = accumulate(self._a, _weighted(self._input_products(sums, homogeneous), part))
+        self._a_count = self._a_count + chosen
+        return examples
+
+    def _close(self, examples: Scalar, rows: int) -> None:
+        """Add the group's sums to those of the capture."""
+        assert self._a is not None
+        assert self._b is not None
+        vanished: Scalar = 0.0
+        if self._squares is not None:
+            self._b, share = without_vanishing(self._b, self._squares, self.rounding)
+            vanished = share * examples
+        # What a loss of the group's own, a mean over its examples, asks for.
+        own = None if self.loss_gradient is None else (examples / self.loss_gradient) ** 2
+        self.sums.add(self._a, self._b, self._a_count, examples, vanished, rows, own)
+        self._a, self._b, self._a_count, self._squares = None, None, 0.0, None
+
+    def statistics(self, factor: Scalar, *, by_loss: bool = False) -> Statistics:
+        """The sums of a closed recorder; see `LayerSums.statistics`."""
+        return self.sums.statistics(factor, self.rounding, by_loss=by_loss)
+
+    def kept_inputs(self) -> Iterator[Tensor]:
+        """Inputs that are kept until their gradients come."""
+        yield from (call.input for call in self.calls if call.input is not None)
+
+
+def _weighted(sums: list[Tensor], part: Subset) -> list[Tensor]:
+    """Sums over the chosen examples as those over all."""
+    return sums if part.every == 1 else [m.mul_(part.weight) for m in sums]
