@@ -92,6 +92,11 @@ def is_older() -> bool:
     return installed() and importlib.util.find_spec(f"algoperf.workloads.{FROM_1_0}") is None
 
 
+def version() -> str:
+    """Of the AlgoPerf that is installed: what decides on workloads, budgets and what the runner compiles."""
+    return "0.6" if is_older() else "1.0"
+
+
 def here() -> tuple[str, ...]:
     """The base workloads that the installed AlgoPerf has."""
     return tuple(name for name in WORKLOADS if name != FROM_1_0 or not is_older())

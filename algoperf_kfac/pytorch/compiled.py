@@ -5,8 +5,8 @@ the layer's sums as uncompiled code does (`Recorder`), and hands them out as gra
 Nothing is written to while the graph runs, so that the graph does not break; steps without statistics keep the
 graph they have.
 
-Which layers a model has and how they are read is learnt from a statistics step that runs uncompiled, the first one.
-A model whose covered layers cannot all be tapped stays with such steps.
+Which layers a model has and how they are read is learnt from a statistics step that runs uncompiled, the first one,
+and saved with the optimizer's state. A model whose covered layers cannot all be tapped stays with such steps.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import functools
 import itertools
 import sys
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from algoperf_kfac.errors import listed
@@ -27,9 +28,10 @@ from algoperf_kfac.layers import LayerSpec
 from algoperf_kfac.positions import Candidates, Positions, candidates_for
 from algoperf_kfac.pytorch.covered_layer import CoveredLayer
 from algoperf_kfac.pytorch.discovery import unwrap
-from algoperf_kfac.pytorch.operations import RULES, Function, Operation
+from algoperf_kfac.pytorch.kinds import AnyRecorder
+from algoperf_kfac.pytorch.operations import LOOKUPS, RULES, Function, Operation
 from algoperf_kfac.pytorch.recorder import Recorder
-from algoperf_kfac.pytorch.sights import Sight
+from algoperf_kfac.pytorch.sights import Sight, from_numbers, is_known, may_save, to_numbers
 from algoperf_kfac.subset import limit_for
 
 # What stands in for tensors of an operation that its sums do not read.
@@ -39,6 +41,7 @@ _TAPS: weakref.WeakValueDictionary[int, Tap] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 Table = dict[int, tuple[int, list[Tensor]]]
+MakeRecorder = Callable[[LayerSpec, torch.dtype], AnyRecorder]
 # Of one description: the number of its mask, or "gradient", or None; batch_dim; readout.
 _Form = tuple[int | str | None, int, str]
 _Forms = tuple[tuple[str, tuple[_Form, ...]], ...]  # by pattern
@@ -47,10 +50,11 @@ _WHOLE = ""  # the pattern of descriptions for the whole model
 
 @dataclasses.dataclass(eq=False)
 class Tap:
-    """Takes one layer's sums within compiled graphs.
+    """Takes the sums of one layer, or of one of its uses, within compiled graphs.
 
     Attributes:
         spec: the layer.
+        recorder: makes one that saw nothing.
         sight: what is known of its call.
         dtype: of the factors.
         limit: from `limit_for`.
@@ -62,6 +66,7 @@ class Tap:
     """
 
     spec: LayerSpec
+    recorder: Callable[[], Recorder]
     sight: Sight
     dtype: torch.dtype
     limit: int | None
@@ -84,7 +89,7 @@ class Tap:
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             candidates = _together(self.forms, masks)
             positions = operation.positions(self.spec.name, grad, candidates, sequence_first=self.sequence_first)
-            recorder = Recorder(self.spec, self.dtype)
+            recorder = self.recorder()
             call = recorder.input(operation, operation.geometry(grad), operation.rows(grad), positions, self.limit)
             recorder.output_gradient(call, grad)
             recorder.end_group()
@@ -105,7 +110,7 @@ class Tap:
         if numbers is None:
             return False
         sums = [block for block in blocks if block is not None]
-        split = len(self.spec.in_blocks)
+        split = len(recorder.block_sizes[0])
         sight = self.sight
         a_count, examples, vanished = numbers.unbind()
         recorder.sums.add(sums[:split], sums[split:], a_count, examples, vanished, sight.examples)
@@ -139,24 +144,27 @@ def _record(
     if not output.requires_grad or not output.numel():
         return output
     tap = _TAPS[number]
-    operation = RULES[tap.sight.function](*args, **kwargs)
+    operation = _rule(tap.sight.function)(*args, **kwargs)
     bare = dataclasses.replace(operation, input=_NONE, weight=_NONE, bias=None)
     return _Identity.apply(output, operation.input.detach(), tap, bare, len(masks), *masks, *zeros)
 
 
-def tapped(table: Table, masks: list[Tensor], func: Function, args: Any, kwargs: Mapping[str, Any]) -> Any:
+def tapped(
+    table: Table, lookups: Table, masks: list[Tensor], func: Function, args: Any, kwargs: Mapping[str, Any]
+) -> Any:
     """Run a function of torch, with a tap where it applies a layer; traced by dynamo.
 
     Args:
-        table: by identity of a weight, its tap's number and zeros.
-        masks: of the positions.
+        table, lookups, masks: of the step's `Taps`.
         func, args, kwargs: the call.
     """
+    # Written in Python, with a call of its super's that torch 2.9 does not trace.
+    func = torch.unflatten if func is Tensor.unflatten else func
     output = func(*args, **kwargs)
     weight = args[1] if len(args) > 1 else kwargs.get("weight")
     # The identity of anything that is made within the graph is not known to dynamo.
     if isinstance(weight, nn.Parameter):
-        found = table.get(id(weight))
+        found = (lookups if func is F.embedding else table).get(id(weight))
         if found is not None:
             return _record(output, found[0], masks, found[1], args, kwargs)
     return output
@@ -168,18 +176,32 @@ def _leave_whole() -> None:
     torch.compiler.allow_in_graph(_record)
 
 
+@functools.cache
+def leave_uncompiled(function: Callable[..., Any]) -> None:
+    """Have dynamo leave out the frames of a function, which it still traces within the graphs of others.
+
+    Where a graph breaks, it would compile a mode's handler by itself, and torch 2.9 then takes the getter of one
+    property for that of another.
+    """
+    from torch._dynamo import eval_frame
+
+    eval_frame.skip_code(function.__code__)
+
+
 @dataclasses.dataclass(frozen=True)
 class Taps:
     """The taps of one statistics step.
 
     Attributes:
-        taps: of all covered layers.
-        table: see `tapped`.
+        taps: of all covered layers, in the order of their uses.
+        table: by identity of a weight that multiplies, its tap's number and zeros.
+        lookups: the same of a weight whose rows are looked up.
         masks: of the positions given for this step.
     """
 
     taps: list[Tap]
     table: Table
+    lookups: Table
     masks: list[Tensor]
 
     def clear(self) -> None:
@@ -205,7 +227,7 @@ class CompiledStatistics:
 
     def forget(self) -> None:
         """Learn anew: layers joined or left."""
-        self._sights: dict[str, Sight] = {}
+        self._sights: dict[str, tuple[Sight, ...]] = {}
         self._obstacles: list[str] = []
         self._learnt = False
         self._made: dict[tuple[object, ...], Taps] = {}
@@ -224,11 +246,36 @@ class CompiledStatistics:
         self._compiled = self._compiled or _is_compiled(self._model)
         return self._compiled
 
-    def learn(self, sights: Mapping[str, Sight], obstacles: Iterable[str]) -> None:
+    def saved(self, covered: Iterable[str]) -> dict[str, list[list[int | float]]]:
+        """What is known of layers, as numbers, so that a resumed run takes the same steps compiled.
+
+        For each use of a layer its turn (0: nothing is known) and the numbers of `sights.to_numbers`.
+        """
+        order = list(self._sights)
+        return {
+            name: [to_numbers(order.index(name) + 1, sight) for sight in self._sights[name]]
+            if self._may_save(name)
+            else [to_numbers(0, None)]
+            for name in covered
+        }
+
+    def _may_save(self, name: str) -> bool:
+        """Obstacles are learnt anew; they may be gone."""
+        known = self._sights.get(name, ())
+        return bool(known) and not self._obstacles and all(map(may_save, known))
+
+    def restore(self, saved: Mapping[str, Sequence[Sequence[int | float]]]) -> None:
+        """Go on from what `saved` gave; where it does not know every layer, learn anew."""
+        self.forget()
+        found = sorted((uses[0][0], name, uses) for name, uses in saved.items())
+        if found and all(is_known(use) for _, _, uses in found for use in uses):
+            self.learn({name: tuple(map(from_numbers, uses)) for _, name, uses in found}, ())
+
+    def learn(self, sights: Mapping[str, tuple[Sight, ...]], obstacles: Iterable[str]) -> None:
         """Take note of an uncompiled statistics step.
 
         Args:
-            sights: of the layers that can be tapped, the one that sees the batch first.
+            sights: of the layers that can be tapped, each of their uses; the one that sees the batch first.
             obstacles: why others cannot.
         """
         self._learnt = True
@@ -262,6 +309,7 @@ class CompiledStatistics:
         candidates: Candidates,
         rows: int | None,
         sequence_first: Iterable[str],
+        recorder: MakeRecorder,
     ) -> Taps | None:
         """The taps of a statistics step; None where it runs uncompiled.
 
@@ -270,6 +318,7 @@ class CompiledStatistics:
             candidates: descriptions of their positions.
             rows: `KFACConfig.statistics_rows`.
             sequence_first: names of parameters whose modules say that inputs are (T, N, features).
+            recorder: makes that of a layer, with factors of a dtype.
         """
         if not self.is_compiled or self.obstacle(covered) is not None:
             return None
@@ -284,7 +333,7 @@ class CompiledStatistics:
         )
         made = self._made.get((forms, weights))
         if made is None:
-            made = self._make(covered, candidates, rows, set(sequence_first), forms)
+            made = self._make(covered, candidates, rows, set(sequence_first), forms, recorder)
             self._made[forms, weights] = made
         made.clear()
         return dataclasses.replace(made, masks=masks)
@@ -296,21 +345,33 @@ class CompiledStatistics:
         rows: int | None,
         sequence_first: set[str],
         forms: _Forms,
+        recorder: MakeRecorder,
     ) -> Taps:
         taps: list[Tap] = []
         table: Table = {}
+        lookups: Table = {}
         for name in (name for name in self._sights if name in covered):
             layer = covered[name]
             spec, weight = layer.spec, layer.weight
             dtype = torch.promote_types(weight.dtype, torch.float32)
-            shapes = [(spec.groups, size, size) for size in spec.block_sizes]
             zero = torch.zeros((), dtype=dtype, device=weight.device)
-            zeros = [zero.expand(shape).requires_grad_() for shape in (*shapes, (3,))]
             limit = limit_for(rows, candidates_for(name, candidates))
-            tap = Tap(spec, self._sights[name], dtype, limit, forms, spec.weight in sequence_first, zeros)
-            taps.append(tap)
-            table[id(weight)] = (tap.number, zeros)
-        return Taps(taps, table, [])
+            for use, sight in enumerate(self._sights[name]):
+
+                def make(spec: LayerSpec = spec, dtype: torch.dtype = dtype, use: int = use) -> Recorder:
+                    return recorder(spec, dtype).uses[use]
+
+                shapes = [(spec.groups, size, size) for sizes in make().block_sizes for size in sizes]
+                zeros = [zero.expand(shape).requires_grad_() for shape in (*shapes, (3,))]
+                first = spec.weight in sequence_first
+                tap = Tap(spec, make, sight, dtype, limit, forms, first, zeros)
+                taps.append(tap)
+                (lookups if sight.function in LOOKUPS else table)[id(weight)] = (tap.number, zeros)
+        return Taps(taps, table, lookups, [])
+
+
+def _rule(function: Function) -> Callable[..., Operation]:
+    return LOOKUPS[function] if function in LOOKUPS else RULES[function]
 
 
 def _is_compiled(model: nn.Module) -> bool:

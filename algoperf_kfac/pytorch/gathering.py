@@ -11,7 +11,7 @@ from algoperf_kfac.errors import MissingStatisticsError
 from algoperf_kfac.layers import LayerSpec, also_read_by, computed_before
 from algoperf_kfac.positions import check_fits
 from algoperf_kfac.pytorch.checks import compare
-from algoperf_kfac.pytorch.compiled import Taps
+from algoperf_kfac.pytorch.compiled import Tap, Taps
 from algoperf_kfac.pytorch.kinds import AnyRecorder
 from algoperf_kfac.pytorch.observer import Observer
 from algoperf_kfac.pytorch.options import Options
@@ -37,7 +37,7 @@ class Gathered:
         strangers: parameters with a gradient that operations with a rule read, and the optimizer does not have.
         hint: why no layer at all was recorded, as far as that is known, and what to do.
         second: by layer whose second dimension alone is as long as what the loss function took: both sizes.
-        sights: of a capture that ran uncompiled, what compiled graphs need to know of its layers.
+        sights: of a capture that ran uncompiled, what compiled graphs need to know of each use of its layers.
         obstacles: why compiled graphs could not have taken all of it.
     """
 
@@ -52,7 +52,7 @@ class Gathered:
     strangers: list[Tensor]
     hint: str
     second: dict[str, tuple[int, int]]
-    sights: dict[str, Sight]
+    sights: dict[str, tuple[Sight, ...]]
     obstacles: list[str]
 
 
@@ -111,16 +111,38 @@ def _take(observer: Observer, taps: Taps) -> None:
     """
     ran_uncompiled = observer.recorders
     observer.recorders = {}
+    by_layer: dict[str, list[Tap]] = {}
     for tap in taps.taps:
-        name, recorder = tap.spec.name, Recorder(tap.spec, tap.dtype)
+        by_layer.setdefault(tap.spec.name, []).append(tap)
+    for name, own in by_layer.items():
+        recorder = observer.layers.recorder(own[0].spec, own[0].dtype, one_pass=True, checks=False)
         shown = ran_uncompiled.pop(name, None)
-        if tap.take(recorder):
-            observer.seen_backward = True  # torch 2.9 may not ask the mode on the step that compiles
-            observer.scale.calls[name] = [tap.sight.rows]
-            observer.recorders[name] = recorder
-        elif shown is not None:
-            observer.recorders[name] = shown
+        taken = [tap.take(use) for tap, use in zip(own, recorder.uses, strict=True)]
+        if not any(taken):
+            if shown is not None:
+                observer.recorders[name] = shown
+            continue
+        observer.seen_backward = True  # torch 2.9 may not ask the mode on the step that compiles
+        observer.scale.calls[name] = [tap.sight.rows for tap in own]
+        rest = [None] * len(own) if shown is None else shown.uses
+        if all(
+            was_taken or _add(use, other) for use, other, was_taken in zip(recorder.uses, rest, taken, strict=True)
+        ):
+            observer.recorders[name] = recorder  # else it misses statistics
     observer.recorders |= ran_uncompiled
+
+
+def _add(use: Recorder, other: Recorder | None) -> bool:
+    """Add to a use of a layer what ran uncompiled of it; whether there is anything."""
+    if other is None or not other.is_complete:
+        return False
+    other.end_group()
+    if other.sums.a is None or other.sums.b is None:
+        return False
+    sums = other.sums
+    use.sums.add(other.sums.a, other.sums.b, sums.a_count, sums.examples, sums.vanished, sums.rows)
+    use.rounding = max(use.rounding, other.rounding)
+    return True
 
 
 def _incomplete(observer: Observer) -> tuple[dict[str, str], dict[str, str]]:
@@ -161,9 +183,9 @@ def _check_passes(observer: Observer, kind: str, missed: Collection[str]) -> Non
 
 def _sights(
     observer: Observer, kind: str, recorders: Mapping[str, AnyRecorder]
-) -> tuple[dict[str, Sight], list[str]]:
+) -> tuple[dict[str, tuple[Sight, ...]], list[str]]:
     """What compiled graphs have to know of layers, the one that sees the batch first; and what forbids them."""
     if kind != "empirical":
         return {}, [f"fisher={kind!r}"]
     ordered = {name: recorders[name] for name in observer.scale.by_batch(recorders)}
-    return observer.sights.of(ordered, observer.scale.calls, observer.layers.covered)
+    return observer.sights.of(ordered, observer.layers.covered)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from algoperf_kfac.pytorch.compiled import Taps, tapped
+from algoperf_kfac.pytorch.compiled import Taps, leave_uncompiled, tapped
 from algoperf_kfac.pytorch.operations import Called, Function
 
 
@@ -71,18 +71,22 @@ class TracedInterceptor(Interceptor):
 
     def __init__(self, listener: Listener, taps: Taps) -> None:
         super().__init__(listener)
-        self._table, self._masks = taps.table, taps.masks
+        self._table, self._lookups, self._masks = taps.table, taps.lookups, taps.masks
+        leave_uncompiled(TracedInterceptor.__torch_function__)
+        self._uncompiled = torch.compiler.disable(listener.called)
 
     def __torch_function__(
         self, func: Function, types: Any, args: Iterable[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_dynamo_compiling():
-            return tapped(self._table, self._masks, func, args, kwargs)
+            return tapped(self._table, self._lookups, self._masks, func, args, kwargs)
         # What a compiled graph consists of runs without gradients, and asks every mode.
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        return super().__torch_function__(func, types, args, kwargs)
+        if func in (Tensor.backward, torch.autograd.backward, torch.autograd.grad):
+            return super().__torch_function__(func, types, args, kwargs)
+        return self._uncompiled(Called(func, list(args), kwargs))
 
 
 def _tensor_backward(

@@ -109,7 +109,7 @@ class Observer:
                 if isinstance(output, Tensor) and output.requires_grad:
                     spec = self.spec_of(operation.weight, operation.layout)
                     if spec is not None:
-                        self.sights.note(called, operation, spec, fused=self._seeing > 0)
+                        self.note_function(called, operation, spec)
             return output
         self.uses.views.flatten(called, output)
         self.uses.follow(called, called.run())
@@ -164,6 +164,19 @@ class Observer:
                 recorder.end_pass()
             self.fisher_passes += 1
         self._record_gradients = False
+
+    def note_function(self, called: Called, operation: Operation, spec: LayerSpec, use: int = 0) -> None:
+        """Remember how a layer, or what may prove to be one, is applied.
+
+        Args:
+            called: the function that applies it.
+            operation: what it does; its call was noted.
+            spec: the layer.
+            use: which of its recorder's `uses` it is.
+        """
+        if spec.name in self.scale.calls:  # others have no rows
+            rows = self.scale.calls[spec.name][-1]
+            self.sights.note(called, operation, spec, use, rows, fused=self._seeing > 0)
 
     def _note_loss(self, gradient: Tensor) -> None:
         """The gradient that the mean of a loss function gets."""

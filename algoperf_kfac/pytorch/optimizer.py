@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -238,7 +239,11 @@ class KFAC(torch.optim.Optimizer):
         layers, taps = self._layers, None
         if active and not checks:
             taps = self._compiled.taps(
-                layers.covered, candidates, self.config.statistics_rows, layers.sequence_first
+                layers.covered,
+                candidates,
+                self.config.statistics_rows,
+                layers.sequence_first,
+                functools.partial(layers.recorder, one_pass=True, checks=False),
             )
         options = Options(self.config, active, candidates, generator, checks, self._before_backward, taps)
         return Capture(self._layers, self._finish_capture, options, loss_normalizer)
@@ -569,6 +574,7 @@ class KFAC(torch.optim.Optimizer):
             gradient_errors=dict(self._gradient_errors),
             missed_steps=dict(self._layers.missed_steps),
             **({} if self.config.refresh_budget is None else {"pace": self._pace}),
+            sights=self._compiled.saved(self._layers.covered),
         )
         number, _ = self._first_trained()
         state["state"][number]["kfac"] = checkpoint.to_tensors(state["kfac"], self._stand_ins)
@@ -602,7 +608,7 @@ class KFAC(torch.optim.Optimizer):
         self._stand_ins.copy_(kfac["stand_ins"])
         self._seed = checkpoint.seed_of(kfac)
         self._unchecked = self._steps == 0
-        self._compiled.forget()
+        self._compiled.restore(kfac.get("sights", {}))  # version 0.1.0 had none
         self._pending.forget()
         self._keep_entries()
         plain = self._without_second_moment()

@@ -68,6 +68,15 @@ class Recorder:
         # Gradient sums (and squares) of passes whose counts are not known yet.
         self._reduced: list[tuple[int, Tensor, Tensor | None]] = []
 
+    @property
+    def uses(self) -> tuple[Recorder, ...]:
+        return (self,)
+
+    @property
+    def block_sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Sizes of the blocks of A, and of B, as this recorder sums them."""
+        return self.spec.in_blocks, self.spec.out_blocks
+
     def note_loss(self, gradient: Tensor | None) -> None:
         self.loss_gradient = gradient
 

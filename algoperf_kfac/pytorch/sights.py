@@ -5,18 +5,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import torch.nn.functional as F
+
 from algoperf_kfac.layers import LayerSpec
 from algoperf_kfac.positions import Rows
 from algoperf_kfac.pytorch.covered_layer import CoveredLayer
 from algoperf_kfac.pytorch.hooks import in_backward
 from algoperf_kfac.pytorch.kinds import AnyRecorder
 from algoperf_kfac.pytorch.operations import RULES, Called, Function, Operation
-from algoperf_kfac.pytorch.recorder import Recorder
+
+# Functions that compiled graphs can take. Saved states know them by their number in this order, from 1 on: further
+# ones come last.
+TAPPED = (*RULES, F.embedding)
+MOST_DIMENSIONS = 8  # of the rows of a layer whose sight is saved
 
 
 @dataclasses.dataclass(frozen=True)
 class Sight:
-    """A covered layer as an uncompiled statistics step saw it.
+    """A covered layer, or one of its uses (`AnyRecorder.uses`), as an uncompiled statistics step saw it.
 
     Attributes:
         function: what it calls.
@@ -31,24 +37,43 @@ class Sight:
     rounding: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Applied:
+    """A call of a layer that compiled graphs could take.
+
+    Attributes:
+        use: which of its recorder's `uses`.
+        function: that was called.
+        rows: of the call.
+    """
+
+    use: int
+    function: Function
+    rows: Rows
+
+
 class Sights:
     """Gathers, over one statistics step, how layers are applied, and why compiled graphs could not take it."""
 
     def __init__(self) -> None:
-        self._functions: dict[str, list[Function]] = {}  # that apply layers, and could be tapped
+        self._applied: dict[str, list[Applied | str]] = {}  # by layer: its calls, or why one cannot be taken
         self._obstacles: list[str] = []
 
     def obstruct(self, obstacle: str) -> None:
         """Remember why compiled graphs could not take all of the step."""
         self._obstacles.append(obstacle)
 
-    def note(self, called: Called, operation: Operation, spec: LayerSpec, *, fused: bool) -> None:
-        """Remember how a layer is applied.
+    def note(
+        self, called: Called, operation: Operation, spec: LayerSpec, use: int, rows: Rows, *, fused: bool
+    ) -> None:
+        """Remember how a layer, or what may prove to be one, is applied.
 
         Args:
             called: the function that applies it.
             operation: what it does.
             spec: the layer.
+            use: which of its recorder's `uses` it is.
+            rows: of the call.
             fused: whether it is a part of another function.
         """
         obstacle = obstacle_of(called, operation, spec)
@@ -56,41 +81,78 @@ class Sights:
             obstacle = f"layer {spec.name} is part of a fused operation"
         elif in_backward():
             obstacle = f"layer {spec.name} is run again in the backward pass"
-        if obstacle is not None:
-            self._obstacles.append(obstacle)
-            return
-        self._functions.setdefault(spec.name, []).append(called.func)
+        self._applied.setdefault(spec.name, []).append(obstacle or Applied(use, called.func, rows))
 
     def of(
-        self,
-        recorders: Mapping[str, AnyRecorder],
-        calls: Mapping[str, Sequence[Rows]],
-        layers: Mapping[str, CoveredLayer],
-    ) -> tuple[dict[str, Sight], list[str]]:
-        """What compiled graphs have to know of layers, in the order of `recorders`; and what forbids them.
+        self, recorders: Mapping[str, AnyRecorder], layers: Mapping[str, CoveredLayer]
+    ) -> tuple[dict[str, tuple[Sight, ...]], list[str]]:
+        """What compiled graphs have to know of layers, by use, in the order of `recorders`; and what forbids them.
 
         Args:
             recorders: closed, by layer, the one that sees the batch first.
-            calls: by layer, the rows of its calls.
             layers: the covered layers.
         """
-        sights, obstacles = {}, list(dict.fromkeys(self._obstacles))
+        sights, obstacles = {}, list(self._obstacles)
         for name, recorder in recorders.items():
-            functions = self._functions.get(name, [])
-            if not functions and not obstacles:
-                obstacles.append(f"layer {name} is applied by a fused operation")
-            if len(functions) > 1:
-                obstacles.append(f"layer {name} is called {len(functions)} times")
-            elif functions and type(recorder) is Recorder:
-                sights[name] = Sight(functions[0], calls[name][0], recorder.rows, recorder.rounding)
-            elif functions:
-                obstacles.append(f"layer {name} is a {layers[name].spec.kind}")
-        return sights, obstacles
+            calls = self._applied.get(name, [])
+            found = [call for call in calls if isinstance(call, str)]
+            applied = {call.use: call for call in calls if isinstance(call, Applied)}
+            kind = layers[name].spec.kind
+            if not calls and not obstacles:
+                found = [f"layer {name} is applied by a fused operation"]
+            elif not found and not recorder.uses:
+                found = [f"layer {name} is a {kind}"]
+            elif not found and len(calls) > len(recorder.uses):
+                found = [f"layer {name} is called {len(calls)} times"]
+            elif not found and calls and len(applied) < len(recorder.uses):
+                found = [f"layer {name} is not used in all the ways of a {kind}"]
+            obstacles += found
+            if applied and not found:
+                sights[name] = tuple(
+                    Sight(applied[use].function, applied[use].rows, one.rows, one.rounding)
+                    for use, one in enumerate(recorder.uses)
+                )
+        return sights, list(dict.fromkeys(obstacles))
+
+
+def may_save(sight: Sight) -> bool:
+    """Whether `to_numbers` has room for it."""
+    return len(sight.rows.leading) <= MOST_DIMENSIONS
+
+
+def to_numbers(turn: int, sight: Sight | None) -> list[int | float]:
+    """A sight for a saved state: as many numbers whatever is known, see `checkpoint.to_tensors`.
+
+    Args:
+        turn: the layer's among those with sights, from 1 on.
+        sight: None if nothing is known.
+
+    Returns:
+        Turn, function, examples, whether these come first, the dimensions of the rows, their sizes; and rounding.
+    """
+    if sight is None:
+        return [0] * (5 + MOST_DIMENSIONS) + [0.0]
+    rows = sight.rows
+    sizes = [*rows.leading, *[0] * (MOST_DIMENSIONS - len(rows.leading))]
+    numbers = [turn, TAPPED.index(sight.function) + 1, sight.examples, rows.batch_first, len(rows.leading), *sizes]
+    return [*map(int, numbers), float(sight.rounding)]
+
+
+def is_known(numbers: Sequence[int | float]) -> bool:
+    """Whether numbers from `to_numbers` stand for a sight."""
+    return 0 < numbers[1] <= len(TAPPED)
+
+
+def from_numbers(numbers: Sequence[int | float]) -> Sight:
+    """The sight that numbers from `to_numbers` stand for."""
+    _, function, examples, batch_first, dimensions, *sizes = (int(n) for n in numbers[:-1])
+    rows = Rows(tuple(sizes[:dimensions]), bool(batch_first))
+    return Sight(TAPPED[function - 1], rows, examples, float(numbers[-1]))
 
 
 def obstacle_of(called: Called, operation: Operation, spec: LayerSpec) -> str | None:
     """Why a call of a layer cannot be tapped; None if it can."""
-    plain = called.func in RULES and operation.weight is _weight_of(called)
+    plain = called.func in TAPPED and operation.weight is _weight_of(called)
     if not plain or operation.arrange is not None or operation.mask is not None or spec.layout:
         return f"layer {spec.name} is applied by {called.name} to a part or a view of its weight"
     return None

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from benchmarks.official import one_batch
 from benchmarks.official.batches import RECIPES
 from benchmarks.official.digest import digest
-from benchmarks.official.environment import load_runner
+from benchmarks.official.environment import load_runner, versions
 from benchmarks.official.record import (
     INTERVAL,
     KFAC_POINT,
@@ -36,7 +36,7 @@ from benchmarks.official.record import (
     Record,
 )
 from benchmarks.official.replacing import replaced
-from benchmarks.official.watchers import WATCHERS
+from benchmarks.official.watchers import WATCHERS, same_graphs
 from commands import errors
 from commands.arguments import Parser
 from commands.errors import UserError
@@ -58,7 +58,7 @@ def run(
     record = Record(
         workload_name, framework, submission, data_parallel=data_parallel, max_factor_dim=max_factor_dim
     )
-    record.algoperf = "0.6" if algoperf.is_older() else "1.0"
+    record.algoperf, record.environment = algoperf.version(), versions()
     return _Case(record).run()
 
 
@@ -144,7 +144,10 @@ class _Case:
         def update_params(**kwargs: Tree) -> Update:
             steps.append(kwargs["global_step"])
             workload.steps = kwargs["global_step"] + 1
-            result: Update = self.step(workload, kwargs) if watch else self.module.update_params(**kwargs)
+            if watch:
+                return self.step(workload, kwargs)
+            with same_graphs(self.framework, kwargs):
+                result: Update = self.module.update_params(**kwargs)
             return result
 
         with (

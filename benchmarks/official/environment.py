@@ -1,11 +1,29 @@
-"""AlgoPerf's imports, in the order and with the flags its runner expects."""
+"""What cases are run with: AlgoPerf's imports, in the order and with the flags its runner expects; and versions."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
 from collections.abc import Sequence
 from types import ModuleType
 
 from workloads.algoperf import import_torchvision
+
+PACKAGES = ("algoperf", "torch", "torchvision", "jax", "flax", "optax", "tensorflow", "numpy")
+
+
+def versions() -> str:
+    """What the cases are run with here."""
+    found = {name: _version(name) for name in PACKAGES}
+    packages = ", ".join(f"{name} {version}" for name, version in found.items() if version)
+    return f"Python {platform.python_version()}, {packages}; one thread of a CPU."
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def load_runner(framework: str, workload_name: str, arguments: Sequence[str] = ()) -> ModuleType:

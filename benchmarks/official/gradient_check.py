@@ -1,7 +1,8 @@
 """G^T A = dL/dW: the inputs and output gradients K-FAC captured give back the weight's gradient, by layer.
 
 This finds every lost hook, every call that was missed and every wrong unfolding, on any model. It listens to what
-the capture hands to its recorders, so it sees what the factors are made of and not a second measurement.
+the capture hands to its recorders, so it sees what the factors are made of and not a second measurement. Of layers
+whose sums are formed within compiled graphs it has the graph hand on what these are formed of: an operation more.
 """
 
 from __future__ import annotations
@@ -13,10 +14,29 @@ import torch
 from torch import Tensor, nn
 
 from algoperf_kfac.layers import LayerSpec
-from algoperf_kfac.pytorch import factors
+from algoperf_kfac.pytorch import compiled, factors
 from algoperf_kfac.pytorch.recorder import Recorder
 from benchmarks.official.replacing import replaced
 from submissions.common.api import Tree
+
+# Who listens to compiled graphs, and of which layers, by the number of their tap.
+_LISTENERS: dict[int, tuple[CapturedGradients, LayerSpec, Tree]] = {}
+
+
+@torch.library.custom_op(
+    "algoperf_kfac_official::hand_on", mutates_args=(), schema="(int tap, Tensor input, Tensor grad) -> Tensor"
+)
+def _hand_on(tap: int, input: Tensor, grad: Tensor) -> Tensor:
+    """Zero, for the graph to add to something, lest it drop the operation."""
+    if tap in _LISTENERS:
+        listener, spec, conv = _LISTENERS[tap]
+        listener._add(spec, input, grad, conv)
+    return grad.new_zeros(())
+
+
+@_hand_on.register_fake
+def _(tap: int, input: Tensor, grad: Tensor) -> Tensor:
+    return grad.new_empty(())
 
 
 class CapturedGradients:
@@ -34,25 +54,45 @@ class CapturedGradients:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Listens to every capture made in this context."""
+        """Listens to every capture made in this context; graphs with statistics must be compiled in it, too."""
         record_input, record_gradient = Recorder.input, Recorder.output_gradient
+        form_sums = compiled.Tap.sums
         inputs: dict[int, tuple[Tree, Tree]] = {}
+        traced = False
 
         def input_(recorder: Tree, operation: Tree, *rest: Tree) -> Tree:
             call = record_input(recorder, operation, *rest)
+            if traced:
+                return call
             # The call is kept, so its id stays its own.
             inputs[id(call)] = call, operation.input.detach().clone()
             return call
 
         def output_gradient(recorder: Tree, call: Tree, grad: Tensor) -> None:
             record_gradient(recorder, call, grad)
-            self._add(recorder.spec, inputs.pop(id(call))[1], grad, call.conv)
+            if not traced:
+                self._add(recorder.spec, inputs.pop(id(call))[1], grad, call.conv)
+
+        def sums(tap: Tree, operation: Tree, masks: Tree, grad: Tensor) -> list[Tensor]:
+            nonlocal traced
+            traced = True
+            try:
+                *blocks, numbers = form_sums(tap, operation, masks, grad)
+            finally:
+                traced = False
+            _LISTENERS[tap.number] = self, tap.spec, operation.geometry(grad)
+            with torch.no_grad():
+                return [*blocks, numbers + _hand_on(tap.number, operation.input, grad)]
 
         with (
             replaced(Recorder, "input", input_),
             replaced(Recorder, "output_gradient", output_gradient),
+            replaced(compiled.Tap, "sums", sums),
         ):
-            yield
+            try:
+                yield
+            finally:
+                _LISTENERS.clear()
 
     def _add(self, spec: LayerSpec, x: Tensor, grad: Tensor, conv: Tree) -> None:
         if x.dtype in (torch.int32, torch.int64):  # a lookup: the inputs are one-hot rows

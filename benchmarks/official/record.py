@@ -56,7 +56,9 @@ class Record:
         gradient_errors, rounding_bounds: layer -> error of G^T A against its gradient at step `CHECK_AT`, and how
             large float32 alone may make it, see `gradient_check` and `gradient_check_jax`.
         algoperf: its version, 1.0 or what was before.
+        environment: the versions of it and other packages, see `environment.versions`; "" in earlier records.
         compiled: the model was compiled by the runner.
+        note: what K-FAC's coverage says of the statistics steps of such a model; "" in earlier records.
         unoptimized: JAX compiled its programs with JAX_DISABLE_MOST_OPTIMIZATIONS: quickly, for slow steps.
         resumed: the resumed run began at the checkpoint's step and ended in the same bits.
         restore_error: what AlgoPerf's own restore raised, if it did.
@@ -82,7 +84,9 @@ class Record:
     gradient_errors: dict[str, float] = dataclasses.field(default_factory=dict)
     rounding_bounds: dict[str, float] = dataclasses.field(default_factory=dict)
     algoperf: str = "0.6"
+    environment: str = ""
     compiled: bool = False
+    note: str = ""
     unoptimized: bool = False
     resumed: bool = False
     restore_error: str | None = None

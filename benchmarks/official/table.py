@@ -1,11 +1,11 @@
-"""Runs cases one after the other and writes the table of `docs/official.md`.
+"""Runs cases one after the other and writes the tables of `docs/official.md`.
 
     python -m benchmarks.official.table --out=docs/official.md
     python -m benchmarks.official.table --workloads=ogbg,wmt --submissions=kfac_reduce    # prints only
 
-With --records, finished cases are kept in a folder and not run again; --finished runs no others. The table goes
-between the two marker lines of the file; rows of other cases stay, as does everything else. --raw keeps the records
-behind the rows in the same way.
+With --records, finished cases are kept in a folder and not run again; --finished runs no others. The rows go
+between the two marker lines of the AlgoPerf that is installed, below a line with the versions that they were made
+with; rows of other cases stay, as does everything else. --raw keeps the records behind the rows in the same way.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 
 from benchmarks.official import rows
 from benchmarks.official.conditions import problems
+from benchmarks.official.environment import versions
 from benchmarks.official.record import SUBMISSIONS, Failure, Record
 from commands import atomic, errors, frameworks
 from commands.arguments import Parser
@@ -51,11 +52,21 @@ def run_case(
     max_factor_dim: int | None = None,
     devices: int = 1,
 ) -> Record | Failure:
-    """One case in a process of its own, or its record from an earlier run."""
+    """One case in a process of its own, or its record from an earlier run.
+
+    Raises:
+        UserError: that was made with another version of AlgoPerf.
+    """
     label = case_label(workload, framework, submission, data_parallel=data_parallel, devices=devices)
     kept = None if records is None else records / f"{label}.json"
     if kept is not None and kept.exists():
-        return Record(**json.loads(kept.read_text()))
+        record = Record(**json.loads(kept.read_text()))
+        if record.algoperf != algoperf.version():
+            raise UserError(
+                f"{kept} was made with AlgoPerf {record.algoperf}, and {algoperf.version()} is installed: "
+                "choose a folder for each"
+            )
+        return record
     command = [sys.executable, "-m", "benchmarks.official.case"]
     command += [f"--workload={workload}", f"--framework={framework}", f"--submission={submission}"]
     command += ["--data_parallel"] if data_parallel else []
@@ -122,28 +133,30 @@ def _run(args: argparse.Namespace) -> int:
             if path_of(submission, framework).is_file()
             and (not args.finished or (records / f"{case_label(name, framework, submission)}.json").exists())
         ]
-        here = rows.versions()
+        version = algoperf.version()
         for name in names:
             algoperf.base_of(name)
         try:
-            lines = rows.kept(Path(args.out).read_text(encoding="utf-8"), here, cases) if args.out else {}
+            lines = rows.rows_of(Path(args.out).read_text(encoding="utf-8"), version) if args.out else {}
         except (ValueError, OSError) as error:
             raise UserError(f"--out={args.out}: {error}") from None
         results: list[Record | Failure] = []
         broken: list[str] = []
         for case in cases:
             results.append(run_case(*case, records=records, max_factor_dim=args.max_factor_dim))
-            lines[case] = rows.row(results[-1])
-            print(lines[case], flush=True)
+            lines[case] = rows.Row(versions(), rows.row(results[-1]))
+            print(lines[case].line, flush=True)
             if isinstance(results[-1], Record):
+                if results[-1].environment:
+                    lines[case] = lines[case]._replace(environment=results[-1].environment)
                 broken += [f"{case_label(*case)}: {problem}" for problem in problems(results[-1])]
     if args.raw:
         rows.write_raw_records(Path(args.raw), [result for result in results if isinstance(result, Record)])
     if args.out:
         path = Path(args.out)
-        atomic.write_text(path, rows.insert(path.read_text(encoding="utf-8"), lines, here))
+        atomic.write_text(path, rows.insert(path.read_text(encoding="utf-8"), version, lines))
     else:
-        print(rows.describe(lines, here))
+        print(rows.describe(lines))
     print("".join(f"not met: {line}\n" for line in broken), end="", file=sys.stderr)
     return int(bool(broken) or any(isinstance(result, Failure) for result in results))
 

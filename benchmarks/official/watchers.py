@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol, Self
 
 from benchmarks.official.one_batch import OneBatch, mean_loss, unwrapped
@@ -95,7 +95,7 @@ class PyTorchWatcher:
         coverage = self.optimizer.coverage()
         record.covered = coverage.num_covered
         record.layers = [layer.name for layer in coverage.layers]
-        record.fallbacks = {f.name: f.reason for f in coverage.fallbacks}
+        record.fallbacks, record.note = {f.name: f.reason for f in coverage.fallbacks}, coverage.note
         lost = self.declared - set(record.layers)
         weights = {name: reason for name, reason in record.fallbacks.items() if name.rpartition(".")[0] in lost}
         record.uncovered_later |= weights
@@ -181,6 +181,22 @@ class JaxWatcher:
             kwargs["batch"],
             kwargs["rng"],
         )
+
+
+@contextlib.contextmanager
+def same_graphs(framework: str, kwargs: dict[str, Tree]) -> Iterator[None]:
+    """Around a step that is not observed: has it compile the graph that the observed one compiled.
+
+    Listening to a graph adds operations to it, and around these a compiler may sum in another order. Programs of
+    JAX are not listened to.
+    """
+    if framework != "pytorch" or kwargs["global_step"] != CHECK_AT:
+        yield
+        return
+    from benchmarks.official.gradient_check import CapturedGradients
+
+    with CapturedGradients().listening():
+        yield
 
 
 WATCHERS: dict[str, Callable[[Record, OneBatch, dict[str, Tree]], Watcher]] = {

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from benchmarks.official.conditions import problems
+from benchmarks.official.conditions import COMPILED_STATISTICS, UNCOMPILED_STATISTICS, problems
 from benchmarks.official.record import Record
 
 LOSSES = [3.0, 2.5, 2.0, 1.5, 1.0, 7.0]
@@ -36,6 +36,19 @@ def test_a_good_record_has_none():
     pytorch = {"framework": "pytorch", "restore_error": None, "counters": COUNTERS | {"missed_layers": 0}}
     assert problems(dataclasses.replace(GOOD, **pytorch)) == []
     assert problems(dataclasses.replace(GOOD, **pytorch, workload="wmt_post_ln", compiled=True)) == []
+
+
+def test_whether_statistics_run_compiled_is_what_is_expected():
+    pytorch = {"framework": "pytorch", "restore_error": None, "counters": COUNTERS | {"missed_layers": 0}}
+    compiled = dataclasses.replace(GOOD, **pytorch, workload="mnist", compiled=True, covered=1000)
+    wmt = dataclasses.replace(compiled, workload="wmt")
+    uncompiled = f"statistics steps run uncompiled: {UNCOMPILED_STATISTICS['wmt']} to a view"
+    assert problems(dataclasses.replace(compiled, note=COMPILED_STATISTICS)) == []
+    assert problems(dataclasses.replace(wmt, note=uncompiled)) == []
+    (found,) = problems(dataclasses.replace(compiled, note=uncompiled))
+    assert found.startswith(uncompiled)
+    (found,) = problems(dataclasses.replace(wmt, note=COMPILED_STATISTICS))
+    assert found.startswith(COMPILED_STATISTICS)
 
 
 @pytest.mark.parametrize(

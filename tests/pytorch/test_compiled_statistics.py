@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from algoperf_kfac.pytorch import KFAC
+from tests.pytorch.test_resume import through_a_file
 from tests.pytorch.toys import Patches, assert_same_factors, assert_same_parameters, convnet, images, train
 
 OPTIONS = {"factor_interval": 2, "refresh_interval": 4, "initial_statistics": 1}
@@ -42,6 +43,21 @@ class Tokens(nn.Module):
         return self.head(x + self.out(F.scaled_dot_product_attention(query, key, value)))
 
 
+class Tied(nn.Module):
+    """A table that is the output layer, too, as a language model has it."""
+
+    def __init__(self, padding: int | None = None, lookups: int = 1) -> None:
+        super().__init__()
+        self.lookups = lookups
+        self.table = nn.Embedding(9, 6, padding_idx=padding)
+        self.up, self.head = nn.Linear(6, 6, bias=False), nn.Linear(6, 9, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = sum(self.table(x.roll(shift, 1)) for shift in range(self.lookups))
+        return self.head(self.up(rows).tanh())
+
+
 class Twice(nn.Module):
     """One layer, called twice."""
 
@@ -62,7 +78,7 @@ def steps(
     """Steps on sequences, of which the loss leaves out positions with target -1."""
     for x, y in batches:
         optimizer.zero_grad()
-        mask = (y >= 0).to(x.dtype)
+        mask = (y >= 0).to(next(model.parameters()).dtype)
         with optimizer.capture(positions(mask), loss_normalizer=mask.sum()):
             F.cross_entropy(model(x).flatten(0, -2), y.flatten(), ignore_index=-1).backward()
         optimizer.step()
@@ -125,6 +141,69 @@ def test_linear_layers_as_uncompiled(approximation: str, positions: Callable[[Te
     steps(compiled, optimizer, batches, positions)
     steps(twin, other, batches, positions)
     assert_same(model, optimizer, twin, other)
+
+
+@pytest.mark.parametrize("positions", [lambda mask: None, lambda mask: mask, lambda mask: "gradient"])
+@pytest.mark.parametrize("approximation", ["expand", "reduce", "mixed"])
+@pytest.mark.parametrize("padding", [None, 0])
+def test_tied_tables(approximation: str, positions: Callable[[Tensor], Any], padding: int | None) -> None:
+    model, compiled, optimizer, twin, other = pair(lambda: Tied(padding), approximation=approximation)
+    batches = [
+        (torch.randint(9, y.shape), torch.where(y < 0, y, 2 * y)) for _, y in [sequences() for _ in range(4)]
+    ]
+    steps(compiled, optimizer, batches, positions)
+    steps(twin, other, batches, positions)
+    assert "table" in optimizer.factors()
+    assert_same(model, optimizer, twin, other)
+
+
+class Broken(nn.Module):
+    """Graphs that break in a loop, which dynamo leaves uncompiled as a whole, but not what is called in it."""
+
+    def __init__(self, breaks: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 3)])
+        self.breaks = breaks
+        self.register_buffer("scale", torch.rand(1, 16, 6), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        x = x * self.scale[:, :length].to(x.device).to(x.dtype)
+        for layer in self.layers:
+            if self.breaks:
+                torch._dynamo.graph_break()
+            x = layer(x.unflatten(dim=-1, sizes=(-1, 2)).flatten(-2)).tanh()
+        return x
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_broken_graphs(breaks: bool) -> None:
+    torch.manual_seed(0)
+    model = Broken(breaks).double()
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=not breaks)
+    optimizer, other = KFAC(compiled, **OPTIONS), KFAC(twin, **OPTIONS)
+    batches = [sequences() for _ in range(4)]
+    steps(compiled, optimizer, batches)
+    steps(twin, other, batches)
+    assert_same(model, optimizer, twin, other)
+
+
+def test_a_table_that_is_looked_up_twice_runs_uncompiled() -> None:
+    _, compiled, optimizer, twin, other = pair(lambda: Tied(lookups=2))
+    batches = [(torch.randint(9, y.shape), y) for _, y in [sequences() for _ in range(3)]]
+    steps(compiled, optimizer, batches)
+    steps(twin, other, batches)
+    assert optimizer.coverage().note == "statistics steps run uncompiled: layer table is called 3 times"
+    assert_same_factors(optimizer.factors(), other.factors(), rtol=1e-9, atol=1e-12)
+
+
+def test_a_resumed_table() -> None:
+    compiled = torch.compile(Tied(), backend="aot_eager")
+    optimizer, fresh = KFAC(compiled, **OPTIONS), KFAC(compiled, **OPTIONS)
+    steps(compiled, optimizer, [(torch.randint(9, (4, 5)), torch.randint(9, (4, 5)))])
+    fresh.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert fresh.coverage().note == optimizer.coverage().note == COMPILED
 
 
 def test_some_of_the_rows() -> None:
@@ -248,6 +327,44 @@ def test_a_failed_batch_leaves_nothing_behind() -> None:
         fails()
     train(compiled, optimizer, batches[2:])
     assert_same(model, optimizer, twin, other)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_resumed_run_takes_the_same_steps_compiled(stop: int) -> None:
+    """Bit for bit, with a compiler whose graphs round otherwise than uncompiled code."""
+    torch.manual_seed(0)
+    batches = [images() for _ in range(5)]
+    model = Patches()
+    compiled = torch.compile(model, backend="inductor")
+    optimizer = KFAC(compiled, **OPTIONS)
+    train(compiled, optimizer, batches[:stop])
+    saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    train(compiled, optimizer, batches[stop:])
+
+    resumed = Patches()
+    resumed.load_state_dict(saved["model"])
+    again = torch.compile(resumed, backend="inductor")
+    fresh = KFAC(again, **OPTIONS)
+    fresh.load_state_dict(saved["optimizer"])
+    assert fresh.coverage().note == COMPILED
+    train(again, fresh, batches[stop:])
+    assert_same_factors(fresh.factors(), optimizer.factors(), rtol=0, atol=0)
+    assert_same_parameters(resumed, model, rtol=0, atol=0)
+
+
+def test_what_was_not_learnt_is_learnt_after_loading() -> None:
+    """A state of an optimizer that saw nothing, and one from before there were any sights."""
+    compiled = torch.compile(Patches(), backend="aot_eager")
+    optimizer = KFAC(compiled, **OPTIONS)
+    unseen = copy.deepcopy(optimizer.state_dict())
+    train(compiled, optimizer, [images() for _ in range(3)])
+    older = copy.deepcopy(optimizer.state_dict())
+    del older["kfac"]["sights"]
+    for state in (unseen, older):
+        optimizer.load_state_dict(state)
+        assert "the first one does" in optimizer.coverage().note
+        train(compiled, optimizer, [images() for _ in range(3)])
+        assert optimizer.coverage().note == COMPILED
 
 
 def test_a_copy_learns_anew() -> None:

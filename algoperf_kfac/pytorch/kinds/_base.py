@@ -75,6 +75,10 @@ class AnyRecorder(Protocol):
     """Gathers one layer's statistics over its calls in a capture, whatever the layer's kind."""
 
     @property
+    def uses(self) -> tuple[Recorder, ...]:
+        """One for each way in which the layer is applied, where compiled graphs may take their sums; or ()."""
+
+    @property
     def is_complete(self) -> bool:
         """Whether output gradients have come back, for every call that is still part of the sums."""
 

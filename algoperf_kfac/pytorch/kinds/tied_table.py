@@ -158,7 +158,7 @@ class _TableWatch(Watch):
         elif called.name in PRODUCTS and transposed and flat[1:] == [item]:
             operation = Operation("linear", flat[0], table, None)
         if operation is not None and operation.weight is table and len(reads) == 1:
-            return self._record(operation, output)
+            return self._record(called, operation, output)
         if called.name in TRANSPOSES and table_behind(output, self._tables)[0] is not None:
             return output  # whoever reads it will be seen
         for item, table, _ in reads:
@@ -166,7 +166,7 @@ class _TableWatch(Watch):
                 self._observer.uses.miss(table, called.name)
         return NotImplemented
 
-    def _record(self, operation: Operation, output: Tensor) -> Tensor:
+    def _record(self, called: Called, operation: Operation, output: Tensor) -> Tensor:
         spec = self._tables[id(operation.weight)]
         is_output = operation.kind == "linear"
         if spec.name in self._untied and not is_output:
@@ -183,6 +183,7 @@ class _TableWatch(Watch):
         assert isinstance(recorder, TiedRecorder)
         recorder.is_output |= is_output
         part = recorder.output if is_output else recorder.lookups
+        self._observer.note_function(called, operation, spec, recorder.uses.index(part))
         return self._observer.attach(part, operation, output, positions)
 
     def settle(self) -> None:
@@ -224,12 +225,20 @@ def table_behind(value: object, tables: Mapping[int, LayerSpec]) -> tuple[Tensor
 class OutputUse(Recorder):
     """The table as output layer: A_out in blocks, of B_out the trace alone."""
 
+    @property
+    def block_sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self.spec.in_blocks, (1,)
+
     def _output_products(self, rows: Tensor) -> list[Tensor]:
         return [rows.square().sum().reshape(1, 1, 1)]
 
 
 class Lookups(Recorder):
     """The table as lookup: of the one-hot inputs the trace alone, B_emb in blocks."""
+
+    @property
+    def block_sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (1,), self.spec.in_blocks
 
     def _prepare(self, call: Call, operation: Operation, x: Tensor) -> None:
         padding = operation.hyper["padding_idx"]
@@ -304,6 +313,10 @@ class TiedRecorder:
         self.output = OutputUse(spec, dtype, one_pass=one_pass, checks=checks)
         self.lookups = Lookups(spec, dtype, one_pass=one_pass, checks=checks)
         self.is_output = False  # the table was read as output layer
+
+    @property
+    def uses(self) -> tuple[Recorder, ...]:
+        return self.output, self.lookups
 
     @property
     def is_complete(self) -> bool:
