@@ -106,8 +106,8 @@ EXPERIMENTS = (
             "polar, rms": Variant({"scaling": "polar", **RMS}),
             "mixed, polar, rms": Variant({"approximation": "mixed", "scaling": "polar", **RMS}),
         },
-        verdict="On the residual network reduce as in the paper stays far behind; expand's A for kernels mends it, the "
-        "polar alone half of it. On text and digits the polar is the gain, and mixed is as good with it. "
+        verdict="On the residual network reduce as in the paper stays far behind; expand's A for kernels mends it, "
+        "the polar alone half of it. On text and digits the polar is the gain, and mixed is as good with it. "
         "K-FAC-reduce's since.",
     ),
     Experiment(
@@ -128,8 +128,8 @@ EXPERIMENTS = (
             "together": Variant({"approximation": "mixed", **KEPT}),
             "more often": Variant({"approximation": "mixed", **KEPT, **OFTEN}),
         },
-        verdict="Every fourth step is too seldom for reduce, which gets one row of an example: a part of the gain on "
-        "digits and text is lost, less of it at every second step. K-FAC-reduce takes statistics at every second.",
+        verdict="Every fourth step is too seldom for reduce, which gets one row of an example: a part of the gain "
+        "on digits and text is lost, less of it at every second step. K-FAC-reduce takes statistics at every second.",
     ),
     Experiment(
         name="controls",
