@@ -129,7 +129,8 @@ EXPERIMENTS = (
             "more often": Variant({"approximation": "mixed", **KEPT, **OFTEN}),
         },
         verdict="Every fourth step is too seldom for reduce, which gets one row of an example: a part of the gain "
-        "on digits and text is lost, less of it at every second step. K-FAC-reduce takes statistics at every second.",
+        "on digits and text is lost, less of it at every second step. K-FAC-reduce takes statistics at every "
+        "second.",
     ),
     Experiment(
         name="controls",
