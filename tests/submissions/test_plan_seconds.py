@@ -98,7 +98,7 @@ def test_assumed_speeds_are_those_of_their_sources():
     speed = assumed.a100()
     assert speed.decompositions[1024] == pytest.approx(0.05625)
     assert interpolated(speed.decompositions, 4096) == pytest.approx(0.9)
-    assert speed.products[4096] == pytest.approx(2 * 4096**3 / (0.7 * 19.5e12))
+    assert speed.products[4096] == pytest.approx(2 * 4096**3 / (0.5 * 156e12))
     assert speed.products[64] == 1e-5
 
 
@@ -107,9 +107,9 @@ def test_plans_say_what_a_refresh_budget_comes_to(capsys):
     assert code == 0
     assert "By the calibration of an A100 of 40 GB by assumption" in out
     (line,) = [line for line in out.splitlines() if line.startswith("All layers are refreshed in ")]
-    assert "every 5 steps that is within 10.0 % of the time where a step takes " in line
+    assert "every 6 steps that is within 10.0 % of the time where a step takes " in line
     seconds = [float(word) for word in line.replace(":", "").split() if word[0].isdigit() and "." in word]
-    assert seconds[2] == pytest.approx(seconds[0] * 9 / 5, rel=2e-2)
+    assert seconds[2] == pytest.approx(seconds[0] * 9 / 6, rel=2e-2)
 
 
 @pytest.mark.parametrize(
