@@ -117,8 +117,8 @@ EXPERIMENTS = (
         start=EXPAND,
         base=LINEAR,
         variants={"together": Variant(KEPT)},
-        verdict="The gains on digits and text stay, at the step time of before; no loss on the residual network. Not "
-        "run on the clicks.",
+        verdict="The gains on digits and text stay, at the step time of before; no loss on the residual network. "
+        "Not run on the clicks.",
     ),
     Experiment(
         name="together_reduce",
