@@ -15,6 +15,7 @@ class FlightsDlrmTask(Workload):
     """Predicts whether a flight will arrive more than 15 minutes late, with a small DLRM."""
 
     base = name = "flights_dlrm"
+    tuned_on = True
     suite_order = 30
     # As AlgoPerf's criteo1tb_layernorm, _embed_init and _resnet; the last has its sizes as well.
     VARIANTS: ClassVar = {

@@ -17,6 +17,7 @@ class MnistResnetTask(Workload):
     """Classifies noisy 28 x 28 images of digits with a small residual network."""
 
     base = name = "mnist_resnet"
+    tuned_on = True
     VARIANTS: ClassVar[Mapping[str, Mapping[str, object]]] = {"silu": {"activation": "silu"}}
     suite_order = 20
 
