@@ -47,11 +47,13 @@ def _panel(one: Judged, cost: str, axes: Axes) -> None:
     axes.barh(places, means["ratio"].fillna(0.0), color=colours, height=0.7)
     ends = means[["ratio", "high"]].replace([np.inf], np.nan).max(axis=1)
     limit = max(1.25, 1.18 * float(ends.max()))
-    for place, (_, row) in zip(places, means.iterrows(), strict=True):
+    for place, (name, row) in zip(places, means.iterrows(), strict=True):
         _interval(row, float(place), limit, axes)
         whole = row["workloads"] == count
         beside = "" if whole else f"  ({row['workloads']:.0f} of {count} workloads)"
-        label = "missed" if np.isnan(row["ratio"]) else f"{row['ratio']:.2f}{beside}"
+        label = f"{row['ratio']:.2f}{beside}"
+        if np.isnan(row["ratio"]):
+            label = "reached, NadamW missed" if one.ranking[cost]["reached"].get(name, 0) else "missed"
         end = min(np.nanmax([row["ratio"], row["high"] if np.isfinite(row["high"]) else row["ratio"], 0.0]), limit)
         axes.annotate(label, (end, place), xytext=(5, 0), textcoords="offset points", va="center")
     axes.axvline(1.0, color=palette.INK["light"], linewidth=1.0, linestyle=(0, (1, 2)))

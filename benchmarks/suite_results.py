@@ -63,8 +63,9 @@ class Judged:
 
     @property
     def submissions(self) -> list[str]:
-        """Those whose mean is over the most workloads first, and of them by the geometric mean of steps."""
-        order = self.means["steps"].sort_values(["workloads", "ratio"], ascending=[False, True], kind="stable")
+        """First those whose mean is over the most workloads, then by the geometric mean of steps, then by score."""
+        known = self.means["steps"].assign(score=self.ranking["steps"]["score"])
+        order = known.sort_values(["workloads", "ratio", "score"], ascending=[False, True, False], kind="stable")
         return [str(name) for name in order.index]
 
     def pace_of(self, submission: str, workload: str) -> float:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.axes import Axes
 
 from benchmarks import suite_figure, suite_results, suite_table
 from commands.errors import UserError
@@ -43,6 +45,23 @@ def test_what_nobody_tuned_on_comes_first(finished, monkeypatch):
         ("new", ("bible_lm",)),
         ("tuned_on", ("mnist_vit",)),
     ]
+
+
+def test_what_the_reference_missed_is_not_said_to_be_missed_by_all(finished, monkeypatch):
+    """Without a ratio the better scores come first, and the figure tells who reached the target."""
+    (one,) = suite_results.judge(finished / "race", 3)
+    for cost, means in one.means.items():
+        nothing = means.assign(ratio=np.nan, low=np.nan, high=np.nan, workloads=0)
+        monkeypatch.setitem(one.means, cost, nothing)
+    assert one.submissions[0] == "kfac_expand"
+    labels: list[str] = []
+    annotate = Axes.annotate
+    monkeypatch.setattr(
+        Axes, "annotate", lambda self, text, *a, **k: labels.append(text) or annotate(self, text, *a, **k)
+    )
+    suite_figure.draw([one])
+    assert labels.count("missed") == 2  # K-FAC-reduce's steps and time
+    assert labels.count("reached, NadamW missed") == 4
 
 
 def test_tables_figure_and_rows(finished, tmp_path):

@@ -112,6 +112,8 @@ def _note(plan: Plan, values: flags.FlagValues) -> None:
     before = experiment.read_json(path) or {}
     commands = before.get("commands")
     commands = list(commands) if isinstance(commands, list) else []
+    trains = {"tuning", "race"} & set(plan.stages)  # paces are always measured one at a time
+    parallel = values.jobs if trains else before.get("processes_at_a_time", values.jobs)
     command = " ".join(["python -m workloads.study", *_as_typed(values)])
     content = {
         "suite": values.suite,
@@ -119,7 +121,7 @@ def _note(plan: Plan, values: flags.FlagValues) -> None:
         "points_raced": plan.suite.raced,
         "tuning_seed": suite.TUNING_SEED,
         "study_seeds": list(plan.seeds.values()),
-        "processes_at_a_time": values.jobs,
+        "processes_at_a_time": parallel,
         "cores": os.cpu_count(),
         "clock": values.clock,
         "commands": commands if command in commands else [*commands, command],
