@@ -98,17 +98,22 @@ def broken(framework: str, value: float) -> type:
 @pytest.mark.parametrize("framework", NAMES)
 @pytest.mark.parametrize("value", [0.0, np.inf, np.nan], ids=str)
 def test_the_momentum_stands_in_at_that_length(framework: str, value: float) -> None:
-    """Parameter by parameter, for want of a layer's direction."""
+    """As a matrix of weight and bias, like the direction in whose place it stands."""
     options = WHOLE | {"one_minus_beta1": 1.0}  # the momentum is the gradient
     run = start(framework, MODELS["perceptron"](), **options, **RMS, scaling=broken(framework, value))
     steps = moved(run, framework)
     assert run.metrics()["stand_ins"] == 2
-    for step in steps.values():
-        assert root_mean_square(step) == pytest.approx(LENGTH)
+    gradients = {}
     if framework == "pytorch":  # the gradient is at hand there; the next test compares both
-        for name, p in run.module.named_parameters():  # type: ignore[attr-defined]  # a `Run` in PyTorch
-            gradient = p.grad.numpy()
-            np.testing.assert_allclose(steps[name], LENGTH / root_mean_square(gradient) * gradient, atol=1e-12)
+        gradients = {name: p.grad.numpy() for name, p in run.module.named_parameters()}  # type: ignore[attr-defined]
+    for layer in ("l0", "l1"):
+        of_layer = [name for name in steps if name.startswith(layer)]
+        assert len(of_layer) == 2
+        assert root_mean_square(np.concatenate([steps[name].ravel() for name in of_layer])) == pytest.approx(LENGTH)
+        if gradients:
+            whole = root_mean_square(np.concatenate([gradients[name].ravel() for name in of_layer]))
+            for name in of_layer:
+                np.testing.assert_allclose(steps[name], LENGTH / whole * gradients[name], atol=1e-12)
 
 
 def test_the_two_frameworks_stand_in_alike() -> None:

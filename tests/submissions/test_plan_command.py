@@ -31,11 +31,11 @@ def test_an_embedded_workload(capsys):
     assert out.startswith("mnist_vit: batch 128 on 2 devices\n")
     assert "K-FAC covers 153,034 of 153,930 parameters (99.4 %)" in out
     row = next(line for line in out.splitlines() if line.startswith("blocks.*.attention.query"))
-    assert " ".join(row.split()) == "blocks.*.attention.query x 3 linear 64 64 16 yes reduce 65 64"
+    assert " ".join(row.split()) == "blocks.*.attention.query x 3 linear 64 64 16 yes mixed 65 64"
     assert "normalisation (LayerNorm)" in out
     code, markdown, _ = command(capsys, "plan", "--workload=mnist_vit", "--devices=2", "--format=markdown")
     assert markdown.startswith("## mnist_vit")
-    assert r"| blocks.\*.attention.query | x 3 | linear | 64 | 64 | 16 | yes | reduce | 65 | 64 |" in markdown
+    assert r"| blocks.\*.attention.query | x 3 | linear | 64 | 64 | 16 | yes | mixed | 65 | 64 |" in markdown
 
 
 def test_an_embedded_workload_of_graphs(capsys):
@@ -43,8 +43,8 @@ def test_an_embedded_workload_of_graphs(capsys):
     code, out, _ = command(capsys, "plan", "--workload=molecules_gnn", "--devices=1")
     assert code == 0
     rows = [" ".join(line.split()) for line in out.splitlines()]
-    assert "edge_embedding linear 3 48 52.92307692 yes reduce 4 48" in rows  # 5,504 edges
-    assert "decoder linear 48 1 1 yes reduce 49 1" in rows
+    assert "edge_embedding linear 3 48 52.92307692 yes mixed 4 48" in rows  # 5,504 edges
+    assert "decoder linear 48 1 1 yes mixed 49 1" in rows
 
 
 def example_model():
