@@ -13,13 +13,12 @@ import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 
 import scoring
-from commands import atomic, errors
+from commands import documents, errors
 from commands.arguments import Parser
 from commands.errors import UserError, tell
 from commands.frameworks import FRAMEWORKS
@@ -118,7 +117,7 @@ def main() -> int:
                 plans.setdefault(framework, []).append(plan.plan_for(values, name, framework))
         shown = " ".join(["python -m benchmarks.algoperf_needs", *_changed(given.framework, flags)])
         document = CHECKOUT / given.document
-        insert(document, page(plans, shown))
+        documents.insert(document, BEGIN, END, page(plans, shown))
         tell(f"Written: {document}")
 
     return errors.run(command)
@@ -172,20 +171,6 @@ def _row(named: plan_tables.Named, framework: str, times: pd.DataFrame, counts: 
         *(f"{base:.3f}", f"{added:.3f}", f"{found.interval:,}"),
         *(f"{wanted.steps:,}", f"{wanted.share:.2f}" + " of the hint" * nobody),
     ]
-
-
-def insert(document: Path, content: str) -> None:
-    """Replaces what stands between the markers.
-
-    Raises:
-        UserError: the document lacks them.
-    """
-    whole = document.read_text(encoding="utf-8")
-    before, begin, rest = whole.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise UserError(f"{document} lacks the lines {BEGIN} and {END}; add them where the tables shall stand.")
-    atomic.write_text(document, f"{before}{BEGIN}\n\n{content}\n\n{END}{after}")
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ import pandas as pd
 
 from benchmarks import suite_figure
 from benchmarks.suite_results import COSTS, REFERENCE, Judged, judge
-from commands import atomic, errors
+from commands import atomic, documents, errors
 from commands.arguments import Parser
-from commands.errors import UserError, tell
+from commands.errors import tell
 from scoring.frames import lookup, records
 from scoring.show import text
 from workloads.runner import experiment
@@ -50,7 +50,7 @@ def main() -> int:
             chosen = archives.chosen_records(Path(given.source))
         link = figure.relative_to(document.parent) if figure.is_relative_to(document.parent) else figure
         notes = experiment.read_json(Path(given.source) / "suite.json") or {}
-        insert(document, page(judged, chosen, notes, str(link)))
+        documents.insert(document, BEGIN, END, page(judged, chosen, notes, str(link)))
         figure.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_bytes(figure, suite_figure.draw(judged))
         csv.parent.mkdir(parents=True, exist_ok=True)
@@ -65,20 +65,6 @@ def _directory(source: Path, temporary: Path) -> Path:
         return source
     archives.unpack(source, temporary)
     return temporary
-
-
-def insert(document: Path, content: str) -> None:
-    """Replaces what stands between the markers.
-
-    Raises:
-        UserError: the document lacks them.
-    """
-    whole = document.read_text(encoding="utf-8")
-    before, begin, rest = whole.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise UserError(f"{document} lacks the lines {BEGIN} and {END}; add them where the tables shall stand.")
-    atomic.write_text(document, f"{before}{BEGIN}\n\n{content}\n\n{END}{after}")
 
 
 def page(judged: list[Judged], chosen: archives.Chosen, notes: Mapping[str, object], figure: str) -> str:

@@ -11,6 +11,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from benchmarks import suite_figure, suite_results, suite_table
+from commands import documents
 from commands.errors import UserError
 from tests.workloads.fake_training import Trainer
 from workloads import registry, study
@@ -125,8 +126,8 @@ def test_best_points_at_an_edge_are_said(finished):
 def test_only_what_stands_between_the_markers_is_replaced(tmp_path):
     document = tmp_path / "results.md"
     document.write_text(f"before\n{suite_table.BEGIN}\nold\n{suite_table.END}\nafter\n")
-    suite_table.insert(document, "new")
+    documents.insert(document, suite_table.BEGIN, suite_table.END, "new")
     assert document.read_text() == f"before\n{suite_table.BEGIN}\n\nnew\n\n{suite_table.END}\nafter\n"
     document.write_text("nothing")
     with pytest.raises(UserError, match="lacks the lines"):
-        suite_table.insert(document, "new")
+        documents.insert(document, suite_table.BEGIN, suite_table.END, "new")
