@@ -19,6 +19,7 @@ TOTALS = {
     "missed_layers",
     "stand_ins",
     "refreshes",
+    "refresh_interval",
     "failures",
     "skipped",
     "dropped",
