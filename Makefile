@@ -55,7 +55,8 @@ results: suite
 	@$(BIN)/python -m workloads.archive pack $(RUNS)/suite docs/results/suite
 	@$(BIN)/python -m benchmarks.suite_table docs/results/suite
 	@$(BIN)/python -m benchmarks.step_time
-	@$(BIN)/python -m benchmarks.controls
+	@$(BIN)/python -m benchmarks.experiments run controls --experiment_dir=$(RUNS)/experiments
+	@$(BIN)/python -m benchmarks.experiments table
 
 test: $(READY)
 	@echo "==> Checking style and types"

@@ -32,9 +32,8 @@ class Scaling(_base.Scaling):
 
     def flops(self, spec: LayerSpec) -> ScalingFlops:
         of_base = super().flops(spec)
-        return ScalingFlops(
-            of_base.refresh, 2 * of_base.step + polar_flops(spec, self.config.polar_steps)
-        )  # into the basis, and back
+        # Into the basis, and back.
+        return ScalingFlops(of_base.refresh, 2 * of_base.step + polar_flops(spec, self.config.polar_steps))
 
     def operators(self, state: LayerState) -> _base.Operators:
         return [], []
