@@ -39,8 +39,7 @@ POINTS: dict[str, tuple[str, dict[str, object]]] = {
     "nadamw": ("nadamw", {}),
     "kfac_reduce": ("kfac_reduce", {}),
     "kfac_expand": ("kfac_expand", {}),
-    "kfac_expand, 512 rows": ("kfac_expand", {"statistics_rows": 512}),
-    "kfac_reduce, polar, rms": ("kfac_reduce", {"scaling": "polar", "length": "rms", "learning_rate": 2e-3}),
+    "muon": ("muon", {}),
 }
 PHASES: dict[str, list[tuple[Any, str]]] = {
     "statistics": [(Recorder, "input"), (Recorder, "output_gradient"), (capture.Capture, "_collect")],

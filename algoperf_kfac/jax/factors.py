@@ -24,6 +24,7 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
+from algoperf_kfac.jax.reductions import any_nonzero, by_block
 from algoperf_kfac.jax.types import Sizes
 from algoperf_kfac.positions import BY_GRADIENT, Layout, Positions, Rows
 from algoperf_kfac.subset import Subset
@@ -174,11 +175,16 @@ class Reading:
         """The same, the output gradients (N, R, groups, P) deciding which positions count where they do."""
         if not self.layout.by_gradient:
             return self
-        return dataclasses.replace(self, mask=(rows != 0).any((2, 3)).astype(rows.dtype))
+        return dataclasses.replace(self, mask=any_nonzero(rows, 2).astype(rows.dtype))
+
+    def for_gradients(self) -> Reading:
+        """The same for output gradients: where they are the mask themselves, it would take nothing from them."""
+        return dataclasses.replace(self, mask=None) if self.layout.by_gradient else self
 
     def sum_positions(self, t: Array) -> Array:
         """(N, R, groups, P) -> (examples, groups, P): sums over the positions of each example."""
-        return self.sum_rows(t.sum(1) if self.mask is None else jnp.einsum("nrgp,nr->ngp", t, self.mask))
+        # No product of matrices: that would hold a copy of the rows, in another order.
+        return self.sum_rows(self.masked(t).sum(1))
 
     def sum_rows(self, t: Array) -> Array:
         """(N, ...) -> (examples, ...): sums over the rows of each segment, where there are segments."""
@@ -194,9 +200,11 @@ class Reading:
 
     def expanded(self, rows: Array) -> Array:
         """(N, R, groups, P) -> (N R, groups, P), positions that do not count zeroed."""
-        if self.mask is not None:
-            rows = rows * self.mask[:, :, None, None]
-        return rows.reshape(-1, *rows.shape[2:])
+        return self.masked(rows).reshape(-1, *rows.shape[2:])
+
+    def masked(self, rows: Array) -> Array:
+        """(N, R, groups, P), positions that do not count zeroed."""
+        return rows if self.mask is None else rows * self.mask[:, :, None, None]
 
     def ones(self, rows: Array) -> Array:
         """(N R,): the homogeneous coordinate of rows (N, R, groups, P)."""
@@ -222,18 +230,11 @@ def outer_sums(rows: Array, ones: Array | None, blocks: Sequence[int]) -> tuple[
     if ones is not None:
         column = jnp.broadcast_to(ones[:, None, None], (*rows.shape[:2], 1))
         rows = jnp.concatenate([rows, column], 2)
-    return tuple(jnp.einsum("mgi,mgj->gij", part, part) for part in _parts(rows, blocks))
+    if rows.shape[1] == 1:  # with a dimension over groups, products take copies of the rows in another order
+        return tuple(by_block(lambda part: (part.T @ part)[None], rows[:, 0], blocks))
+    return tuple(by_block(lambda part: jnp.einsum("mgi,mgj->gij", part, part), rows, blocks))
 
 
 def grouped_outer_sums(rows: Array, blocks: Sequence[int]) -> tuple[Array, ...]:
     """The same of rows (groups, M, P)."""
-    return tuple(jnp.einsum("gmi,gmj->gij", part, part) for part in _parts(rows, blocks))
-
-
-def _parts(rows: Array, blocks: Sequence[int]) -> list[Array]:
-    """(..., P) -> (..., b) for each block; none for a factor that is the identity."""
-    parts, start = [], 0
-    for size in blocks:
-        parts.append(rows[..., start : start + size])
-        start += size
-    return parts
+    return tuple(by_block(lambda part: jnp.einsum("gmi,gmj->gij", part, part), rows, blocks))

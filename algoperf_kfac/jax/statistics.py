@@ -212,18 +212,19 @@ def gradient_sums(
         eps: the coarsest rounding unit among the dtypes that inputs and output gradients came in.
     """
     chosen = reading.subset(reduces=spec.reduces_outputs)
-    part, rows = reading.part(chosen), rows[chosen.slice]
+    part = reading.for_gradients().part(chosen)
+    rows = part.masked(rows[chosen.slice])
     if not spec.reduces_outputs:
-        sums = outer_sums(part.expanded(rows), None, spec.out_blocks)
+        sums = outer_sums(rows.reshape(-1, *rows.shape[2:]), None, spec.out_blocks)
         return sums if chosen.every == 1 else tuple(chosen.weight * m for m in sums), None
 
     def summed(t: Array) -> Array:
-        return jnp.moveaxis(part.placed(part.sum_positions(t)), 1, 0)
+        return jnp.moveaxis(part.placed(part.sum_rows(t)), 1, 0)
 
     if not spec.watches_sums:
-        return (summed(rows),), None
+        return (summed(rows.sum(1)),), None
     squares = summed(block_squares(rows, spec.out_blocks))
-    return (summed(rows),), (squares, largest_share(eps) * squares)
+    return (summed(rows.sum(1)),), (squares, largest_share(eps) * squares)
 
 
 def product(static: Tap, x: Array, gradient: Array) -> Product:

@@ -5,24 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from algoperf_kfac.jax.reductions import traces
+from algoperf_kfac.jax.reductions import by_block, squares, traces
 
 
 def block_squares(rows: Array, blocks: Sequence[int]) -> Array:
-    """(N, R, groups, P) -> (N, R, groups, blocks): squared norms of the features of each block of B."""
-    parts = jnp.split(rows, np.cumsum(blocks)[:-1], -1)
-    return jnp.stack([jnp.square(part).sum(-1) for part in parts], -1)
+    """(N, R, groups, P) -> (N, groups, blocks): squared norms of each block of features, over positions."""
+    return jnp.stack(by_block(lambda part: squares(part).sum(1), rows, blocks), -1)
 
 
-def without_vanishing(b: Sequence[Array], squares: Array, rounding: Array) -> tuple[tuple[Array, ...], Array]:
+def without_vanishing(b: Sequence[Array], squared: Array, rounding: Array) -> tuple[tuple[Array, ...], Array]:
     """B with a multiple of the identity in place of the blocks that are rounding.
 
     Args:
         b: blocks (groups, size, size), of gradients summed over positions.
-        squares: (groups, blocks), the squared gradients themselves, summed.
+        squared: (groups, blocks), the squared gradients themselves, summed.
         rounding: (groups, blocks), what of it rounding alone may leave of the trace of B.
 
     Returns:
@@ -30,7 +28,7 @@ def without_vanishing(b: Sequence[Array], squares: Array, rounding: Array) -> tu
     """
     found, replaced = [], []
     for i, block in enumerate(b):
-        size, total = block.shape[-1], squares[:, i]
+        size, total = block.shape[-1], squared[:, i]
         vanishes = (traces(block) <= rounding[:, i]) & (total > 0)
         identity = jnp.eye(size, dtype=block.dtype) * (total / size)[:, None, None]
         found.append(jnp.where(vanishes[:, None, None], identity, block))

@@ -25,7 +25,7 @@ from submissions.common.packages import MissingPackage, Package
 from submissions.common.parameters import Parameters, parameters_of
 from submissions.common.schedule import constant_after_warmup
 from submissions.common.spec import LossType, ParameterType
-from submissions.shampoo.pytorch.optimizer import Shampoo, blocks, merged
+from submissions.shampoo.pytorch.optimizer import Shampoo, blocks, inverse_root, merged
 from tests.workloads.helpers import arguments, copied_checkout
 from workloads import study
 from workloads.runner import submission as loader
@@ -359,6 +359,30 @@ def test_shampoo_keeps_the_length_of_adam_block_by_block():
         assert not torch.allclose(*steps, atol=0.05)
 
 
+def test_shampoo_bears_what_cannot_be_decomposed(monkeypatch):
+    eigh, given = torch.linalg.eigh, []
+
+    def failing(matrix):
+        given.append(matrix.dtype)
+        values, vectors = eigh(matrix)
+        return (values, vectors * torch.nan) if matrix.dtype == torch.float32 else (values, vectors)
+
+    matrix = torch.diag(torch.tensor([4.0, 1.0, 0.0]))
+    expected = inverse_root(matrix, 2, 1e-4)
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    torch.testing.assert_close(inverse_root(matrix, 2, 1e-4), expected)
+    assert given == [torch.float32, torch.float64]
+    assert inverse_root(matrix * torch.nan, 2, 1e-4) is None
+    parameter = nn.Parameter(torch.ones(3, 4))
+    optimizer = Shampoo([parameter], precondition_frequency=1)
+    parameter.grad = torch.ones(3, 4)
+    optimizer.step()
+    before = optimizer.state[parameter]["roots"][0][0].clone()
+    parameter.grad = torch.full((3, 4), torch.nan)
+    optimizer.step()  # a run that diverged goes on, and is seen to have
+    assert torch.equal(optimizer.state[parameter]["roots"][0][0], before)
+
+
 def test_shapes_are_merged_up_to_the_largest_side():
     assert merged((64, 3, 3, 3), 1024) == [576, 3]
     assert merged((64, 32, 3, 3), 1024) == [64, 288]
@@ -390,6 +414,20 @@ def test_soap_is_adam_in_the_eigenbasis():
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
+def test_soap_has_no_basis_of_a_vocabulary():
+    submission = load("soap")
+    model, state = start(submission)
+    train(submission, model, state, 1)
+    bases = {
+        name: [len(q) for q in value["Q"]]
+        for name, parameter in model.named_parameters()
+        if "Q" in (value := state["optimizer"].state[parameter])
+    }
+    assert bases["symbols.weight"] == bases["tables.0"] == [0, 6]  # (11, 6)
+    assert bases["hidden.weight"] == [7, 8]
+    assert bases["head.weight"] == [4, 7]
+
+
 def test_muon_is_that_of_torch():
     ours = [nn.Parameter(torch.ones(6, 4)), nn.Parameter(torch.ones(4, 5)), nn.Parameter(torch.ones(5))]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]

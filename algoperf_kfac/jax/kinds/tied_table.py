@@ -31,6 +31,7 @@ from algoperf_kfac.jax.factors import Reading, grouped_outer_sums, outer_sums
 from algoperf_kfac.jax.interpreter import Key
 from algoperf_kfac.jax.kinds._base import Kind, Uses
 from algoperf_kfac.jax.operations import Call, Lookup, Use, WeightView
+from algoperf_kfac.jax.reductions import squares
 from algoperf_kfac.jax.sharding import replicated
 from algoperf_kfac.jax.statistics import Product, Statistics, Tap
 from algoperf_kfac.jax.types import Sizes
@@ -150,19 +151,21 @@ def _output_sums(static: Tap, x: Array, reading: Reading, sums: TiedSums, gradie
     reading = reading.of_gradients(rows)
     counts = reading.placed(reading.counts(rows))[None]
     chosen = reading.subset(reduces=spec.approximation == "reduce")
-    part, rows, x = reading.part(chosen), rows[chosen.slice], reading.rows(call.inputs(x))[chosen.slice]
+    part, x = reading.part(chosen), reading.rows(call.inputs(x))[chosen.slice]
     x = x.astype(static.dtype)
     zeros = jax.tree.map(jnp.zeros_like, sums)
     if spec.approximation == "reduce":
         inputs = (jnp.moveaxis(part.placed(part.sum_positions(x)), 1, 0),)
-        outputs = jnp.moveaxis(part.placed(part.sum_positions(rows)), 1, 0)
+        outputs = jnp.moveaxis(part.placed(part.for_gradients().sum_positions(rows[chosen.slice])), 1, 0)
         return zeros._replace(inputs=inputs, outputs=outputs, counts=counts)
     products = outer_sums(part.expanded(x), None, spec.in_blocks)
+    # Of all examples: what has a vocabulary of features is read where it is, a choice would be a copy.
+    squared = squares(reading.for_gradients().masked(rows))
     return zeros._replace(
         inputs=tuple(chosen.weight * m for m in products),
-        outputs=chosen.weight * jnp.square(part.expanded(rows)).sum(),
+        outputs=chosen.weight * squared[chosen.slice].sum(),
         counts=counts,
-        taken=chosen.weight * part.counts(rows).sum(),
+        taken=chosen.weight * part.counts(rows[chosen.slice]).sum(),
     )
 
 
@@ -181,9 +184,9 @@ def _lookup_sums(static: Tap, tokens: Array, reading: Reading, sums: TiedSums, g
     chosen = reading.subset(reduces=spec.approximation == "reduce")
     reading, rows, numbers = reading.part(chosen), rows[chosen.slice], numbers[chosen.slice]
     if spec.approximation == "expand":
-        products = outer_sums(reading.expanded(rows), None, spec.in_blocks)
+        products = outer_sums(reading.for_gradients().expanded(rows), None, spec.in_blocks)
         return zeros._replace(gradients=tuple(chosen.weight * m for m in products), lookups=counts)
-    gradients = (jnp.moveaxis(reading.placed(reading.sum_positions(rows)), 1, 0),)
+    gradients = (jnp.moveaxis(reading.placed(reading.for_gradients().sum_positions(rows)), 1, 0),)
     ids = reading.segment_ids
     example = reading.place + (jnp.arange(rows.shape[0]) if ids is None else ids)
     weights = jnp.ones(numbers.shape, static.dtype) if reading.mask is None else reading.mask

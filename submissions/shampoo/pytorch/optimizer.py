@@ -119,7 +119,9 @@ class Shampoo(torch.optim.Optimizer):
                 unfolded = block.movedim(dim, 0).reshape(len(factor), -1)
                 factor.lerp_(unfolded @ unfolded.T, 1 - beta2)
                 if is_due:
-                    roots[dim].copy_(inverse_root(factor / corrections[1], 2 * len(factors), group["eps"]))
+                    root = inverse_root(factor / corrections[1], 2 * len(factors), group["eps"])
+                    if root is not None:
+                        roots[dim].copy_(root)
             shampoo = preconditioned(momentum_block, roots)
             length = shampoo.norm()
             adam.copy_(torch.where(length > 0, shampoo * (adam.norm() / length), shampoo))  # in `direction`
@@ -152,11 +154,19 @@ def preconditioned(tensor: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     return tensor
 
 
-def inverse_root(matrix: Tensor, order: int, eps: float) -> Tensor:
-    """(matrix + eps I)^(-1/order) of a positive semi-definite matrix, in double precision where single fails."""
-    try:
-        values, vectors = torch.linalg.eigh(matrix)
-    except torch.linalg.LinAlgError:
-        values, vectors = (result.to(matrix.dtype) for result in torch.linalg.eigh(matrix.double()))
-    values = values - values.min().clamp(max=0.0) + eps
-    return (vectors * values.pow(-1.0 / order)) @ vectors.T
+def inverse_root(matrix: Tensor, order: int, eps: float) -> Tensor | None:
+    """(matrix + eps I)^(-1/order) of a positive semi-definite matrix, in double precision where single fails.
+
+    None where double precision fails, too: the root of before then stands, as in the authors' own code.
+    """
+    for precise in (matrix, matrix.double()):
+        try:
+            values, vectors = torch.linalg.eigh(precise)
+        except torch.linalg.LinAlgError:
+            continue
+        values = values - values.min().clamp(max=0.0) + eps
+        root = ((vectors * values.pow(-1.0 / order)) @ vectors.T).to(matrix.dtype)
+        # Where most rows are zero, as of a table with rare words, NaN may come back without an error.
+        if root.isfinite().all():
+            return root
+    return None
