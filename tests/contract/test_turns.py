@@ -169,7 +169,9 @@ def test_the_first_program_without_a_layer_says_so() -> None:
 def test_micro_batches_of_other_heads_add_up_by_name() -> None:
     """In JAX; a mapping made by hand that lacks a layer is refused."""
     run = InJAX()
-    compute = partial(run.optimizer.value_grad_and_statistics, run.params, jnp.asarray(X))
+    compute = jax.jit(
+        partial(run.optimizer.value_grad_and_statistics, run.params, jnp.asarray(X)), static_argnums=0
+    )
     whole, left, right = (compute(heads)[2] for heads in ((LEFT, RIGHT), (LEFT,), (RIGHT,)))
     assert (left.idle, right.idle) == ((RIGHT,), (LEFT,))
     total = algoperf_kfac.jax.add(left, right)

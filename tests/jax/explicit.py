@@ -29,7 +29,7 @@ def main() -> None:
     worst = 0.0
     for approximation in ("expand", "reduce"):
         optimizer = KFAC(apply, loss, params, x, y, approximation=approximation)
-        alone = optimizer.value_grad_and_statistics(params, x, y)
+        alone = jax.jit(optimizer.value_grad_and_statistics)(params, x, y)
         with jax.sharding.use_mesh(mesh):
             split = NamedSharding(mesh, PartitionSpec("batch"))
             sharded = [jax.device_put(t, split) for t in (x, y)]

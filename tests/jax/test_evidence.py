@@ -253,7 +253,7 @@ def test_a_coupled_decay_is_the_prior() -> None:
     schedule = optax.linear_schedule(0.01, 0.0, steps)
     optimizer = KFAC(apply_fn, loss_fn, params, x, learning_rate=schedule)
     state = optimizer.init(params)
-    _, _, statistics = optimizer.value_grad_and_statistics(params, x)
+    _, _, statistics = jax.jit(optimizer.value_grad_and_statistics)(params, x)
 
     @jax.jit
     def step(carry: Any, number: Any) -> Any:

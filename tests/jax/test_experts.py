@@ -116,10 +116,11 @@ def test_the_first_rows_of_an_expert_do_not_drown_the_others() -> None:
     """On a step without statistics its direction is about as long as theirs."""
     x, sizes = data()
     optimizer = KFAC(apply, lambda f, *_: wavy(f), params(), x, sizes, learning_rate=1.0, initial_statistics=1)
-    _, gradient, statistics = optimizer.value_grad_and_statistics(params(), x, sizes)
-    _, state = optimizer.update(gradient, optimizer.init(params()), params(), statistics=statistics)
+    update = jax.jit(optimizer.update)
+    _, gradient, statistics = jax.jit(optimizer.value_grad_and_statistics)(params(), x, sizes)
+    _, state = update(gradient, optimizer.init(params()), params(), statistics=statistics)
     gradient["experts"] = gradient["experts"].at[1].set(gradient["experts"][0])
-    updates, _ = optimizer.update(gradient, state, params())
+    updates, _ = update(gradient, state, params())
     lengths = np.linalg.norm(updates["experts"], axis=(1, 2))
     assert lengths[1] < 3 * lengths[0]
     assert lengths[0] > 1e-3 * lengths[1]
