@@ -349,7 +349,7 @@ def test_outputs_beside_the_logits(fisher: str) -> None:
     assert_close(got, want)
     ours = KFAC(several, lambda f, x, y: wavy(f), mlp_params(), *batch(), **options)
     with pytest.raises(ValueError, match=r"the loss reads 2 arrays of the model's outputs.*logits alone"):
-        ours.value_grad_and_statistics(mlp_params(), *batch(), rng=rng)
+        jax.eval_shape(lambda p: ours.value_grad_and_statistics(p, *batch(), rng=rng), mlp_params())
 
 
 def test_flags_and_strings_among_the_arguments() -> None:
