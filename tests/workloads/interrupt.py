@@ -2,7 +2,7 @@
 
     python -m tests.workloads.interrupt FOLDER '{"SUBMISSION": ["MOMENT", ...], ...}'
 
-A moment is `before:N` or `after:N` (the N-th rename of a file into place), `step:N` (inside the N-th update), or
+A moment is `before:N` or `after:N` (the N-th rename of a file into place), `step:N` (before the N-th update), or
 `share:X` (after that share of the time that an undisturbed run took). For each, a run is killed at that moment and
 then resumed, in FOLDER/SUBMISSION/MOMENT; FOLDER/SUBMISSION/whole is never killed.
 """
@@ -22,7 +22,7 @@ import torch._dynamo  # noqa: F401  every child would import it anew at its firs
 
 from tests.workloads.helpers import CHECKOUT, arguments, shrink
 from workloads import registry, run
-from workloads.runner.pytorch import PyTorchBackend
+from workloads.runner import loop
 
 MAX_STEPS = 5
 
@@ -46,7 +46,7 @@ def kill_at(moment: str) -> None:
         return call
 
     if place == "step":
-        PyTorchBackend.seed_step = counted(PyTorchBackend.seed_step, before=True)  # type: ignore[method-assign]
+        loop._Run.update = counted(loop._Run.update, before=True)  # type: ignore[method-assign]
     else:
         os.replace = counted(os.replace, before=place == "before")
 
