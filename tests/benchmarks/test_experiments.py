@@ -11,7 +11,9 @@ from benchmarks.experiments import page, records, runs
 from benchmarks.experiments.experiment import SEEDS, TUNED_ON, Experiment, Variant
 from benchmarks.experiments.notebook import EXPERIMENTS
 from submissions import registry as submissions
+from tests.workloads.helpers import shrink, start_here
 from workloads import registry
+from workloads.runner import jobs
 from workloads.studies import suite
 
 TOY = Experiment(
@@ -104,6 +106,8 @@ def test_equal_runs_of_several_experiments_are_run_once():
 
 
 def test_runs_are_kept_and_not_repeated(tmp_path, monkeypatch, capsys):
+    shrink(monkeypatch.setattr)
+    monkeypatch.setattr(jobs, "_start", start_here)
     monkeypatch.setattr(program, "EXPERIMENTS", (TOY,))
     kept, document = tmp_path / "kept.jsonl", tmp_path / "page.md"
 

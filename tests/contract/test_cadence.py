@@ -19,7 +19,8 @@ def refreshed(run: Run, steps: int) -> dict[int, tuple[str, ...]]:
     found, before = {}, dict.fromkeys(LAYERS, 0.0)
     for step in range(steps):
         run.step()
-        after = {name: run.metrics()[f"{name}/refreshes"] for name in LAYERS}
+        metrics = run.metrics()
+        after = {name: metrics[f"{name}/refreshes"] for name in LAYERS}
         names = tuple(name for name in LAYERS if after[name] > before[name])
         if names:
             found[step] = names
@@ -133,7 +134,8 @@ def test_a_layer_without_gradient_is_due_until_it_has_one(framework: str) -> Non
     counts = []
     for step in range(7):
         run.step(0.0 if step < 5 else 1.0)
-        counts.append([run.metrics()[f"{name}/refreshes"] for name in LAYERS])
+        metrics = run.metrics()
+        counts.append([metrics[f"{name}/refreshes"] for name in LAYERS])
     assert counts[4] == [0, 0, 0, 0]
     assert counts[5] == [1, 1, 1, 1]
     assert sum(counts[6]) == 5  # step 6 is the turn of one of them

@@ -203,8 +203,8 @@ def test_the_polar_of_a_stack_of_layers() -> None:
     x = jnp.asarray(normal(30, 4))
     config = algoperf_kfac.jax.KFACConfig(scaling="polar", polar_exponent=0.0, length="none", **EVERY_STEP)
     kfac = algoperf_kfac.jax.KFAC(apply, lambda f, x: (f**2).sum(1).mean(), params, x, config=config)
-    _, gradient, statistics = kfac.value_grad_and_statistics(params, x)
-    updates, _ = kfac.update(gradient, kfac.init(params), params, statistics=statistics)
+    _, gradient, statistics = jax.jit(kfac.value_grad_and_statistics)(params, x)
+    updates, _ = jax.jit(kfac.update)(gradient, kfac.init(params), params, statistics=statistics)
     for layer in updates.values():
         values = np.linalg.svd(np.asarray(layer["kernel"]), compute_uv=False) / config.learning_rate
         assert values.max() < 1.21

@@ -95,7 +95,7 @@ def test_parameters_that_changed(where: str) -> None:
 def test_statistics_of_another_model() -> None:
     ours = optimizer()
     params = mlp_params()
-    _, gradient, statistics = ours.value_grad_and_statistics(params, *batch())
+    _, gradient, statistics = jax.jit(ours.value_grad_and_statistics)(params, *batch())
     state = ours.init(params)
     short = {name: s for name, s in statistics.items() if name != "l1"}
     with pytest.raises(ValueError, match="statistics of l1 are missing"):
@@ -116,7 +116,7 @@ def test_a_layer_that_does_not_reach_the_loss() -> None:
     ):
         ours.value_grad_and_statistics(params, normal(1, 3, 4))
     left = KFAC(apply, lambda f, x: f[0].sum(), params, normal(1, 3, 4), exclude=["lost"])
-    assert left.value_grad_and_statistics(params, normal(1, 3, 4))[2].keys() == {"used"}
+    assert jax.jit(left.value_grad_and_statistics)(params, normal(1, 3, 4))[2].keys() == {"used"}
     assert left.coverage().fallbacks[0].reason == "excluded by the user"
 
 
@@ -190,11 +190,12 @@ def test_a_convolution_counts_examples_first() -> None:
     params = {"w": normal(0, 3, 2, 3)}
     x, mask = normal(1, 4, 2, 5), jnp.asarray(np.arange(20).reshape(4, 5) % 3 > 0)
     ours = KFAC(apply, summed, params, x, approximation="reduce")
+    compute = jax.jit(ours.value_grad_and_statistics)
     for first, last in (
         (Positions(), Positions(batch_dim=1)),
         ({"w": Positions(mask)}, {"w": Positions(mask.T, batch_dim=1)}),
     ):
-        want, got = (ours.value_grad_and_statistics(params, x, positions=p)[2]["w"] for p in (first, last))
+        want, got = (compute(params, x, positions=p)[2]["w"] for p in (first, last))
         for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
             np.testing.assert_array_equal(a, b)
 

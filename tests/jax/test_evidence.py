@@ -84,7 +84,8 @@ def test_dense(approximation: str) -> None:
             total += 0.5 * len(h) * math.log(2 * math.pi) - 0.5 * determinant
         return total
 
-    expected, gradient = jax.value_and_grad(value)({key: math.log(delta) for key, delta in deltas.items()})
+    logs = {key: math.log(delta) for key, delta in deltas.items()}
+    expected, gradient = jax.jit(jax.value_and_grad(value))(logs)
     assert found.value == pytest.approx(float(expected), rel=1e-8)
     assert found.gradient == pytest.approx({key: float(slope) for key, slope in gradient.items()}, rel=1e-6)
     assert found.diagonal == ("norm/bias", "norm/scale")
@@ -102,9 +103,13 @@ def _diagonal(apply_fn: Any, params: Any, x: Any, part: str) -> Any:
     def outputs(p: Any) -> Any:
         return apply_fn({**params, "norm": {**params["norm"], part: p}}, x)
 
-    j = jax.jacobian(outputs)(params["norm"][part])
-    h = jax.vmap(jax.hessian(LOSSES["softmax_cross_entropy"]))(apply_fn(params, x))
-    return jnp.einsum("ncp,ncd,ndp->p", j, h, j)
+    @jax.jit
+    def diagonal(params: Any) -> Any:
+        j = jax.jacobian(outputs)(params["norm"][part])
+        h = jax.vmap(jax.hessian(LOSSES["softmax_cross_entropy"]))(apply_fn(params, x))
+        return jnp.einsum("ncp,ncd,ndp->p", j, h, j)
+
+    return diagonal(params)
 
 
 @pytest.mark.parametrize("approximation", APPROXIMATIONS)
@@ -248,7 +253,7 @@ def test_a_coupled_decay_is_the_prior() -> None:
     schedule = optax.linear_schedule(0.01, 0.0, steps)
     optimizer = KFAC(apply_fn, loss_fn, params, x, learning_rate=schedule)
     state = optimizer.init(params)
-    _, _, statistics = optimizer.value_grad_and_statistics(params, x)
+    _, _, statistics = jax.jit(optimizer.value_grad_and_statistics)(params, x)
 
     @jax.jit
     def step(carry: Any, number: Any) -> Any:

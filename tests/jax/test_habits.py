@@ -81,17 +81,17 @@ def test_micro_batches_in_multi_steps() -> None:
     multi = optax.MultiSteps(ours.transformation, k)
     whole, state = ours.init(mlp_params()), multi.init(mlp_params())
     params = many = mlp_params()
-    compute = jax.jit(ours.value_grad_and_statistics)
+    compute, update_part = jax.jit(ours.value_grad_and_statistics), jax.jit(multi.update)
     for step in range(2):
         _, gradient, statistics = compute(params, x, y)
-        updates, whole = ours.update(gradient, whole, params, statistics=statistics)
+        updates, whole = ours.update(gradient, whole, params, statistics=statistics)  # one that is not compiled
         params, total = optax.apply_updates(params, updates), None
         for part in range(k):
             assert ours.is_statistics_step((step * k + part) // k)
             rows = slice(8 * part, 8 * part + 8)
             _, gradient, new = compute(many, x[rows], y[rows])
             total = new if total is None else add(total, new)
-            updates, state = multi.update(gradient, state, many, statistics=total)
+            updates, state = update_part(gradient, state, many, statistics=total)
             many = optax.apply_updates(many, updates)
     assert_close(many, params)
     assert ours.metrics(state)["statistics_steps"] == 2
@@ -132,8 +132,9 @@ def test_a_state_under_another_order_of_calls(way: str, tmp_path: Path) -> None:
     ours, params, state = of_squares(first_a)
     other, _, fresh = of_squares(first_b)
     assert list(ours.layers.covered) != list(other.layers.covered)
-    _, gradient, statistics = ours.value_grad_and_statistics(params, *batch())
-    _, state = ours.update(gradient, state, params, statistics=statistics)
+    update = jax.jit(ours.update)
+    _, gradient, statistics = jax.jit(ours.value_grad_and_statistics)(params, *batch())
+    _, state = update(gradient, state, params, statistics=statistics)
     if way == "flax":
         loaded = flax.serialization.from_bytes(fresh, flax.serialization.to_bytes(state))
     elif way.startswith("orbax"):
@@ -149,7 +150,7 @@ def test_a_state_under_another_order_of_calls(way: str, tmp_path: Path) -> None:
     else:
         loaded = state
     assert_close(other.factors(loaded), ours.factors(state))
-    assert_close(other.update(gradient, loaded, params)[0], ours.update(gradient, state, params)[0])
+    assert_close(jax.jit(other.update)(gradient, loaded, params)[0], update(gradient, state, params)[0])
 
 
 def test_a_state_of_other_layers() -> None:
@@ -201,8 +202,8 @@ def test_other_optimizers_for_other_layers(exclude: tuple[str, ...], masked: boo
         kinds = {"kfac": inner, "sgd": optax.sgd(1.0)}
         transformation = optax.multi_transform(kinds, only({"l0", "l1"}, "kfac", "sgd"))
     params = mlp_params()
-    _, gradient, statistics = ours.value_grad_and_statistics(params, *batch())
-    whole, _ = ours.update(gradient, ours.init(params), params, statistics=statistics)
+    _, gradient, statistics = jax.jit(ours.value_grad_and_statistics)(params, *batch())
+    whole, _ = jax.jit(ours.update)(gradient, ours.init(params), params, statistics=statistics)
     updates, state = jax.jit(transformation.update)(
         gradient, transformation.init(params), params, statistics=statistics
     )
@@ -239,8 +240,14 @@ def test_whole_numbers_among_the_parameters() -> None:
     updates, new = jax.jit(ours.update)(gradient, state, params, statistics=statistics)
     assert jax.tree.map(lambda t: t.dtype, new) == jax.tree.map(lambda t: t.dtype, state)
     changed = optax.apply_updates(params, updates)
-    gradient = jax.grad(lambda p: cross_entropy(apply(p, *batch()), *batch()), allow_int=True)(params)
-    updates, _ = ours.update(gradient, new, params)
+
+    @jax.jit
+    def plain(params: Any, state: Any) -> Any:
+        gradient = jax.grad(lambda p: cross_entropy(apply(p, *batch()), *batch()), allow_int=True)(params)
+        assert gradient["flag"].dtype == jax.dtypes.float0
+        return ours.update(gradient, state, params)[0]
+
+    updates = plain(params, new)
     for after in (changed, optax.apply_updates(params, updates)):
         for name in ("table", "flag"):
             np.testing.assert_array_equal(after[name], params[name])
@@ -265,11 +272,11 @@ def test_a_complex_parameter_of_another_optimizer() -> None:
         return x @ p["w"] + jnp.real(x @ p["wave"] * 1j)
 
     ours = KFAC(apply, lambda f, x: wavy(f), params, normal(3, 5, 4), exclude="wave", **OPTIONS)
-    _, gradient, statistics = ours.value_grad_and_statistics(params, normal(3, 5, 4))
-    assert_close(gradient, jax.grad(lambda p: wavy(apply(p, normal(3, 5, 4))))(params))
+    _, gradient, statistics = jax.jit(ours.value_grad_and_statistics)(params, normal(3, 5, 4))
+    assert_close(gradient, jax.jit(jax.grad(lambda p: wavy(apply(p, normal(3, 5, 4)))))(params))
     kinds = {"kfac": ours.transformation, "adam": optax.adam(1e-2)}
     both = optax.multi_transform(kinds, {"w": "kfac", "wave": "adam"})
-    updates, _ = both.update(gradient, both.init(params), params, statistics=statistics)
+    updates, _ = jax.jit(both.update)(gradient, both.init(params), params, statistics=statistics)
     assert jnp.iscomplexobj(updates["wave"])
     with pytest.raises(ValueError, match="parameter wave is complex"):
         ours.init(params)
@@ -301,9 +308,12 @@ def test_a_schedule_as_learning_rate() -> None:
     schedule = optax.linear_schedule(0.5, 0.0, 10)
     first, second = optimizer(learning_rate=schedule), optimizer(schedule=schedule)
     third = kfac(first.layers, first.config, learning_rate=schedule)
-    _, gradient, statistics = first.value_grad_and_statistics(mlp_params(), *batch())
+    _, gradient, statistics = jax.jit(first.value_grad_and_statistics)(mlp_params(), *batch())
     params = mlp_params()
-    results = [t.update(gradient, t.init(params), params, statistics=statistics)[0] for t in (first, second, third)]
+    results = [
+        jax.jit(t.update)(gradient, t.init(params), params, statistics=statistics)[0]
+        for t in (first, second, third)
+    ]
     assert_close(results[0], results[1])
     assert_close(results[0], results[2])
     with pytest.raises(ValueError, match="give one of them"):
@@ -339,7 +349,7 @@ def test_outputs_beside_the_logits(fisher: str) -> None:
     assert_close(got, want)
     ours = KFAC(several, lambda f, x, y: wavy(f), mlp_params(), *batch(), **options)
     with pytest.raises(ValueError, match=r"the loss reads 2 arrays of the model's outputs.*logits alone"):
-        ours.value_grad_and_statistics(mlp_params(), *batch(), rng=rng)
+        jax.eval_shape(lambda p: ours.value_grad_and_statistics(p, *batch(), rng=rng), mlp_params())
 
 
 def test_flags_and_strings_among_the_arguments() -> None:
@@ -354,9 +364,9 @@ def test_flags_and_strings_among_the_arguments() -> None:
     x, y = batch()
     rows = {"x": x, "y": y, "split": "train"}
     ours = KFAC(apply, lambda f, rows, *_: cross_entropy(f, x, rows["y"]), mlp_params(), rows, True, "fast")
-    loss, gradient, statistics = ours.value_grad_and_statistics(mlp_params(), rows, True, "fast")
-    want = optimizer().value_grad_and_statistics(mlp_params(), x, y)
-    assert_close((loss, gradient, statistics), want)
+    got = jax.jit(lambda p: ours.value_grad_and_statistics(p, rows, True, "fast"))(mlp_params())
+    want = jax.jit(lambda p: optimizer().value_grad_and_statistics(p, x, y))(mlp_params())
+    assert_close(got, want)
 
 
 def test_arguments_by_name() -> None:
@@ -386,8 +396,8 @@ def test_names_of_nnx() -> None:
     ours = KFAC(apply, cross_entropy, params, x, y, exclude="head", **OPTIONS)
     (layer,) = ours.coverage().layers
     assert (layer.name, layer.weight, layer.bias) == ("hidden", "hidden/kernel", "hidden/bias")
-    _, gradient, statistics = ours.value_grad_and_statistics(params, x, y)
-    updates, _ = ours.update(gradient, ours.init(params), params, statistics=statistics)
+    _, gradient, statistics = jax.jit(ours.value_grad_and_statistics)(params, x, y)
+    updates, _ = jax.jit(ours.update)(gradient, ours.init(params), params, statistics=statistics)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
 
 

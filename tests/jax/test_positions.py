@@ -269,9 +269,10 @@ def test_a_sequence_that_comes_first_is_named() -> None:
     optimizer = KFAC(lambda p, x: (x @ p["w"]).mean(0), lambda f, x: wavy(f), params, x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        optimizer.value_grad_and_statistics(params, x, positions=Positions(batch_dim=1))
+        positions = Positions(batch_dim=1)
+        jax.eval_shape(lambda p: optimizer.value_grad_and_statistics(p, x, positions=positions), params)
         swapped = KFAC(lambda p, x: (x @ p["w"]).swapaxes(0, 1), lambda f, x: wavy(f), params, x)
-        swapped.value_grad_and_statistics(params, x)
+        jax.eval_shape(swapped.value_grad_and_statistics, params, x)
     with pytest.warns(UserWarning, match=r"layer w has inputs \(8, 4, features\).*batch_dim=1") as said:
         optimizer.value_grad_and_statistics(params, x)
     assert said[0].filename == __file__

@@ -98,7 +98,7 @@ def test_the_decay_mask_and_rate() -> None:
     config = KFAC(mlp, cross_entropy, mlp_params(), *batch(), weight_decay=0.5).config
     transformation = kfac(ours.layers, config, learning_rate=0.1, weight_decay_mask=mask)
     zero = jax.tree.map(jnp.zeros_like, mlp_params())
-    updates, _ = transformation.update(zero, transformation.init(mlp_params()), mlp_params())
+    updates, _ = jax.jit(transformation.update)(zero, transformation.init(mlp_params()), mlp_params())
     for update, p in zip(jax.tree.leaves(updates), jax.tree.leaves(mlp_params()), strict=True):
         np.testing.assert_allclose(update, -0.05 * p if p.ndim > 1 else 0 * p, atol=1e-15)
 
@@ -227,9 +227,8 @@ def test_nothing_else_differs_from_nadamw_before_the_first_statistics() -> None:
     ours = optimizer()
     params = mlp_params()
     gradient = jax.tree.map(lambda t: t + 1, params)
-    updates, _ = scale_by_kfac(ours.layers, ours.config).update(
-        gradient, scale_by_kfac(ours.layers, ours.config).init(params)
-    )
+    transformation = scale_by_kfac(ours.layers, ours.config)
+    updates, _ = jax.jit(transformation.update)(gradient, transformation.init(params))
     for name in params:
         for key in ("w", "b"):
             cosine = (updates[name][key] * gradient[name][key]).sum()

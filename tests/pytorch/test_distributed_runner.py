@@ -36,8 +36,8 @@ def update_params(**arguments):
 """
 
 
-def train(folder: Path, launcher: list[str]) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """A short run in processes of its own: what they recorded, by file name, and the evaluations."""
+def prepare(folder: Path) -> list[str]:
+    """Makes the folder with the submission; the flags of a short run in it."""
     (folder / "records").mkdir(parents=True)
     (folder / "submission.py").write_text(SUBMISSION)
     flags = {
@@ -50,23 +50,45 @@ def train(folder: Path, launcher: list[str]) -> tuple[dict[str, Any], list[dict[
         "rng_seed": 3,
         "max_global_steps": STEPS,
     }
-    command = [sys.executable, *launcher, "-m", "workloads.run", *(f"--{k}={v}" for k, v in flags.items())]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RECORD_FOLDER": str(folder / "records")}
-    # The flag lets a process take the folder that the other one may have made already.
-    finished = subprocess.run(
-        [*command, "--resume_last_run"], cwd=CHECKOUT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    # The last flag lets a process take the folder that the other one may have made already.
+    return [*(f"--{k}={v}" for k, v in flags.items()), "--resume_last_run"]
+
+
+def found(folder: Path) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """What the processes recorded, by file name, and the evaluations."""
     records = {path.stem: torch.load(path, weights_only=True) for path in (folder / "records").iterdir()}
     with open(folder / "e/mnist_vit_pytorch/trial_1/eval_measurements.csv", newline="") as file:
         rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
     return records, rows
 
 
-def test_two_processes_under_torchrun(tmp_path: Path) -> None:
-    alone, rows = train(tmp_path / "alone", [])
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    together, rows_together = train(tmp_path / "together", launcher)
+def train_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, which has imported torch already."""
+    from workloads import run
+
+    flags = prepare(folder)
+    monkeypatch.setenv("RECORD_FOLDER", str(folder / "records"))
+    assert run.main(flags) == 0
+
+
+def train_together(folder: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    finished = subprocess.run(
+        [*command, "-m", "workloads.run", *prepare(folder)],
+        cwd=CHECKOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "RECORD_FOLDER": str(folder / "records")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+
+
+def test_two_processes_under_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_alone(tmp_path / "alone", monkeypatch)
+    train_together(tmp_path / "together")
+    alone, rows = found(tmp_path / "alone")
+    together, rows_together = found(tmp_path / "together")
 
     assert set(alone) == {f"{step}-alone" for step in range(STEPS)}
     assert set(together) == {f"{step}-{rank}" for step in range(STEPS) for rank in range(2)}

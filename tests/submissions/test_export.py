@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -19,19 +22,17 @@ from workloads import registry
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 NAMES = ("kfac_expand", "kfac_reduce", "nadamw")
-# Runs in a process that cannot import this repository unless OURS is set; prints the parameters after some steps.
+TRAINED = ("kfac_reduce", "nadamw")
+# Trains modules in a process that cannot import this repository, then those of this repository; prints a line for
+# each, its parameters after some steps.
 ALONE = """
 import importlib, itertools, os, sys, time
-ours = os.environ.get("OURS")
-if ours:
-    sys.path.insert(0, ours)
-else:
-    sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in f"{getattr(f, '__module__', '')}{f}"]
-    sys.path[:] = [p for p in sys.path if "__editable__" not in p and p != sys.argv[2]]
-    for name in ("algoperf_kfac", "submissions"):
-        assert importlib.util.find_spec(name) is None, name
-    sys.path.insert(0, os.getcwd())
-submission = importlib.import_module(sys.argv[1])
+checkout, alone, ours = sys.argv[1], sys.argv[2].split(","), sys.argv[3].split(",")
+sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in f"{getattr(f, '__module__', '')}{f}"]
+sys.path[:] = [p for p in sys.path if "__editable__" not in p and p != checkout]
+for name in ("algoperf_kfac", "submissions"):
+    assert importlib.util.find_spec(name) is None, name
+sys.path.insert(0, os.getcwd())
 """
 SETUP = {
     "pytorch": """
@@ -53,10 +54,11 @@ class Workload:
 def rng(step):
     return [step, 0]
 
-torch.manual_seed(0)
-workload, model = Workload(), torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 4))
-x = torch.randn(32, 6)
-batch = {"inputs": x, "targets": x[:, :4].argmax(1)}
+def start():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 4))
+    x = torch.randn(32, 6)
+    return Workload(), model, {"inputs": x, "targets": x[:, :4].argmax(1)}
 """,
     "jax": """
 import flax.linen as nn, jax, numpy as np, optax
@@ -81,66 +83,107 @@ class Workload:
 def rng(step):
     return np.array([step, 0], np.uint32)
 
-workload = Workload()
-model = workload.init_model_fn(rng(0))[0]
-x = np.random.default_rng(0).standard_normal((32, 6), np.float32)
-batch = {"inputs": x, "targets": x[:, :4].argmax(1)}
+def start():
+    workload = Workload()
+    x = np.random.default_rng(0).standard_normal((32, 6), np.float32)
+    return workload, workload.init_model_fn(rng(0))[0], {"inputs": x, "targets": x[:, :4].argmax(1)}
 """,
 }
 TRAIN = """
-time.perf_counter = lambda count=itertools.count(): next(count)  # a refresh budget follows the clock
-assert submission.get_batch_size("imagenet_vit") == 1024
-state = submission.init_optimizer_state(workload, model, {}, None, rng(1))
-losses = []
-for step in range(12):
-    out, _ = workload.model_fn(model, batch, {}, None, None, False)
-    losses.append(float(workload.loss_fn(batch["targets"], out)["summed"]))
-    chosen = submission.data_selection(workload, iter([batch]), state, model, None, None, step, None)
-    state, model, _ = submission.update_params(
-        workload=workload, current_param_container=model, current_params_types=None, model_state={},
-        hyperparameters=None, batch=chosen, loss_type=None, optimizer_state=state, eval_results=[],
-        global_step=step, rng=rng(step), train_state={})
-    state, model, _ = submission.prepare_for_eval(
-        workload=workload, current_param_container=model, current_params_types=None, model_state={},
-        hyperparameters=None, loss_type=None, optimizer_state=state, eval_results=[], global_step=step, rng=None)
-assert losses[-1] < 0.9 * losses[0], losses
-if not ours:
-    strays = [m.__name__ for m in list(sys.modules.values())
-              if str(getattr(m, "__file__", None) or "").startswith(sys.argv[2] + os.sep + "algoperf_kfac")
-              or str(getattr(m, "__file__", None) or "").startswith(sys.argv[2] + os.sep + "submissions")]
-    assert not strays, strays
-    assert all(os.getcwd() in m.__file__ for n, m in sys.modules.items() if ".algoperf_kfac" in n)
+def train(name):
+    submission = importlib.import_module(name)
+    workload, model, batch = start()
+    time.perf_counter = lambda count=itertools.count(): next(count)  # a refresh budget follows the clock
+    assert submission.get_batch_size("imagenet_vit") == 1024
+    state = submission.init_optimizer_state(workload, model, {}, None, rng(1))
+    losses = []
+    for step in range(12):
+        out, _ = workload.model_fn(model, batch, {}, None, None, False)
+        losses.append(float(workload.loss_fn(batch["targets"], out)["summed"]))
+        chosen = submission.data_selection(workload, iter([batch]), state, model, None, None, step, None)
+        state, model, _ = submission.update_params(
+            workload=workload, current_param_container=model, current_params_types=None, model_state={},
+            hyperparameters=None, batch=chosen, loss_type=None, optimizer_state=state, eval_results=[],
+            global_step=step, rng=rng(step), train_state={})
+        state, model, _ = submission.prepare_for_eval(
+            workload=workload, current_param_container=model, current_params_types=None, model_state={},
+            hyperparameters=None, loss_type=None, optimizer_state=state, eval_results=[],
+            global_step=step, rng=None)
+    assert losses[-1] < 0.9 * losses[0], losses
+    print([p.flatten().tolist() for p in leaves(model)])
+
+for name in alone:
+    train(name)
+strays = [m.__name__ for m in list(sys.modules.values())
+          if str(getattr(m, "__file__", None) or "").startswith(checkout + os.sep + "algoperf_kfac")
+          or str(getattr(m, "__file__", None) or "").startswith(checkout + os.sep + "submissions")]
+assert not strays, strays
+assert all(os.getcwd() in m.__file__ for n, m in sys.modules.items() if ".algoperf_kfac" in n)
+sys.path.insert(0, checkout)
+for name in ours:
+    train(name)
+    assert sys.modules[name].__file__.startswith(checkout + os.sep), name
 """
-RESULT = {
-    "pytorch": "print([p.flatten().tolist() for p in model.parameters()])",
-    "jax": "print([p.flatten().tolist() for p in jax.tree.leaves(model)])",
+LEAVES = {
+    "pytorch": "leaves = lambda model: model.parameters()\n",
+    "jax": "leaves = jax.tree.leaves\n",
 }
+# Where the working group runs submissions: the folder above the clone.
+CLONE = Path("submissions_algorithms/submissions")
+FOLDER = {"pytorch": "{}", "jax": "{}_jax"}  # of a submission, beside that of the other framework
 
 
-def train(module: str, framework: str, folder: Path, ours: bool = False) -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | (
-        {"OURS": str(CHECKOUT)} if ours else {}
-    )
-    program = ALONE + SETUP[framework] + TRAIN + RESULT[framework]
-    command = [sys.executable, "-I", "-c", program, module, str(CHECKOUT)]
-    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Submissions of both frameworks side by side: external ones alone, a self-tuning one in a clone."""
+    root = tmp_path_factory.mktemp("exported")
+    for framework, name in FOLDER.items():
+        for submission in TRAINED:
+            folder = root / "external_tuning" / name.format(submission)
+            export.write(folder, contents_of(submission, framework, "external"))
+        flags = [f"--framework={framework}", "--ruleset=self", f"--out={root / CLONE}"]
+        assert main(["export", "kfac_reduce", *flags]) == 0
+    return root
 
 
-@pytest.mark.parametrize("framework", ["pytorch", "jax"])
-@pytest.mark.parametrize("submission", ["kfac_reduce", "nadamw"])
-def test_it_trains_alone_as_it_does_here(tmp_path, submission, framework):
+@pytest.fixture(scope="module", params=FOLDER)
+def trained(exported: Path, request: pytest.FixtureRequest) -> dict[str, str]:
+    """What training gave, by the names of submissions in one framework: all in one process, as its import takes
+    longer than they do."""
+    framework = request.param
     pytest.importorskip("torch" if framework == "pytorch" else "jax")
-    export.write(tmp_path / "external_tuning" / submission, export.contents(submission, framework, "external"))
-    alone = train(f"external_tuning.{submission}.submission", framework, tmp_path)
-    assert alone == train(f"submissions.{submission}.{framework}.submission", framework, tmp_path, ours=True)
+    name = FOLDER[framework]
+    alone = {f"external {one}": f"external_tuning.{name.format(one)}.submission" for one in TRAINED}
+    alone["self kfac_reduce"] = ".".join([*CLONE.parts, "self_tuning", name.format("kfac_reduce"), "submission"])
+    ours = {one: f"submissions.{one}.{framework}.submission" for one in TRAINED}
+    program = ALONE + SETUP[framework] + LEAVES[framework] + TRAIN
+    modules = [",".join(found.values()) for found in (alone, ours)]
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", program, str(CHECKOUT), *modules],
+        cwd=exported,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return dict(zip([*alone, *ours], run.stdout.splitlines(), strict=True))
+
+
+@pytest.mark.parametrize("submission", TRAINED)
+def test_it_trains_alone_as_it_does_here(trained, submission):
+    assert trained[f"external {submission}"] == trained[submission]
+
+
+def test_it_trains_from_the_folder_above_the_clone(trained):
+    """Self-tuning: without hyperparameters."""
+    assert trained["self kfac_reduce"] == trained["kfac_reduce"]
+    assert trained["kfac_reduce"] != trained["nadamw"]
 
 
 def test_both_frameworks_lie_side_by_side_where_the_working_group_runs_them(tmp_path, capsys):
-    """From the folder above the clone, as modules of it, self-tuning: without hyperparameters."""
-    pytest.importorskip("jax")
-    out = tmp_path / "submissions_algorithms" / "submissions"
+    """From the folder above the clone, as modules of it, self-tuning."""
+    out = tmp_path / CLONE
     for framework, name in (("pytorch", "kfac_reduce"), ("jax", "kfac_reduce_jax")):
         flags = [f"--framework={framework}", "--ruleset=self", "--authors=A, B", f"--out={out}"]
         assert main(["export", "kfac_reduce", *flags]) == 0
@@ -155,9 +198,12 @@ def test_both_frameworks_lie_side_by_side_where_the_working_group_runs_them(tmp_
         assert block["framework"] == {"pytorch": "PyTorch", "jax": "JAX"}[framework]
         info = (out / "self_tuning" / name / "submission_info.yml").read_text()
         assert info.endswith(said[said.index("submission_name") : said.rindex("```")])
-    for framework, name in (("pytorch", "kfac_reduce"), ("jax", "kfac_reduce_jax")):
-        alone = train(f"submissions_algorithms.submissions.self_tuning.{name}.submission", framework, tmp_path)
-        assert alone == train(f"submissions.kfac_reduce.{framework}.submission", framework, tmp_path, ours=True)
+
+
+@functools.cache
+def contents_of(submission: str, framework: str, ruleset: str) -> Mapping[str, str]:
+    """What is exported, made once; that it is the same each time is asked of it below."""
+    return MappingProxyType(export.contents(submission, framework, ruleset))
 
 
 def pull_request(said: str) -> dict[str, str]:
@@ -207,7 +253,7 @@ def test_an_older_algoperf_is_said(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("framework", ["pytorch", "jax"])
 @pytest.mark.parametrize("submission", NAMES)
 def test_every_import_is_relative_and_leads_somewhere(submission, framework):
-    files = export.contents(submission, framework, "self")
+    files = contents_of(submission, framework, "self")
     assert "def update_params" in "".join(files.values())
     for path, text in files.items():
         if not path.endswith(".py"):
@@ -237,7 +283,7 @@ def test_every_import_is_relative_and_leads_somewhere(submission, framework):
 @pytest.mark.parametrize("framework", ["pytorch", "jax"])
 @pytest.mark.parametrize("submission", NAMES)
 def test_no_embedded_workload_is_named(submission, framework):
-    text = "".join(export.contents(submission, framework, "external").values())
+    text = "".join(contents_of(submission, framework, "external").values())
     assert not [name for name in registry.WORKLOADS if name in text]
 
 
@@ -273,7 +319,7 @@ def folder_of(files: dict[str, str], folder: Path) -> dict[str, str]:
 
 def test_writing(tmp_path):
     folder = tmp_path / "self_tuning" / "kfac_reduce"
-    files = export.contents("kfac_reduce", "pytorch", "self")
+    files = contents_of("kfac_reduce", "pytorch", "self")
     for _ in range(2):  # an earlier export is replaced, with what Python left in it
         export.write(folder, files)
         assert folder_of(files, folder) == files
@@ -301,7 +347,7 @@ def test_writing(tmp_path):
 
 def test_a_failed_export_leaves_the_old_one(tmp_path, monkeypatch):
     folder = tmp_path / "kfac_reduce"
-    files = export.contents("kfac_reduce", "pytorch", "self")
+    files = contents_of("kfac_reduce", "pytorch", "self")
     export.write(folder, files)
     replace = os.replace
 
@@ -328,7 +374,7 @@ def test_the_official_checker_passes_it(tmp_path, ruleset, framework):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     folder = tmp_path / f"{ruleset}_tuning" / "kfac_reduce"
-    export.write(folder, export.contents("kfac_reduce", framework, ruleset))
+    export.write(folder, contents_of("kfac_reduce", framework, ruleset))
     assert module.run_checks(str(tmp_path))
     (folder / "submission.py").unlink()
     assert not module.run_checks(str(tmp_path))

@@ -44,24 +44,32 @@ def checkout(tmp_path_factory):
     return root
 
 
-def test_it_trains_and_its_hyperparameters_are_checked(checkout, tmp_path):
-    flags = ["--submissions=toy_sgd", "--workloads=mnist_vit", "--max_global_steps=2", "--jobs=1"]
-    finished = run_in(checkout, "workloads.study", *flags, f"--experiment_dir={tmp_path}")
-    assert finished.returncode == 0, finished.stderr
-    rows = table(tmp_path / "toy_sgd/study_1/mnist_vit_pytorch/trial_1/eval_measurements.csv")
-    assert [row["global_step"] for row in rows] == ["1", "2"]
-    space = tmp_path / "space.json"
+@pytest.fixture(scope="module")
+def finished(checkout):
+    """What the commands did with it."""
+    space = checkout / "space.json"
     space.write_text('[{"learning_rate": 0.1, "momentum": 0.9}]')
-    more = [f"--experiment_dir={tmp_path / 'x'}", f"--tuning_search_space={space}"]
-    finished = run_in(checkout, "workloads.study", *flags, *more)
-    assert finished.returncode == 1
-    assert "unknown hyperparameter 'momentum': known are ['budget_factor', " in finished.stderr
+    study = ["workloads.study", "--submissions=toy_sgd", "--workloads=mnist_vit", "--max_global_steps=2"]
+    commands = {
+        "trained": [*study, "--jobs=1", "--experiment_dir=trained"],
+        "refused": [*study, "--jobs=1", "--experiment_dir=refused", f"--tuning_search_space={space}"],
+        "exported": ["submissions", "export", "toy_sgd", "--ruleset=self", "--out=exported"],
+        "planned": ["submissions", "plan", "--workload=mnist_vit", "--submission=toy_sgd"],
+    }
+    return dict(zip(commands, run_in(checkout, *commands.values()), strict=True))
 
 
-def test_its_export_says_what_it_is(checkout, tmp_path):
-    finished = run_in(checkout, "submissions", "export", "toy_sgd", "--ruleset=self", f"--out={tmp_path}")
-    assert finished.returncode == 0, finished.stderr
-    folder = tmp_path / "self_tuning/toy_sgd"
+def test_it_trains_and_its_hyperparameters_are_checked(checkout, finished):
+    assert finished["trained"].returncode == 0, finished["trained"].stderr
+    rows = table(checkout / "trained/toy_sgd/study_1/mnist_vit_pytorch/trial_1/eval_measurements.csv")
+    assert [row["global_step"] for row in rows] == ["1", "2"]
+    assert finished["refused"].returncode == 1
+    assert "unknown hyperparameter 'momentum': known are ['budget_factor', " in finished["refused"].stderr
+
+
+def test_its_export_says_what_it_is(checkout, finished):
+    assert finished["exported"].returncode == 0, finished["exported"].stderr
+    folder = checkout / "exported/self_tuning/toy_sgd"
     assert 'submission_name: "Toy SGD"' in (folder / "submission_info.yml").read_text()
     readme = (folder / "README.md").read_text()
     assert readme.startswith("# Toy SGD\n\nGradient descent without any memory.\n")
@@ -69,7 +77,6 @@ def test_its_export_says_what_it_is(checkout, tmp_path):
     assert not (folder / "common/kfac").exists()
 
 
-def test_it_is_not_planned(checkout):
-    finished = run_in(checkout, "submissions", "plan", "--workload=mnist_vit", "--submission=toy_sgd")
-    assert finished.returncode == 2
-    assert finished.stderr == "error: toy_sgd is no K-FAC submission; plan kfac_expand or kfac_reduce\n"
+def test_it_is_not_planned(finished):
+    assert finished["planned"].returncode == 2
+    assert finished["planned"].stderr == "error: toy_sgd is no K-FAC submission; plan kfac_expand or kfac_reduce\n"

@@ -1,9 +1,10 @@
 """Kills runs at chosen moments and resumes them. A program of its own, because it forks before any training.
 
-    python -m tests.workloads.interrupt FOLDER SUBMISSION MOMENT...
+    python -m tests.workloads.interrupt FOLDER '{"SUBMISSION": ["MOMENT", ...], ...}'
 
-A moment is `before:N` or `after:N` (the N-th rename of a file into place), or `step:N` (inside the N-th update).
-For each, a run is killed at that moment and then resumed, in FOLDER/MOMENT; FOLDER/whole is never killed.
+A moment is `before:N` or `after:N` (the N-th rename of a file into place), `step:N` (before the N-th update), or
+`share:X` (after that share of the time that an undisturbed run took). For each, a run is killed at that moment and
+then resumed, in FOLDER/SUBMISSION/MOMENT; FOLDER/SUBMISSION/whole is never killed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import torch._dynamo  # noqa: F401  every child would import it anew at its firs
 
 from tests.workloads.helpers import CHECKOUT, arguments, shrink
 from workloads import registry, run
-from workloads.runner.pytorch import PyTorchBackend
+from workloads.runner import loop
 
 MAX_STEPS = 5
 
@@ -44,13 +46,19 @@ def kill_at(moment: str) -> None:
         return call
 
     if place == "step":
-        PyTorchBackend.seed_step = counted(PyTorchBackend.seed_step, before=True)  # type: ignore[method-assign]
+        loop._Run.update = counted(loop._Run.update, before=True)  # type: ignore[method-assign]
     else:
         os.replace = counted(os.replace, before=place == "before")
 
 
-def in_child(flags: list[str], moment: str | None) -> int:
-    """Runs the runner in a fork of this process; returns how it ended, negative for a signal."""
+def in_child(flags: list[str], moment: str | None, seconds: float | None = None) -> int:
+    """Runs the runner in a fork of this process; returns how it ended, negative for a signal.
+
+    Args:
+        flags: the runner's.
+        moment: at which it kills itself.
+        seconds: after which this process kills it.
+    """
     child = os.fork()
     if child == 0:
         code = 1
@@ -61,14 +69,22 @@ def in_child(flags: list[str], moment: str | None) -> int:
         finally:
             sys.stdout.flush()
             os._exit(code)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def main(folder: Path, submission: str, moments: list[str]) -> None:
+def main(folder: Path, moments: dict[str, list[str]]) -> None:
     shrink(setattr)
     # Loaded once, before the forks.
     workload = registry.load("bible_lm", "pytorch")
     registry.load = lambda name, framework: workload
+    for submission, its in moments.items():
+        interrupt(folder / submission, submission, its)
+
+
+def interrupt(folder: Path, submission: str, moments: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     space = folder / "space.json"
     # Dropout, so that the generator's state matters.
@@ -79,14 +95,22 @@ def main(folder: Path, submission: str, moments: list[str]) -> None:
         "tuning_search_space": space,
         "max_global_steps": MAX_STEPS,
     }
-    for moment in [None, *moments]:
-        flags = arguments(folder / (moment or "whole"), **common)
-        code = in_child(flags, moment)
-        assert code == (-signal.SIGKILL if moment else 0), f"{moment}: the run ended with {code}"
-        if moment:
+    start = time.monotonic()
+    assert in_child(arguments(folder / "whole", **common), None) == 0
+    seconds = time.monotonic() - start
+    for moment in moments:
+        flags = arguments(folder / moment, **common)
+        place, number = moment.split(":")
+        if place == "share":
+            code = in_child(flags, None, float(number) * seconds)
+            assert code in (0, -signal.SIGKILL), f"{moment}: the run ended with {code}"  # it may have been faster
+        else:
+            code = in_child(flags, moment)
+            assert code == -signal.SIGKILL, f"{moment}: the run ended with {code}"
+        if code:
             code = in_child([*flags, "--resume_last_run"], None)
             assert code == 0, f"{moment}: the resumed run ended with {code}"
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -81,6 +81,9 @@ class ToyBlobsWorkload(JaxWorkload, ToyBlobsTask):
 }
 
 
+FRAMEWORKS = ("pytorch", "jax")
+
+
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
     """A copy of the repository's packages with one folder more."""
@@ -92,29 +95,37 @@ def checkout(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("framework", ["pytorch", "jax"])
-def test_it_trains(checkout, tmp_path, framework):
-    finished = run_in(
-        checkout,
-        "workloads.run",
-        "--workload=toy_blobs",
-        f"--framework={framework}",
-        f"--submission_path=submissions/kfac_reduce/{framework}/submission.py",
-        "--tuning_ruleset=self",
-        f"--experiment_dir={tmp_path}",
-        "--experiment_name=e",
-    )
-    assert finished.returncode == 0, finished.stderr
-    rows = table(tmp_path / f"e/toy_blobs_{framework}/trial_1/eval_measurements.csv")
+@pytest.fixture(scope="module")
+def finished(checkout):
+    """What the commands did with it: trained in each framework, planned, and said of themselves."""
+
+    def train(framework):
+        return (
+            "workloads.run",
+            "--workload=toy_blobs",
+            f"--framework={framework}",
+            f"--submission_path=submissions/kfac_reduce/{framework}/submission.py",
+            "--tuning_ruleset=self",
+            "--experiment_dir=runs",
+            "--experiment_name=e",
+        )
+
+    plan = ("submissions", "plan", "--workload=toy_blobs", "--devices=1")
+    done = run_in(checkout, *map(train, FRAMEWORKS), plan, ("workloads.run", "--help"))
+    return dict(zip((*FRAMEWORKS, "plan", "help"), done, strict=True))
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_it_trains(checkout, finished, framework):
+    assert finished[framework].returncode == 0, finished[framework].stderr
+    rows = table(checkout / f"runs/e/toy_blobs_{framework}/trial_1/eval_measurements.csv")
     assert [row["global_step"] for row in rows] == ["1", "2", "4", "6"]
 
 
-def test_it_is_planned_at_its_own_batch_size(checkout):
-    finished = run_in(checkout, "submissions", "plan", "--workload=toy_blobs", "--devices=1")
-    assert finished.stdout.startswith("toy_blobs: batch 16 on 1 device\n"), finished.stderr
-    assert "K-FAC covers 12 of 12 parameters" in finished.stdout
+def test_it_is_planned_at_its_own_batch_size(finished):
+    assert finished["plan"].stdout.startswith("toy_blobs: batch 16 on 1 device\n"), finished["plan"].stderr
+    assert "K-FAC covers 12 of 12 parameters" in finished["plan"].stdout
 
 
-def test_it_is_listed_with_the_others(checkout):
-    finished = run_in(checkout, "workloads.run", "--help")
-    assert ", toy_blobs" in finished.stdout
+def test_it_is_listed_with_the_others(finished):
+    assert ", toy_blobs" in finished["help"].stdout

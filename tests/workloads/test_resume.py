@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
-from tests.workloads.helpers import CHECKOUT, arguments, environment, metrics, start, table
+from tests.workloads.helpers import CHECKOUT, arguments, environment, metrics, table
 from workloads import run
 from workloads.runner import checkpoints, experiment
 
@@ -29,19 +27,24 @@ MOMENTS = [
     "after:15",
     "before:20",
 ]
+MOMENTS_OF_KFAC = ["after:8", "step:4"]
 TRIAL = "e/bible_lm_pytorch/trial_1"
 
 
-def _interrupt(folder, submission, moments):
-    command = [sys.executable, "-m", "tests.workloads.interrupt", str(folder), submission, *moments]
+@pytest.fixture(scope="module")
+def of_submissions(tmp_path_factory):
+    """The folder with the runs of each submission; all in one program, which imports torch once."""
+    folder = tmp_path_factory.mktemp("runs")
+    moments = {"nadamw": [*MOMENTS, f"share:{random.random()}"], "kfac_reduce": MOMENTS_OF_KFAC}
+    command = [sys.executable, "-m", "tests.workloads.interrupt", str(folder), json.dumps(moments)]
     finished = subprocess.run(command, cwd=CHECKOUT, env=environment(), capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     return folder
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    return _interrupt(tmp_path_factory.mktemp("runs"), "nadamw", MOMENTS)
+@pytest.fixture
+def runs(of_submissions):
+    return of_submissions / "nadamw"
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -49,11 +52,10 @@ def test_killed_run_equals_an_uninterrupted_one(runs, moment):
     _assert_same(runs / "whole" / TRIAL, runs / moment / TRIAL)
 
 
-def test_state_of_kfac_resumes_too(tmp_path):
-    moments = ["after:8", "step:4"]
-    _interrupt(tmp_path, "kfac_reduce", moments)
-    for moment in moments:
-        _assert_same(tmp_path / "whole" / TRIAL, tmp_path / moment / TRIAL)
+def test_state_of_kfac_resumes_too(of_submissions):
+    folder = of_submissions / "kfac_reduce"
+    for moment in MOMENTS_OF_KFAC:
+        _assert_same(folder / "whole" / TRIAL, folder / moment / TRIAL)
 
 
 def _assert_same(whole, killed):
@@ -84,19 +86,9 @@ def test_times_go_on_where_they_were(runs):
         assert values[0] > 0
 
 
-def test_kill_at_a_random_time(runs, tmp_path):
-    flags = arguments(tmp_path, max_global_steps=5)
-    process = start(flags)
-    delay = random.uniform(0.5, 5.0)
-    time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    resumed = start([*flags, "--resume_last_run"])
-    _, errors = resumed.communicate()
-    assert resumed.returncode == 0, errors
-    uninterrupted = tmp_path / "whole"
-    assert start(arguments(uninterrupted, max_global_steps=5)).wait() == 0
-    assert metrics(tmp_path / TRIAL) == metrics(uninterrupted / TRIAL), f"killed after {delay} s"
+def test_kill_at_a_random_time(runs):
+    (killed,) = runs.glob("share:*")
+    _assert_same(runs / "whole" / TRIAL, killed / TRIAL)
 
 
 def test_finished_trial_is_kept(small, tmp_path, capsys):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.workloads.helpers import metrics
+from tests.workloads.helpers import metrics, start_here
 from workloads import demo, registry, study
 from workloads.runner import jobs
 
@@ -47,7 +47,8 @@ def test_finished_trials_are_skipped(finished, monkeypatch, capsys):
     assert capsys.readouterr().out.count(": kept, ") == 2
 
 
-def test_trial_finished_with_another_limit_does_not_count(finished, capsys):
+def test_trial_finished_with_another_limit_does_not_count(finished, monkeypatch, capsys):
+    monkeypatch.setattr(jobs, "_start", start_here)
     assert study.main(["--submissions=nadamw", "--workloads=bible_lm", f"--experiment_dir={finished}"]) == 1
     errors = capsys.readouterr().err
     assert "FAILED, error: The trial" in errors
@@ -71,6 +72,7 @@ def test_only_what_is_missing_is_run(finished, monkeypatch, capsys):
 def test_failure_is_told_with_its_reason(tmp_path, capsys, monkeypatch):
     space = tmp_path / "space.json"
     space.write_text('[{"learning_rate": -1}]')
+    monkeypatch.setattr(jobs, "_start", start_here)
     assert _main(tmp_path / "x", f"--tuning_search_space={space}") == 1
     errors = capsys.readouterr().err
     assert "nadamw/study_1/bible_lm_pytorch/trial_1: FAILED" in errors
@@ -103,7 +105,8 @@ def test_jobs_of_a_tuned_and_an_untuned_submission(tmp_path):
     assert "--tuning_ruleset=self" in untuned.command
 
 
-def test_demo_trains_and_reports(tmp_path, monkeypatch, capsys):
+def test_demo_trains_and_reports(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jobs, "_start", start_here)
     monkeypatch.setattr(demo, "SUBMISSIONS", ("nadamw",))
     monkeypatch.setattr(demo, "TUNED", tmp_path)
     monkeypatch.setattr(registry, "BASES", ["bible_lm", "mnist_vit"])

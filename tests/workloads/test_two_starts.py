@@ -57,20 +57,20 @@ def test_overwrite_spares_an_experiment_at_work(small, tmp_path, capsys, busy):
     assert [path.name for path in (tmp_path / "e").iterdir()] == ["bible_lm_pytorch"]
 
 
-def test_overwrite_of_a_running_process(tmp_path):
+def test_overwrite_of_a_running_process(tmp_path, capsys):
     first = start(arguments(tmp_path, max_global_steps=400))
     trial = tmp_path / EXPERIMENT / "trial_1"
-    while not (trial / "eval_measurements.csv").exists():
+    try:
+        while not (trial / "eval_measurements.csv").exists():
+            assert first.poll() is None
+            time.sleep(0.1)
+        assert run.main([*arguments(tmp_path, rng_seed=4), "--overwrite"]) == 2
+        assert "Another process is at work" in capsys.readouterr().err
         assert first.poll() is None
-        time.sleep(0.1)
-    second = start([*arguments(tmp_path, rng_seed=4), "--overwrite"])
-    _, errors = second.communicate()
-    assert second.returncode == 2
-    assert "Another process is at work" in errors
-    assert first.poll() is None
-    assert json.loads((trial / "meta_data_0.json").read_text())["rng_seed"] == 3
-    first.kill()
-    first.communicate()
+        assert json.loads((trial / "meta_data_0.json").read_text())["rng_seed"] == 3
+    finally:
+        first.kill()
+        first.communicate()
 
 
 def test_slices_of_a_sweep_fill_one_experiment(small, tmp_path, space):
