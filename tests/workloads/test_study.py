@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import types
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,8 @@ def test_demo_trains_and_reports(small, tmp_path, monkeypatch, capsys):
         commands.append(command)
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(demo.subprocess, "run", report)
+    # The demo's alone: trials run in this process, and read the machine's name by subprocesses.
+    monkeypatch.setattr(demo, "subprocess", types.SimpleNamespace(run=report))
     flags = [f"--output_dir={tmp_path}", "--max_global_steps=1", "--framework=pytorch"]
     assert demo.main(flags) == 0
     for workload in ("mnist_vit", "bible_lm"):
