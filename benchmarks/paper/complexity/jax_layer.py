@@ -127,9 +127,7 @@ def _programs(layer: Layer, config: KFACConfig, params: Params, x: Array) -> dic
 def _positions(layer: Layer) -> Positions | None:
     if layer.kind != "graph":
         return None
-    return Positions(
-        segment_ids=jnp.repeat(jnp.arange(layer.examples), layer.size), num_segments=layer.examples
-    )
+    return Positions(segment_ids=jnp.repeat(jnp.arange(layer.examples), layer.size), num_segments=layer.examples)
 
 
 def _product(matrix: Array) -> Array:

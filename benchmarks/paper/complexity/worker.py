@@ -21,10 +21,11 @@ from benchmarks.paper.complexity import layers
 from benchmarks.paper.complexity.layers import Layer
 
 ROWS = 1024  # of expand from a part of the rows
+WHOLE = {"max_factor_dim": 2**14}  # factors are not cut into blocks
 CURVES: Mapping[str, Mapping[str, Any]] = {
-    "expand": {"approximation": "expand"},
-    "reduce": {"approximation": "reduce"},
-    "part": {"approximation": "expand", "statistics_rows": ROWS},
+    "expand": {"approximation": "expand", **WHOLE},
+    "reduce": {"approximation": "reduce", **WHOLE},
+    "part": {"approximation": "expand", "statistics_rows": ROWS, **WHOLE},
 }
 # To be set before a framework is imported.
 ONE_THREAD = {

@@ -1,0 +1,211 @@
+"""The page of complexity: slopes, where the approximations cross, memory, and the error of the cost model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from algoperf_kfac.crossover import Rates
+from benchmarks.paper.complexity import model, slopes
+from benchmarks.paper.complexity.layers import FRAMEWORKS, Sweep, layers_of
+from benchmarks.paper.complexity.records import Results, key_of
+from benchmarks.paper.complexity.worker import CURVES, ROWS
+from commands.errors import UserError
+
+TITLES = {"pytorch": "PyTorch", "jax": "JAX"}
+GOAL = 0.15  # a slope is as the paper says within so much
+
+HEAD = f"""# What A and B cost: the paper's orders, measured
+
+Written by `python -m benchmarks.paper complexity` from [the kept results](../results/complexity.jsonl), with what
+is missing of them measured first. Claim: K-FAC-expand forms A in O(N R P²), K-FAC-reduce in O(N P (P + R)); B alike.
+
+One layer with a bias, float32, one thread, through the library's own statistics step; N examples, R positions, P
+features of the factor (channels times kernel, and the bias), k the kernel's extent. Seconds are of the processor,
+medians of at least three rounds in which all curves take turns. *Part* is expand from as few whole examples as have
+{ROWS:,} rows, but two (`statistics_rows`). The *bare product* is XᵀX of N R random rows of the factor's width: what
+expand cannot go below. Theory counts multiply-adds by the orders above on the same sizes.
+"""
+SLOPES = f"""## Slopes
+
+Exponents of CPU time in what grows, by least squares in log-log scale, over the three largest sizes; in brackets
+over all sizes, the smallest of which take little more than starting their operations does. **Bold**: within {GOAL}
+of theory.
+"""
+SLOPES_READING = """
+Expand goes as the bare product does. Reduce is below its order where a multiply-add of the sums and of the products
+count alike: sums are limited by memory, products by arithmetic, and what is left of either at these sizes is the
+start of its operations.
+"""
+CROSSING = """## Where reduce is the faster
+
+Seconds of A and B together by reduce, over those by expand; below 1 reduce is the faster. In brackets the whole
+statistics step (forward pass, weight's gradient, A, B, and what watching costs) over that without statistics:
+expand, reduce.
+"""
+MEMORY = """## Memory
+
+Most bytes that forming A and B takes beyond what was there, in MB, at the largest R of each kind of layer, and
+their slopes in R over the three largest sizes. PyTorch: of its allocator, where A and B follow each other. JAX: temporary
+and returned arrays of one program for both, by XLA's `memory_analysis()`.
+"""
+MODEL = f"""## A cost model with two constants
+
+`algoperf_kfac/crossover.py`: products run at so many flops a second, and what has to be gone through entry by entry
+(sums over positions, patches of convolutions) at so many bytes a second. The constants are fitted to linear layers
+of which expand takes {1e3 * model.FITTED:.0f} ms at least, and to nothing else; patches count as six passes and
+reordering as four, numbers read off 2-d convolutions in PyTorch. *Error* is that of the seconds that reduce saves,
+relative to those measured, of layers of which expand takes {1e3 * model.LEAST:.0f} ms at least; *right* counts all
+layers of which the model names the faster approximation. `python -m submissions plan` says it for any model once a
+device is calibrated.
+"""
+
+
+def page(sweeps: Sequence[Sweep], results: Results) -> str:
+    """The whole page; what no result is kept of is a dash."""
+    frameworks = [f for f in FRAMEWORKS if any(key_of(f, layer) in results for layer in layers_of(tuple(sweeps)))]
+    if not frameworks:
+        raise UserError("nothing is measured yet: run python -m benchmarks.paper complexity")
+    parts = [HEAD, _origin(results), "![Seconds of A against positions](../figures/complexity.png)", SLOPES]
+    for framework in frameworks:
+        for part in ("A", "B"):
+            parts += [f"{TITLES[framework]}, {part}:", _table(list(_slopes(sweeps, framework, results, part)))]
+    parts += [SLOPES_READING, _count(sweeps, frameworks, results), CROSSING]
+    for framework in frameworks:
+        parts += [f"{TITLES[framework]}:", _table(list(_crossing(sweeps, framework, results)))]
+    parts += [MEMORY, _table(list(_memory(sweeps, frameworks, results))), MODEL]
+    for framework in frameworks:
+        parts.append(_model(sweeps, framework, results))
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _origin(results: Results) -> str:
+    devices = sorted({result["device"] for result in results.values()})
+    versions = sorted({result["version"] for result in results.values()})
+    took = sum(result["took"] for result in results.values())
+    return (
+        f"Measured with version {', '.join(versions)} on {'; '.join(devices)}, in {took:.0f} s of CPU time, while "
+        "other programs were running."
+    )
+
+
+def _slopes(sweeps: Sequence[Sweep], framework: str, results: Results, part: str) -> Iterator[list[str]]:
+    yield ["layer", "axis", "from", "to", "bare product"] + [
+        f"{curve}, {what}" for curve in CURVES for what in ("theory", "measured")
+    ]
+    for sweep in sweeps:
+        sizes = list(sweep.layers)
+        cells = [sweep.name, sweep.axis, str(sizes[0]), str(sizes[-1])]
+        cells.append(_both(slopes.measured(sweep, framework, results, "seconds", "product", part)))
+        for curve in CURVES:
+            expected, found = _pair(sweep, framework, results, curve, part)
+            cells += [
+                _number(expected),
+                "-" if found is None else _both(_seconds(sweep, framework, results, curve, part)),
+            ]
+            if expected is not None and found is not None and abs(found - expected) <= GOAL:
+                cells[-1] = f"**{cells[-1]}**"
+        yield cells
+
+
+def _seconds(sweep: Sweep, framework: str, results: Results, curve: str, part: str) -> dict[float, float]:
+    return slopes.measured(sweep, framework, results, "seconds", curve, part)
+
+
+def _pair(
+    sweep: Sweep, framework: str, results: Results, curve: str, part: str
+) -> tuple[float | None, float | None]:
+    """The slope by theory, and the one measured, over the largest of the sizes that were measured."""
+    found = slopes.tail(_seconds(sweep, framework, results, curve, part))
+    if len(found) < 2:
+        return None, None
+    expected = slopes.theory(sweep, curve, part, ROWS)
+    return slopes.slope({size: expected[int(size)] for size in found}), slopes.slope(found)
+
+
+def _count(sweeps: Sequence[Sweep], frameworks: Sequence[str], results: Results) -> str:
+    lines = []
+    for framework in frameworks:
+        for curve in CURVES:
+            pairs = [_pair(sweep, framework, results, curve, part) for sweep in sweeps for part in ("A", "B")]
+            known = [(one, two) for one, two in pairs if one is not None and two is not None]
+            close = sum(abs(one - two) <= GOAL for one, two in known)
+            lines.append(
+                f"- {TITLES[framework]}, {curve}: {close} of {len(known)} slopes are within {GOAL} of theory."
+            )
+    return "\n".join(lines)
+
+
+def _crossing(sweeps: Sequence[Sweep], framework: str, results: Results) -> Iterator[list[str]]:
+    along = [sweep for sweep in sweeps if sweep.axis == "R"]
+    sizes = sorted({size for sweep in along for size in sweep.layers})
+    yield ["layer", *(f"R = {size:,}" for size in sizes)]
+    for sweep in along:
+        ratios: dict[float, str] = {}
+        for size, layer in sweep.layers.items():
+            result = results.get(key_of(framework, layer))
+            if result is not None:
+                seconds = result["seconds"]
+                plain = seconds["plain"]["step"]
+                ratio = seconds["reduce"]["both"] / seconds["expand"]["both"]
+                steps = ", ".join(f"{seconds[curve]['step'] / plain:.1f}" for curve in ("expand", "reduce"))
+                ratios[size] = f"{ratio:.2f} ({steps})"
+        yield [sweep.name, *(ratios.get(size, "") for size in sizes)]
+
+
+def _memory(sweeps: Sequence[Sweep], frameworks: Sequence[str], results: Results) -> Iterator[list[str]]:
+    yield ["layer", "framework", "R", *CURVES, "plain step", *(f"slope, {curve}" for curve in CURVES)]
+    for sweep in sweeps:
+        for framework in frameworks if sweep.axis == "R" else ():
+            series = {curve: slopes.measured(sweep, framework, results, "bytes", curve, "both") for curve in CURVES}
+            size = max(series["expand"], default=None)
+            if size is None:
+                continue
+            plain = slopes.measured(sweep, framework, results, "bytes", "plain", "step")[size]
+            sized = [f"{found[size] / 1e6:.1f}" if size in found else "-" for found in series.values()]
+            slope = [_number(slopes.slope(slopes.tail(found))) for found in series.values()]
+            yield [sweep.name, TITLES[framework], f"{size:,}", *sized, f"{plain / 1e6:.1f}", *slope]
+
+
+def _model(sweeps: Sequence[Sweep], framework: str, results: Results) -> str:
+    layers = layers_of(tuple(sweeps))
+    try:
+        rates = model.fit(framework, results, layers)
+    except UserError:
+        return f"{TITLES[framework]}: too few linear layers are measured."
+    fitted = [layer for layer in layers if layer.kind == model.FITTED_KIND]
+    rows = [["layers", "measured", "right", "with an error", "within 25 %", "median", "worst"]]
+    rows.append(_errors("linear (fitted)", framework, results, fitted, rates))
+    unseen = model.unseen(sweeps)
+    rows += [_errors(name, framework, results, found, rates) for name, found in unseen.items()]
+    every = [layer for found in unseen.values() for layer in found]
+    rows.append(_errors("**all that it was not fitted to**", framework, results, every, rates))
+    return f"{TITLES[framework]}: {_rates(rates)}.\n\n{_table(rows)}"
+
+
+def _rates(rates: Rates) -> str:
+    return (
+        f"products {rates.flops_per_second / 1e9:.0f} Gflop/s, sums over positions "
+        f"{rates.bytes_per_second / 1e9:.1f} GB/s"
+    )
+
+
+def _errors(name: str, framework: str, results: Results, layers: Sequence[model.Layer], rates: Rates) -> list[str]:
+    found = model.errors(framework, results, layers, rates)
+    median = "-" if found.median is None else f"{found.median:.0%}"
+    worst = "-" if found.worst is None else f"{found.worst:+.0%}"
+    return [name, str(found.layers), str(found.right), str(len(found.large)), str(found.within), median, worst]
+
+
+def _both(values: dict[float, float]) -> str:
+    """The slope over the largest sizes, and in brackets over all."""
+    largest, every = slopes.slope(slopes.tail(values)), slopes.slope(values)
+    return "-" if largest is None else f"{_number(largest)} ({_number(every)})"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head, *rest = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *rest])
