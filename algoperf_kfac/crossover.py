@@ -8,6 +8,7 @@ as 2, and factors of dimensions a and b:
              gradients are laid out as rows first
     reduce   2 N (a^2 + b^2) flops; inputs and output gradients are gone through for their sums over positions
 
+A third constant, where it is measured, is for the patches: how fast they are laid out is the framework's affair.
 `statistics_rows` leaves a share of the examples of either. What starting operations takes is in neither: of layers
 whose statistics take less than a millisecond the model says nothing.
 """
@@ -27,18 +28,20 @@ PATCHES, REORDERED = 6.0, 4.0
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """The two constants.
+    """The two constants, and the third.
 
     Attributes:
         flops_per_second: of large products.
         bytes_per_second: of a sum over positions.
+        patch_bytes_per_second: of patches that are laid out; None for `bytes_per_second` by `PATCHES`.
     """
 
     flops_per_second: float
     bytes_per_second: float
+    patch_bytes_per_second: float | None = None
 
     def __post_init__(self) -> None:
-        if not (0 < self.flops_per_second < math.inf and 0 < self.bytes_per_second < math.inf):
+        if not all(value is None or 0 < value < math.inf for value in dataclasses.astuple(self)):
             raise ValueError(f"rates must be positive and finite, got {self}")
 
     @classmethod
@@ -48,7 +51,8 @@ class Rates:
 
     def seconds(self, work: Work) -> float:
         """What some work takes."""
-        return work.flops / self.flops_per_second + work.bytes / self.bytes_per_second
+        patches = self.patch_bytes_per_second or self.bytes_per_second / PATCHES
+        return work.flops / self.flops_per_second + work.bytes / self.bytes_per_second + work.patch_bytes / patches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +61,13 @@ class Work:
 
     Attributes:
         flops: of products.
-        bytes: gone through entry by entry, what is laid out anew counted `REORDERED` or `PATCHES` times.
+        bytes: gone through entry by entry, what is reordered counted `REORDERED` times.
+        patch_bytes: of the patches of a convolution.
     """
 
     flops: float
     bytes: float
+    patch_bytes: float = 0.0
 
 
 def work_of(spec: LayerSpec, load: Load, *, reduces: bool, rows: int | None = None) -> Work:
@@ -80,8 +86,11 @@ def work_of(spec: LayerSpec, load: Load, *, reduces: bool, rows: int | None = No
         inputs = load.input_elements * (REORDERED if is_conv else 1)
         return Work(2 * share * load.examples * entries, ITEM_BYTES * share * (inputs + load.output_elements))
     all_rows = share * load.examples * load.positions
-    laid_out = PATCHES * all_rows * spec.groups * spec.in_dim + REORDERED * share * load.output_elements
-    return Work(2 * all_rows * entries, ITEM_BYTES * laid_out if is_conv else 0.0)
+    flops = 2 * all_rows * entries
+    if not is_conv:
+        return Work(flops, 0.0)
+    patches = ITEM_BYTES * all_rows * spec.groups * spec.in_dim
+    return Work(flops, ITEM_BYTES * REORDERED * share * load.output_elements, patches)
 
 
 @dataclasses.dataclass(frozen=True)

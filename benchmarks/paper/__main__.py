@@ -4,8 +4,8 @@ python -m benchmarks.paper exactness      where expand and reduce are exact
 python -m benchmarks.paper complexity     time and memory of A and B against R, N, P and k
 python -m benchmarks.paper update         an update of a wide residual network by batch size
 
-Each writes docs/generated/PART.md. complexity and update measure what docs/results does not have yet, say beforehand
-how long that takes, and go on after an interruption.
+Each writes docs/generated/PART.md. complexity and update measure what docs/results does not have yet, say
+beforehand how long that takes, and go on after an interruption.
 """
 
 from __future__ import annotations

@@ -198,6 +198,16 @@ def test_constants_are_found_again_from_linear_layers_alone():
     assert found.bytes_per_second == pytest.approx(RATES.bytes_per_second)
 
 
+def test_the_third_constant_makes_its_convolution_right():
+    rates = Rates(RATES.flops_per_second, RATES.bytes_per_second, 1e9)
+    results = keyed([made_up(layers.CONV2, "jax", rates=rates)])
+    found = model.with_patches("jax", results, RATES)
+    assert found.patch_bytes_per_second == pytest.approx(1e9)
+    assert model.with_patches("pytorch", results, RATES) is None
+    fast = keyed([made_up(layers.CONV2, "jax", scale=0.1)])
+    assert model.with_patches("jax", fast, RATES) is None
+
+
 def test_errors_of_the_model_by_hand():
     layer = layers.CONV2
     exact, late = (keyed([made_up(layer, "jax", scale=scale)]) for scale in (1.0, 2.0))
@@ -279,15 +289,37 @@ def test_a_process_that_fails_is_one_line():
 
 def test_made_up_results_are_as_the_paper_says():
     text = page.page(GRID, ALL)
-    count = 2 * len(GRID)
     for curve in CURVES:
-        assert f"PyTorch, {curve}: {count} of {count} slopes are within 0.15 of theory." in text
+        (row,) = [row for row in text.splitlines() if row.startswith(f"| PyTorch, {curve} |")]
+        count, as_theory, *others = (int(cell) for cell in row.strip("| ").split("|")[1:])
+        assert count == as_theory == 2 * len(GRID)
+        assert others == [0, 0, 0]
     assert "products 50 Gflop/s, sums over positions 8.0 GB/s" in text
     (line, _) = [row for row in text.splitlines() if row.startswith("| **all that it was not fitted to**")]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[1] == cells[2]
     assert cells[3] == cells[4]
     assert cells[5] == "0%"
+    assert cells[7:9] == [cells[3], "0%"]
+
+
+def test_reasons_of_slopes_that_are_not_as_theory_says():
+    """Of a sweep over R of B: as it is; with flat seconds of expand, short and long; with a flat bare product."""
+
+    def verdict(**changed):
+        results = {}
+        for key, result in ALL.items():
+            seconds = {curve: dict(parts) for curve, parts in result["seconds"].items()}
+            for curve, value in changed.items():
+                seconds[curve]["B"] = value
+            results[key] = {**result, "seconds": seconds}
+        return page._verdict(GRID[0], "jax", results, "expand", "B")
+
+    assert verdict() == "theory"
+    assert verdict(expand=1e-3) == "short"
+    assert verdict(expand=5e-3) == "open"
+    assert verdict(expand=5e-3, product=1e-3) == "product"
+    assert page._verdict(GRID[0], "jax", {}, "expand", "B") == ""
 
 
 def test_what_is_missing_is_a_dash():

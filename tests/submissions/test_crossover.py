@@ -30,7 +30,7 @@ def test_work_by_hand_whatever_the_layer_is_set_to(approximation):
 
 
 def test_convolutions_lay_out_their_patches():
-    assert work_of(CONV, LOAD, reduces=False) == Work(80_000, 4 * (PATCHES * 40 * 30 + REORDERED * 400))
+    assert work_of(CONV, LOAD, reduces=False) == Work(80_000, 4 * REORDERED * 400, 4 * 40 * 30)
     assert work_of(CONV, LOAD, reduces=True) == Work(16_000, 4 * (REORDERED * 1200 + 400))
 
 
@@ -38,8 +38,15 @@ def test_a_part_of_the_rows_is_a_part_of_the_work():
     """20 rows are four examples of five positions: half of them."""
     assert work_of(CONV, LOAD, reduces=False, rows=20).flops == 40_000
     assert work_of(CONV, LOAD, reduces=False, rows=20).bytes == work_of(CONV, LOAD, reduces=False).bytes / 2
+    assert work_of(CONV, LOAD, reduces=False, rows=20).patch_bytes == 4 * 20 * 30
     # Reduce has one row an example: eight of them are all that 20 could ask for.
     assert work_of(SPEC, LOAD, reduces=True, rows=20) == work_of(SPEC, LOAD, reduces=True)
+
+
+def test_seconds_by_hand_with_and_without_a_third_constant():
+    work = Work(flops=2e9, bytes=3e6, patch_bytes=5e6)
+    assert RATES.seconds(work) == pytest.approx(2 + 3 + 5 * PATCHES)
+    assert Rates(1e9, 1e6, 5e6).seconds(work) == pytest.approx(2 + 3 + 1)
 
 
 def two_layers():
@@ -82,7 +89,7 @@ def test_rates_of_a_calibration():
     assert found.bytes_per_second == 1e9
 
 
-@pytest.mark.parametrize("rates", [(0, 1), (1, -1), (math.inf, 1), (math.nan, 1)])
+@pytest.mark.parametrize("rates", [(0, 1), (1, -1), (math.inf, 1), (math.nan, 1), (1, 1, 0.0)])
 def test_impossible_rates_are_refused(rates):
     with pytest.raises(ValueError, match="rates must be positive and finite"):
         Rates(*rates)

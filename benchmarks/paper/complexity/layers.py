@@ -122,6 +122,8 @@ class Sweep:
 
 
 LINEAR = Layer("linear", 16, 64, 256, 256)
+NARROW = Layer("linear", 256, 256, 64, 64)  # little to multiply, much to sum
+SINGLE = Layer("linear", 4096, 1, 256, 256)  # nothing is shared: both are the same
 GRAPH = Layer("graph", 16, 64, 256, 256)
 CONV1 = Layer("conv", 8, 256, 64, 64, dims=1, kernel=5)
 CONV2 = Layer("conv", 16, 16, 32, 32, dims=2, kernel=3)
@@ -159,6 +161,9 @@ GRID = (
     _sweep("linear", "R", LINEAR, _positions, 1, 4, 16, 64, 256, 1024, 4096),
     _sweep("linear", "N", LINEAR, _examples, 4, 16, 64, 256, 1024),
     _sweep("linear", "P", LINEAR, _width, 64, 128, 256, 512, 1024),
+    _sweep("narrow linear", "R", NARROW, _positions, 256, 512, 1024, 2048),
+    _sweep("narrow linear", "N", NARROW, _examples, 64, 256, 1024),
+    _sweep("linear, R = 1", "P", SINGLE, _width, 128, 256, 512, 1024),
     _sweep("graph", "R", GRAPH, _positions, 4, 16, 64, 256, 1024),
     _sweep("1-d convolution", "R", CONV1, _positions, 16, 64, 256, 1024, 4096),
     _sweep("1-d convolution", "k", CONV1, _kernel, 1, 5, 9, 17),

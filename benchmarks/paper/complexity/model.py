@@ -1,4 +1,4 @@
-"""The two constants of `algoperf_kfac.crossover`, from linear layers; its error on all others."""
+"""The constants of `algoperf_kfac.crossover`, from linear layers (the third: from one convolution); its errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.cost import Load
 from algoperf_kfac.crossover import Rates, Work, work_of
 from algoperf_kfac.layers import LayerSpec, make_spec
-from benchmarks.paper.complexity.layers import Layer, Sweep
+from benchmarks.paper.complexity.layers import CONV2, Layer, Sweep
 from benchmarks.paper.complexity.records import Results, key_of
 from commands.errors import UserError
 
@@ -77,6 +77,19 @@ def fit(framework: str, results: Results, layers: Sequence[Layer]) -> Rates:
         )
     each, *_ = np.linalg.lstsq(np.array(rows), np.ones(len(rows)), rcond=None)
     return Rates(1 / float(each[0]), 1 / float(each[1]))
+
+
+def with_patches(framework: str, results: Results, rates: Rates) -> Rates | None:
+    """The same with the third constant, which makes the seconds of expand on `CONV2` right.
+
+    None where that is not measured, or takes no longer than its products.
+    """
+    result = results.get(key_of(framework, CONV2))
+    if result is None:
+        return None
+    one = work(CONV2, "expand")
+    left = result["seconds"]["expand"]["both"] - rates.seconds(dataclasses.replace(one, patch_bytes=0.0))
+    return dataclasses.replace(rates, patch_bytes_per_second=one.patch_bytes / left) if left > 0 else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,9 @@ Written by `python -m benchmarks.paper update` from [the kept results](../result
 missing of them run first. PyTorch, WRN-10-2 (depth 10, widened twice, batch normalisation) on random images of
 16 x 16 x 3 in float32, on one thread; the paper's networks and images are larger. Every update takes statistics and
 new damped inverses of all layers, as the paper's form of K-FAC does. *Part* is expand from as few examples as have
-{ROWS:,} rows of a layer, but two at least. Seconds are of the processor, medians of three updates after one; memory is the most that was resident beyond what
+{ROWS:,} rows of a layer, but two at least.
+
+Seconds are of the processor, medians of three updates after one; memory is the most that was resident beyond what
 the process had before the first one.
 """
 

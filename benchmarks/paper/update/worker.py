@@ -3,8 +3,8 @@
     python -m benchmarks.paper.update.worker '{"optimizer": "expand", "batch": 128, "memory_gb": 2}'
 
 Prints a line of JSON. Every update takes statistics and refreshes all inverses: the paper's own form, whose
-inverses are damped. The limit is on the address space (RLIMIT_AS), counted from what the process has once model, batch and
-optimizer are there.
+inverses are damped. The limit is on the address space (RLIMIT_AS), counted from what the process has once model,
+batch and optimizer are there.
 """
 
 from __future__ import annotations
