@@ -3,6 +3,7 @@
 python -m benchmarks.paper exactness      where expand and reduce are exact
 python -m benchmarks.paper complexity     time and memory of A and B against R, N, P and k
 python -m benchmarks.paper update         an update of a wide residual network by batch size
+python -m benchmarks.paper peers          the same factors by curvlinops and einconv
 
 Each writes docs/generated/PART.md. complexity and update measure what docs/results does not have yet, say
 beforehand how long that takes, and go on after an interruption.
@@ -26,6 +27,7 @@ PARTS = {
     "exactness": "benchmarks.paper.exactness",
     "complexity": "benchmarks.paper.complexity.command",
     "update": "benchmarks.paper.update.command",
+    "peers": "benchmarks.paper.peers",
 }
 
 

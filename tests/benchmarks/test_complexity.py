@@ -350,7 +350,7 @@ def test_the_command_writes_page_and_figure_from_what_is_kept(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["simplicity"], r"choose from '?exactness'?, '?complexity'?, '?update'?"),
+        (["simplicity"], r"choose from '?exactness'?, '?complexity'?, '?update'?, '?peers'?"),
         (
             ["complexity", "--layers=linear,lstm"],
             "no kind of layer 'lstm' here. Known: linear, graph, 1-d convolution",

@@ -47,7 +47,7 @@ def measure(layer: Layer, curves: Mapping[str, Mapping[str, Any]]) -> dict[str, 
     torch.manual_seed(0)
     x, module = torch.randn(layer.input_shape), build(layer)
     gradient = torch.randn(layer.output_shape) / layer.examples
-    steps = {name: _Step(layer, module, x, gradient, KFACConfig(**fields)) for name, fields in curves.items()}
+    steps = {name: Step(layer, module, x, gradient, KFACConfig(**fields)) for name, fields in curves.items()}
     operations: dict[str, Timed] = {name: step.timed for name, step in steps.items()}
     plain = _plain(module, x, gradient)
     operations["plain"] = _cleared(module, whole(plain, "step"))
@@ -103,7 +103,7 @@ def _plain_peaks(module: nn.Module, plain: Callable[[], None]) -> dict[str, floa
     return _peaks(plain)
 
 
-class _Step:
+class Step:
     """Statistics steps of one layer under one configuration."""
 
     def __init__(self, layer: Layer, module: nn.Module, x: Tensor, gradient: Tensor, config: KFACConfig) -> None:
