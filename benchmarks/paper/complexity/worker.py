@@ -21,7 +21,7 @@ from benchmarks.paper.complexity import layers
 from benchmarks.paper.complexity.layers import Layer
 
 ROWS = 1024  # of expand from a part of the rows
-WHOLE = {"max_factor_dim": 2**14}  # factors are not cut into blocks
+WHOLE: Mapping[str, Any] = {"max_factor_dim": 2**14}  # factors are not cut into blocks
 CURVES: Mapping[str, Mapping[str, Any]] = {
     "expand": {"approximation": "expand", **WHOLE},
     "reduce": {"approximation": "reduce", **WHOLE},
