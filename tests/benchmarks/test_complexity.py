@@ -353,7 +353,7 @@ def test_the_command_writes_page_and_figure_from_what_is_kept(tmp_path, capsys):
         (["simplicity"], r"choose from '?exactness'?, '?complexity'?, '?update'?, '?peers'?"),
         (
             ["complexity", "--layers=linear,lstm"],
-            "no kind of layer 'lstm' here. Known: linear, graph, 1-d convolution",
+            "no kind of layer 'lstm' here. Known: linear, narrow linear, unshared linear, graph",
         ),
         (["complexity", "--framework=numpy"], "no framework 'numpy' here. Known: pytorch, jax"),
         (["complexity", "--results=BROKEN"], "line 1 cannot be read: JSONDecodeError"),
@@ -369,3 +369,9 @@ def test_mistakes_are_one_line(arguments, message, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert re.search(message, err)
+
+
+def test_every_kind_of_layer_can_be_named():
+    names = list(dict.fromkeys(sweep.name for sweep in GRID))
+    assert layers.chosen(",".join(names), quick=False) == GRID
+    assert {sweep.name for sweep in layers.chosen("graph", quick=False)} == {"graph"}

@@ -163,7 +163,7 @@ GRID = (
     _sweep("linear", "P", LINEAR, _width, 64, 128, 256, 512, 1024),
     _sweep("narrow linear", "R", NARROW, _positions, 256, 512, 1024, 2048),
     _sweep("narrow linear", "N", NARROW, _examples, 64, 256, 1024),
-    _sweep("linear, R = 1", "P", SINGLE, _width, 128, 256, 512, 1024),
+    _sweep("unshared linear", "P", SINGLE, _width, 128, 256, 512, 1024),
     _sweep("graph", "R", GRAPH, _positions, 4, 16, 64, 256, 1024),
     _sweep("1-d convolution", "R", CONV1, _positions, 16, 64, 256, 1024, 4096),
     _sweep("1-d convolution", "k", CONV1, _kernel, 1, 5, 9, 17),

@@ -16,8 +16,8 @@ from benchmarks.paper.complexity.records import Results, key_of
 from commands.errors import UserError
 
 FITTED_KIND = "linear"
-# Seconds of expand: below, starting operations is what takes time; and from which on constants are fitted.
-LEAST, FITTED = 2e-3, 1e-2
+LEAST = 2e-3  # seconds between expand and reduce: below, starting operations and noise are what is seen
+FITTED = 1e-2  # seconds of expand, from which on constants are fitted
 
 
 def spec_of(layer: Layer) -> LayerSpec:
@@ -99,8 +99,8 @@ class Errors:
     Attributes:
         layers: how many there are.
         right: of how many it names the faster approximation.
-        large: the relative errors of the seconds that expand takes more than reduce, of those layers where
-            expand takes `LEAST` seconds at least; positive where the model says too much.
+        large: the relative errors of the seconds that expand takes more than reduce, where these are `LEAST`
+            at least; positive where the model says too much.
     """
 
     layers: int
@@ -136,7 +136,7 @@ def errors(framework: str, results: Results, layers: Sequence[Layer], rates: Rat
         predicted = rates.seconds(work(layer, "expand")) - rates.seconds(work(layer, "reduce"))
         count += 1
         right += (predicted > 0) == (expand > reduce)
-        if expand >= LEAST:
+        if abs(expand - reduce) >= LEAST:
             large.append(predicted / (expand - reduce) - 1)
     return Errors(count, right, tuple(large))
 

@@ -56,7 +56,7 @@ MODEL = f"""## A cost model with two constants
 (sums over positions, patches of convolutions) at so many bytes a second. The constants are fitted to linear layers
 of which expand takes {1e3 * model.FITTED:.0f} ms at least, and to nothing else. Patches count as six passes and
 reordering as four, numbers read off 2-d convolutions in PyTorch, which are so not quite unseen. *Error* is that of
-the seconds that reduce saves, relative to those measured, of layers of which expand takes
+the seconds that reduce saves, relative to those measured, where they are
 {1e3 * model.LEAST:.0f} ms at least; *right* counts all layers of which the model names the faster approximation.
 A *third* constant, how fast patches are laid out, is taken from one 2-d convolution (16 x 16, 32 channels, k = 3).
 `python -m submissions plan` says for any model which is faster once a device is calibrated, by the two constants
@@ -127,7 +127,7 @@ def _pair(
 
 
 def _count(sweeps: Sequence[Sweep], frameworks: Sequence[str], results: Results) -> str:
-    rows = [["", "slopes", "as theory says", "bare product is not", "others: too short", "unexplained"]]
+    rows = [["", "slopes", "as theory says", "bare product is not", "others: too short", "neither"]]
     for framework in frameworks:
         for curve in CURVES:
             found = [_verdict(sweep, framework, results, curve, part) for sweep in sweeps for part in ("A", "B")]
