@@ -49,9 +49,9 @@ def test_the_page_by_hand(tmp_path, capsys):
     assert "==> 0 runs" in capsys.readouterr().out
     text = (tmp_path / "page.md").read_text()
     assert text == page.page(cases.read(kept), 2.0)
-    assert "| 1,024 | 2.00 (1.00) | 4.00 (2.00) | 6.00 (3.00) | 8.00 (4.00) |" in text
+    assert "| 512 | 1.00 (1.00) | 2.00 (2.00) | 3.00 (3.00) | 4.00 (4.00) |" in text
     assert "| 512 | 0.51 | 0.51 | 0.51 | 0.51 |" in text
-    assert "| 1,024 | fits | **runs out** | fits | fits |" in text
+    assert "| 2,048 | fits | **runs out** | fits | fits |" in text
     # Another limit was not tried.
     assert "runs out" not in page.page(cases.read(kept), 3.0)
 

@@ -62,6 +62,23 @@ A *third* constant, how fast patches are laid out, is taken from one 2-d convolu
 `python -m submissions plan` says for any model which is faster once a device is calibrated, by the two constants
 that a calibration measures.
 """
+READING = """## What the kept results say
+
+- Reduce is the faster in every layer with R = 64 or more, in both frameworks. At R = 1 nothing is summed and both
+  do the same work; they cross below R = 4 in JAX, and in PyTorch between 1 and 16, the latest on graphs.
+- In PyTorch expand follows the bare product; B of convolutions, whose products are small, does not follow its
+  order. In JAX expand takes more than the bare product and grows faster: it copies all rows to put the bias's ones
+  beside them, and lays out patches by a convolution with an identity kernel. The memory table shows both.
+- Reduce has its order where there is enough to do: in narrow layers, which it sums (slopes in R), and in layers
+  that share nothing, which it multiplies (slopes in P). Elsewhere at these sizes starting its operations is longer.
+- Expand from a part of the rows goes with N and R only until it has its rows, or two examples.
+- A statistics step of PyTorch takes a millisecond or more beyond A and B for watching operations; on small layers
+  that is most of it.
+- Memory: in PyTorch reduce sums graphs through a copy of all nodes, and holds more than expand there.
+- The cost model names the faster approximation nearly always, but where both are alike. Its goal of 25 % is missed
+  in both frameworks: in PyTorch on 1-d convolutions, whose patches cost less, and depthwise ones, whose products
+  are too small; in JAX on whatever copies. The third constant helps in JAX.
+"""
 
 
 def page(sweeps: Sequence[Sweep], results: Results) -> str:
@@ -79,6 +96,7 @@ def page(sweeps: Sequence[Sweep], results: Results) -> str:
     parts += [MEMORY, _table(list(_memory(sweeps, frameworks, results))), MODEL]
     for framework in frameworks:
         parts.append(_model(sweeps, framework, results))
+    parts.append(READING)
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 

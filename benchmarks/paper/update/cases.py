@@ -13,8 +13,8 @@ from workloads.runner.jobs import CHECKOUT
 
 PATH = CHECKOUT / "docs" / "results" / "update.jsonl"
 OPTIMIZERS = ("nadamw", "expand", "part", "reduce")
-BATCHES = (128, 256, 512, 1024, 2048)
-QUICK = (128, 256)
+BATCHES = (128, 512, 2048)
+QUICK = (128,)
 Results = dict[str, dict[str, Any]]
 
 
