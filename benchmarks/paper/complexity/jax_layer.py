@@ -25,6 +25,7 @@ from benchmarks.paper.complexity.layers import Layer
 from benchmarks.paper.complexity.timing import Timed, medians, whole
 
 Params = dict[str, Array]
+FACTORS = ("A", "B")
 
 
 def measure(layer: Layer, curves: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
@@ -44,7 +45,7 @@ def measure(layer: Layer, curves: Mapping[str, Mapping[str, Any]]) -> dict[str, 
         }
     compiled["plain"] = {"step": jax.jit(_plain(layer)).lower(params, x, gradient).compile()}
     operations = {
-        (name, part): _finished(program, params, x, gradient, again=part == "A")
+        (name, part): _finished(program, params, x, gradient, again=part in FACTORS)
         for name, programs in compiled.items()
         for part, program in programs.items()
     }
@@ -52,7 +53,7 @@ def measure(layer: Layer, curves: Mapping[str, Mapping[str, Any]]) -> dict[str, 
         for part, width, key in (("A", layer.in_dim, keys[3]), ("B", layer.out_dim, keys[4])):
             matrix = jax.random.normal(key, (layer.groups, rows, width))
             product = jax.jit(_product).lower(matrix).compile()
-            operations[name, part] = _finished(product, matrix, again=part == "A")
+            operations[name, part] = _finished(product, matrix, again=part in FACTORS)
     for _ in range(2):
         for operation in operations.values():
             operation()
@@ -138,8 +139,8 @@ def _product(matrix: Array) -> Array:
 def _finished(program: Callable[..., Any], *arrays: Any, again: bool = False) -> Timed:
     """The program, waited for; with `again` it has run once more just before.
 
-    XLA lets go of a program's memory after it has returned, in the time of what comes next: behind a step, whose
-    memory is large, that is not to be what is timed.
+    XLA lets go of a program's memory after it has returned, in the time of what comes next: of a factor it is not
+    to be that of a step, or of the other factor's patches, that is timed.
     """
 
     def run() -> Any:
