@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     measured.add_argument("--quick", action="store_true", help="a few sizes only")
     measured.add_argument("--framework", default="pytorch,jax", help="complexity: either or both")
     measured.add_argument("--layers", help="complexity: kinds of layers, separated by commas; default: all")
-    measured.add_argument("--memory_gb", type=float, default=2.0, help="update: what a process is given for it")
+    measured.add_argument("--memory_gb", type=float, default=0.9, help="update: what a process is given for it")
 
     def command() -> None:
         given = parser.parse_args(argv)

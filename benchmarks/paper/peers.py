@@ -106,7 +106,7 @@ def operations(layer: Layer, approximation: str) -> dict[str, Timed]:
     gradient = torch.randn(layer.output_shape) / layer.examples
     step = Step(layer, build(layer), x, gradient, kfac.config)
     found: dict[str, Timed] = {"library": whole(library), "step": step.timed}
-    if _is_here("curvlinops") and layer.groups == 1:
+    if _is_here("curvlinops") and layer.groups == 1 and layer.dims in (0, 2):  # what it has
         found["curvlinops"] = whole(_curvlinops(model, loss, x, y, approximation))
     if _is_here("einconv") and layer.dims:
         expression = einconv_of(layer, x, approximation)
