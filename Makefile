@@ -14,11 +14,12 @@ export MKL_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo suite targets test test-newest-jax lint results clean
+.PHONY: help environment demo suite targets paper test test-newest-jax lint results clean
 
 help:
 	@echo "make demo         race K-FAC, SOAP, Muon and NadamW on real data; prints where the report lies"
 	@echo "make suite        tune and race every submission on every workload; says how long it takes, goes on when run again"
+	@echo "make paper        the paper's claims that have a command (docs/paper.md): measures what is missing, writes the pages"
 	@echo "make targets      set the targets of all workloads anew (docs/suite.md)"
 	@echo "make test         run the whole test suite"
 	@echo "make test-newest-jax   the JAX tests on the newest JAX, flax and optax that this Python can install"
@@ -50,6 +51,10 @@ suite: $(READY)
 # Changes workloads/*/targets.json: what was raced up to the old targets has to be raced again.
 targets: $(READY)
 	@$(BIN)/python -m workloads.targets --clock=cpu --experiment_dir=$(RUNS)/targets
+
+# Each says how long it takes, and goes on when run again.
+paper: $(READY)
+	@for part in exactness complexity update peers; do $(BIN)/python -m benchmarks.paper $$part || exit 1; done
 
 results: suite
 	@$(BIN)/python -m workloads.archive pack $(RUNS)/suite docs/results/suite

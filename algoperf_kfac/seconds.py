@@ -38,7 +38,7 @@ class Speed:
         products: of the product of two n x n matrices, by n.
         decompositions: of the eigendecomposition of one symmetric n x n matrix, by n.
         inverses: of the inverse of one positive definite n x n matrix by its Cholesky root, by n.
-        bytes_per_second: that a sum over a large array reads.
+        bytes_per_second: that sums over the positions of a large array read.
     """
 
     device: str

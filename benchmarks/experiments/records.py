@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import kept
 from benchmarks.experiments.runs import key
-from commands import atomic
-from commands.errors import UserError
 from workloads.runner.jobs import CHECKOUT
 
 PATH = CHECKOUT / "docs" / "results" / "experiments.jsonl"
@@ -21,19 +19,9 @@ def read(path: Path = PATH) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: a line cannot be read.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text().splitlines() if path.is_file() else (), 1):
-        try:
-            result = json.loads(line)
-            found[key(result)] = result
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number} cannot be read: {type(error).__name__}: {error}.") from None
-    return found
+    return kept.read(path, key)
 
 
 def add(results: Iterable[dict[str, Any]], path: Path = PATH) -> None:
     """Adds results; one of the same run is replaced."""
-    kept = read(path) | {key(result): result for result in results}
-    lines = [json.dumps(kept[name], sort_keys=True) for name in sorted(kept)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write_text(path, "".join(f"{line}\n" for line in lines))
+    kept.add(results, path, key)

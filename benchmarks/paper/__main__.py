@@ -1,36 +1,60 @@
 """Claims of the paper (arXiv 2311.00636), each checked by one command.
 
-python -m benchmarks.paper exactness      where expand and reduce are exact -> docs/generated/exactness.md
+python -m benchmarks.paper exactness      where expand and reduce are exact
+python -m benchmarks.paper complexity     time and memory of A and B against R, N, P and k
+python -m benchmarks.paper update         an update of a wide residual network by batch size
+python -m benchmarks.paper peers          the same factors by curvlinops and einconv
+
+Each writes docs/generated/PART.md. complexity and update measure what docs/results does not have yet, say
+beforehand how long that takes, and go on after an interruption.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.paper import exactness
-from commands import atomic, errors
+from commands import errors
 from commands.arguments import Parser
 from commands.errors import tell
 from workloads.runner.jobs import CHECKOUT
 
-PAGES = {"exactness": exactness.page}
+# Modules with `run(given, output)`; each brings what it needs.
+PARTS = {
+    "exactness": "benchmarks.paper.exactness",
+    "complexity": "benchmarks.paper.complexity.command",
+    "update": "benchmarks.paper.update.command",
+    "peers": "benchmarks.paper.peers",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs with the given arguments (default: the command line's); returns the exit code."""
     parser = Parser("python -m benchmarks.paper", __doc__)
-    parser.add_argument("part", choices=tuple(PAGES))
+    parser.add_argument("part", choices=tuple(PARTS))
     parser.add_argument("--output", help="where to; default: docs/generated/PART.md")
+    measured = parser.add_argument_group("what is measured (complexity, update)")
+    measured.add_argument("--results", help="file of kept results; default: the part's in docs/results")
+    measured.add_argument("--again", action="store_true", help="measure also what there are results of")
+    measured.add_argument("--quick", action="store_true", help="a few sizes only")
+    measured.add_argument("--framework", default="pytorch,jax", help="complexity: either or both")
+    measured.add_argument("--layers", help="complexity: kinds of layers, separated by commas; default: all")
+    measured.add_argument("--memory_gb", type=float, default=0.9, help="update: what a process is given for it")
 
     def command() -> None:
         given = parser.parse_args(argv)
         path = Path(given.output or CHECKOUT / "docs" / "generated" / f"{given.part}.md")
-        atomic.write_text(path, PAGES[given.part]())
+        _run(given, path)
         tell(f"Written: {path}")
 
-    return errors.run(command)
+    return errors.run(command, interrupted="interrupted; the same command goes on")
+
+
+def _run(given: argparse.Namespace, path: Path) -> None:
+    importlib.import_module(PARTS[given.part]).run(given, path)
 
 
 if __name__ == "__main__":

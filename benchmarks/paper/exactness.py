@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from benchmarks.paper.exactness_cases import TABLE, ZERO, errors
+from commands import atomic
 
 HEAD = """# Where expand and reduce are exact
 
@@ -33,6 +36,11 @@ READING = """
 - Zero padding makes border pixels unlike the others: the first of two convolutions is then in neither setting
   (row 13).
 """
+
+
+def run(given: argparse.Namespace, output: Path) -> None:
+    """Writes the page; nothing else is asked."""
+    atomic.write_text(output, page())
 
 
 def page() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from commands import atomic
 from commands.errors import UserError
 
 SIZES = (64, 128, 256, 512, 1024, 2048)
-SUMMED = 2**25  # entries of the array whose sum is timed, 134 MB
+SUMMED = 2**25  # entries of the array whose sums over positions are timed, 134 MB
 REPEATS, PATIENCE = 5, 2.0  # the best of so many; no further ones after so many seconds
 Operation = Callable[[], None]
 
@@ -31,7 +32,14 @@ class Device(Protocol):
         """By field of `Speed`, an operation on matrices of this size that returns when the device is done."""
 
     def sum_of(self, entries: int) -> Operation:
-        """The sum of so many numbers."""
+        """The sums over positions of so many numbers, shaped as `rows_of` says."""
+
+
+def rows_of(entries: int) -> tuple[int, int, int]:
+    """Examples, positions and features of so many numbers: a layer's input, at most 64 by 256 for each example."""
+    features = math.gcd(entries, 256)
+    positions = math.gcd(entries // features, 64)
+    return entries // features // positions, positions, features
 
 
 def device(framework: str) -> Device:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from submissions.cli.calibration import Operation
+from submissions.cli.calibration import Operation, rows_of
 
 
 def name() -> str:
@@ -40,7 +40,7 @@ def operations(size: int) -> Mapping[str, Operation]:
 
 def sum_of(entries: int) -> Operation:
     """See `calibration.Device`."""
-    return _finished(jnp.sum, jnp.ones(entries))
+    return _finished(functools.partial(jnp.sum, axis=1), jnp.ones(rows_of(entries)))
 
 
 def _finished(operation: Callable[..., object], *arrays: jax.Array) -> Operation:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from algoperf_kfac.cost import LayerPlan, Memory, Plan
+from algoperf_kfac.crossover import Rates, compare
 from algoperf_kfac.layers import FallbackSpec
 from algoperf_kfac.seconds import Paced, Seconds, Speed, paced, refresh_in_turns, seconds_of, with_blocks
 from workloads.algoperf import SELF_TUNING, Budget
@@ -51,6 +52,8 @@ keep more. Flops are shares of the model's own forward and backward pass (its we
 overstates the shares), averaged over the intervals; the work of a refresh is divided over the devices. They are not
 seconds: decompositions run slower than products. Seconds, where they stand, come from measured times of square
 matrices on the device that is named; operations are taken one after the other, nothing overlaps with the model.
+Expand against reduce is told by two of them, the rate of products and that of sums over positions
+(algoperf_kfac/crossover.py); docs/generated/complexity.md has the errors of that, on one processor.
 A refresh budget takes the seconds that AlgoPerf allows a step for those of a step without refreshes: training
 measures them instead.
 """
@@ -160,6 +163,7 @@ def _in_seconds(named: Named) -> list[str]:
     lines, seconds = [], named.seconds
     if seconds is not None and named.speed is not None:
         lines.append(f"By the calibration of {named.speed.device} these are {seconds.total:.3g} s a step.")
+        lines += _of_approximations(named, named.speed)
         lines += _of_budget(named, named.speed)
     if named.budget is not None:
         budget = named.budget
@@ -168,6 +172,25 @@ def _in_seconds(named: Named) -> list[str]:
             f"({SELF_TUNING * budget.per_step:.3g} s in self-tuning), the model's own work included."
         )
     return lines
+
+
+def _of_approximations(named: Named, speed: Speed) -> list[str]:
+    """Sentences on which approximation forms its statistics faster."""
+    plan, found = named.plan, compare(named.plan, Rates.of(speed))
+    known = sum(layer.load is not None for layer in plan.layers)
+    if not known:
+        return []
+    winner, loser = ("reduce", "expand") if found.saved > 0 else ("expand", "reduce")
+    text = (
+        f"By two constants, flops and bytes, A and B take {found.expand:.3g} s a step with K-FAC-expand, "
+        f"{found.reduce:.3g} s with K-FAC-reduce: {winner} saves {abs(found.saved):.3g} s a step over {loser}"
+    )
+    split = (
+        f", and is the faster in {found.reduced if winner == 'reduce' else known - found.reduced} of {known} layers"
+    )
+    if found.best < min(found.expand, found.reduce):
+        split += f" (each layer in its faster one: {found.best:.3g} s)"
+    return [f"{text}{split}."]
 
 
 def _of_budget(named: Named, speed: Speed) -> list[str]:

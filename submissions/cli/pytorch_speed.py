@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from submissions.cli.calibration import Operation
+from submissions.cli.calibration import Operation, rows_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -38,8 +38,8 @@ def operations(size: int) -> Mapping[str, Operation]:
 
 def sum_of(entries: int) -> Operation:
     """See `calibration.Device`."""
-    x = torch.ones(entries, device=DEVICE)
-    return _finished(x.sum)
+    x = torch.ones(entries, device=DEVICE).reshape(rows_of(entries))
+    return _finished(lambda: x.sum(1))
 
 
 def _finished(operation: Callable[[], object]) -> Operation:
