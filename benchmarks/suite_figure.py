@@ -53,7 +53,7 @@ def _panel(one: Judged, cost: str, axes: Axes) -> None:
         beside = "" if whole else f"  ({row['workloads']:.0f} of {count} workloads)"
         label = f"{row['ratio']:.2f}{beside}"
         if np.isnan(row["ratio"]):
-            label = "reached, NadamW missed" if one.ranking[cost]["reached"].get(name, 0) else "missed"
+            label = _without_ratio(int(one.ranking[cost]["reached"].get(name, 0)), count)
         end = min(np.nanmax([row["ratio"], row["high"] if np.isfinite(row["high"]) else row["ratio"], 0.0]), limit)
         axes.annotate(label, (end, place), xytext=(5, 0), textcoords="offset points", va="center")
     axes.axvline(1.0, color=palette.INK["light"], linewidth=1.0, linestyle=(0, (1, 2)))
@@ -66,6 +66,13 @@ def _panel(one: Judged, cost: str, axes: Axes) -> None:
         )
     else:
         axes.set_title(TITLES[cost], loc="left", fontsize=10)
+
+
+def _without_ratio(reached: int, count: int) -> str:
+    """What stands in the place of a ratio where there is no workload on which NadamW reached the target, too."""
+    if not reached:
+        return "missed"
+    return f"reached{f' on {reached} of {count}' if reached < count else ''}, NadamW missed"
 
 
 def _interval(row: pd.Series, place: float, limit: float, axes: Axes) -> None:
