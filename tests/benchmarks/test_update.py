@@ -45,7 +45,8 @@ def test_what_is_kept_is_not_run_again(tmp_path, capsys):
 def test_the_page_by_hand(tmp_path, capsys):
     kept = tmp_path / "kept.jsonl"
     cases.add([made_up(case) for case in WANTED], kept)
-    assert main(["update", f"--results={kept}", f"--output={tmp_path / 'page.md'}"]) == 0
+    given = [f"--results={kept}", f"--output={tmp_path / 'page.md'}", "--memory_gb=2"]
+    assert main(["update", *given]) == 0
     assert "==> 0 runs" in capsys.readouterr().out
     text = (tmp_path / "page.md").read_text()
     assert text == page.page(cases.read(kept), 2.0)
