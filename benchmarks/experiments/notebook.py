@@ -174,5 +174,11 @@ EXPERIMENTS = (
             name: Variant(submission=name)
             for name in ("only_a", "only_b", "no_factors", "diagonal", "random_basis", "gradient_basis")
         },
+        verdict="At the one learning rate of K-FAC-expand, to which none of them was tuned: on digits and text the "
+        "curvature is what helps. Without factors runs end far behind (+0.75 and +0.41 nats), and so they do with "
+        "their diagonals or in random bases; A alone does better than B alone, and both better than either. "
+        "Shampoo's factors in their place do as well there, and a little worse on the residual network. On the "
+        "residual network and the clicks factors do not help: without any, the residual network ends lower by "
+        "0.017; with B alone, the clicks by 0.005.",
     ),
 )
