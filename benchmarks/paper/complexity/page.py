@@ -66,9 +66,10 @@ READING = """## What the kept results say
 
 - Reduce is the faster in every layer with R = 64 or more, in both frameworks. At R = 1 nothing is summed and both
   do the same work; they cross below R = 4 in JAX, and in PyTorch between 1 and 16, the latest on graphs.
-- In PyTorch expand follows the bare product; B of convolutions, whose products are small, does not follow its
-  order. In JAX expand takes more than the bare product and grows faster: it copies all rows to put the bias's ones
-  beside them, and lays out patches by a convolution with an identity kernel. The memory table shows both.
+- Expand follows the bare product, of linear layers and graphs in both frameworks, of convolutions in PyTorch; B of
+  convolutions, whose products are small, does not follow its order. In JAX A of convolutions takes more and grows
+  faster: patches are laid out by a convolution with an identity kernel, and rows copied to put the bias's ones
+  beside them. The memory table shows both.
 - Reduce has its order where there is enough to do: in narrow layers, which it sums (slopes in R), and in layers
   that share nothing, which it multiplies (slopes in P). Elsewhere at these sizes starting its operations is longer.
 - Expand from a part of the rows goes with N and R only until it has its rows, or two examples.
