@@ -245,6 +245,15 @@ def test_an_archive_scores_the_same_and_the_suite_goes_on_from_it(trainer, space
     command = "python -m workloads.study --experiment_dir=runs/x --suite=embedded --tuning_search_space=space.json"
     assert json.loads(notes)["commands"] == [f"{command} --workloads=mnist_vit,bible_lm"]
     assert "submissions/nadamw/pytorch/submission.py" in text
+    # Of another suite's directory, what the archive has of other workloads stays.
+    chosen = json.loads((tmp_path / "packed/chosen.json").read_text())
+    (tmp_path / "packed/chosen.json").write_text(json.dumps({"other": {"nadamw": {}}, **chosen}))
+    before = {**json.loads(notes), "commands": ["an earlier one"]}
+    (tmp_path / "packed/suite.json").write_text(json.dumps(before))
+    assert archive.main(["pack", str(tmp_path / "x"), str(tmp_path / "packed")]) == 0
+    assert json.loads((tmp_path / "packed/chosen.json").read_text()) == {"other": {"nadamw": {}}, **chosen}
+    commands = json.loads((tmp_path / "packed/suite.json").read_text())["commands"]
+    assert commands == ["an earlier one", *json.loads(notes)["commands"]]
     assert archive.main(["unpack", str(tmp_path / "packed"), str(tmp_path / "y")]) == 0
     assert "36 trials unpacked" in capsys.readouterr().out
     boards = [

@@ -35,6 +35,8 @@ Chosen: TypeAlias = dict[str, dict[str, Object]]  # workload -> submission -> `c
 def pack(directory: Path, destination: Path) -> list[Path]:
     """Writes the finished trials below a directory of a suite or of targets; returns the files.
 
+    What an archive at the destination has of other workloads stays: its trials, what was chosen, the commands.
+
     Raises:
         UserError: there is none.
     """
@@ -54,14 +56,18 @@ def pack(directory: Path, destination: Path) -> list[Path]:
         path = destination / f"{name}.json.xz"
         atomic.write_bytes(path, lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
         written.append(path)
-    chosen = chosen_records(directory)
+    chosen = chosen_records(destination)
+    for workload, records in chosen_records(directory).items():
+        chosen[workload] = chosen.get(workload, {}) | records
     if chosen:
         path = destination / "chosen.json"
         atomic.write_text(path, json.dumps(chosen, indent=1) + "\n")
         written.append(path)
     notes = experiment.read_json(directory / "suite.json")
     if notes is not None:
-        atomic.write_json(destination / "suite.json", notes)
+        before = experiment.read_json(destination / "suite.json") or {}
+        commands = dict.fromkeys([*before.get("commands", []), *notes.get("commands", [])])
+        atomic.write_json(destination / "suite.json", {**notes, "commands": list(commands)})
         written.append(destination / "suite.json")
     return written
 
