@@ -65,8 +65,9 @@ def pack(directory: Path, destination: Path) -> list[Path]:
         written.append(path)
     notes = experiment.read_json(directory / "suite.json")
     if notes is not None:
-        before = experiment.read_json(destination / "suite.json") or {}
-        commands = dict.fromkeys([*before.get("commands", []), *notes.get("commands", [])])
+        before: Object = experiment.read_json(destination / "suite.json") or {}
+        now: Object = notes
+        commands = dict.fromkeys([*before.get("commands", []), *now.get("commands", [])])
         atomic.write_json(destination / "suite.json", {**notes, "commands": list(commands)})
         written.append(destination / "suite.json")
     return written
