@@ -4,8 +4,11 @@ python -m benchmarks.paper exactness      where expand and reduce are exact
 python -m benchmarks.paper complexity     time and memory of A and B against R, N, P and k
 python -m benchmarks.paper update         an update of a wide residual network by batch size
 python -m benchmarks.paper peers          the same factors by curvlinops and einconv
+python -m benchmarks.paper architectures  recurrent networks, attention that shares nothing, a hybrid
+python -m benchmarks.paper worth          what factors are worth as a preconditioner, where reduce fails and why
+python -m benchmarks.paper evidence       weight decay by marginal likelihood, against a grid
 
-Each writes docs/generated/PART.md. complexity and update measure what docs/results does not have yet, say
+Each writes docs/generated/PART.md. All but exactness and peers measure what docs/results does not have yet, say
 beforehand how long that takes, and go on after an interruption.
 """
 
@@ -28,6 +31,9 @@ PARTS = {
     "complexity": "benchmarks.paper.complexity.command",
     "update": "benchmarks.paper.update.command",
     "peers": "benchmarks.paper.peers",
+    "architectures": "benchmarks.paper.architectures.command",
+    "worth": "benchmarks.paper.worth.command",
+    "evidence": "benchmarks.paper.evidence.command",
 }
 
 
@@ -36,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("python -m benchmarks.paper", __doc__)
     parser.add_argument("part", choices=tuple(PARTS))
     parser.add_argument("--output", help="where to; default: docs/generated/PART.md")
-    measured = parser.add_argument_group("what is measured (complexity, update)")
-    measured.add_argument("--results", help="file of kept results; default: the part's in docs/results")
+    measured = parser.add_argument_group("what is measured (all but exactness, peers)")
+    measured.add_argument("--results", help="file of kept results, of evidence a folder; default: in docs/results")
     measured.add_argument("--again", action="store_true", help="measure also what there are results of")
     measured.add_argument("--quick", action="store_true", help="a few sizes only")
     measured.add_argument("--framework", default="pytorch,jax", help="complexity: either or both")

@@ -328,19 +328,27 @@ def errors(case: Case, approximation: str) -> dict[str, float]:
 
     Call it, and make the case, with float64 as torch's default dtype.
     """
+    return {layer: relative_error(*blocks) for layer, blocks in pairs(case, approximation).items()}
+
+
+def pairs(case: Case, approximation: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """The exact Fisher's approximation of each layer's block and the exact block, by layer.
+
+    Call it, and make the case, with float64 as torch's default dtype.
+    """
     optimizer = KFAC(case.model, approximation=approximation, fisher="exact")
     with optimizer.capture(case.positions) as capture:
         capture.backward_fisher(case.model(case.x), case.loss)
     optimizer.step()
-    pairs = optimizer.factors(reduction="sum")
+    factors = optimizer.factors(reduction="sum")
     out = {}
     for name in case.layers:
         exact = ggn_blocks(case.model, case.x, case.loss, name)
-        a, b = pairs[name]
+        a, b = factors[name]
         assert isinstance(a, Tensor)  # not in blocks: the layers are small
         assert isinstance(b, Tensor)
         if case.bias_only:
             p = a.shape[-1]
             a, exact = a[-1:, -1:], exact[:, p - 1 :: p, p - 1 :: p]
-        out[name] = relative_error(kfac_blocks(a, b), exact)
+        out[name] = kfac_blocks(a, b), exact
     return out

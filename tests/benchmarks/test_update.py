@@ -35,26 +35,28 @@ def test_what_is_kept_is_not_run_again(tmp_path, capsys):
         return made_up(case)
 
     with pytest.raises(KeyboardInterrupt):
-        command.measure(WANTED, kept, runs=runs)
-    assert cases.missing(WANTED, cases.read(kept)) == WANTED[3:]
-    command.measure(WANTED, kept, runs=made_up)
+        command.measure(WANTED, cases.book(kept), runs=runs)
+    assert cases.book(kept).missing(WANTED) == WANTED[3:]
+    command.measure(WANTED, cases.book(kept), runs=made_up)
     assert f"==> {len(WANTED) - 3} runs, about" in capsys.readouterr().out
-    assert cases.missing(WANTED, cases.read(kept)) == []
+    assert cases.book(kept).missing(WANTED) == []
 
 
 def test_the_page_by_hand(tmp_path, capsys):
     kept = tmp_path / "kept.jsonl"
-    cases.add([made_up(case) for case in WANTED], kept)
+    book = cases.book(kept)
+    for case in WANTED:
+        book.add(case, made_up(case))
     given = [f"--results={kept}", f"--output={tmp_path / 'page.md'}", "--memory_gb=2"]
     assert main(["update", *given]) == 0
     assert "==> 0 runs" in capsys.readouterr().out
     text = (tmp_path / "page.md").read_text()
-    assert text == page.page(cases.read(kept), 2.0)
+    assert text == page.page(book, 2.0)
     assert "| 512 | 1.00 (1.00) | 2.00 (2.00) | 3.00 (3.00) | 4.00 (4.00) |" in text
     assert "| 512 | 0.51 | 0.51 | 0.51 | 0.51 |" in text
     assert "| 2,048 | fits | **runs out** | fits | fits |" in text
     # Another limit was not tried.
-    assert "runs out" not in page.page(cases.read(kept), 3.0)
+    assert "runs out" not in page.page(book, 3.0)
 
 
 def test_all_batches_are_tried_with_and_without_a_limit():

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks import kept
+from benchmarks.kept import Book
 from workloads.runner.jobs import CHECKOUT
 
 PATH = CHECKOUT / "docs" / "results" / "update.jsonl"
 OPTIMIZERS = ("nadamw", "expand", "part", "reduce")
 BATCHES = (128, 512, 2048)
 QUICK = (128,)
-Results = dict[str, dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,25 +39,10 @@ def cases(memory_gb: float, *, quick: bool) -> list[Case]:
     ]
 
 
-def key(found: Mapping[str, Any]) -> str:
-    """What tells results apart."""
-    return json.dumps({field.name: found[field.name] for field in dataclasses.fields(Case)})
-
-
-def read(path: Path = PATH) -> Results:
-    """All kept results by key.
+def book(path: Path = PATH) -> Book[Case]:
+    """What is kept of them.
 
     Raises:
         UserError: a line cannot be read.
     """
-    return kept.read(path, key)
-
-
-def add(results: Iterable[dict[str, Any]], path: Path = PATH) -> None:
-    """Adds results; one of the same case is replaced."""
-    kept.add(results, path, key)
-
-
-def missing(wanted: Sequence[Case], results: Results) -> list[Case]:
-    """Those without a result."""
-    return [case for case in wanted if key(dataclasses.asdict(case)) not in results]
+    return Book(Case, path)

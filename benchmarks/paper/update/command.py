@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.kept import Book
 from benchmarks.paper.complexity.worker import ONE_THREAD
 from benchmarks.paper.update import cases, page
 from benchmarks.paper.update.cases import Case
@@ -36,30 +37,30 @@ def run(given: argparse.Namespace, output: Path) -> None:
     """
     if not given.memory_gb > 0:
         raise UserError(f"--memory_gb={given.memory_gb:g}: must be positive")
-    kept = Path(given.results) if given.results else cases.PATH
+    book = cases.book(Path(given.results) if given.results else cases.PATH)
     wanted = cases.cases(given.memory_gb, quick=given.quick)
-    measure(wanted, kept, again=given.again)
-    atomic.write_text(output, page.page(cases.read(kept), given.memory_gb))
+    measure(wanted, book, again=given.again)
+    atomic.write_text(output, page.page(book, given.memory_gb))
 
 
-def measure(wanted: Sequence[Case], kept: Path, *, again: bool = False, runs: Run | None = None) -> None:
+def measure(wanted: Sequence[Case], book: Book[Case], *, again: bool = False, runs: Run | None = None) -> None:
     """Runs the cases that no result is kept of, or all of them again.
 
     Args:
         wanted: the cases.
-        kept: the file of results.
+        book: what is kept of them.
         again: whether to run also those of which there is one.
         runs: runs one; default: in a process.
 
     Raises:
         UserError: a process failed; what was measured before is kept.
     """
-    todo = cases.missing(wanted, {} if again else cases.read(kept))
+    todo = list(wanted) if again else book.missing(wanted)
     seconds = sum(STARTING + EXAMPLE * case.batch for case in todo)
     tell(f"==> {len(todo)} runs, about {seconds:.0f} s of CPU time; {len(wanted) - len(todo)} are kept already")
     for number, case in enumerate(todo, 1):
         result = (runs or in_process)(case)
-        cases.add([result], kept)
+        book.add(case, result)
         limit = "" if case.memory_gb is None else f" within {case.memory_gb:g} GB"
         tell(f"    {number} of {len(todo)}: {case.optimizer}, batch {case.batch:,}{limit}: {result['outcome']}")
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
+from benchmarks.kept import Book
 from benchmarks.paper.complexity.worker import ROWS
-from benchmarks.paper.update.cases import BATCHES, OPTIMIZERS, Case, Results, key
+from benchmarks.paper.update.cases import BATCHES, OPTIMIZERS, Case
 
 HEAD = f"""# One update of a wide residual network
 
@@ -22,58 +22,51 @@ the process had before the first one.
 """
 
 
-def page(results: Results, memory_gb: float) -> str:
+def page(book: Book[Case], memory_gb: float) -> str:
     """The whole page; what was not run is a dash."""
     return "\n".join(
         [
             HEAD,
-            _origin(results),
+            _origin(book),
             "",
-            *_table(results, "CPU seconds of an update, in brackets in NadamW's", _seconds),
+            *_table("CPU seconds of an update, in brackets in NadamW's", lambda case: _seconds(book, case)),
             "",
-            *_table(results, "Peak memory in GB", _peak),
+            *_table("Peak memory in GB", lambda case: _peak(book, case)),
             "",
-            *_table(results, f"Within {memory_gb:g} GB (RLIMIT_AS)", lambda r, c: _outcome(r, c, memory_gb)),
+            *_table(f"Within {memory_gb:g} GB (RLIMIT_AS)", lambda case: _outcome(book, case, memory_gb)),
             "",
         ]
     )
 
 
-def _origin(results: Results) -> str:
-    devices = sorted({result["device"] for result in results.values() if "device" in result})
-    versions = sorted({result["version"] for result in results.values() if "version" in result})
-    return (
-        f"Measured with version {', '.join(versions)} on {'; '.join(devices)}, while other programs were running."
-    )
+def _origin(book: Book[Case]) -> str:
+    versions, devices = ", ".join(book.values("version")), "; ".join(book.values("device"))
+    return f"Measured with version {versions} on {devices}, while other programs were running."
 
 
-def _table(results: Results, title: str, cell: Any) -> Iterator[str]:
+def _table(title: str, cell: Callable[[Case], str]) -> Iterator[str]:
     yield f"{title}:"
     yield ""
     yield f"| batch | {' | '.join(OPTIMIZERS)} |"
     yield "|---" * (1 + len(OPTIMIZERS)) + "|"
     for batch in BATCHES:
-        cells = [cell(results, Case(optimizer, batch)) for optimizer in OPTIMIZERS]
+        cells = [cell(Case(optimizer, batch)) for optimizer in OPTIMIZERS]
         yield f"| {batch:,} | {' | '.join(cells)} |"
 
 
-def _of(results: Results, case: Case) -> dict[str, Any] | None:
-    return results.get(key(dataclasses.asdict(case)))
-
-
-def _seconds(results: Results, case: Case) -> str:
-    found, first = _of(results, case), _of(results, dataclasses.replace(case, optimizer=OPTIMIZERS[0]))
+def _seconds(book: Book[Case], case: Case) -> str:
+    found, first = book.of(case), book.of(dataclasses.replace(case, optimizer=OPTIMIZERS[0]))
     if found is None or first is None:
         return "-"
     mine, base = (sum(result["seconds"].values()) for result in (found, first))
     return f"{mine:.2f} ({mine / base:.2f})"
 
 
-def _peak(results: Results, case: Case) -> str:
-    found = _of(results, case)
+def _peak(book: Book[Case], case: Case) -> str:
+    found = book.of(case)
     return "-" if found is None else f"{found['peak_bytes'] / 1e9:.2f}"
 
 
-def _outcome(results: Results, case: Case, memory_gb: float) -> str:
-    found = _of(results, dataclasses.replace(case, memory_gb=memory_gb))
+def _outcome(book: Book[Case], case: Case, memory_gb: float) -> str:
+    found = book.of(dataclasses.replace(case, memory_gb=memory_gb))
     return "-" if found is None else {"fits": "fits", "out": "**runs out**"}[found["outcome"]]

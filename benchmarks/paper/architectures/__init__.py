@@ -1,0 +1,1 @@
+"""Networks in neither of the paper's settings: recurrent ones, attention that shares nothing, a hybrid."""

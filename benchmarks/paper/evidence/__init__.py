@@ -1,0 +1,1 @@
+"""Weight decay by marginal likelihood: the paper's third experiment, small, on embedded images."""
