@@ -27,6 +27,7 @@ from algoperf_kfac.subset import Subset
 
 # Up to so many rows for each feature, one product with the homogeneous coordinate among them is the cheapest.
 FEW_ROWS = 4
+HALVED = 512  # features from which on half of a symmetric product is computed in its own right
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,9 +174,9 @@ def outer_sums(rows: Tensor, ones: Tensor | None, blocks: Sequence[int]) -> list
         homogeneous = ones is not None and i == len(blocks) - 1
         part = by_group[..., start : start + size - homogeneous]
         if homogeneous and ones is not None and len(ones) <= FEW_ROWS * size:
-            part = torch.cat([part, ones[:, None].expand(len(part), -1, 1)], 2)
+            part = _with_column(part, ones)
             homogeneous = False
-        outer = part.transpose(1, 2) @ part
+        outer = gram(part)
         if homogeneous:
             assert ones is not None
             column = (ones @ part).unsqueeze(-1)
@@ -184,6 +185,27 @@ def outer_sums(rows: Tensor, ones: Tensor | None, blocks: Sequence[int]) -> list
         sums.append(outer)
         start += size
     return sums
+
+
+def gram(rows: Tensor) -> Tensor:
+    """(groups, M, P) -> (groups, P, P): rows^T rows, the same numbers on both sides of the diagonal.
+
+    Of large ones the lower left quarter is not computed: a quarter of the products less.
+    """
+    half = rows.shape[2] // 2
+    columns = rows.transpose(1, 2)
+    if 2 * half < HALVED:
+        return columns @ rows
+    first = columns[:, :half] @ rows
+    last = columns[:, half:] @ rows[..., half:]
+    return torch.cat([first, torch.cat([first[..., half:].transpose(1, 2), last], 2)], 1)
+
+
+def _with_column(part: Tensor, ones: Tensor) -> Tensor:
+    """(groups, M, P), (M,) -> (groups, M, P + 1), in memory as `part` lies: features or rows first."""
+    if part.stride(1) == 1 < part.stride(2):
+        return torch.cat([part.transpose(1, 2), ones.expand(len(part), 1, -1)], 1).transpose(1, 2)
+    return torch.cat([part, ones[:, None].expand(len(part), -1, 1)], 2)
 
 
 def expand_rows(rows: Tensor, mask: Tensor | None) -> Tensor:

@@ -69,18 +69,21 @@ class ConvGeometry:
         return padded[tuple(slices)]
 
     def patches(self, padded: Tensor, groups: int) -> Tensor:
-        """(N, C, *padded) -> (N, R, groups, P): the unfolded patches, P = C/groups x kernel positions."""
+        """(N, C, *padded) -> (N, R, groups, P): the unfolded patches, P = C/groups x kernel positions.
+
+        In memory features come first and positions last, whose neighbours are neighbours in the input, too: rows
+        of an image are copied whole, where patches one after the other would be copied a kernel's width at a time.
+        """
         windows = padded
         dims = len(self.kernel)
         for dim in range(dims):
             span = self.dilation[dim] * (self.kernel[dim] - 1) + 1
             windows = windows.unfold(2 + dim, span, self._read_stride(dim))[..., :: self.dilation[dim]]
+        laid = windows.permute(1, *range(2 + dims, 2 + 2 * dims), 0, *range(2, 2 + dims)).contiguous()
         if self.transposed:
-            windows = windows.flip(tuple(range(2 + dims, 2 + 2 * dims)))
-        n, channels = padded.shape[:2]
-        grouped = windows.reshape(n, groups, channels // groups, *self.out_size, *self.kernel)
-        order = (0, *range(3, 3 + dims), 1, 2, *range(3 + dims, 3 + 2 * dims))
-        return grouped.permute(order).reshape(n, math.prod(self.out_size), groups, -1)
+            laid = laid.flip(tuple(range(1, 1 + dims)))
+        by_feature = laid.reshape(groups, -1, len(padded), math.prod(self.out_size))
+        return by_feature.permute(2, 3, 0, 1)
 
     def weight_gradient(self, x: Tensor, grad: Tensor, groups: int) -> Tensor:
         """(N, C, *in_size), (N, C_out, *out_size) -> (groups, P_out, P): the weight's gradient as a matrix.

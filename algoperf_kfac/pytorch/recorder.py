@@ -146,7 +146,7 @@ class Recorder:
 
     def _take(self, call: Call, x: Tensor) -> None:
         """Add a call's input to the sums, now that it is known which of its positions count."""
-        if call.nonzero is not None:
+        if call.nonzero is not None and not _is_seen_to_hold(call.nonzero):
             call.layout = dataclasses.replace(call.layout, mask=call.nonzero.to(self.dtype))
         call.input = call.nonzero = None
         if self.spec.reduces_inputs:
@@ -358,6 +358,11 @@ class Recorder:
     def kept_inputs(self) -> Iterator[Tensor]:
         """Inputs that are kept until their gradients come."""
         yield from (call.input for call in self.calls if call.input is not None)
+
+
+def _is_seen_to_hold(condition: Tensor) -> bool:
+    """Whether it holds everywhere, where looking is for free: not on an accelerator, nor in a graph."""
+    return type(condition) is Tensor and condition.device.type == "cpu" and bool(condition.all())
 
 
 def _weighted(sums: list[Tensor], part: Subset) -> list[Tensor]:
