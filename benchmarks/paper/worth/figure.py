@@ -72,7 +72,13 @@ def _updates(axes: Axes, results: list[dict[str, Any]]) -> None:
     axes.set_xticks(
         range(len(layers)), [name.replace("blocks.", "block ").replace(".conv2", "") for name in layers]
     )
-    axes.set(yscale="log", ylabel="% of its squared norm", title="What goes where reduce's A is large (a ninth)")
+    # Below what is there is room for the legend.
+    axes.set(
+        yscale="log",
+        ylim=(1e-5, 200),
+        ylabel="% of its squared norm",
+        title="What goes where reduce's A is large (a ninth)",
+    )
     axes.legend(frameon=False, loc="lower left")
 
 

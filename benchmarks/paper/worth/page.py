@@ -41,12 +41,16 @@ flat: energy |
 |---|---|---|---|---|---|---|---|
 """
 READING = """
+One step does not tell the approximations apart: all are worth more than the gradient on the ResNet, and their
+ranges over seeds overlap. Where reduce fails shows in the layers, and over a training run (right in the figure).
+
 An averaged patch is nearly the same at all offsets of the kernel: the image moved by a pixel has the same mean but
 for its border. Of k² directions per channel reduce's A sees one, and takes the inputs for nearly nothing in the
 k² - 1 others. They do hold energy, as the last column says, and K-FAC's inverse sends nearly all of the update
-there, by its own lights at no cost. Expand's A falls, too, but with what the layer really sees. Whitening both
-sides and taking the polar factor, as the submissions do, hides half of it; "mixed" takes expand's A for kernels
-([experiments](../experiments.md)).
+there, by its own lights at no cost. Of the strided 3 x 3 in the figure, over 7 pixels, reduce's A has but 4/9 of
+its rank: in either dimension both outer offsets read the same pixels. Expand's A falls, too, but with what the
+layer really sees. Whitening both sides and taking the polar factor, as the submissions do, hides half of it;
+"mixed" takes expand's A for kernels ([experiments](../experiments.md)).
 """
 
 
