@@ -23,6 +23,15 @@ DOUBLING = {"initial_refreshes": "doubling"}
 # What the points since have in common, where it is something else by now.
 SINCE_POLAR = {"initial_refreshes": "every", "initial_statistics": 10, "statistics_rows": 4096}
 
+# How often, each for itself; the averages remember 80 steps whatever the interval.
+OFTEN_OR_SELDOM = (1, 3, 10, 30, 100)
+
+
+def _every(statistics: int, refresh: int) -> Variant:
+    decay = round(0.95 ** (statistics / 4), 4)
+    return Variant({"factor_interval": statistics, "refresh_interval": refresh, "factor_decay": decay})
+
+
 EXPERIMENTS = (
     Experiment(
         name="schedule",
@@ -180,5 +189,16 @@ EXPERIMENTS = (
         "Shampoo's factors in their place do as well there, and a little worse on the residual network. On the "
         "residual network and the clicks factors do not help: without any, the residual network ends lower by "
         "0.017; with B alone, the clicks by 0.005.",
+    ),
+    Experiment(
+        name="frequency",
+        change="How often statistics are taken (refreshes at every 30th step, or with them), and how often bases "
+        "are refreshed (statistics at every step); the first ten steps do both, as always.",
+        submission="kfac_expand",
+        workloads=("mnist_vit", "mnist_resnet"),
+        variants={
+            **{f"statistics {n}": _every(n, max(30, n)) for n in OFTEN_OR_SELDOM},
+            **{f"refresh {n}": _every(1, n) for n in OFTEN_OR_SELDOM},
+        },
     ),
 )
