@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from algoperf_kfac.config import TABLE, KFACConfig
+from algoperf_kfac.positions import name_fits
 
 Sizes = tuple[int, ...]
 Layout = tuple[Sizes, ...]  # see `LayerSpec.layout`
@@ -217,7 +217,7 @@ def parts_of(name: str, kind: str, shape: Sequence[int], splits: Mapping[str, in
         ValueError: if they cannot be cut into equal parts.
     """
     for pattern, parts in splits.items():
-        if not fnmatch.fnmatchcase(name, pattern):
+        if not name_fits(name, pattern):
             continue
         if kind != "linear" or parts < 1 or shape[0] % parts:
             raise ValueError(
@@ -231,7 +231,7 @@ def parts_of(name: str, kind: str, shape: Sequence[int], splits: Mapping[str, in
 def matches(names: Iterable[str], patterns: Iterable[str]) -> bool:
     """Whether one of the names fits one of the patterns (fnmatch)."""
     patterns = list(patterns)
-    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
+    return any(name_fits(name, pattern) for name in names for pattern in patterns)
 
 
 @dataclasses.dataclass(frozen=True)

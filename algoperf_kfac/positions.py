@@ -158,6 +158,11 @@ def candidates_for(name: str, candidates: Candidates) -> list[Positions]:
     return [] if pattern is None else candidates[pattern]
 
 
+def name_fits(name: str, pattern: str) -> bool:
+    """Whether a pattern (fnmatch) matches a name; a name matches itself, whatever characters it has ("head[0]")."""
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
+
+
 def most_said(argument: str, names: Iterable[str], patterns: Iterable[str]) -> str | None:
     """The pattern (fnmatch) that says most of one of a layer's names; None where none matches.
 
@@ -170,9 +175,10 @@ def most_said(argument: str, names: Iterable[str], patterns: Iterable[str]) -> s
         ValueError: naming the layer, if two patterns say equally much.
     """
     names = list(names)
-    fitting = {p for p in patterns if any(fnmatch.fnmatchcase(name, p) for name in names)}
-    matches = sorted(fitting, key=_said, reverse=True)
-    if len(matches) > 1 and _said(matches[0]) == _said(matches[1]):
+    fitting = {p for p in patterns if any(name_fits(name, p) for name in names)}
+    said = {p: (p in names, *_said(p)) for p in fitting}
+    matches = sorted(fitting, key=said.__getitem__, reverse=True)
+    if len(matches) > 1 and said[matches[0]] == said[matches[1]]:
         first, second = sorted(matches[:2])
         raise ValueError(
             f"{argument}: layer {names[0]} matches {first!r} and {second!r}, and neither says more of its "
@@ -253,11 +259,11 @@ def check_fits(candidates: Candidates, rows: Mapping[str, Sequence[Rows]], other
         _check_list("", candidates, rows)
         return
     names = {*rows, *others}
-    unmatched = [pattern for pattern in candidates if not fnmatch.filter(names, pattern)]
+    unmatched = [p for p in candidates if not any(name_fits(name, p) for name in names)]
     check_patterns("positions", candidates, unmatched, "layer")
     for pattern, own in candidates.items():
         if len(own) > 1:  # a single one has to fit each layer, which `Layout.of` checks
-            _check_list(pattern, own, {name: rows[name] for name in fnmatch.filter(rows, pattern)})
+            _check_list(pattern, own, {name: rows[name] for name in rows if name_fits(name, pattern)})
 
 
 def _check_list(pattern: str, given: Sequence[Positions], rows: Mapping[str, Sequence[Rows]]) -> None:
@@ -297,6 +303,24 @@ def other_rows(rows: Mapping[str, int], argument: str, *, scaled: bool) -> str |
         f"dimension 0: {parts}. {scale} row counts as an example of its own in these layers; if several belong "
         f"together (windows, packed batches), say so: {way_out}; where the sequence comes first: "
         "Positions(batch_dim=1)"
+    )
+
+
+def in_parts(found: Mapping[str, tuple[int, int]], whole: str, remedy: str, argument: str) -> str:
+    """What to say of layers that see the batch in parts, one call after the other, it seems.
+
+    Args:
+        found: by layer, how many calls it has, and how many rows in all of them; at least one layer.
+        whole: what has so many rows.
+        remedy: what to do where each call has examples of its own.
+        argument: how to say what the loss was divided by, with `{}` for it.
+    """
+    name, (calls, rows) = next(iter(found.items()))
+    return (
+        f"layer {name} is called {calls} times, on {rows} rows in all, as many as {whole}. Calls on equally many "
+        f"rows are taken to see the same examples (so in {len(found)} layers). Where each call has examples of its "
+        f"own (a loop over parts of the batch), {remedy.format(rows)}; where calls are positions (time steps), say "
+        f"what the loss is divided by: {argument.format(rows)}"
     )
 
 

@@ -20,6 +20,7 @@ from algoperf_kfac.jax.forward_pass import ForwardPass
 from algoperf_kfac.jax.kinds import kind_of
 from algoperf_kfac.jax.layer_book import Layers, check_params
 from algoperf_kfac.jax.mistakes import Mistakes
+from algoperf_kfac.jax.promotion import with_promotion
 from algoperf_kfac.jax.readings import called_layers
 from algoperf_kfac.jax.statistics import Gathered, Product
 from algoperf_kfac.jax.tapped_model import TappedModel
@@ -76,6 +77,7 @@ def value_grad_and_statistics(
 
     said = mistakes or Mistakes()
 
+    @with_promotion
     def run(
         params: Tree,
         *args: Tree,
@@ -98,7 +100,9 @@ def value_grad_and_statistics(
         value, n_valid, cotangent = forward.loss()
         said.layers(layers.covered, tapped.idle)
         said.batch_second(tapped.batch_second())
-        said.rows(tapped.numbers(), scaled=loss_normalizer is not None or n_valid is not None)
+        scaled = loss_normalizer is not None or n_valid is not None
+        said.in_parts(tapped.in_parts(), scaled=scaled)
+        said.rows(tapped.numbers(), scaled=scaled)
         gradient, sums = forward.backward(cotangent)
         if config.fisher == "empirical":
             normalizer = n_valid if loss_normalizer is None else loss_normalizer
@@ -120,6 +124,7 @@ def value_grad_and_statistics(
     return run
 
 
+@with_promotion
 def check_gradients(
     apply_fn: ApplyFn, loss_fn: LossFn, layers: Layers, params: Tree, *args: Tree, has_aux: bool = False
 ) -> dict[str, Compared]:
@@ -151,6 +156,7 @@ def check_gradients(
     return compare(layers, gradient, products, checks.eps, tapped.penalised)
 
 
+@with_promotion
 def idle_layers(
     apply_fn: ApplyFn, layers: Layers, params: Tree, *args: Tree, has_aux: bool = False
 ) -> tuple[str, ...]:

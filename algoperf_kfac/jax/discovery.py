@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Iterable
 
@@ -14,6 +13,7 @@ from algoperf_kfac.jax.interpreter import ELEMENTWISE, Key
 from algoperf_kfac.jax.kinds import KINDS, kind_for
 from algoperf_kfac.jax.layer_book import CoveredLayer, Layers, check_dtypes, check_real, paths
 from algoperf_kfac.jax.operations import Call
+from algoperf_kfac.jax.promotion import with_promotion
 from algoperf_kfac.jax.tracing import Survey, named_leaves, trace
 from algoperf_kfac.jax.types import ApplyFn, Sizes, Tree
 from algoperf_kfac.layers import (
@@ -35,6 +35,7 @@ from algoperf_kfac.layers import (
 SELECTIONS = {"gather", "dynamic_slice"}
 
 
+@with_promotion
 def discover(
     apply_fn: ApplyFn,
     params: Tree,
@@ -72,7 +73,7 @@ def discover(
     notes = trace(apply_fn, params, args, has_aux=has_aux).survey()
     shapes = {name: (tuple(leaf.shape), jnp.dtype(leaf.dtype)) for name, leaf in leaves.items()}
     known = {path for name in shapes for path in paths(name)}
-    unmatched = [pattern for pattern in patterns if not fnmatch.filter(known, pattern)]
+    unmatched = [pattern for pattern in patterns if not matches(known, [pattern])]
     check_patterns("exclude", patterns, unmatched, "layer or parameter")
     layers = _Discovery(notes, shapes, config, patterns).layers()
     read_twice = notes.calls.keys() & notes.other_uses.keys()

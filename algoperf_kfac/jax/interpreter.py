@@ -51,6 +51,9 @@ _PASS = {
     "sharding_constraint",
     "name",
     "optimization_barrier",
+    "pbroadcast",  # a weight that all devices of a shard_map hold, beside data of their own
+    "pcast",
+    "pvary",
     "reduce_precision",
 }
 # Element by element: with data of its own size (noise, a mask) a weight stays a weight, until something reads it.
@@ -118,6 +121,9 @@ class Visitor:
 
     def conditional(self, key: Key) -> None:
         """What is nested in the operation `key` runs only if its branch is taken."""
+
+    def loop(self, key: Key, length: int) -> None:
+        """What is nested in the operation `key` runs `length` times."""
 
     def sliced(self, names: Sequence[str], length: int) -> Tree:
         """A pytree to be sliced along with the parameters `names` as a scan of `length` runs over them."""
@@ -320,6 +326,7 @@ class Interpreter:
                 self._missed(key, tag, "scan")
             return outs[:num_carry], outs[num_carry:]
 
+        self.visitor.loop(key, params["length"])
         carry, ys = lax.scan(
             body,
             list(init),

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from algoperf_kfac import judging
 from algoperf_kfac.errors import MissingStatisticsError, listed, missing_statistics, warn
 from algoperf_kfac.layers import NEVER_SEEN, not_its_gradient
-from algoperf_kfac.positions import other_rows
+from algoperf_kfac.positions import in_parts, other_rows
 
 
 class Mistakes:
@@ -51,6 +51,20 @@ class Mistakes:
                 f"the model's outputs have {second} rows (so in {len(sizes)} layers). Where the sequence comes "
                 "first, say positions=Positions(batch_dim=1), for all layers or by layer name",
             )
+
+    def in_parts(self, found: Mapping[str, tuple[int, int]], *, scaled: bool) -> None:
+        """Layers that see the batch in parts, one call after the other, it seems.
+
+        Args:
+            found: by layer, how many calls, and rows in all of them.
+            scaled: whether the caller said what the loss was divided by.
+        """
+        if found and not scaled:
+            remedy = (
+                "call the model on the whole batch or under jax.vmap, or compute the statistics of each part with "
+                "loss_normalizer={}, and add() them"
+            )
+            self._say("parts", in_parts(found, "the model's outputs have", remedy, "loss_normalizer={}"))
 
     def layers(self, layers: Collection[str], idle: Collection[str]) -> None:
         """Some layers are not called by what is traced.

@@ -17,6 +17,7 @@ from algoperf_kfac.jax.kinds import kind_of
 from algoperf_kfac.jax.layer_book import Layers
 from algoperf_kfac.jax.mistakes import never_seen
 from algoperf_kfac.jax.preconditioner import Blocks, LayerState, corrected, damping_terms
+from algoperf_kfac.jax.promotion import with_promotion
 from algoperf_kfac.jax.stacks import layer_numbers, layer_states
 from algoperf_kfac.jax.transform import find_state
 from algoperf_kfac.jax.types import Tree
@@ -33,6 +34,7 @@ class FactorPair(NamedTuple):
     B: Array | tuple[Array, ...]
 
 
+@with_promotion
 def factors(state: Tree, layers: Layers, *, reduction: str = "sum") -> dict[str, FactorPair]:
     """Each covered layer's A and B from the moving averages: undamped, bias-corrected.
 
@@ -70,6 +72,7 @@ def factors(state: Tree, layers: Layers, *, reduction: str = "sum") -> dict[str,
     return pairs
 
 
+@with_promotion
 def metrics(state: Tree, layers: Layers, config: KFACConfig | None = None) -> dict[str, float]:
     """Counts and ratios for monitoring; reading them waits for the device.
 
@@ -124,6 +127,7 @@ def metrics(state: Tree, layers: Layers, config: KFACConfig | None = None) -> di
     return out
 
 
+@with_promotion
 def summary(state: Tree, layers: Layers, config: KFACConfig, worst: int = 8) -> str:
     """A table of the layers whose directions are the most doubtful, for a person to read; see `KFAC.summary`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -134,8 +135,7 @@ class TappedModel:
 
         By layer the sizes of the two; outputs that have both, such as time-major ones, say nothing.
         """
-        outputs = zip(self.model.program.out_avals, self.model.returned, strict=True)
-        shapes = [tuple(out.shape) for out, returned in outputs if returned and out.shape]
+        shapes = self._shapes_returned()
         seen = {}
         for name, layer in self._layers.items():
             key, first = next(iter(self._readings[name].items()))
@@ -146,6 +146,29 @@ class TappedModel:
             if shapes and examples != second and all(s[0] == second and examples not in s[1:2] for s in shapes):
                 seen[name] = (examples, second)
         return seen
+
+    def in_parts(self) -> dict[str, tuple[int, int]]:
+        """Layers whose calls have as many rows together as all outputs, where no layer sees all of these.
+
+        By layer, the number of calls (several) and of rows; outputs that have those of one call say nothing.
+        """
+        shapes = self._shapes_returned()
+        batch = {shape[0] for shape in shapes}
+        found, sizes = {}, set[int]()
+        for name, layer in self._layers.items():
+            uses = self._kind_of(layer.spec).counted(self._notes.uses(layer.spec.weight))
+            sizes |= {n for use in uses.values() for n in (*use.rows.leading, math.prod(use.rows.leading))}
+            calls = [((use.rows.leading or (1,))[0], self._notes.times(key)) for key, use in uses.items()]
+            number, rows = sum(times for _, times in calls), sum(rows * times for rows, times in calls)
+            elsewhere = all(not {rows for rows, _ in calls}.intersection(shape[1:2]) for shape in shapes)
+            if number > 1 and batch == {rows} and elsewhere and not self._first[name].layout.ragged:
+                found[name] = (number, rows)
+        return found if batch.isdisjoint(sizes) else {}
+
+    def _shapes_returned(self) -> list[tuple[int, ...]]:
+        """The shapes of the outputs."""
+        outputs = zip(self.model.program.out_avals, self.model.returned, strict=True)
+        return [tuple(out.shape) for out, returned in outputs if returned and out.shape]
 
     def check_reached(self) -> None:
         """Raises MissingStatisticsError, naming the layers, unless backward passes came by all of them."""

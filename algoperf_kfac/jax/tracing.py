@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
@@ -83,6 +84,7 @@ class Survey(Visitor):
         penalised: parameters that the loss depends on apart from what the model computes with them.
         rounding: weight -> the coarsest eps among the dtypes of its operations' inputs and outputs.
         conditions: operations in which a branch is taken.
+        loops: operations in which others run several times, and how often.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -95,6 +97,7 @@ class Survey(Visitor):
         self.penalised: set[str] = set()
         self.rounding: dict[str, float] = {}
         self.conditions: set[Key] = set()
+        self.loops: dict[Key, int] = {}
 
     def operation(self, key: Key, call: Call, x: Array, out: Array) -> Array:
         name = call.view.source.name
@@ -126,6 +129,13 @@ class Survey(Visitor):
         """Whether a step may go by without the weight: all operations that read it are in branches."""
         keys = [*self.calls.get(weight, {}), *self.lookups.get(weight, {})]
         return all(any(key[:length] in self.conditions for length in range(len(key))) for key in keys)
+
+    def loop(self, key: Key, length: int) -> None:
+        self.loops[key] = length
+
+    def times(self, key: Key) -> int:
+        """How often an operation runs."""
+        return math.prod(self.loops.get(key[:length], 1) for length in range(len(key)))
 
     def uses(self, weight: str) -> kinds.Uses:
         """All weighted operations that read a parameter."""
@@ -215,16 +225,24 @@ def named_leaves(params: Tree, is_leaf: Callable[[object], bool] | None = None) 
     Args:
         params: the tree. Variables of flax.nnx go by their own path, without the attribute of their value.
         is_leaf: what is a leaf besides.
+
+    Raises:
+        ValueError: if two have the same path.
     """
     variables = _nnx_variables()
     nodes, _ = jax.tree_util.tree_flatten_with_path(
         params, is_leaf=lambda node: isinstance(node, variables) or (is_leaf is not None and is_leaf(node))
     )
-    return {
-        "/".join(_key(k) for k in path) or "params": leaf
-        for path, node in nodes
-        for leaf in (jax.tree.leaves(node, is_leaf=is_leaf) if isinstance(node, variables) else [node])
-    }
+    leaves: dict[str, Leaf] = {}
+    for path, node in nodes:
+        name = "/".join(_key(k) for k in path) or "params"
+        for leaf in jax.tree.leaves(node, is_leaf=is_leaf) if isinstance(node, variables) else [node]:
+            if name in leaves:
+                raise ValueError(
+                    f"two parameters are called {name}: give one of them, or what it stands in, another key"
+                )
+            leaves[name] = leaf
+    return leaves
 
 
 def _nnx_variables() -> tuple[type, ...]:

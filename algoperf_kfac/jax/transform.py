@@ -20,6 +20,7 @@ from algoperf_kfac.jax.layer_book import Layers, check_known, check_params, chec
 from algoperf_kfac.jax.mistakes import Mistakes
 from algoperf_kfac.jax.nadamw import nesterov
 from algoperf_kfac.jax.preconditioner import LayerState
+from algoperf_kfac.jax.promotion import with_promotion
 from algoperf_kfac.jax.refresh import refresh_due
 from algoperf_kfac.jax.scalings import scaling_of
 from algoperf_kfac.jax.stacks import Stack, Stacks, check_members, members_of, select, stack_trees, stacks_of
@@ -163,7 +164,7 @@ def scale_by_kfac(
         new = Stacks(outcome.states, members_of(stacks), masked=here is not layers, pace=pace)
         return directions, KFACState(count, mu, nu, new, state.stand_ins + outcome.stand_ins)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(with_promotion(init), with_promotion(update))
 
 
 def kfac(
@@ -213,7 +214,7 @@ def _decay(layers: Layers, decay: optax.GradientTransformation) -> optax.Gradien
         decayed = _kept(decayed, updates, here, _absent(here, updates))
         return _stopped(decayed, here.parameters_of(_idle(statistics, idle))), state
 
-    return optax.GradientTransformationExtraArgs(decay.init, update)
+    return optax.GradientTransformationExtraArgs(decay.init, with_promotion(update))
 
 
 def _check_moments(state: KFACState, without: Collection[str]) -> None:

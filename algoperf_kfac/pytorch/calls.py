@@ -35,6 +35,7 @@ class Call:
     fired: bool = False  # its gradient came back in the current backward pass
     seen: bool = False  # or in any
     aside: bool = False  # a gradient with respect to inputs alone went through it
+    apart: bool = False  # and it was left out, until a gradient for parameters comes
 
     @property
     def input_layout(self) -> MaskedLayout:

@@ -64,6 +64,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             raise RuntimeError("a capture() is for one pass: call optimizer.capture() again")
         self._entered = True
         if self.active:
+            self._options.pending.enter()
             taps, observer = self._options.taps, self.observer
             # A compiled graph hides its operations: without taps the same model runs eagerly.
             if taps is None and "torch._dynamo" in sys.modules:
@@ -76,6 +77,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
     ) -> None:
         if not self.active:
             return
+        self._options.pending.leave()
         self._stack.close()
         self.active = False
         self.observer.stop()

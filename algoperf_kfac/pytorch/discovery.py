@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -110,7 +109,7 @@ def discover(
     patterns, splits = list(exclude), dict(output_splits or {})
     paths = [path for path, _ in model.named_modules()]
     for argument, given in (("exclude", patterns), ("output_splits", list(splits))):
-        check_patterns(argument, given, [p for p in given if not fnmatch.filter(paths, p)], "module")
+        check_patterns(argument, given, [p for p in given if not matches(paths, [p])], "module")
     layers: list[CoveredLayer] = []
     fallbacks: list[FallbackSpec] = []
     seen: set[int] = set()

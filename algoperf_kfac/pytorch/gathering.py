@@ -19,6 +19,12 @@ from algoperf_kfac.pytorch.recorder import Recorder
 from algoperf_kfac.pytorch.sights import Sight
 from algoperf_kfac.pytorch.statistics import Scalar, Statistics
 
+# A backward pass, and no layer before it.
+UNSEEN = (
+    "Run the forward and the backward pass inside capture(). Nothing is seen of a model that runs in another "
+    "thread, as a torch.jit program, or with other tensors in place of its parameters (functional_call, a copy)"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Gathered:
@@ -37,6 +43,7 @@ class Gathered:
         strangers: parameters with a gradient that operations with a rule read, and the optimizer does not have.
         hint: why no layer at all was recorded, as far as that is known, and what to do.
         second: by layer whose second dimension alone is as long as what the loss function took: both sizes.
+        in_parts: layers whose calls have the rows of the loss function together: how many calls, and rows.
         sights: of a capture that ran uncompiled, what compiled graphs need to know of each use of its layers.
         obstacles: why compiled graphs could not have taken all of it.
     """
@@ -52,6 +59,7 @@ class Gathered:
     strangers: list[Tensor]
     hint: str
     second: dict[str, tuple[int, int]]
+    in_parts: dict[str, tuple[int, int]]
     sights: dict[str, tuple[Sight, ...]]
     obstacles: list[str]
 
@@ -97,8 +105,9 @@ def gather(observer: Observer, options: Options, normalizer: Scalar | None) -> G
         errors=errors,
         readers=observer.uses.missed,
         strangers=observer.strangers,
-        hint="" if observer.recorders else observer.hint,
+        hint="" if observer.recorders else observer.hint or (UNSEEN if observer.seen_backward else ""),
         second=observer.scale.batch_second(counted),
+        in_parts=observer.scale.in_parts(counted),
         sights=sights,
         obstacles=obstacles,
     )

@@ -21,13 +21,16 @@ class Listener(Protocol):
     def called(self, called: Called) -> Any:
         """Run a function of torch; what to hand on for its output."""
 
-    def backward(self, run: Callable[[], object], inputs: Iterable[object] | None, *, again: bool) -> object:
+    def backward(
+        self, run: Callable[[], object], inputs: Iterable[object] | None, *, again: bool, adds: bool
+    ) -> object:
         """Run a backward pass.
 
         Args:
             run: the pass.
             inputs: what gradients are taken with respect to, None for all parameters.
             again: whether gradients of the gradients are to follow (create_graph).
+            adds: whether it adds to the gradients that are there, and does not return its own.
         """
 
 
@@ -63,7 +66,8 @@ class Interceptor(TorchFunctionMode):
                     return func(edges, *args[1:], **kwargs)
             return func(*args, **kwargs)
 
-        return self._listener.backward(run, inputs, again=bool(bound.get("create_graph")))
+        adds = func is not torch.autograd.grad
+        return self._listener.backward(run, inputs, again=bool(bound.get("create_graph")), adds=adds)
 
 
 class TracedInterceptor(Interceptor):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -65,13 +65,13 @@ class LossScale:
 
     def by_batch(self, recorders: Mapping[str, AnyRecorder]) -> list[str]:
         """The layers as they were called, but the first one that sees what a loss function does ahead of all."""
-
-        def sees_the_batch(name: str) -> bool:
-            sizes = {size for rows in self.calls.get(name, ()) for size in (*rows.leading, math.prod(rows.leading))}
-            return not sizes.isdisjoint(self._sizes)
-
-        batch = next(filter(sees_the_batch, recorders), None)
+        batch = next(filter(self._sees_the_batch, recorders), None)
         return list(recorders) if batch is None else [batch, *(name for name in recorders if name != batch)]
+
+    def _sees_the_batch(self, name: str) -> bool:
+        """Whether a layer has rows in the number of those that a loss function took."""
+        sizes = {size for rows in self.calls.get(name, ()) for size in (*rows.leading, math.prod(rows.leading))}
+        return not sizes.isdisjoint(self._sizes)
 
     def rows(self, recorders: Mapping[str, AnyRecorder], layers: Mapping[str, CoveredLayer]) -> dict[str, int]:
         """Examples that each layer was taken to see, the one that sees the batch first.
@@ -88,6 +88,19 @@ class LossScale:
             name: recorders[name].rows
             for number, name in enumerate(self.by_batch(recorders))
             if not number or not by_row(name)
+        }
+
+    def in_parts(self, recorders: Iterable[str]) -> dict[str, tuple[int, int]]:
+        """Layers with several calls that have as many rows together as the loss, where no layer sees all of these.
+
+        By layer, the number of calls and of rows.
+        """
+        if any(map(self._sees_the_batch, self.calls)):
+            return {}
+        calls = {name: [(rows.leading or (1,))[0] for rows in self.calls.get(name, ())] for name in recorders}
+        found = {name: (len(sizes), sum(sizes)) for name, sizes in calls.items()}
+        return {
+            name: (number, rows) for name, (number, rows) in found.items() if number > 1 and rows in self._sizes
         }
 
     def batch_second(self, recorders: Mapping[str, AnyRecorder]) -> dict[str, tuple[int, int]]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from algoperf_kfac import judging
 from algoperf_kfac.errors import listed, warn
-from algoperf_kfac.positions import other_rows
+from algoperf_kfac.positions import in_parts, other_rows
 
 TIMES_ASKED = 3
 
@@ -78,6 +78,19 @@ class Mistakes:
             f"the loss function has {second} rows (so in {len(sizes)} layers). Where the sequence comes first, "
             "say capture(positions=Positions(batch_dim=1)), for all layers or by layer name"
         )
+
+    def in_parts(self, found: Mapping[str, tuple[int, int]], *, scaled: bool) -> None:
+        """Layers that see the batch in parts, one call after the other, it seems.
+
+        Args:
+            found: by layer, how many calls, and rows in all of them.
+            scaled: whether the caller said what the loss was divided by.
+        """
+        if not found or scaled or "parts" in self._named:
+            return
+        self._named.add("parts")
+        remedy = "call the model on the whole batch, or give each part a capture(loss_normalizer={}) of its own"
+        warn(in_parts(found, "the loss function has", remedy, "capture(loss_normalizer={})"))
 
     def directions(self, ratios: Mapping[str, Tensor]) -> None:
         """Directions that are noise in most layers.

@@ -83,6 +83,8 @@ class Observer:
         self._handles: list[RemovableHandle] = []
         self._record_gradients = options.config.fisher == "empirical"
         self._aside = False
+        self._returned = False  # within another pass, gradients are returned to it
+        self._given: list[Tensor] = []  # weights that had a gradient after the latest pass
         self._seeing = 0  # functions that a kind of layers runs in place of a fused one
 
     @property
@@ -119,18 +121,29 @@ class Observer:
                 self._handles.append(output.register_hook(self._note_loss))
         return output
 
-    def backward(self, run: Callable[[], object], inputs: Iterable[object] | None, *, again: bool) -> object:
+    def backward(
+        self, run: Callable[[], object], inputs: Iterable[object] | None, *, again: bool, adds: bool
+    ) -> object:
         """Run a backward pass.
+
+        One may run within another: of an implicit layer, or of a function that forgets activations and runs its
+        layers again.
 
         Args:
             run: the pass.
             inputs: what gradients are taken with respect to, None for all parameters.
             again: whether gradients of the gradients are to follow (create_graph).
+            adds: whether it adds to the gradients that are there, and does not return its own.
         """
         weights = None if inputs is None else [p for p in inputs if isinstance(p, torch.nn.Parameter)]
-        self._aside = inputs is not None and not weights
+        outer, within = (self._aside, self._returned), in_backward()
+        self._aside = self._aside or (inputs is not None and not weights)
+        # What it returns for weights comes to them once more, as the gradient of the function that asks for it.
+        self._returned = self._returned or (within and not adds)
         if weights:
             self.sights.obstruct("gradients are taken for given parameters")
+        elif within and not adds:
+            self.sights.obstruct("a backward pass runs within another")
         elif self.seen_backward and not self._aside:
             self.sights.obstruct("a capture has several backward passes")
         if self._aside and again and self.recorders:
@@ -139,9 +152,12 @@ class Observer:
                 "of a gradient. Take the statistics of the plain loss alone inside capture(), and call backward() "
                 "on the penalty outside of it: gradients add up"
             )
-        self.scale.gradient = None
+        if not within:
+            self.scale.gradient = None
         if not self._aside and not self.seen_backward:
             self._options.before_backward()
+        elif not self._aside and not within:
+            self._forget_cleared()
         try:
             return run()
         finally:
@@ -150,7 +166,20 @@ class Observer:
                     recorder.set_aside()
             else:
                 self.seen_backward = True
-            self._aside = False
+                self._given = [w for w in self._weights.values() if w.grad is not None]
+            self._aside, self._returned = outer
+
+    def _forget_cleared(self) -> None:
+        """Loops may clear gradients between two passes of one capture (sharpness-aware minimisation): what was
+        captured of the first goes with them."""
+        grads = [weight.grad for weight in self._given if weight.grad is not None]
+        if not self._given or any(grad.is_meta for grad in grads):
+            return
+        if grads and torch.stack([grad.any().to(grads[0].device) for grad in grads]).any():
+            return
+        self.gradients.clear()
+        for recorder in self.recorders.values():
+            recorder.forget_seen()
 
     def backward_fisher(self, losses: Iterable[Tensor]) -> None:
         """Record the output gradients of a sampled or exact Fisher: of each loss in a backward pass of its own."""
@@ -190,6 +219,13 @@ class Observer:
         is reentrant, the first run was without gradients, and this one is recorded once its gradient arrives;
         otherwise the first run was recorded, and no gradient will reach this one.
         """
+        if operation.input.is_nested:
+            self.sights.obstruct("nested tensors")
+            if not operation.unnest():
+                self.uses.miss(
+                    operation.weight, f"{operation.name} of a nested tensor that is not (N, jagged, P_in)"
+                )
+                return output
         spec = self.spec_of(operation.weight, operation.layout)
         known = None if spec is None else self.recorders.get(spec.name)
         if isinstance(known, Recorder) and not in_backward():
@@ -198,6 +234,9 @@ class Observer:
             self.hint = self.hint or (EMPTY if output.requires_grad else "")
             return output
         self.uses.miss(operation.input, f"{operation.name} as its input")
+        if output.is_complex():
+            self.uses.miss(operation.weight, f"{operation.name} on complex data")
+            return output
         spec = spec or self.layers.promote(operation)
         if spec is None:
             if operation.weight.requires_grad and not self.layers.knows(operation.weight):
@@ -268,7 +307,8 @@ class Observer:
             self.seen_backward = True  # of a capture around this one, which handles backward() alone
             with torch._C.DisableTorchFunction(), torch.no_grad(), torch.autocast(device.type, enabled=False):
                 # None is what an autograd.Function may return for zero.
-                grad = torch.zeros(shape, device=device) if grad is None else grad.reshape(shape)
+                grad = torch.zeros(shape, device=device) if grad is None else grad
+                grad = grad if grad.is_nested else grad.reshape(shape)
                 if not isinstance(call, Call):
                     call = call()
                 recorder.output_gradient(call, grad if arrange is None else arrange(grad))
@@ -304,7 +344,7 @@ class Observer:
 
     def _add_gradient(self, name: str, grad: Tensor) -> None:
         """What a backward pass adds to a weight's gradient in this process, all its uses together."""
-        if not self._aside:
+        if not self._aside and not self._returned:
             # A copy: the tensor becomes the parameter's .grad, which processes average and callers clip in place.
             grad = grad.detach().clone()
             self.gradients[name] = self.gradients[name] + grad if name in self.gradients else grad
@@ -352,4 +392,5 @@ class Observer:
         self._handles.clear()
         self.recorders.clear()
         self._weights.clear()
+        self._given.clear()
         self.gradients.clear()

@@ -72,6 +72,7 @@ class Operation:
         shape: of the weight as the operation has it; that of the parameter if not given.
         layout, bias_start: where both lie in the parameters; see `LayerSpec`.
         arrange: brings the gradient of the output into the order of the rows, (*leading, P_out).
+        segments: which example each row belongs to, where the input is a nested tensor.
         mask: (*leading) of zeros and ones: which rows are this weight's, or None.
         name: what the operation is called.
     """
@@ -87,6 +88,7 @@ class Operation:
     bias_start: int | None = None
     arrange: Callable[[Tensor], Tensor] | None = None
     mask: Tensor | None = None
+    segments: Positions | None = None
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -132,6 +134,22 @@ class Operation:
         self.arrange = lambda grad: (grad if earlier is None else earlier(grad)).flatten(0, dims - 1)
         return dataclasses.replace(positions, mask=flat, segment_ids=ids.flatten(), batch_dim=0)
 
+    def unnest(self) -> bool:
+        """Take the rows of a nested input for rows in segments; whether that can be done.
+
+        It can if examples come first, and their positions second and one after the other.
+        """
+        x: Any = self.input.detach()  # stubs know no nested tensors
+        if x.layout != torch.jagged or x.lengths() is not None or isinstance(x.shape[-1], torch.SymInt):
+            return False
+        if self.kind != "linear" or self.arrange is not None or not isinstance(x.shape[1], torch.SymInt):
+            return False
+        offsets, number = x.offsets(), int(x.shape[0])
+        ids = torch.repeat_interleave(torch.arange(number, device=offsets.device), offsets.diff())
+        self.input, self.arrange = x.values(), lambda grad: grad.values()
+        self.segments = Positions(segment_ids=ids, num_segments=number)
+        return True
+
     def positions(
         self, name: str, output: Tensor, candidates: Candidates, *, sequence_first: bool
     ) -> Positions | None:
@@ -149,6 +167,9 @@ class Operation:
             if (flat := self.flatten(given, rows)) is not None:
                 return flat
         chosen = choose(name, candidates, rows)
+        if self.segments is not None and (chosen is None or chosen.segment_ids is None):
+            ids, number = self.segments.segment_ids, self.segments.num_segments
+            return dataclasses.replace(chosen or Positions(), segment_ids=ids, num_segments=number)
         unsaid = chosen is None or (chosen.by_gradient and chosen.segment_ids is None)
         if unsaid and sequence_first:
             chosen = dataclasses.replace(chosen or Positions(), batch_dim=1)

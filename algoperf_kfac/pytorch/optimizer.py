@@ -245,7 +245,9 @@ class KFAC(torch.optim.Optimizer):
                 layers.sequence_first,
                 functools.partial(layers.recorder, one_pass=True, checks=False),
             )
-        options = Options(self.config, active, candidates, generator, checks, self._before_backward, taps)
+        options = Options(
+            self.config, active, candidates, generator, checks, self._before_backward, self._pending, taps
+        )
         return Capture(self._layers, self._finish_capture, options, loss_normalizer)
 
     def check(self) -> None:
@@ -291,6 +293,7 @@ class KFAC(torch.optim.Optimizer):
         self._unchecked = self._unchecked and not gathered.errors
         self._mistakes.rows(gathered.rows, scaled=gathered.scaled)
         self._mistakes.batch_second(gathered.second)
+        self._mistakes.in_parts(gathered.in_parts, scaled=gathered.scaled)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, and the statistics captured with them."""
@@ -416,6 +419,7 @@ class KFAC(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one update. A closure runs inside `capture()`, with gradients enabled; its loss is returned."""
         loss = None
+        self._pending.check_outside()
         if closure is not None:
             with torch.enable_grad(), self.capture():
                 loss = closure()

@@ -10,6 +10,7 @@ import torch
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.positions import Candidates
 from algoperf_kfac.pytorch.compiled import Taps
+from algoperf_kfac.pytorch.pending import Pending
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Options:
         generator: of the label draws of fisher="mc".
         checks: whether to compare what was captured with the weights' gradients.
         before_backward: called ahead of the first backward pass for parameters.
+        pending: the statistics that the capture adds to; knows of captures that are open.
         taps: what takes the statistics of layers within compiled graphs; None to run those uncompiled.
     """
 
@@ -32,4 +34,5 @@ class Options:
     generator: torch.Generator | None = None
     checks: bool = False
     before_backward: Callable[[], None] = lambda: None
+    pending: Pending = dataclasses.field(default_factory=Pending)
     taps: Taps | None = None

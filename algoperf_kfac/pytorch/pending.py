@@ -23,7 +23,10 @@ class Pending:
         captured: whether some capture saw a backward pass.
         unfinished: what layers missed in a capture without one, by name.
         hint: what that capture knew of the reason.
+        inside: whether a capture is open that takes statistics.
     """
+
+    inside = False  # on the class, too: states that were pickled before have none
 
     def __init__(self) -> None:
         self.statistics: dict[str, Statistics] = {}
@@ -32,6 +35,31 @@ class Pending:
         self.unfinished: dict[str, str] = {}
         self.hint = ""
         self._alive: dict[str, Tensor] = {}  # of layers with a gradient: whether it had anything but zeros, ()
+
+    def enter(self) -> None:
+        """A capture opens.
+
+        Raises:
+            RuntimeError: within another one.
+        """
+        if self.inside:
+            raise RuntimeError(
+                "a capture() inside a capture() of the same optimizer would count the statistics twice: open one "
+                "after the other, for each (micro-)batch; step(closure) opens one around its closure"
+            )
+        self.inside = True
+
+    def leave(self) -> None:
+        """The capture is over."""
+        self.inside = False
+
+    def check_outside(self) -> None:
+        """Raises RuntimeError within a capture, whose statistics are made when it is left."""
+        if self.inside:
+            raise RuntimeError(
+                "step() inside capture(): statistics are made when the `with` block is left. Put forward and "
+                "backward pass into it, and call step() after it; step(closure) opens a capture of its own"
+            )
 
     def add(self, statistics: Mapping[str, Statistics], layers: Mapping[str, CoveredLayer]) -> None:
         """Take in what a capture gathered, and remember the gradients that are there after it."""

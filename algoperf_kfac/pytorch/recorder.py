@@ -90,9 +90,7 @@ class Recorder:
 
     @property
     def is_complete(self) -> bool:
-        reduces = self.spec.reduces_inputs
-        lost = [call for call in self.calls if not call.seen]
-        kept_apart = all(reduces or call.input is not None or call.products is not None for call in lost)
+        kept_apart = all(self._kept_apart(call) for call in self.calls if not call.seen)
         return bool(self.rows or any(call.seen for call in self.calls)) and kept_apart
 
     def next_forward(self) -> None:
@@ -203,6 +201,7 @@ class Recorder:
                 "for each forward pass. Sum the losses of one forward pass before backward(), and leave gradients "
                 "of gradients (penalties, create_graph=True) outside of capture()"
             )
+        self._take_back(call)
         call.fired = call.seen = True
         self._note_rounding(grad)
         grad = call.batch_first(grad.to(self.dtype))
@@ -243,19 +242,59 @@ class Recorder:
         return Product(matrix.unsqueeze(0), bound, eps)
 
     def set_aside(self) -> None:
-        """Forget the calls that a gradient with respect to inputs alone went through.
+        """Leave out the calls that a gradient with respect to inputs alone went through, and no other yet.
 
         Raises:
-            RuntimeError: if it went through some calls of the forward pass, and left out others.
+            RuntimeError: if the sums hold the inputs of such a call, beside those of others.
         """
-        if not any(call.aside for call in self.calls):
+        aside = [call for call in self.calls if call.aside and not call.seen]
+        if not aside:
             return
-        if not all(call.aside for call in self.calls):
+        if len(aside) == len(self.calls):
+            self._a, self._b, self._a_count, self._squares, self._reduced = None, None, 0.0, None, []
+        elif not all(map(self._kept_apart, aside)):
+            raise self._two_ways()
+        for call in aside:
+            call.apart = True
+        self.calls = [call for call in self.calls if not call.apart]
+        self.backward_done = bool(self.calls) and all(call.seen for call in self.calls)
+
+    def _take_back(self, call: Call) -> None:
+        """A gradient for parameters comes to a call that had been left out: one forward pass for both.
+
+        Raises:
+            RuntimeError: if the call's input had been summed, and forgotten.
+        """
+        if not call.apart:
+            return
+        if not self._kept_apart(call):
+            raise self._two_ways()
+        call.apart = call.aside = False
+        self.calls.append(call)
+
+    def _kept_apart(self, call: Call) -> bool:
+        """Whether a call's input is not in sums with others."""
+        return self.spec.reduces_inputs or call.input is not None or call.products is not None
+
+    def _two_ways(self) -> RuntimeError:
+        return RuntimeError(
+            f"layer {self.spec.name}: a gradient with respect to inputs alone went through some of its calls "
+            "and not through others of the same forward pass: take it outside of capture()"
+        )
+
+    def forget_seen(self) -> None:
+        """Forget what gradients came back for, as they were cleared.
+
+        Raises:
+            RuntimeError: if the sums hold inputs of calls whose gradients are yet to come.
+        """
+        waiting = [call for call in self.calls if not call.seen]
+        if not all(map(self._kept_apart, waiting)):
             raise RuntimeError(
-                f"layer {self.spec.name}: a gradient with respect to inputs alone went through some of its calls "
-                "and not through others of the same forward pass: take it outside of capture()"
+                f"layer {self.spec.name}: gradients were cleared inside capture(), between the backward passes of "
+                "one forward pass: open a capture for each pass"
             )
-        self.calls = []
+        self.calls, self.sums, self.product, self.backward_done = waiting, LayerSums(), None, False
         self._a, self._b, self._a_count, self._squares, self._reduced = None, None, 0.0, None, []
 
     def end_pass(self) -> None:

@@ -54,7 +54,11 @@ def test_messages_are_those_of_the_library():
     strings = [text for node in nodes if (text := texts(node)) is not None]
     assert [part for part in quoted if not any(part in text for text in strings)] == []
     calls = [node for node in nodes if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "warn"]
-    made = [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name in ("other_rows", "noise")]
+    made = [
+        node
+        for node in nodes
+        if isinstance(node, ast.FunctionDef) and node.name in ("in_parts", "other_rows", "noise")
+    ]
     returns = [node for function in made for node in ast.walk(function) if isinstance(node, ast.Return)]
     said = [*(call.args[0] for call in calls), *(node.value for node in returns)]
     warned = [text for node in said if (text := texts(node)) is not None]

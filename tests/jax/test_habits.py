@@ -492,3 +492,77 @@ def test_a_branch_that_is_not_taken_stands_still(scaling: str) -> None:
         _, state = step(params, state, 0, True)
     with pytest.raises(MissingStatisticsError, match="at_times"):
         optimizer.metrics(state)
+
+
+# The batch in parts -----------------------------------------------------------------------------------------------
+
+IN_PARTS: dict[str, tuple[Callable[[Any, Array], Array], int]] = {
+    "a loop": (lambda p, x: jnp.stack([mlp(p, row) for row in x]), 8),
+    "lax.map": (lambda p, x: lax.map(lambda row: mlp(p, row), x), 8),
+    "lax.map of chunks": (lambda p, x: lax.map(lambda row: mlp(p, row), x, batch_size=4), 2),
+    "scan": (lambda p, x: lax.scan(lambda carry, row: (carry, mlp(p, row)), 0, x)[1], 8),
+}
+
+
+@pytest.mark.parametrize("how", IN_PARTS)
+def test_a_batch_in_parts_is_named(how: str) -> None:
+    """Calls are taken to see the same examples, which is right of time steps, and not of a loop over the batch."""
+    apply_fn, calls = IN_PARTS[how]
+    x, y = batch(8)
+    ours = KFAC(lambda p, x, y: apply_fn(p, x), cross_entropy, mlp_params(), x, y, **OPTIONS)
+    message = rf"layer l0 is called {calls} times, on 8 rows in all, as many as the model's outputs have.*jax\.vmap"
+    with pytest.warns(UserWarning, match=message):
+        jax.eval_shape(ours.value_grad_and_statistics, mlp_params(), x, y)
+
+
+def test_time_steps_and_mapped_examples_are_no_parts() -> None:
+    x, y = batch(8)
+    models = {
+        "vmap": lambda p, x, y: jax.vmap(lambda row: mlp(p, row))(x),
+        "twice": lambda p, x, y: mlp(p, x) + mlp(p, 2 * x),
+        "time": lambda p, x, y: lax.scan(lambda c, t: (c, mlp(p, t * x)), 0, jnp.arange(3.0))[1].mean(0),
+        "time steps returned": lambda p, x, y: lax.scan(lambda c, t: (c, mlp(p, t * x)), 0, jnp.arange(3.0))[1],
+    }
+    for apply_fn in models.values():
+        loss = lambda outputs, x, y: outputs.mean()  # noqa: E731
+        ours = KFAC(apply_fn, loss, mlp_params(), x, y, **OPTIONS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            jax.eval_shape(ours.value_grad_and_statistics, mlp_params(), x, y)
+
+
+def test_two_parameters_of_one_name_are_refused() -> None:
+    params = {"x/a": mlp_params(), "x": {"a": mlp_params()}}
+    with pytest.raises(ValueError, match=r"two parameters are called x/a/l0/.*another key"):
+        discover(lambda p, x: mlp(p["x/a"], mlp(p["x"]["a"], x)), params, batch()[0], config=KFACConfig())
+
+
+def test_a_name_matches_itself_whatever_characters_it_has() -> None:
+    params = {"heads[x]": mlp_params()["l0"], "last": mlp_params()["l2"]}
+
+    def apply_fn(p: Any, x: Array) -> Array:
+        return jnp.tanh(x @ p["heads[x]"]["w"] + p["heads[x]"]["b"]) @ p["last"]["w"] + p["last"]["b"]
+
+    layers = discover(apply_fn, params, batch()[0], config=KFACConfig(), exclude=["heads[x]"])
+    assert set(layers.covered) == {"last"}
+
+
+# Settings of a process --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting", [jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict")])
+def test_a_process_that_forbids_promotion(setting: Any) -> None:
+    """It is meant for the user's code, which obeys here; the library's own has its rules."""
+    params, (x, y) = mlp_params((4, 3)), batch()
+
+    def apply_fn(p: Any, x: Array, y: Array) -> Array:
+        return x @ p["l0"]["w"] + p["l0"]["b"][None]
+
+    def loss_fn(f: Array, x: Array, y: Array) -> Array:
+        return -(jax.nn.log_softmax(f) * jax.nn.one_hot(y, 3, dtype=f.dtype)).sum(1).mean()
+
+    with setting:
+        ours = KFAC(apply_fn, loss_fn, params, x, y, **OPTIONS)
+        plain, with_statistics, _ = steps(ours, apply=apply_fn, loss=loss_fn)
+        for step in (with_statistics, plain):
+            jax.eval_shape(step, params, ours.init(params), x, y)

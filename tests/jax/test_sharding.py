@@ -44,3 +44,9 @@ def test_as_on_one_device(devices: int, report: dict[str, Any]) -> None:
 def test_explicit_axes(report: dict[str, Any]) -> None:
     """Under a mesh whose axes are explicit the statistics are those of the whole batch."""
     assert report["explicit"] < 1e-12
+
+
+def test_mapped_over_devices(report: dict[str, Any]) -> None:
+    """Where devices map over their examples, statistics summed over them are those of the whole batch."""
+    assert len(report["mapped"]) == 3
+    assert max(report["mapped"].values()) < 1e-12, report["mapped"]

@@ -266,3 +266,44 @@ def test_a_captured_model_can_be_copied_and_trained_on() -> None:
     assert all(not m._forward_hooks and not m._backward_hooks for m in model.modules())
     copy.deepcopy(model)(x).sum().backward()
     assert_finite(model, optimizer)
+
+
+def test_a_step_inside_of_its_capture_says_so() -> None:
+    """Statistics are made when the block is left; afterwards all goes on as if nothing had been."""
+    model, (x, y) = mlp(5, 4, 3), vectors()
+    optimizer = KFAC(model)
+
+    def run(step: Callable[[], object]) -> None:
+        optimizer.zero_grad()
+        with optimizer.capture():
+            F.cross_entropy(model(x), y).backward()
+            step()
+
+    for step in (optimizer.step, lambda: optimizer.step(lambda: F.cross_entropy(model(x), y))):
+        with pytest.raises(RuntimeError, match=r"step\(\) inside capture\(\).*call step\(\) after it"):
+            run(step)
+    want = factors_of(model, lambda m: F.cross_entropy(m(x), y))
+    optimizer.zero_grad()
+    with optimizer.capture():
+        F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert_same_factors(optimizer.factors(reduction="mean"), want)
+
+
+def test_a_capture_inside_a_capture_of_the_same_optimizer_is_refused() -> None:
+    """As of a closure that opens one itself: its batch would count twice."""
+    model, (x, y) = mlp(5, 4, 3), vectors()
+    optimizer, other = KFAC(model[0]), KFAC(model[2])
+
+    def closure() -> Tensor:
+        with optimizer.capture():
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"capture\(\) of the same optimizer would count the statistics twice"):
+        optimizer.step(closure)
+    with optimizer.capture(), other.capture():
+        F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    other.step()

@@ -190,3 +190,22 @@ def test_raw_parameters_say_what_read_them_or_that_nothing_did() -> None:
         "idle": "no operation with a rule reads it",
     }
     assert {layer.weight for layer in optimizer.coverage().layers} == {"plain"}
+
+
+class Spectral(nn.Module):
+    """A real weight on complex data, beside layers on real ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.mix, self.last = nn.Linear(6, 6), nn.Linear(4, 4, bias=False), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        modes = torch.fft.rfft(self.first(x))
+        return self.last(torch.fft.irfft(F.linear(modes, self.mix.weight.to(modes.dtype)), n=6))
+
+
+def test_a_real_weight_on_complex_data_is_left_by_name(recwarn: pytest.WarningsRecorder) -> None:
+    optimizer = capture_once(Spectral(), lambda m: m(torch.randn(8, 6)).square().sum(1).mean())
+    assert covered(optimizer) == {"first", "last"}
+    assert "linear on complex data" in reasons(optimizer)["mix.weight"]
+    assert not [w for w in recwarn if "discards the imaginary part" in str(w.message)]

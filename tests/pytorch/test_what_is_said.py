@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -88,6 +89,17 @@ def under_func(model: nn.Module, x: Tensor) -> None:
         p.grad = found[name].detach()
 
 
+def with_others(model: nn.Module, x: Tensor) -> None:
+    params = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
+    torch.func.functional_call(model, params, (x,)).square().mean().backward()
+
+
+def in_a_thread(model: nn.Module, x: Tensor) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        outputs = pool.submit(model, x).result()
+    outputs.square().mean().backward()
+
+
 @pytest.mark.parametrize(
     ("run", "message"),
     [
@@ -97,8 +109,10 @@ def under_func(model: nn.Module, x: Tensor) -> None:
             lambda m, x: m(x[:0]).sum().backward(),
             "missed its inputs.*The batch has no examples: leave such a step out",
         ),
+        (with_others, r"missed its inputs.*Nothing is seen of a model.*other tensors in place of its parameters"),
+        (in_a_thread, r"missed its inputs.*Nothing is seen of a model that runs in another thread"),
     ],
-    ids=["grad", "vmap", "empty"],
+    ids=["grad", "vmap", "empty", "functional_call", "thread"],
 )
 def test_passes_that_show_no_layer_are_named(run: Callable[[nn.Module, Tensor], None], message: str) -> None:
     model = mlp(6, 8, 3)
@@ -111,7 +125,7 @@ def test_passes_that_show_no_layer_are_named(run: Callable[[nn.Module, Tensor], 
 
     with pytest.raises(MissingStatisticsError, match=message) as said:
         step()
-    assert "Run the forward" not in str(said.value)
+    assert "exclude=[...]" not in str(said.value)
 
 
 @pytest.mark.parametrize("fisher", ["mc", "exact"])
@@ -196,3 +210,59 @@ def test_directions_that_are_noise_are_named_once(
     table = optimizer.summary(3)
     assert "graft ratio  cosine  A at damping  B at damping  refreshes  idle  noise" in table
     assert "... and 2 more layers" in table
+
+
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+def test_a_batch_in_parts_is_named(approximation: str, recwarn: pytest.WarningsRecorder) -> None:
+    """Calls are taken to see the same examples, which is right of time steps, and not of a loop over the batch."""
+    model, x, y = mlp(6, 8, 3), torch.randn(4, 6), torch.randint(3, (4,))
+
+    def loss(m: nn.Module, rows: list[Tensor]) -> Tensor:
+        return F.cross_entropy(torch.cat([m(row).reshape(-1, 3) for row in rows]), y)
+
+    options = {"approximation": approximation, "lr": 0.0}
+    for parts, calls in ((list(x), 4), (list(x[:, None]), 4), (list(x.chunk(2)), 2), ([x[:3], x[3:]], 2)):
+        message = f"layer 0 is called {calls} times, on 4 rows in all, as many as the loss function has"
+        with pytest.warns(UserWarning, match=message):
+            factors_of(model, lambda m, parts=parts: loss(m, parts), **options)
+    want = factors_of(model, lambda m: F.cross_entropy(m(x), y), **options)
+    # The way out: a capture for each.
+    optimizer = KFAC(model, **options)
+    for row, label in zip(x, y, strict=True):
+        with optimizer.capture(loss_normalizer=4):
+            (F.cross_entropy(model(row), label) / 4).backward()
+    optimizer.step()
+    assert_same_factors(optimizer.factors(reduction="mean"), want)
+    # Time steps of one sequence, the loss a mean over them; two views of each example, with a loss of both.
+    recwarn.clear()
+    factors_of(model, lambda m: loss(m, list(x[:, None])), capture={"loss_normalizer": 4}, **options)
+    factors_of(model, lambda m: F.cross_entropy(m(x) + m(2 * x), y), **options)
+    assert not [w for w in recwarn if "K-FAC" in str(w.message)]
+
+
+class Tasks(nn.Module):
+    """Names with characters that patterns are made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("task[0]", "t*", "task0", "t?")})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(head(x) for head in self.heads.values())
+
+
+def test_a_name_matches_itself_whatever_characters_it_has() -> None:
+    model, x = Tasks(), torch.randn(6, 4)
+    optimizer = KFAC(model, exclude=["heads.task[0]"], output_splits={"heads.t?": 2})
+    assert covered(optimizer) == {"heads.t*", "heads.t?"}
+    optimizer = KFAC(model, output_splits={"heads.t?": 2})
+    layers = {layer.name: layer for layer in optimizer.coverage().layers}
+    assert [len(layers[f"heads.{name}"].out_blocks) for name in ("t?", "task0")] == [2, 1]
+    half = torch.tensor([1.0, 1, 1, 0, 0, 0])
+    with optimizer.capture({"heads.task[0]": half, "heads.t*": torch.ones(6)}):
+        model(x).square().sum(1).mean().backward()
+    optimizer.step()
+    counts = {name: pair.A[:4, :4].trace() for name, pair in optimizer.factors(reduction="mean").items()}
+    torch.testing.assert_close(counts["heads.task[0]"], x[:3].square().sum() / 3)
+    for name in ("heads.t*", "heads.t?"):
+        torch.testing.assert_close(counts[name], x.square().sum() / 6)

@@ -104,7 +104,10 @@ class AnyRecorder(Protocol):
         """The gradient that the mean of a loss function got in the latest backward pass, None if unknown."""
 
     def set_aside(self) -> None:
-        """Forget the calls that a gradient with respect to inputs alone went through."""
+        """Leave out the calls that a gradient with respect to inputs alone went through."""
+
+    def forget_seen(self) -> None:
+        """Forget what gradients came back for, as they were cleared."""
 
     def statistics(self, factor: Scalar, *, by_loss: bool = False) -> Statistics:
         """The sums, output gradients squared multiplied by `factor`; see `LayerSums.statistics`."""

@@ -343,6 +343,10 @@ class TiedRecorder:
         self.output.set_aside()
         self.lookups.set_aside()
 
+    def forget_seen(self) -> None:
+        self.output.forget_seen()
+        self.lookups.forget_seen()
+
     def end_pass(self) -> None:
         self.output.end_pass()
         self.lookups.end_pass()
