@@ -42,13 +42,13 @@ def test_images_that_are_trained_on_are_not_tested_on():
     assert labels.bincount().tolist() == [training.IMAGES // 10] * 10
 
 
-@pytest.mark.parametrize("method", [*EVIDENCE, "grid"])
+@pytest.mark.parametrize("method", [*EVIDENCE, "grid", "retrained"])
 def test_a_run_of_each_method(monkeypatch, method):
     monkeypatch.setattr(training, "EPOCHS", 2)
     monkeypatch.setattr(training, "EVERY", 1)
     monkeypatch.setattr(training, "BURN_IN", 0)
     monkeypatch.setattr(training, "IMAGES", 300)
-    found = training.run(Case(method, True, 2, 1e-3 if method == "grid" else 0.0, 1))
+    found = training.run(Case(method, True, 2, 0.0 if method in EVIDENCE else 1e-3, 1))
     assert found["log_likelihood"] > -2.4
     assert ("held_out" in found) == (method == "grid")
     if method in EVIDENCE:
@@ -76,15 +76,21 @@ def test_it_goes_on_and_the_page_by_hand(tmp_path, capsys):
     for one in cases.costs():
         seconds = {"fit": 2.0, "evidence": 0.001, "passes": 1.5}
         costs.add(one, {"seconds": seconds, "peak_bytes": 5e7, "version": "0"})
+    again = cases.retrained(runs)
+    assert [(one.decay, one.augment) for one in again] == [(1e-3, False)] * 3 + [(1e-3, True)] * 3
+    for one in again:
+        runs.add(one, made_up(one) | {"log_likelihood": -0.35})
     text = page.page(runs, costs)
     assert "| as they are | evidence, reduce | 0.900 (0.900 to 0.900) | -0.300 (-0.300 to -0.300) |" in text
+    assert "| as they are | grid of three, then on all images | 0.900 (0.900 to 0.900) | -0.350" in text
+    assert "| 0.020 (0.020 to 0.020) | 40 |  | 0.001 (0.001 to 0.001) |" in text
     assert "| small | expand | 2.00 | 1.50 | 0.50 | 50 | 1.0 |" in text
     assert "| width 16 | -3.000 (-3.000 to -3.000) |" in text
     # Held-out images choose, not the test; the seconds are those of all that were tried.
-    three = page.by_grid(runs, False, EQUAL_COST, SEEDS[0])
+    three = cases.by_grid(runs, False, EQUAL_COST, SEEDS[0])
     assert (three["decay"], three["seconds"]) == (1e-3, 30.0)
-    assert page.by_grid(runs, False, GRID, SEEDS[0])["decay"] == 1e-3
-    assert page.by_grid(runs, False, GRID, SEEDS[0], "log_likelihood")["decay"] == 1e-1
+    assert cases.by_grid(runs, False, GRID, SEEDS[0])["decay"] == 1e-3
+    assert cases.by_grid(runs, False, GRID, SEEDS[0], "log_likelihood")["decay"] == 1e-1
 
 
 def test_an_incomplete_grid_chooses_nothing(tmp_path):
@@ -92,7 +98,8 @@ def test_an_incomplete_grid_chooses_nothing(tmp_path):
     for decay in EQUAL_COST[:2]:
         one = Case("grid", False, WIDTH, decay, SEEDS[0])
         runs.add(one, made_up(one))
-    assert page.by_grid(runs, False, EQUAL_COST, SEEDS[0]) is None
+    assert cases.by_grid(runs, False, EQUAL_COST, SEEDS[0]) is None
+    assert cases.retrained(runs) == []
 
 
 def test_a_cost_is_measured_in_its_own_process():

@@ -34,7 +34,9 @@ def run(given: argparse.Namespace, output: Path) -> None:
     """
     runs, costs = cases.books(Path(given.results)) if given.results else cases.books()
     measure_costs(costs, again=given.again)
-    train(cases.runs(cases.SEEDS[:1] if given.quick else cases.SEEDS), runs, again=given.again)
+    seeds = cases.SEEDS[:1] if given.quick else cases.SEEDS
+    train(cases.runs(seeds), runs, again=given.again)
+    train(cases.retrained(runs, seeds), runs, again=given.again)
     atomic.write_text(output, page.page(runs, costs))
 
 
@@ -53,7 +55,7 @@ def train(
     for number, case in enumerate(todo, 1):
         result = runs(case)
         book.add(case, result)
-        how = case.method if case.method in EVIDENCE else f"weight decay {case.decay:g}"
+        how = case.method if case.method in EVIDENCE else f"{case.method}, weight decay {case.decay:g}"
         what = f"{how}, width {case.width}, {'shifted' if case.augment else 'as they are'}, seed {case.seed}"
         tell(f"    {number} of {len(todo)}: {what}: log-likelihood {result['log_likelihood']}")
 

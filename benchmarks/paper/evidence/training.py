@@ -39,10 +39,11 @@ class Case:
     """One run.
 
     Attributes:
-        method: "expand" or "reduce", whose evidence sets a weight decay for each layer, or "grid".
+        method: "expand" or "reduce", whose evidence sets a weight decay for each layer; "grid", with images held
+            out; or "retrained", on all of them.
         augment: whether images are shifted by up to two pixels.
         width: channels of the first stage.
-        decay: of the grid; 0 where the evidence sets it.
+        decay: given; 0 where the evidence sets it.
         seed: of weights, batches and shifts.
     """
 
@@ -104,7 +105,7 @@ def _train(
     # A prior precision of 1 to begin with.
     online = OnlineEvidence(by="layer", every=EVERY, burn_in=BURN_IN, steps=ADAM_STEPS)
     names = tuple(name for name, _ in model.named_parameters())
-    decays = {names: case.decay} if case.method == "grid" else {names: 1.0 / count}
+    decays = {names: 1.0 / count if case.method in EVIDENCE else case.decay}
     spent, updates, value = 0.0, 0, math.nan
 
     def loader() -> Iterator[tuple[Tensor, Tensor]]:
