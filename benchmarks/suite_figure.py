@@ -55,7 +55,9 @@ def _panel(one: Judged, cost: str, axes: Axes) -> None:
         if np.isnan(row["ratio"]):
             label = _without_ratio(int(one.ranking[cost]["reached"].get(name, 0)), count)
         end = min(np.nanmax([row["ratio"], row["high"] if np.isfinite(row["high"]) else row["ratio"], 0.0]), limit)
-        axes.annotate(label, (end, place), xytext=(5, 0), textcoords="offset points", va="center")
+        # On white: an interval that reaches a miss runs on behind it.
+        white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axes.annotate(label, (end, place), xytext=(5, 0), textcoords="offset points", va="center", bbox=white)
     axes.axvline(1.0, color=palette.INK["light"], linewidth=1.0, linestyle=(0, (1, 2)))
     axes.set_yticks(places, [str(name) for name in means.index])
     axes.set_xlim(0, limit)

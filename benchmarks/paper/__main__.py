@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> None:
         given = parser.parse_args(argv)
         path = Path(given.output or CHECKOUT / "docs" / "generated" / f"{given.part}.md")
+        path.parent.mkdir(parents=True, exist_ok=True)
         _run(given, path)
         tell(f"Written: {path}")
 

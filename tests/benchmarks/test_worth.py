@@ -68,8 +68,7 @@ def test_the_page_and_the_figure_from_what_is_kept(tmp_path, capsys):
             for name, size in (("gradient", 1.0), ("expand", 4.0), ("reduce", 2.0), ("mixed", 3.0))
         }
         book.add(start, {"worth": worth, "layers": {"blocks.1.conv2": layer}, "version": "0"})
-    output = tmp_path / "generated" / "worth.md"
-    output.parent.mkdir()
+    output = tmp_path / "generated" / "worth.md"  # in a folder that is made
     assert main(["worth", f"--results={kept}", f"--output={output}"]) == 0
     assert "==> 0 networks" in capsys.readouterr().out
     text = output.read_text()
