@@ -134,7 +134,9 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 # Of these, the layers that share their weight over nothing: R = 1, so that expand and reduce are one.
 UNSHARED = {
+    "linear recurrence, squared error at the last step": ("head",),
     "tanh recurrence, softmax at the last step": ("head",),
+    "LSTM, softmax at the last step": ("head",),
     "attention over one position, softmax": ("value",),
     "one query at a memory of five, softmax": ("query", "out"),
     "convolution, attention over pixels, their mean, softmax": ("head",),
