@@ -191,6 +191,20 @@ EXPERIMENTS = (
         "0.017; with B alone, the clicks by 0.005.",
     ),
     Experiment(
+        name="rows_expand",
+        change="Statistics from fewer rows at the points since.",
+        submission="kfac_expand",
+        start=SINCE_POLAR,
+        variants={f"{rows} rows": Variant({"statistics_rows": rows}) for rows in (512, 1024)},
+    ),
+    Experiment(
+        name="rows_reduce",
+        change="The same for reduce where it fits.",
+        submission="kfac_reduce",
+        start=SINCE_POLAR,
+        variants={f"{rows} rows": Variant({"statistics_rows": rows}) for rows in (512, 1024)},
+    ),
+    Experiment(
         name="frequency",
         change="How often statistics are taken (refreshes at every 30th step, or with them), and how often bases "
         "are refreshed (statistics at every step); the first ten steps do both, as always.",
