@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from algoperf_kfac.subset import RowLimit
+
 APPROXIMATIONS = ("expand", "reduce", "mixed")
 FISHERS = ("empirical", "mc", "exact")
 PRECONDITIONERS = ("eigen", "inverse")
@@ -86,6 +88,8 @@ class KFACConfig:
         statistics_rows: statistics are formed from as few examples of a batch, every n-th, as bring at least so
             many rows to the outer products of a call (positions with expand, examples with reduce), and from two at
             least; None for all examples. Layers whose rows are put together by segments take all.
+        statistics_rows_by_side: whether layers with a diagonal block of more sides than `statistics_rows` take as
+            many rows as that block has sides, so that none of their factors is singular for want of rows.
         initial_statistics: the first so many steps all take statistics, so that the first bases do not rest on
             one batch.
         refresh_interval: steps between refreshes of a layer's preconditioner, a multiple of factor_interval.
@@ -129,6 +133,7 @@ class KFACConfig:
     factor_decay: float = 0.9
     factor_interval: int = 10
     statistics_rows: int | None = None
+    statistics_rows_by_side: bool = False
     initial_statistics: int = 10
     refresh_interval: int = 20
     initial_refreshes: str = "doubling"
@@ -189,6 +194,7 @@ class KFACConfig:
             self.statistics_rows is None or self.statistics_rows >= 1,
             "a whole number, at least 1, or None",
         )
+        check("statistics_rows_by_side", isinstance(self.statistics_rows_by_side, bool), "True or False")
         check("initial_statistics", self.initial_statistics >= 0, "at least 0")
         check(
             "refresh_interval",
@@ -242,6 +248,11 @@ class KFACConfig:
         """
         values = {} if config is None else {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
         return cls.from_hyperparameters(hyperparameters, **values)
+
+    @property
+    def row_limit(self) -> RowLimit:
+        """How many rows statistics are formed of at least."""
+        return RowLimit(self.statistics_rows, self.statistics_rows_by_side)
 
     @property
     def scaling_room(self) -> str | type:

@@ -25,7 +25,7 @@ from typing import Protocol
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.layers import Coverage, LayerSpec
-from algoperf_kfac.subset import Subset
+from algoperf_kfac.subset import RowLimit, Subset
 
 ITEM_BYTES = 4  # float32: parameters, moments and factors alike
 EIGH_FLOPS = 9.0  # times n^3
@@ -81,7 +81,7 @@ class Load:
         """The share of the examples that a factor is formed of.
 
         Args:
-            rows: `KFACConfig.statistics_rows`; several calls are taken for one of all their positions.
+            rows: from `KFACConfig.row_limit`; several calls are taken for one of all their positions.
             reduces: whether the factor has one row per example, and not one per position.
         """
         limit, each = None if self.in_segments else rows, 1 if reduces else max(1, round(self.positions))
@@ -384,8 +384,8 @@ def make_plan(
     """
     if devices < 1:
         raise ValueError(f"devices must be at least 1, got {devices}")
-    rows = config.statistics_rows
-    layers = tuple(_layer_plan(spec, loads.get(spec.load_name), scaling, rows) for spec in coverage.layers)
+    limit = config.row_limit
+    layers = tuple(_layer_plan(spec, loads.get(spec.load_name), scaling, limit) for spec in coverage.layers)
     shapes = {f.name: f.shape for f in coverage.fallbacks}
     others = sum(
         6 * load.products * math.prod(shapes[name])
@@ -402,7 +402,7 @@ def make_plan(
         **_temporary_bytes(coverage, devices, gradient_copies),
         activations=ITEM_BYTES * elements if activation_bytes is None else activation_bytes,
         loss=LOSS_COPIES * output_bytes,
-        capture=capture_bytes + ITEM_BYTES * sum(_captured_elements(layer, rows) for layer in layers),
+        capture=capture_bytes + ITEM_BYTES * sum(_captured_elements(layer, limit) for layer in layers),
     )
     model = sum(layer.model for layer in layers) + others
     share = 1 / model if model else 0.0
@@ -415,7 +415,7 @@ def make_plan(
     return Plan(coverage, layers, config, devices, memory, flops, activation_bytes is not None)
 
 
-def _layer_plan(spec: LayerSpec, load: Load | None, scaling: Scaling, rows: int | None) -> LayerPlan:
+def _layer_plan(spec: LayerSpec, load: Load | None, scaling: Scaling, limit: RowLimit) -> LayerPlan:
     own = scaling.flops(spec)
     model = statistics = 0.0
     if load is not None:
@@ -428,13 +428,13 @@ def _layer_plan(spec: LayerSpec, load: Load | None, scaling: Scaling, rows: int 
             (spec.reduces_inputs, a, of_input),
             (spec.reduces_outputs, b, of_output * (1 + spec.watches_sums)),
         ):
-            share = load.share(rows, reduces=reduces)
+            share = load.share(limit.of(spec.block_sizes), reduces=reduces)
             products = 2 * load.examples * (1 if reduces else load.positions) * entries
             statistics += share * (products + (summed if reduces else 0))
     return LayerPlan(spec, load, model, statistics, own.refresh, own.step)
 
 
-def _captured_elements(layer: LayerPlan, rows: int | None) -> float:
+def _captured_elements(layer: LayerPlan, limit: RowLimit) -> float:
     """Entries of the sums that a statistics step of a layer holds together with the activations.
 
     Reduce sums inputs and output gradients over each example's positions, and makes outer products of them once the
@@ -449,7 +449,7 @@ def _captured_elements(layer: LayerPlan, rows: int | None) -> float:
         if not reduces:
             held += spec.groups * sum(size**2 for size in blocks)
         elif load is not None:
-            held += load.share(rows, reduces=True) * load.examples * spec.groups * dim
+            held += load.share(limit.of(spec.block_sizes), reduces=True) * load.examples * spec.groups * dim
     return held
 
 

@@ -77,7 +77,7 @@ def work_of(spec: LayerSpec, load: Load, *, reduces: bool, rows: int | None = No
         spec: the layer; its own approximation does not matter.
         load: what it sees.
         reduces: by reduce, or by expand.
-        rows: `KFACConfig.statistics_rows`.
+        rows: from `KFACConfig.row_limit`.
     """
     share = load.share(rows, reduces=reduces)
     entries = spec.groups * sum(size**2 for size in spec.block_sizes)
@@ -129,10 +129,10 @@ def compare(plan: Plan, rates: Rates, interval: int | None = None) -> Compared:
     every = plan.config.factor_interval if interval is None else interval
     if every < 1:
         raise ValueError(f"interval must be at least 1, got {every}")
-    rows = plan.config.statistics_rows
     pairs = []
     for layer in plan.layers:
         if layer.load is not None:
+            rows = plan.config.row_limit.of(layer.spec.block_sizes)
             expand, reduce = (
                 rates.seconds(work_of(layer.spec, layer.load, reduces=reduces, rows=rows))
                 for reduces in (False, True)

@@ -9,7 +9,7 @@ random order their expectation is the same.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from algoperf_kfac.positions import Positions
 
@@ -17,14 +17,25 @@ from algoperf_kfac.positions import Positions
 LEAST_EXAMPLES = 2
 
 
-def limit_for(rows: int | None, candidates: Iterable[Positions]) -> int | None:
-    """The rows that a layer's statistics are formed of at least; None for all.
+@dataclasses.dataclass(frozen=True)
+class RowLimit:
+    """How many rows the statistics of layers are formed of at least.
 
-    Args:
-        rows: `KFACConfig.statistics_rows`.
-        candidates: how the layer's rows may be read. Rows of segments come in no order: all are taken.
+    Attributes:
+        rows: `KFACConfig.statistics_rows`; None for all.
+        by_side: `KFACConfig.statistics_rows_by_side`.
     """
-    return None if any(one.segment_ids is not None for one in candidates) else rows
+
+    rows: int | None = None
+    by_side: bool = False
+
+    def of(self, sides: Sequence[int]) -> int | None:
+        """Of a layer whose factors have diagonal blocks with these sides; None for all."""
+        return max(self.rows, *sides) if self.rows is not None and self.by_side and sides else self.rows
+
+    def fitted(self, sides: Sequence[int], candidates: Iterable[Positions]) -> int | None:
+        """The same, of a layer whose rows may be read in these ways; all, if by segments: these have no order."""
+        return None if any(one.segment_ids is not None for one in candidates) else self.of(sides)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +55,7 @@ class Subset:
         """As few examples as have `rows` rows together, but `LEAST_EXAMPLES`.
 
         Args:
-            rows: from `limit_for`.
+            rows: from `RowLimit`.
             examples: of the call.
             each: rows per example that outer products are formed of: its positions, or 1 where they are summed.
         """

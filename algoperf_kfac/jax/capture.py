@@ -94,7 +94,7 @@ def value_grad_and_statistics(
         # Within a program nothing can be looked at: there `check_gradients` does it, when it is asked.
         wanted = not said.checked and config.fisher == "empirical" and is_known((params, args))
         checks = Checks(kind_of) if wanted else None
-        tapped = TappedModel(model, layers, as_candidates(positions), checks, config.statistics_rows)
+        tapped = TappedModel(model, layers, as_candidates(positions), checks, config.row_limit)
         said.statistics()
         forward = ForwardPass(tapped, params, args, lambda outputs: loss_fn(outputs, *args), has_aux=has_aux)
         value, n_valid, cotangent = forward.loss()

@@ -97,7 +97,7 @@ def _sight(subject: Subject, config: KFACConfig) -> Sighting:
         for name, load in recorder.loads.items()
     }
     # Positions as the submissions give them, as far as memory goes.
-    tapped = TappedModel(model, layers, as_candidates(BY_GRADIENT), rows=config.statistics_rows)
+    tapped = TappedModel(model, layers, as_candidates(BY_GRADIENT), rows=config.row_limit)
 
     def statistics_step(both: tuple[Tree, AllSums], *args: Tree) -> list[Array]:
         params, sums = both

@@ -15,7 +15,7 @@ from algoperf_kfac.jax.layer_book import CoveredLayer, paths
 from algoperf_kfac.jax.tracing import Survey
 from algoperf_kfac.layers import also_read_by
 from algoperf_kfac.positions import Candidates, Rows, candidates_for, check_fits, choose
-from algoperf_kfac.subset import limit_for
+from algoperf_kfac.subset import RowLimit
 
 NOT_CALLED = "The model does not call them with these arguments: leave them out with exclude=[...]"
 
@@ -53,7 +53,7 @@ def called_layers(layers: Mapping[str, CoveredLayer], notes: Survey) -> dict[str
 
 
 def read_calls(
-    layers: Mapping[str, CoveredLayer], notes: Survey, positions: Candidates, limit: int | None
+    layers: Mapping[str, CoveredLayer], notes: Survey, positions: Candidates, limit: RowLimit
 ) -> Readings:
     """Fit the positions to every call of every layer.
 
@@ -63,7 +63,7 @@ def read_calls(
         layers: the layers.
         notes: what the model does with them.
         positions: which positions count.
-        limit: `KFACConfig.statistics_rows`.
+        limit: `KFACConfig.row_limit`.
 
     Raises:
         ValueError: naming a layer that the positions do not fit, or positions that fit no layer.
@@ -76,7 +76,8 @@ def read_calls(
         of_calls = {key: _read(name, positions, use.rows, layer.dtype) for key, use in uses[name].items()}
         sizes = tuple(dict.fromkeys(reading.layout.num_examples for reading in of_calls.values()))
         # Of the rows of experts some may have few: all are taken.
-        own = None if kind_of(layer.spec).by_row else limit_for(limit, candidates_for(name, positions))
+        by_row, ways = kind_of(layer.spec).by_row, candidates_for(name, positions)
+        own = None if by_row else limit.fitted(layer.spec.block_sizes, ways)
         readings[name] = {key: reading.among(sizes, own) for key, reading in of_calls.items()}
     return readings
 

@@ -23,7 +23,9 @@ from algoperf_kfac.jax.tracing import TracedModel
 from algoperf_kfac.jax.types import Tree
 from algoperf_kfac.layers import LayerSpec
 from algoperf_kfac.positions import Candidates
+from algoperf_kfac.subset import RowLimit
 
+ALL_ROWS = RowLimit()
 KindOf: TypeAlias = Callable[[LayerSpec], Kind[Any]]
 """From a layer to its kind."""
 
@@ -39,7 +41,7 @@ class TappedModel:
         layers: from `discover`.
         positions: which positions count, from `as_candidates`.
         checks: collects the layers' products G^T A beside their statistics.
-        rows: `KFACConfig.statistics_rows`.
+        rows: `KFACConfig.row_limit`.
 
     Attributes:
         model: the same.
@@ -57,7 +59,7 @@ class TappedModel:
         layers: Layers,
         positions: Candidates,
         checks: Checks | None = None,
-        rows: int | None = None,
+        rows: RowLimit = ALL_ROWS,
     ) -> None:
         self.model = model
         self._kind_of: KindOf = kind_of if checks is None else checks.kind_of

@@ -32,7 +32,7 @@ from algoperf_kfac.pytorch.kinds import AnyRecorder
 from algoperf_kfac.pytorch.operations import LOOKUPS, RULES, Function, Operation
 from algoperf_kfac.pytorch.recorder import Recorder
 from algoperf_kfac.pytorch.sights import Sight, from_numbers, is_known, may_save, to_numbers
-from algoperf_kfac.subset import limit_for
+from algoperf_kfac.subset import RowLimit
 
 # What stands in for tensors of an operation that its sums do not read.
 _NONE = torch.empty(0, device="meta")
@@ -307,7 +307,7 @@ class CompiledStatistics:
         self,
         covered: Mapping[str, CoveredLayer],
         candidates: Candidates,
-        rows: int | None,
+        rows: RowLimit,
         sequence_first: Iterable[str],
         recorder: MakeRecorder,
     ) -> Taps | None:
@@ -316,7 +316,7 @@ class CompiledStatistics:
         Args:
             covered: the layers.
             candidates: descriptions of their positions.
-            rows: `KFACConfig.statistics_rows`.
+            rows: `KFACConfig.row_limit`.
             sequence_first: names of parameters whose modules say that inputs are (T, N, features).
             recorder: makes that of a layer, with factors of a dtype.
         """
@@ -342,7 +342,7 @@ class CompiledStatistics:
         self,
         covered: Mapping[str, CoveredLayer],
         candidates: Candidates,
-        rows: int | None,
+        rows: RowLimit,
         sequence_first: set[str],
         forms: _Forms,
         recorder: MakeRecorder,
@@ -355,7 +355,7 @@ class CompiledStatistics:
             spec, weight = layer.spec, layer.weight
             dtype = torch.promote_types(weight.dtype, torch.float32)
             zero = torch.zeros((), dtype=dtype, device=weight.device)
-            limit = limit_for(rows, candidates_for(name, candidates))
+            limit = rows.fitted(spec.block_sizes, candidates_for(name, candidates))
             for use, sight in enumerate(self._sights[name]):
 
                 def make(spec: LayerSpec = spec, dtype: torch.dtype = dtype, use: int = use) -> Recorder:

@@ -70,7 +70,7 @@ class MaskedLayout(Layout):
         """The examples that a factor is formed of.
 
         Args:
-            limit: from `limit_for`.
+            limit: from `RowLimit`.
             reduces: whether the factor has one row per example, and not one per position.
         """
         each = 1 if reduces else self.positions

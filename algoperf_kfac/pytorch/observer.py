@@ -26,7 +26,6 @@ from algoperf_kfac.pytorch.options import Options
 from algoperf_kfac.pytorch.recorder import Recorder
 from algoperf_kfac.pytorch.sights import Sights
 from algoperf_kfac.pytorch.uses import Uses
-from algoperf_kfac.subset import limit_for
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -269,9 +268,8 @@ class Observer:
             self._next_forward(recorder)
         geometry, rows = operation.geometry(output), operation.rows(output)
         device = output.device.type
-        limit = limit_for(
-            self._options.config.statistics_rows, candidates_for(recorder.spec.name, self._options.positions)
-        )
+        spec, options = recorder.spec, self._options
+        limit = options.config.row_limit.fitted(spec.block_sizes, candidates_for(spec.name, options.positions))
 
         def record() -> Call:
             with torch.no_grad(), torch.autocast(device, enabled=False):

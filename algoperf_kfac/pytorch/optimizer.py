@@ -241,7 +241,7 @@ class KFAC(torch.optim.Optimizer):
             taps = self._compiled.taps(
                 layers.covered,
                 candidates,
-                self.config.statistics_rows,
+                self.config.row_limit,
                 layers.sequence_first,
                 functools.partial(layers.recorder, one_pass=True, checks=False),
             )

@@ -113,7 +113,7 @@ class Recorder:
             conv: where it reads, None for linear operations.
             rows: of the call.
             positions: which of them count.
-            limit: from `limit_for`.
+            limit: from `RowLimit`.
         """
         layout = MaskedLayout.fitted(positions, rows, self.spec.name, self.dtype)
         call = Call(

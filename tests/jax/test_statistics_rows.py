@@ -111,8 +111,9 @@ def assert_alike(ours: Any, torchs: Any) -> None:
         ({"approximation": "reduce", "statistics_rows": 4}, "gradient"),
         ({"approximation": "mixed"}, None),
         ({"approximation": "mixed", "statistics_rows": 4}, "gradient"),
+        ({"approximation": "reduce", "statistics_rows": 2, "statistics_rows_by_side": True}, None),
     ],
-    ids=["expand", "reduce", "mixed", "mixed in part"],
+    ids=["expand", "reduce", "mixed", "mixed in part", "by side"],
 )
 def test_both_frameworks_agree(params: Any, x: Array, options: dict[str, Any], positions: Any) -> None:
     ours, said = in_jax(params, x, positions, **options)

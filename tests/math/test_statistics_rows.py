@@ -173,6 +173,15 @@ def test_how_many_are_chosen() -> None:
     assert Subset(12, 5).size == 3
 
 
+@pytest.mark.parametrize(("most", "every"), [(100, 2), (2, 6)])
+def test_no_fewer_rows_than_a_block_has_sides(most: int, every: int) -> None:
+    """A is 5 x 5 with the bias, or has blocks of at most 2: two of twelve examples would do for that."""
+    model, x = linear()
+    options = {"statistics_rows_by_side": True, "max_factor_dim": most}
+    found = pair_of(model, x, "reduce", 1, **options)["0"]
+    torch.testing.assert_close(tuple(found), tuple(pair_of(model, x[::every], "reduce", **options)["0"]))
+
+
 @pytest.mark.parametrize("value", [0, -1, 2.5, "many", True])
 def test_other_values_are_refused(value: object) -> None:
     with pytest.raises(ValueError, match="hyperparameter statistics_rows="):

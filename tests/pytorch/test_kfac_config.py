@@ -33,6 +33,7 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "factor_decay": ([1.0, -0.1], r"\[0, 1\)"),
     "factor_interval": ([0, -5, 2.5, True, math.nan, math.inf, "10"], "(at least 1|whole number)"),
     "statistics_rows": ([0, -5, 2.5, True, math.nan, math.inf, "10"], "(at least 1|whole number)"),
+    "statistics_rows_by_side": ([None, 1, "yes"], "True or False"),
     "initial_statistics": ([-1, 2.5, True, math.nan, math.inf, "10", None], "(at least 0|whole number)"),
     "refresh_interval": (
         [0, 15, 5, math.nan, math.inf, None],

@@ -109,9 +109,8 @@ def _programs(layer: Layer, config: KFACConfig, params: Params, x: Array) -> dic
     positions = _positions(layer)
 
     def statistics(params: Params, x: Array, gradient: Array) -> Statistics:
-        tapped = TappedModel(
-            trace(apply, params, (x,)), layers, as_candidates(positions), rows=config.statistics_rows
-        )
+        traced = trace(apply, params, (x,))
+        tapped = TappedModel(traced, layers, as_candidates(positions), rows=config.row_limit)
         _, backward = jax.vjp(lambda sums: tapped.run(params, (x,), sums), tapped.zeros())
         (sums,) = backward([gradient])
         return next(iter(tapped.statistics(sums, 1.0).values()))
