@@ -362,7 +362,7 @@ def exact(case: Case) -> dict[str, Tensor]:
     for name in case.layers:
         block = ggn_blocks(case.model, case.x, case.loss, name)
         if case.bias_only:  # the last column of the rows, see `ggn`
-            rows = case.model.get_submodule(name).weight.shape[0]
+            rows = case.model.get_parameter(f"{name}.weight").shape[0]
             p = block.shape[-1] // rows
             block = block[:, p - 1 :: p, p - 1 :: p]
         out[name] = block

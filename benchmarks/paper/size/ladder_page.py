@@ -39,7 +39,10 @@ def lines(book: Book[Training]) -> Iterator[str]:
     rates, seeds = ", ".join(f"{rate:g}" for rate in RATES), ", ".join(map(str, SEEDS))
     yield HEAD.format(rates=rates, seeds=seeds)
     if missing:
-        yield f"**{missing} of {len(wanted)} runs were not made**: what needs them is a dash, nothing is concluded."
+        yield (
+            f"**{missing} of {len(wanted)} runs were not made**: without all of its rung's a row is dashes, and "
+            "nothing is concluded."
+        )
         yield ""
     yield from table(
         "width | blocks | positions | parameters | optimizer | rate | steps | in NadamW's | loss | "
