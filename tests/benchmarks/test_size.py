@@ -195,7 +195,7 @@ def test_the_page_shows_means_and_names_what_was_not_run(tmp_path):
     assert "| 8 | 1 | 4 | 0 | expand | 1.00 (0.50) | 1.00 (0.50) |" in text
     assert "| 8 | 1 | 4 | 200 | expand | - | - | - | - |" in text
     wanted = len(ladder.trainings(quick=False))
-    assert f"**{wanted} of {wanted} runs were not made**" in text
+    assert f"**{wanted} of {wanted} runs were not made.**" in text
     assert "| 256 | 6 | 256 | 4,8" in text
 
 
@@ -224,6 +224,12 @@ def test_steps_and_trend_by_hand(tmp_path):
     lines = list(ladder_page.lines(book))
     assert "| 32 | 2 | 32 | 31,111 | reduce | 1 | 32 | 0.20 | 1.500 | 0.2 | 2.00 |" in lines
     assert not any("were not made" in line for line in lines)
+    assert not any("(edge)" in line for line in lines)
+    # With a quicker run at the largest rate the best one lies at the edge.
+    for seed in SEEDS:
+        quick = {"curve": [[8, 1.4], [80, 1.4]], "seconds": 0.2, "version": "0"}
+        book.add(Training(*RUNGS[0], "reduce", 3.0, seed), quick)
+    assert any("| reduce | 3 (edge) | 8 | 0.05 |" in line for line in ladder_page.lines(book))
     sizes = np.log10([ladder.parameters(rung) for rung in RUNGS])
     factor = 2 ** -np.polyfit(sizes, range(len(RUNGS)), 1)[0]
     (steps,) = [line for line in lines if "multiply the steps of expand" in line]

@@ -26,8 +26,9 @@ HEAD = f"""\
 Language models on the text of `bible_lm`, {TOKENS:,} characters a step, a horizon of {STEPS} steps with
 NadamW; each submission at its own point and share of the horizon, at {{rates}} times its learning rate, on
 seeds {{seeds}}. The target of a rung is NadamW's median validation loss at the end of its horizon, at its best
-rate. Each optimizer stands at the rate that takes it there in the fewest steps. Medians over seeds; seconds are
-of the processor, means over a run with all its refreshes.
+rate. Each optimizer stands at the rate that takes it there in the fewest steps; at the edge of those tried a
+better one may lie beyond. Medians over seeds; seconds are of the processor, means over a run with all its
+refreshes.
 """
 
 
@@ -40,8 +41,8 @@ def lines(book: Book[Training]) -> Iterator[str]:
     yield HEAD.format(rates=rates, seeds=seeds)
     if missing:
         yield (
-            f"**{missing} of {len(wanted)} runs were not made**: without all of its rung's a row is dashes, and "
-            "nothing is concluded."
+            f"**{missing} of {len(wanted)} runs were not made.** Without all of its rung's a row is dashes, and "
+            "without several rungs there is no trend."
         )
         yield ""
     yield from table(
@@ -63,7 +64,7 @@ def _trained(book: Book[Training], rung: Rung, optimizer: str) -> list[str]:
     steps = statistics.median(found.steps)
     cost = statistics.median(mine / its for mine, its in zip(found.cost, base.cost, strict=True))
     return [
-        f"{found.rate:g}",
+        f"{found.rate:g}{' (edge)' if found.rate in (min(RATES), max(RATES)) else ''}",
         f"{steps:g}" if math.isfinite(steps) else "missed",
         f"{steps / STEPS:.2f}" if math.isfinite(steps) else "-",
         f"{statistics.median(found.loss):.3f}",

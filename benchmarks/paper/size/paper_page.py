@@ -9,9 +9,9 @@ from benchmarks.paper.size.costs import BUDGET, FORMS, TOKENS, Sized
 HEAD = f"""\
 **A calculation; nothing of it was measured.** It is the library's `plan` of models of these shapes on PyTorch's
 meta device, and an A100 of assumed speed (`submissions/cli/assumed.py`). Layers, widths, heads, contexts and
-batches are those of GPT-2 (Radford et al. 2019, table 2 and section 2.3) and GPT-3 (Brown et al. 2020, arXiv
-2005.14165, table 2.1; 13B with a width of 5,120, not the printed 5,140). One block is planned and repeated,
-which gives the plan of the whole (asserted on GPT-2 124M).
+batches are those of GPT-2 (Radford et al. 2019, table 2 and section 2.3; heads as released) and GPT-3 (Brown et
+al. 2020, arXiv 2005.14165, table 2.1; 13B with a width of 5,120, not the printed 5,140). One block is planned
+and repeated, which gives the plan of the whole (asserted on GPT-2 124M).
 
 So many GPUs that each has {TOKENS:,} tokens of a step, data parallel: each has the whole model and all factors,
 forms statistics of its own tokens and the directions of all layers, and refreshes its share of the layers, as
@@ -23,7 +23,8 @@ block, 22 % at 124M and 3 % at 175B, so that shares are upper bounds.
 Points are those of the submissions: directions by polar factors of three Newton-Schulz steps, factors in blocks
 of at most 4,096 (a bias makes 4,097 of 4,096 inputs). *expand* takes all rows of a batch, *part* at least 4,096
 on each GPU, as it is shipped, *reduce* all sequences, of which there are fewer. Statistics come every 4 steps
-with *expand* and *part*, every 2 with *reduce*.
+with *expand* and *part*, every 2 with *reduce*. The first ten steps, which all take statistics and refresh, are
+not counted.
 """
 FLOPS = """\
 Flops in percent of the model's step, on a GPU: of one statistics step, of a refresh of all layers (on the GPU
