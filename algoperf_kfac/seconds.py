@@ -101,7 +101,7 @@ def seconds_of(plan: Plan, speed: Speed) -> Seconds:
     owners = assign([layer.refresh for layer in plan.layers], plan.devices)
     busiest = max((sum(_of(refreshes, owners, owner)) for owner in range(plan.devices)), default=0.0)
     return Seconds(
-        sum(_statistics(layer, speed) for layer in plan.layers) / config.factor_interval,
+        sum(_statistics(layer, speed, config.statistics_rows) for layer in plan.layers) / config.factor_interval,
         busiest / config.refresh_interval,
         sum(_preconditioning(layer, speed) for layer in plan.layers),
     )
@@ -174,16 +174,22 @@ def _of(values: Sequence[float], owners: Sequence[int], owner: int) -> list[floa
     return [value for value, own in zip(values, owners, strict=True) if own == owner]
 
 
-def _statistics(layer: LayerPlan, speed: Speed) -> float:
-    """Outer products of rows: of all of them (expand), or of their sums over positions, which are read first."""
+def _statistics(layer: LayerPlan, speed: Speed, rows: int | None) -> float:
+    """Outer products of rows: of all positions (expand), or of sums over them, which are read first (reduce)."""
     spec, load = layer.spec, layer.load
     if load is None:
         return 0.0
-    rows, summed = load.examples * load.positions, 0.0
-    if spec.approximation == "reduce":
-        rows = load.examples
-        summed = ITEM_BYTES * (load.input_elements + load.output_elements) / speed.bytes_per_second
-    return summed + spec.groups * sum(speed.product(size, rows, size) for size in spec.block_sizes)
+    seconds = 0.0
+    for reduces, blocks, elements in (
+        (spec.reduces_inputs, spec.in_blocks, load.input_elements),
+        (spec.reduces_outputs, spec.out_blocks, load.output_elements),
+    ):
+        share = load.share(rows, reduces=reduces)
+        taken = share * load.examples * (1 if reduces else load.positions)
+        seconds += spec.groups * sum(speed.product(size, taken, size) for size in blocks)
+        if reduces:
+            seconds += ITEM_BYTES * share * elements / speed.bytes_per_second
+    return seconds
 
 
 def _refresh(layer: LayerPlan, speed: Speed, *, inverse: bool) -> float:

@@ -5,6 +5,7 @@ python -m benchmarks.paper complexity     time and memory of A and B against R, 
 python -m benchmarks.paper update         an update of a wide residual network by batch size
 python -m benchmarks.paper peers          the same factors by curvlinops and einconv
 python -m benchmarks.paper architectures  recurrent networks, attention that shares nothing, a hybrid
+python -m benchmarks.paper size           language models: exact at the small end, GPT-2 to GPT-3 on paper, a ladder
 python -m benchmarks.paper worth          what factors are worth as a preconditioner, where reduce fails and why
 python -m benchmarks.paper evidence       weight decay by marginal likelihood, against a grid
 
@@ -32,6 +33,7 @@ PARTS = {
     "update": "benchmarks.paper.update.command",
     "peers": "benchmarks.paper.peers",
     "architectures": "benchmarks.paper.architectures.command",
+    "size": "benchmarks.paper.size.command",
     "worth": "benchmarks.paper.worth.command",
     "evidence": "benchmarks.paper.evidence.command",
 }
@@ -43,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("part", choices=tuple(PARTS))
     parser.add_argument("--output", help="where to; default: docs/generated/PART.md")
     measured = parser.add_argument_group("what is measured (all but exactness, peers)")
-    measured.add_argument("--results", help="file of kept results, of evidence a folder; default: in docs/results")
+    measured.add_argument(
+        "--results", help="file of kept results, of evidence and size a folder; default: in docs/results"
+    )
     measured.add_argument("--again", action="store_true", help="measure also what there are results of")
     measured.add_argument("--quick", action="store_true", help="a few sizes only")
     measured.add_argument("--framework", default="pytorch,jax", help="complexity: either or both")

@@ -336,6 +336,12 @@ def pairs(case: Case, approximation: str) -> dict[str, tuple[Tensor, Tensor]]:
 
     Call it, and make the case, with float64 as torch's default dtype.
     """
+    blocks = exact(case)
+    return {layer: (block, blocks[layer]) for layer, block in approximate(case, approximation).items()}
+
+
+def approximate(case: Case, approximation: str) -> dict[str, Tensor]:
+    """The exact Fisher's approximation of each layer's block; as `pairs`."""
     optimizer = KFAC(case.model, approximation=approximation, fisher="exact")
     with optimizer.capture(case.positions) as capture:
         capture.backward_fisher(case.model(case.x), case.loss)
@@ -343,12 +349,21 @@ def pairs(case: Case, approximation: str) -> dict[str, tuple[Tensor, Tensor]]:
     factors = optimizer.factors(reduction="sum")
     out = {}
     for name in case.layers:
-        exact = ggn_blocks(case.model, case.x, case.loss, name)
         a, b = factors[name]
         assert isinstance(a, Tensor)  # not in blocks: the layers are small
         assert isinstance(b, Tensor)
-        if case.bias_only:
-            p = a.shape[-1]
-            a, exact = a[-1:, -1:], exact[:, p - 1 :: p, p - 1 :: p]
-        out[name] = kfac_blocks(a, b), exact
+        out[name] = kfac_blocks(a[-1:, -1:] if case.bias_only else a, b)
+    return out
+
+
+def exact(case: Case) -> dict[str, Tensor]:
+    """The exact block of each layer; as `pairs`."""
+    out = {}
+    for name in case.layers:
+        block = ggn_blocks(case.model, case.x, case.loss, name)
+        if case.bias_only:  # the last column of the rows, see `ggn`
+            rows = case.model.get_parameter(f"{name}.weight").shape[0]
+            p = block.shape[-1] // rows
+            block = block[:, p - 1 :: p, p - 1 :: p]
+        out[name] = block
     return out

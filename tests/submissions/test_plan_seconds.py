@@ -49,6 +49,26 @@ def test_seconds_by_hand():
     assert seconds_of(second, SPEED).refresh == pytest.approx((3e-2 + 5e-3) / 4)
 
 
+@pytest.mark.parametrize(
+    ("approximation", "spatial", "rows", "expected"),
+    [
+        ("expand", False, None, 1e-9 * 40 * (1600 + 400)),
+        ("expand", False, 10, 1e-9 * 10 * (1600 + 400)),  # two of eight examples
+        ("reduce", False, 4, 1e-9 * 4 * (1600 + 400) + 4 * 0.5 * 1600 / 1e9),  # every second example
+        ("mixed", False, None, 1e-9 * 8 * (1600 + 400) + 4 * 1600 / 1e9),
+        ("mixed", True, 10, 1e-9 * (10 * 1600 + 8 * 400) + 4 * 400 / 1e9),  # A is expand's
+    ],
+)
+def test_seconds_of_statistics_are_those_of_the_rows_taken(approximation, spatial, rows, expected):
+    blocks = {"in_blocks": (40,), "out_blocks": (20,)}
+    coverage = one_layer(
+        weight_shape=(20, 40), in_dim=40, out_dim=20, approximation=approximation, spatial=spatial, **blocks
+    )
+    config = KFACConfig(factor_interval=1, statistics_rows=rows)
+    found = seconds_of(make_plan(coverage, {"l.weight": LOAD}, config), SPEED)
+    assert found.statistics == pytest.approx(expected)
+
+
 def test_the_busiest_device_counts():
     base = one_layer().layers[0]
     specs = [

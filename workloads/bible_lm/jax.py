@@ -47,7 +47,7 @@ class BibleLmWorkload(JaxWorkload, BibleLmTask):
     def build_model(self) -> nn.Module:
         return LanguageModel(
             num_symbols=bible.NUM_SYMBOLS,
-            length=bible.LENGTH,
+            length=self.length,
             width=self.width,
             depth=self.depth,
             heads=self.heads,

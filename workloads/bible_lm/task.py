@@ -21,6 +21,7 @@ class BibleLmTask(Workload):
     depth = 2
     heads = 4
     mlp_width = 256
+    length = bible.LENGTH
     post_norm = False
 
     target_metric_name = "loss"  # nats per character
@@ -44,7 +45,7 @@ class BibleLmTask(Workload):
 
     @property
     def num_train_examples(self) -> int:
-        return len(self._text.parts["train"]) // bible.LENGTH
+        return len(self._text.parts["train"]) // self.length
 
     def is_output_params(self, param_key: str) -> bool:
         return param_key.split(".")[0] == "output"
@@ -52,6 +53,6 @@ class BibleLmTask(Workload):
     def numpy_batch(self, data_rng: np.ndarray, split: str, index: int, batch_size: int) -> dict[str, np.ndarray]:
         """Batch `index` of a split; see `workloads.data.bible` for keys and shapes."""
         if split == "train":
-            return bible.train_batch(self._text.parts["train"], data_rng, index, batch_size)
+            return bible.train_batch(self._text.parts["train"], data_rng, index, batch_size, self.length)
         part = self._text.parts["train" if split == "eval_train" else split]
-        return bible.eval_batch(part, bible.NUM_WINDOWS[split], index, batch_size)
+        return bible.eval_batch(part, bible.NUM_WINDOWS[split], index, batch_size, self.length)

@@ -53,34 +53,38 @@ def load() -> Text:
     return Text(parts, "".join(chr(code) for code in arrays["codes"]))
 
 
-def train_batch(tokens: np.ndarray, rng: np.ndarray, index: int, batch_size: int) -> dict[str, np.ndarray]:
+def train_batch(
+    tokens: np.ndarray, rng: np.ndarray, index: int, batch_size: int, length: int = LENGTH
+) -> dict[str, np.ndarray]:
     """Batch `index` of the endless stream of random windows: a function of (rng, index).
 
     Returns:
-        inputs and targets (batch_size, 64) int64, targets being the next characters; weights, ones of that shape.
+        inputs and targets (batch_size, length) int64, targets being the next characters; weights, ones as many.
     """
-    starts = seeds.generator(seeds.fold_in(rng, index)).randint(0, len(tokens) - LENGTH, size=batch_size)
-    return _windows(tokens, starts, batch_size)
+    starts = seeds.generator(seeds.fold_in(rng, index)).randint(0, len(tokens) - length, size=batch_size)
+    return _windows(tokens, starts, batch_size, length)
 
 
-def eval_batch(tokens: np.ndarray, num_windows: int, index: int, batch_size: int) -> dict[str, np.ndarray]:
+def eval_batch(
+    tokens: np.ndarray, num_windows: int, index: int, batch_size: int, length: int = LENGTH
+) -> dict[str, np.ndarray]:
     """Batch `index` of `num_windows` windows spread evenly over a part, starting again at the end.
 
     The last batch is padded with windows of weight 0. Keys and shapes as in `train_batch`.
     """
-    starts = np.linspace(0, len(tokens) - LENGTH - 1, num_windows).astype(np.int64)
+    starts = np.linspace(0, len(tokens) - length - 1, num_windows).astype(np.int64)
     per_epoch = -(-num_windows // batch_size)
     first = (index % per_epoch) * batch_size
-    return _windows(tokens, starts[first : first + batch_size], batch_size)
+    return _windows(tokens, starts[first : first + batch_size], batch_size, length)
 
 
-def _windows(tokens: np.ndarray, starts: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
-    windows = tokens[starts[:, None] + np.arange(LENGTH + 1)].astype(np.int64)
+def _windows(tokens: np.ndarray, starts: np.ndarray, batch_size: int, length: int) -> dict[str, np.ndarray]:
+    windows = tokens[starts[:, None] + np.arange(length + 1)].astype(np.int64)
     padding = ((0, batch_size - len(starts)), (0, 0))
     return {
         "inputs": np.pad(windows[:, :-1], padding),
         "targets": np.pad(windows[:, 1:], padding),
-        "weights": np.pad(np.ones((len(starts), LENGTH), dtype=np.float32), padding),
+        "weights": np.pad(np.ones((len(starts), length), dtype=np.float32), padding),
     }
 
 

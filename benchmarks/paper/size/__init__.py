@@ -1,0 +1,1 @@
+"""How expand and reduce scale with the size of language models: exactly, on paper, and trained."""
