@@ -27,6 +27,7 @@ from algoperf_kfac.cost import (
 )
 from algoperf_kfac.layers import LayerSpec, split_blocks
 from algoperf_kfac.pace import pace_of
+from algoperf_kfac.subset import RowLimit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,7 @@ def seconds_of(plan: Plan, speed: Speed) -> Seconds:
     owners = assign([layer.refresh for layer in plan.layers], plan.devices)
     busiest = max((sum(_of(refreshes, owners, owner)) for owner in range(plan.devices)), default=0.0)
     return Seconds(
-        sum(_statistics(layer, speed, config.statistics_rows) for layer in plan.layers) / config.factor_interval,
+        sum(_statistics(layer, speed, config.row_limit) for layer in plan.layers) / config.factor_interval,
         busiest / config.refresh_interval,
         sum(_preconditioning(layer, speed) for layer in plan.layers),
     )
@@ -174,7 +175,7 @@ def _of(values: Sequence[float], owners: Sequence[int], owner: int) -> list[floa
     return [value for value, own in zip(values, owners, strict=True) if own == owner]
 
 
-def _statistics(layer: LayerPlan, speed: Speed, rows: int | None) -> float:
+def _statistics(layer: LayerPlan, speed: Speed, limit: RowLimit) -> float:
     """Outer products of rows: of all positions (expand), or of sums over them, which are read first (reduce)."""
     spec, load = layer.spec, layer.load
     if load is None:
@@ -184,7 +185,7 @@ def _statistics(layer: LayerPlan, speed: Speed, rows: int | None) -> float:
         (spec.reduces_inputs, spec.in_blocks, load.input_elements),
         (spec.reduces_outputs, spec.out_blocks, load.output_elements),
     ):
-        share = load.share(rows, reduces=reduces)
+        share = load.share(limit.of(spec.block_sizes), reduces=reduces)
         taken = share * load.examples * (1 if reduces else load.positions)
         seconds += spec.groups * sum(speed.product(size, taken, size) for size in blocks)
         if reduces:
