@@ -115,7 +115,7 @@ def test_forms_of_a_batch() -> None:
 
 @pytest.mark.parametrize("framework", NAMES)
 def test_several_devices_share_the_refreshes(framework: str) -> None:
-    """And nothing else: the state is on each of them."""
+    """In PyTorch directions as well, each layer's in one place; and nothing else: the state is on each of them."""
     alone = planned(framework, MLP)
     if framework == "pytorch":
         shared = plan(MLP.module(), torch.zeros(6, 64), config=KFACConfig(**EVERY_STEP), devices=2)
@@ -124,7 +124,9 @@ def test_several_devices_share_the_refreshes(framework: str) -> None:
         shared = plan(MLP.apply, parameters_of(MLP, "float32"), x, config=KFACConfig(**EVERY_STEP), devices=2)
     assert shared.memory.kfac_state == alone.memory.kfac_state
     assert shared.flops.refresh < alone.flops.refresh
-    assert shared.flops.preconditioning == alone.flops.preconditioning
+    wide, narrow = (layer.preconditioning / alone.flops.model for layer in alone.layers)
+    assert alone.flops.preconditioning == pytest.approx(wide + narrow)
+    assert shared.flops.preconditioning == pytest.approx(wide + (narrow if framework == "jax" else 0))
 
 
 @pytest.mark.parametrize("framework", NAMES)

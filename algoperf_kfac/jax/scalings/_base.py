@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import jax
@@ -109,3 +110,7 @@ class Scaling:
         """What a layer's refresh and its direction at every step take; see `cost.Scaling`."""
         each = EIGH_FLOPS if self.uses_bases else INVERSE_FLOPS
         return ScalingFlops(each * cubes(spec), product_flops(spec))
+
+    def dealt(self, specs: Sequence[LayerSpec], workers: int) -> list[list[int]]:
+        """The numbers of the layers whose directions each device makes: all of them."""
+        return [list(range(len(specs)))] * workers
