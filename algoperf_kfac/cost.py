@@ -217,6 +217,16 @@ def deal(costs: Sequence[float], workers: int) -> list[int]:
     return owners
 
 
+def runs(count: int, workers: int) -> list[range]:
+    """The jobs of each worker where all take equally many that stand side by side; the last ones' may overlap.
+
+    There are at least as many jobs as workers.
+    """
+    each = -(-count // workers)
+    starts = (min(worker * each, count - each) for worker in range(workers))
+    return [range(start, start + each) for start in starts]
+
+
 def largest_load(costs: Sequence[float], workers: int) -> float:
     """The work of the busiest worker under `assign`."""
     sums = [0.0] * workers
