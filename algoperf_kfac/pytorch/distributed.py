@@ -116,7 +116,7 @@ def _explained() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RuntimeError(
-            f"a process did not take part in K-FAC's exchange of statistics: {SAME_NUMBER}. "
+            f"a process did not take part in K-FAC's exchange of statistics or directions: {SAME_NUMBER}. "
             f"{type(error).__name__}: {error}"
         ) from error
 
