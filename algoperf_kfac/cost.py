@@ -134,6 +134,9 @@ class Scaling(Protocol):
     def flops(self, spec: LayerSpec) -> ScalingFlops:
         """What a layer's refresh and its direction at every step take."""
 
+    def dealt(self, specs: Sequence[LayerSpec], workers: int) -> list[list[int]]:
+        """The numbers of the layers whose directions each of some data-parallel devices makes at every step."""
+
 
 @dataclasses.dataclass(frozen=True)
 class StateBytes:
@@ -197,6 +200,31 @@ def assign(costs: Sequence[float], workers: int) -> list[int]:
         owners[job] = owner
         heapq.heappush(loads, (load + costs[job], owner))
     return owners
+
+
+def deal(costs: Sequence[float], workers: int) -> list[int]:
+    """`assign`, with each worker's jobs of one cost side by side: equal jobs are then done in one go.
+
+    Who takes which of them makes no difference to anyone's work.
+    """
+    owners = assign(costs, workers)
+    alike: dict[float, list[int]] = {}
+    for job, cost in enumerate(costs):
+        alike.setdefault(cost, []).append(job)
+    for jobs in alike.values():
+        for job, owner in zip(jobs, sorted(owners[job] for job in jobs), strict=True):
+            owners[job] = owner
+    return owners
+
+
+def runs(count: int, workers: int) -> list[range]:
+    """The jobs of each worker where all take equally many that stand side by side; the last ones' may overlap.
+
+    There are at least as many jobs as workers.
+    """
+    each = -(-count // workers)
+    starts = (min(worker * each, count - each) for worker in range(workers))
+    return [range(start, start + each) for start in starts]
 
 
 def largest_load(costs: Sequence[float], workers: int) -> float:
@@ -306,7 +334,8 @@ class Flops:
         statistics: A and B, every `factor_interval` steps.
         refresh: decompositions every `refresh_interval` steps, of the device with the most work: the layers are
             divided over the devices, the most expensive first, each to the device with the least work.
-        preconditioning: every step, on every device.
+        preconditioning: every step, of the device that makes the directions that cost the most: they are divided
+            over the devices, too, where the scaling allows it.
     """
 
     model: float
@@ -333,6 +362,7 @@ class Plan:
         flops: per step.
         measured_activations: whether the activation memory is a sum over arrays kept for the backward pass, or
             estimated from the inputs and outputs of the layers.
+        dealt: by device, the numbers of the layers whose directions it makes.
     """
 
     coverage: Coverage
@@ -342,6 +372,7 @@ class Plan:
     memory: Memory
     flops: Flops
     measured_activations: bool
+    dealt: tuple[tuple[int, ...], ...]
 
     def fits(self, device_bytes: float = DEVICE_BYTES) -> bool:
         """Whether the peak stays below the memory of a device."""
@@ -386,6 +417,7 @@ def make_plan(
         raise ValueError(f"devices must be at least 1, got {devices}")
     limit = config.row_limit
     layers = tuple(_layer_plan(spec, loads.get(spec.load_name), scaling, limit) for spec in coverage.layers)
+    dealt = tuple(tuple(numbers) for numbers in scaling.dealt(coverage.layers, devices))
     shapes = {f.name: f.shape for f in coverage.fallbacks}
     others = sum(
         6 * load.products * math.prod(shapes[name])
@@ -399,7 +431,7 @@ def make_plan(
         parameters=float(ITEM_BYTES * total),
         moments=float(ITEM_BYTES * (2 * (total - covered) + moments_of_covered * covered)),
         **_state_bytes(coverage, scaling, counts),
-        **_temporary_bytes(coverage, devices, gradient_copies),
+        **_temporary_bytes(coverage, devices, gradient_copies, sends=len(set(dealt)) > 1),
         activations=ITEM_BYTES * elements if activation_bytes is None else activation_bytes,
         loss=LOSS_COPIES * output_bytes,
         capture=capture_bytes + ITEM_BYTES * sum(_captured_elements(layer, limit) for layer in layers),
@@ -410,9 +442,9 @@ def make_plan(
         model=model,
         statistics=share * sum(layer.statistics for layer in layers) / config.factor_interval,
         refresh=share * largest_load([layer.refresh for layer in layers], devices) / config.refresh_interval,
-        preconditioning=share * sum(layer.preconditioning for layer in layers),
+        preconditioning=share * max(sum(layers[i].preconditioning for i in numbers) for numbers in dealt),
     )
-    return Plan(coverage, layers, config, devices, memory, flops, activation_bytes is not None)
+    return Plan(coverage, layers, config, devices, memory, flops, activation_bytes is not None, dealt)
 
 
 def _layer_plan(spec: LayerSpec, load: Load | None, scaling: Scaling, limit: RowLimit) -> LayerPlan:
@@ -464,13 +496,14 @@ def _state_bytes(coverage: Coverage, scaling: Scaling, counts: int) -> dict[str,
     }
 
 
-def _temporary_bytes(coverage: Coverage, devices: int, gradient_copies: int) -> dict[str, float]:
+def _temporary_bytes(coverage: Coverage, devices: int, gradient_copies: int, *, sends: bool) -> dict[str, float]:
     """Gradients, and what lives only within a step.
 
     A refresh of all layers, as in the first steps, holds the new bases of all; of the layers a device takes, the
     corrected and the damped factors; of its largest stack of matrices of equal shape the copy, the masked copy and
     the workspace of the decomposition; and with several devices the bases a second time, as they are sent. An
-    update holds direction and momentum of every parameter, and both as matrices for covered layers.
+    update holds direction and momentum of every parameter, and both as matrices for covered layers; where devices
+    send each other directions, these once more.
     """
     total = coverage.num_parameters
     sizes = [squares(spec) for spec in coverage.layers]
@@ -485,6 +518,6 @@ def _temporary_bytes(coverage: Coverage, devices: int, gradient_copies: int) -> 
         "accumulators": matrices,
         "averaging": 0 if devices == 1 else matrices,
         "refresh": (1 if devices == 1 else 2) * matrices + 2 * mine + 3 * stack,
-        "update": 2 * total + 2 * coverage.num_covered,
+        "update": 2 * total + (3 if sends else 2) * coverage.num_covered,
     }
     return {name: float(ITEM_BYTES * count) for name, count in elements.items()}

@@ -23,7 +23,7 @@ def plan(
         model: an nn.Module, or a function of (params, *args).
         *batch: one training batch, of the examples on one device; in JAX the parameters, then the arguments.
         config: a configuration; keyword arguments override its fields.
-        devices: data-parallel devices that share the refreshes.
+        devices: data-parallel devices that share refreshes and directions.
         **hyperparameters: fields of `KFACConfig`.
 
     Raises:

@@ -69,7 +69,7 @@ class Seconds:
     Attributes:
         statistics: A and B.
         refresh: decompositions, on the device with the most work.
-        preconditioning: the products of every step.
+        preconditioning: the products of every step, on the device with the most of them.
     """
 
     statistics: float
@@ -101,10 +101,11 @@ def seconds_of(plan: Plan, speed: Speed) -> Seconds:
     refreshes = [_refresh(layer, speed, inverse=inverse) for layer in plan.layers]
     owners = assign([layer.refresh for layer in plan.layers], plan.devices)
     busiest = max((sum(_of(refreshes, owners, owner)) for owner in range(plan.devices)), default=0.0)
+    products = [_preconditioning(layer, speed) for layer in plan.layers]
     return Seconds(
         sum(_statistics(layer, speed, config.row_limit) for layer in plan.layers) / config.factor_interval,
         busiest / config.refresh_interval,
-        sum(_preconditioning(layer, speed) for layer in plan.layers),
+        max(sum(products[i] for i in numbers) for numbers in plan.dealt),
     )
 
 

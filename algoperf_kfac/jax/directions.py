@@ -13,12 +13,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.jax.nadamw import nadamw_directions
 from algoperf_kfac.jax.preconditioner import LayerState
 from algoperf_kfac.jax.reductions import dots, long_norms, norms
 from algoperf_kfac.jax.scalings import Scaling
+from algoperf_kfac.jax.sharding import by_layers
 from algoperf_kfac.jax.stacks import Stack, broadcast, select
 from algoperf_kfac.jax.tracing import named_leaves
 from algoperf_kfac.jax.types import Tree
@@ -77,6 +79,7 @@ def second_order(
     monitor: bool,
     idle: Collection[str] = (),
     absent: Mapping[str, Array] | None = None,
+    mesh: Mesh | None = None,
 ) -> SecondOrder:
     """The directions with those of covered layers replaced.
 
@@ -90,6 +93,7 @@ def second_order(
         monitor: whether to note ratio and cosine in the states.
         idle: layers that the step did not call: their states stay, their directions mean nothing.
         absent: of layers in branches, whether the step went by without them, () each: as idle ones then.
+        mesh: a one-dimensional mesh whose devices share the work; None to do it where the states lie.
     """
     absent = absent or {}
     leaves, tree = jax.tree.flatten(directions)
@@ -109,7 +113,8 @@ def second_order(
                 part = (jnp.array(called) if part is None else part).at[i].set(~absent[name])
         places = _Places(stack, number)
         momentum = places.matrices(momentum_leaves)
-        direction, kept = jax.vmap(scaling.precondition)(states[key], momentum, places.matrices(gradient_leaves))
+        gradient = places.matrices(gradient_leaves)
+        direction, kept = by_layers(jax.vmap(scaling.precondition), mesh, states[key], momentum, gradient)
         state = dataclasses.replace(states[key], kept=kept)
         norm = long_norms(direction)
         stand_in = _first_order(momentum, places.matrices(leaves), scaling.config)

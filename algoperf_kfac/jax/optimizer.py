@@ -60,8 +60,8 @@ class KFAC:
         exclude: patterns (fnmatch) of layer or parameter names to leave to the fallback.
         schedule: an optax schedule in place of the constant learning rate; `learning_rate` may be one, too.
         weight_decay_mask: as optax.add_decayed_weights takes it.
-        mesh: a one-dimensional mesh whose devices share batch and refreshes; arrays stay where the caller puts
-            them, see `shard_batch`.
+        mesh: a one-dimensional mesh whose devices share batch, refreshes and directions; arrays stay where the
+            caller puts them, see `shard_batch`.
         **hyperparameters: fields of `KFACConfig`.
 
     Raises:

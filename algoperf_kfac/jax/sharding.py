@@ -1,6 +1,7 @@
 """Data parallelism: a one-dimensional mesh, the batch split over it, everything else on every device.
 
-Sums over a split batch dimension are global sums, so the statistics need no collective of their own.
+Sums over a split batch dimension are global sums, so the statistics need no collective of their own. Work on layers
+is split, too: decompositions (`decompositions.py`), and directions by `by_layers`.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from algoperf_kfac.cost import runs
 from algoperf_kfac.jax.types import Tree
 
 Pytree = TypeVar("Pytree")
@@ -33,6 +37,37 @@ def replicated(function: Callable[..., Pytree], *operands: Tree) -> Pytree:
         return function(*operands)
     found: Pytree = jax.sharding.auto_axes(function, out_sharding=PartitionSpec())(*operands)
     return found
+
+
+def by_layers(function: Callable[..., Pytree], mesh: Mesh | None, *operands: Tree) -> Pytree:
+    """What a function makes of layers, each device of a mesh computing some of them; all get all.
+
+    Every device takes equally many. Of fewer layers than devices most of what is gathered would be repetitions:
+    each device then computes all, as without a mesh.
+
+    Args:
+        function: of trees of arrays with the layer as leading dimension, to such a tree; layer by layer.
+        mesh: a one-dimensional mesh, on each of whose devices the operands are; None for one device.
+        *operands: of the function.
+    """
+    count = jax.tree.leaves(operands)[0].shape[0]
+    if mesh is None or mesh.size == 1 or count < mesh.size:
+        return function(*operands)
+    parts, axis = runs(count, mesh.size), mesh.axis_names
+
+    def part(*operands: Tree) -> Pytree:
+        start = jnp.array([numbers.start for numbers in parts])[lax.axis_index(axis)]
+        mine = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, len(parts[0])), operands)
+        return jax.tree.map(lambda leaf: lax.all_gather(leaf, axis, tiled=True), function(*mine))
+
+    everywhere = PartitionSpec()
+    mapped = jax.shard_map(part, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
+    gathered: Pytree = mapped(*operands)
+    order = [number for numbers in parts for number in numbers]
+    if len(order) == count:
+        return gathered
+    rows = np.array([order.index(number) for number in range(count)])
+    return jax.tree.map(lambda leaf: leaf[rows], gathered)
 
 
 def shard_batch(batch: Tree, mesh: Mesh) -> Tree:

@@ -79,7 +79,7 @@ def scale_by_kfac(
     Args:
         layers: from `discover`.
         config: the configuration.
-        mesh: a one-dimensional mesh whose devices share the decompositions.
+        mesh: a one-dimensional mesh whose devices share decompositions and directions.
         mistakes: what warnings were given so far, if others share them.
     """
     beta1 = 1 - config.one_minus_beta1
@@ -153,6 +153,7 @@ def scale_by_kfac(
             monitor=statistics is not None,
             idle=idle,
             absent=absent,
+            mesh=mesh,
         )
         still = here.parameters_of(idle)
         mu, nu = (

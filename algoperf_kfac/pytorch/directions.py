@@ -15,10 +15,10 @@ from torch import Tensor
 
 from algoperf_kfac.layers import LayerSpec
 from algoperf_kfac.pytorch.covered_layer import CoveredLayer
+from algoperf_kfac.pytorch.dealing import Dealer
 from algoperf_kfac.pytorch.factors import bias_part, part_of
 from algoperf_kfac.pytorch.nadamw import nadamw_directions, nesterov
 from algoperf_kfac.pytorch.preconditioner import LayerState
-from algoperf_kfac.pytorch.scalings import Scaling
 from algoperf_kfac.pytorch.stacks import Stack, Stacks
 
 
@@ -113,6 +113,7 @@ def second_order(
     beta2s: Mapping[int, float],
     plain: Set[int],
     stacks: Stacks,
+    dealer: Dealer,
     *,
     monitor: bool,
 ) -> Outcome:
@@ -127,6 +128,7 @@ def second_order(
         beta2s: by identity of the weight.
         plain: identities of parameters whose direction is the momentum.
         stacks: the optimizer's.
+        dealer: which processes compute which directions.
         monitor: whether to compute cosines.
     """
     taking_part = {name: la for name, la in layers.items() if all(p.grad is not None for p in la.params)}
@@ -136,9 +138,14 @@ def second_order(
         _lengthen(
             [step for p, step in directions.items() if p in plain and p not in replaced], config.length_factor
         )
-    if not taking_part:
+    parts = stacks.of(taking_part, states, beta2s) if taking_part else []
+    moves = [_Move.of(stack, directions) for stack in parts]
+    # Where directions are dealt, others may wait for those that are computed here.
+    found = dealer.directions(parts, [move.momentum for move in moves], layers, states, monitor=monitor)
+    if not moves:
         return Outcome()
-    moves = [_Move.of(stack, directions, stacks.scaling) for stack in stacks.of(taking_part, states, beta2s)]
+    for move, direction in zip(moves, found, strict=True):
+        move.direction = direction
     names = [name for move in moves for name in move.stack.names]
     counts = [len(move.stack.names) for move in moves]
     norms = _long_norms_of_layers([(move.direction, n) for move, n in zip(moves, counts, strict=True)])
@@ -187,7 +194,7 @@ class _Move:
         stack: the layers.
         weights, biases: the directions of their parameters.
         momentum: what is preconditioned.
-        direction: K-FAC's.
+        direction: K-FAC's, as soon as it is there; the momentum before.
         first_weights, first_biases: the first-order steps, biases as (layers groups, P_out, 1).
     """
 
@@ -200,17 +207,13 @@ class _Move:
     first_biases: Tensor | None
 
     @classmethod
-    def of(cls, stack: Stack, directions: Mapping[int, Direction], scaling: Scaling) -> _Move:
+    def of(cls, stack: Stack, directions: Mapping[int, Direction]) -> _Move:
         weights = [directions[id(layer.weight)] for layer in stack.layers]
         biases = [directions[id(layer.bias)] for layer in stack.layers if layer.bias is not None]
         momentum = stack.matrices([w.momentum for w in weights], [b.momentum for b in biases])
-        direction = momentum
-        if stack.refreshed:
-            gradient = stack.gradients() if scaling.uses_gradient else momentum
-            direction = scaling.precondition(stack.state, momentum, gradient, stack.beta2)
         first_biases = stack.biases([b.step for b in biases]) if biases else None
         first_weights = stack.weights([w.step for w in weights])
-        return cls(stack, weights, biases, momentum, direction, first_weights, first_biases)
+        return cls(stack, weights, biases, momentum, momentum, first_weights, first_biases)
 
     def first_order_norms(self) -> Tensor:
         """(layers,): the norms of the layers' first-order steps, weight and bias together."""

@@ -1,4 +1,5 @@
-"""What data-parallel processes share: the sums of their statistics, and the work of refreshing preconditioners.
+"""What data-parallel processes share: the sums of their statistics, and the work of refreshing preconditioners and
+of making directions (`dealing.py` says whose are whose).
 
 Every function here is a collective operation: all processes call it with the same layers in the same order.
 """
@@ -6,9 +7,10 @@ Every function here is a collective operation: all processes call it with the sa
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -114,7 +116,7 @@ def _explained() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RuntimeError(
-            f"a process did not take part in K-FAC's exchange of statistics: {SAME_NUMBER}. "
+            f"a process did not take part in K-FAC's exchange of statistics or directions: {SAME_NUMBER}. "
             f"{type(error).__name__}: {error}"
         ) from error
 
@@ -180,6 +182,56 @@ def refresh(layers: list[tuple[LayerSpec, LayerState]], scaling: Scaling, proces
     _share_matrices(layers, results, owners, scaling, processes)
     for (_, state), result in zip(layers, results, strict=True):
         here.install(state, result, scaling)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a layer's numbers are computed, and in what form they are sent.
+
+    Attributes:
+        owner: the process.
+        dtype: of the numbers.
+        size: how many they are.
+    """
+
+    owner: int
+    dtype: torch.dtype
+    size: int
+
+
+def send(
+    mine: Mapping[str, Tensor], places: Mapping[str, Place], device: torch.device, processes: Processes
+) -> dict[str, Tensor]:
+    """Every layer's numbers, (size,) each, from its owner to all: one broadcast per process and dtype.
+
+    The owner, too, takes them from the buffer, so that they lie in memory alike on all.
+
+    Args:
+        mine: those of this process by layer; zeros are sent for what is missing.
+        places: of the layers, the same in the same order on every process.
+        device: where messages are put together.
+        processes: all of them.
+    """
+    messages: dict[tuple[int, torch.dtype], list[str]] = {}
+    for name, place in places.items():
+        messages.setdefault((place.owner, place.dtype), []).append(name)
+    sent = []
+    for owner, dtype in sorted(messages, key=lambda message: (message[0], str(message[1]))):
+        names = messages[owner, dtype]
+        sizes = [places[name].size for name in names]
+        buffer = torch.empty(sum(sizes), dtype=dtype, device=device)
+        if owner == processes.rank:
+            parts = [
+                mine[name].to(device) if name in mine else buffer.new_zeros(size)
+                for name, size in zip(names, sizes, strict=True)
+            ]
+            torch.cat(parts, out=buffer)
+        sent.append((names, sizes, buffer, processes.broadcast(buffer, owner)))
+    found: dict[str, Tensor] = {}
+    for names, sizes, buffer, wait in sent:
+        wait()
+        found |= zip(names, buffer.split(sizes), strict=True)
+    return found
 
 
 def _share_outcomes(results: list[Refresh], device: torch.device, processes: Processes) -> None:

@@ -23,6 +23,7 @@ from algoperf_kfac.positions import PositionsLike, as_candidates
 from algoperf_kfac.pytorch import checkpoint, distributed, monitoring
 from algoperf_kfac.pytorch.capture import Capture
 from algoperf_kfac.pytorch.compiled import CompiledStatistics
+from algoperf_kfac.pytorch.dealing import Dealer
 from algoperf_kfac.pytorch.directions import Direction, first_order, second_order
 from algoperf_kfac.pytorch.discovery import check_model, check_parameter, unwrap
 from algoperf_kfac.pytorch.gathering import Gathered
@@ -73,6 +74,9 @@ class KFAC(torch.optim.Optimizer):
         seed: of the label draws of fisher="mc".
         process_group: processes that train the same model on parts of a batch, and share statistics and refreshes.
             Default: those of DistributedDataParallel around the model; without it every process is on its own.
+        share_directions: whether they share the work of making directions as well, each for some of the layers: a
+            step then sends as many numbers as the covered layers have parameters. Takes gradients that are averaged
+            before `step()`; where a network is slow beside the products, all may be computed in each process.
         compiled_statistics: of a model that torch.compile compiled, whether statistics steps run compiled, too,
             where they can. The first one never does; `coverage()` says why others do not.
         lr: the learning rate by torch's name, for `learning_rate`.
@@ -103,6 +107,7 @@ class KFAC(torch.optim.Optimizer):
     _gradient_errors: dict[str, float]
     _processes: distributed.Processes
     _stacks: Stacks
+    _dealer: Dealer
     _compiled: CompiledStatistics
     _pace: int
     _pacer: Pacer
@@ -118,6 +123,7 @@ class KFAC(torch.optim.Optimizer):
         allow_partial_coverage: bool = False,
         seed: int = 0,
         process_group: ProcessGroup | None = None,
+        share_directions: bool = True,
         compiled_statistics: bool = True,
         lr: float | None = None,
         betas: tuple[float, float] | None = None,
@@ -170,6 +176,7 @@ class KFAC(torch.optim.Optimizer):
         self._unchecked = True
         self._processes = processes
         self._stacks = Stacks(self.scaling)
+        self._dealer = Dealer(self.scaling, processes, wanted=share_directions)
         self._compiled = CompiledStatistics(wrapped, allowed=compiled_statistics, alone=processes.size == 1)
         self._pace = 1
         self._pacer = Pacer(config)
@@ -463,6 +470,7 @@ class KFAC(torch.optim.Optimizer):
             beta2s,
             plain,
             self._stacks,
+            self._dealer,
             monitor=self.is_statistics_step,
         )
         self._stand_ins += outcome.stand_ins

@@ -108,6 +108,23 @@ class Stack:
         biases = [la.bias.grad for la in self.layers if la.bias is not None and la.bias.grad is not None]
         return self.matrices(weights, biases)
 
+    def directions(self, scaling: Scaling, momentum: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """K-FAC's directions of the layers, or of some that stand side by side.
+
+        Args:
+            scaling: the optimizer's.
+            momentum: of all layers, (layers groups, P_out, P_in), with biases P_in + 1.
+            start, stop: the first of the layers, and the first that is none of them; all by default.
+        """
+        gradient = self.gradients() if scaling.uses_gradient else momentum
+        if start == 0 and stop in (None, len(self.layers)):
+            return scaling.precondition(self.state, momentum, gradient, self.beta2)
+        groups = self.layers[0].spec.groups
+        rows = slice(start * groups, None if stop is None else stop * groups)
+        lists: dict[str, Any] = {field: [m[rows] for m in getattr(self.state, field)] for field in self._lists}
+        state = dataclasses.replace(self.state, **lists)
+        return scaling.precondition(state, momentum[rows], gradient[rows], self.beta2)
+
     def spread(self, numbers: Tensor) -> Tensor:
         """(layers,) -> (layers groups, 1, 1)."""
         groups = self.layers[0].spec.groups

@@ -49,9 +49,10 @@ Activations are an estimate: float32, uncompiled, and without what allocator and
 In PyTorch they are what autograd keeps, dropout and LSTMs as on a GPU; attention counts unfused unless the model
 fuses it itself. In JAX they are the least from which what the derivative keeps follows element by element; XLA may
 keep more. Flops are shares of the model's own forward and backward pass (its weighted operations alone, which
-overstates the shares), averaged over the intervals; the work of a refresh is divided over the devices. They are not
-seconds: decompositions run slower than products. Seconds, where they stand, come from measured times of square
-matrices on the device that is named; operations are taken one after the other, nothing overlaps with the model.
+overstates the shares), averaged over the intervals; the work of a refresh is divided over the devices, and so is
+that of directions ("precond."), in JAX where at least as many layers as devices are equal. They are not seconds:
+decompositions run slower than products. Seconds, where they stand, come from measured times of square matrices on
+the device that is named; operations are taken one after the other, nothing overlaps with the model.
 Expand against reduce is told by two of them, the rate of products and that of sums over positions
 (algoperf_kfac/crossover.py); docs/generated/complexity.md has the errors of that, on one processor.
 A refresh budget takes the seconds that AlgoPerf allows a step for those of a step without refreshes: training

@@ -113,18 +113,38 @@ def test_forms_of_a_batch() -> None:
     F.mse_loss(two(x, scale), torch.zeros(6, 2)).backward()  # it runs without the plan's hooks
 
 
+def shared_by(devices: int, framework: str, model: Model, **options: Any) -> Any:
+    config = KFACConfig(**EVERY_STEP, **options)
+    if framework == "pytorch":
+        return plan(model.module(), torch.zeros(6, 64), config=config, devices=devices)
+    x = jax.ShapeDtypeStruct((6, 64), np.float32)
+    return plan(model.apply, parameters_of(model, "float32"), x, config=config, devices=devices)
+
+
 @pytest.mark.parametrize("framework", NAMES)
 def test_several_devices_share_the_refreshes(framework: str) -> None:
-    """And nothing else: the state is on each of them."""
-    alone = planned(framework, MLP)
-    if framework == "pytorch":
-        shared = plan(MLP.module(), torch.zeros(6, 64), config=KFACConfig(**EVERY_STEP), devices=2)
-    else:
-        x = jax.ShapeDtypeStruct((6, 64), np.float32)
-        shared = plan(MLP.apply, parameters_of(MLP, "float32"), x, config=KFACConfig(**EVERY_STEP), devices=2)
+    """And directions; nothing else: the state is on each of them. In JAX only equal layers are divided."""
+    alone, shared = planned(framework, MLP), shared_by(2, framework, MLP)
     assert shared.memory.kfac_state == alone.memory.kfac_state
     assert shared.flops.refresh < alone.flops.refresh
-    assert shared.flops.preconditioning == alone.flops.preconditioning
+    wide, narrow = (layer.preconditioning / alone.flops.model for layer in alone.layers)
+    assert alone.flops.preconditioning == pytest.approx(wide + narrow)
+    assert shared.flops.preconditioning == pytest.approx(wide + (narrow if framework == "jax" else 0))
+
+
+@pytest.mark.parametrize("framework", NAMES)
+@pytest.mark.parametrize(("devices", "most"), [(2, 3), (4, 2), (8, 1)])
+@pytest.mark.parametrize("scaling", ["power", "second_moment"])
+def test_several_devices_share_the_directions(framework: str, scaling: str, devices: int, most: int) -> None:
+    """Five equal layers. In PyTorch those of "second_moment" stay with all, in JAX those of fewer than devices."""
+    model = perceptron((64,) * 6)
+    (each,) = {layer.preconditioning for layer in shared_by(1, framework, model, scaling=scaling).layers}
+    if devices > 5 if framework == "jax" else scaling == "second_moment":
+        most = 5
+    found = shared_by(devices, framework, model, scaling=scaling)
+    assert found.flops.preconditioning * found.flops.model == pytest.approx(most * each)
+    assert max(map(len, found.dealt)) == most
+    assert {number for numbers in found.dealt for number in numbers} == set(range(5))
 
 
 @pytest.mark.parametrize("framework", NAMES)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from algoperf_kfac.jax import KFAC, batch_mesh, replicate, shard_batch
-from tests.jax import explicit, mapped
+from tests.jax import dealt, explicit, mapped
 from tests.jax.toys import OPTIONS, batch, cross_entropy, mlp, mlp_params, steps
 
 EIGEN: dict[str, Any] = {"preconditioner": "eigen"}
@@ -102,7 +102,7 @@ def main() -> None:
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_disable_most_optimizations", True)
     assert jax.device_count() == max(CONFIGURATIONS)
-    others = {"explicit": explicit.worst(), "mapped": mapped.worst()}
+    others = {"explicit": explicit.worst(), "mapped": mapped.worst(), "directions": dealt.found()}
     print(json.dumps({devices: compared(devices) for devices in CONFIGURATIONS} | others))
 
 

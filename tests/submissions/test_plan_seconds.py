@@ -82,6 +82,14 @@ def test_the_busiest_device_counts():
         assert seconds_of(plan, SPEED).refresh == pytest.approx(busiest / 4)
 
 
+def test_the_busiest_device_counts_for_directions():
+    config = KFACConfig(refresh_interval=4, factor_interval=2)
+    each = {n: seconds_of(make_plan(refreshes(n), {}, config), SPEED).preconditioning for n in (20, 40)}
+    for devices, busiest in ((1, 2 * each[40] + each[20]), (2, each[40] + each[20]), (3, each[40])):
+        plan = make_plan(refreshes(40, 40, 20), {}, config, devices=devices)
+        assert seconds_of(plan, SPEED).preconditioning == pytest.approx(busiest)
+
+
 def refreshes(*sizes):
     """Layers with one factor each, two turns: a decomposition and a product of each, at the toy's speed."""
     base = one_layer().layers[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import jax
@@ -17,6 +18,7 @@ from algoperf_kfac.cost import (
     StateBytes,
     cubes,
     product_flops,
+    runs,
     squares,
     widths,
 )
@@ -109,3 +111,16 @@ class Scaling:
         """What a layer's refresh and its direction at every step take; see `cost.Scaling`."""
         each = EIGH_FLOPS if self.uses_bases else INVERSE_FLOPS
         return ScalingFlops(each * cubes(spec), product_flops(spec))
+
+    def dealt(self, specs: Sequence[LayerSpec], workers: int) -> list[list[int]]:
+        """The numbers of the layers whose directions each device makes; see `sharding.by_layers`."""
+        alike: dict[tuple[object, ...], list[int]] = {}
+        for number, spec in enumerate(specs):  # as in stacks
+            shape = spec.groups, spec.out_dim, spec.factor_in_dim, spec.in_blocks, spec.out_blocks
+            alike.setdefault(shape, []).append(number)
+        devices: list[list[int]] = [[] for _ in range(workers)]
+        for stack in alike.values():
+            parts = runs(len(stack), workers) if len(stack) >= workers else [range(len(stack))] * workers
+            for device, part in zip(devices, parts, strict=True):
+                device += [stack[i] for i in part]
+        return devices

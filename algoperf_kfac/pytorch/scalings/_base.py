@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from algoperf_kfac.cost import (
     ScalingFlops,
     StateBytes,
     cubes,
+    deal,
     product_flops,
     squares,
     widths,
@@ -100,6 +101,27 @@ class Scaling:
         """Of a refresh, and of the direction at every step; see `cost.Scaling`."""
         each = EIGH_FLOPS if self.uses_bases else INVERSE_FLOPS
         return ScalingFlops(each * cubes(spec), product_flops(spec))
+
+    # Who does it.
+
+    def owners(self, specs: Sequence[LayerSpec], workers: int) -> list[int]:
+        """Which of several data-parallel workers makes each layer's direction, by flops; empty if all make all.
+
+        All do where `precondition` is not marked by `by_group`, as that of "second_moment": it may change what is
+        kept at every step, which would have to be sent on top. They do as well where one would have all the work,
+        as of a single layer: the others would wait for it no shorter.
+        """
+        if workers == 1 or not hasattr(self.precondition, "reads"):
+            return []
+        owners = deal([self.flops(spec).step for spec in specs], workers)
+        return owners if len(set(owners)) > 1 else []
+
+    def dealt(self, specs: Sequence[LayerSpec], workers: int) -> list[list[int]]:
+        """The numbers of the layers whose directions each worker makes; see `cost.Scaling`."""
+        owners = self.owners(specs, workers)
+        if not owners:
+            return [list(range(len(specs)))] * workers
+        return [[i for i, owner in enumerate(owners) if owner == worker] for worker in range(workers)]
 
     # At a refresh.
 
