@@ -1,8 +1,7 @@
 """What K-FAC would add to a step of the published models: arithmetic on plans and an assumed device, not measured.
 
-Data parallel as the library is: every GPU has the whole model and all factors, and forms the directions of all
-layers; statistics are of its own part of the batch, refreshes are divided over the GPUs. What is sent between them
-is not counted.
+Data parallel as the library is: every GPU has the whole model and all factors; statistics are of its own part of the
+batch, refreshes and directions are divided over the GPUs. What is sent between them is not counted.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from algoperf_kfac.config import KFACConfig
-from algoperf_kfac.cost import Plan, largest_load
+from algoperf_kfac.cost import Plan
 from algoperf_kfac.polar import polar_flops
 from algoperf_kfac.pytorch.probe import plan_of
 from algoperf_kfac.seconds import paced, seconds_of
@@ -30,11 +29,13 @@ class Cost:
     Attributes:
         statistics: of a statistics step, share.
         refresh: of a refresh of all layers, share.
-        directions: of every step, share.
+        directions: of every step, of all layers, share.
         polar: of the polar factors in these, share.
-        dealt: of the directions, on the GPU with the most work if each formed those of some layers alone.
+        dealt: of the directions that the GPU with the most work forms, share.
         factor_interval: steps between statistics steps.
-        seconds: of the model's step, of a statistics step, of a refresh of all layers, of a step's directions.
+        seconds: of the model's step, of a statistics step, of a refresh of all layers, of a step's directions on the
+            GPU with the most work.
+        all_directions: seconds of those of all layers.
         interval: between refreshes, such that these take no more than `BUDGET` of the time.
     """
 
@@ -45,21 +46,22 @@ class Cost:
     dealt: float
     factor_interval: int
     seconds: tuple[float, float, float, float]
+    all_directions: float
     interval: int
 
     @property
     def step(self) -> float:
         """Seconds of a step over those of the model's own, with refreshes at `interval`."""
-        return self._with(1.0)
+        return self._with(self.seconds[3])
 
     @property
-    def step_dealt(self) -> float:
-        """The same with directions dealt to the GPUs, which the library does not do."""
-        return self._with(self.dealt / self.directions)
+    def step_alone(self) -> float:
+        """The same if each GPU formed all directions (`share_directions=False`)."""
+        return self._with(self.all_directions)
 
-    def _with(self, share: float) -> float:
-        model, statistics, refresh, directions = self.seconds
-        return 1 + (statistics / self.factor_interval + refresh / self.interval + share * directions) / model
+    def _with(self, directions: float) -> float:
+        model, statistics, refresh, _ = self.seconds
+        return 1 + (statistics / self.factor_interval + refresh / self.interval + directions) / model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,13 +142,15 @@ def _cost(plan: Plan) -> Cost:
     statistics = seconds.statistics * config.factor_interval
     other = model + seconds.statistics + seconds.preconditioning
     found = paced(plan, speed, other, BUDGET)
+    everything = dataclasses.replace(plan, dealt=(tuple(range(len(plan.layers))),))
     return Cost(
         flops.statistics * config.factor_interval,
         flops.refresh * config.refresh_interval,
-        flops.preconditioning,
+        sum(layer.preconditioning for layer in plan.layers) / flops.model,
         sum(polar_flops(layer.spec, config.polar_steps) for layer in plan.layers) / flops.model,
-        largest_load([layer.preconditioning for layer in plan.layers], plan.devices) / flops.model,
+        flops.preconditioning,
         config.factor_interval,
         (model, statistics, found.refresh, seconds.preconditioning),
+        seconds_of(everything, speed).preconditioning,
         found.interval,
     )

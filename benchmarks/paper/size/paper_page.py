@@ -14,8 +14,8 @@ al. 2020, arXiv 2005.14165, table 2.1; 13B with a width of 5,120, not the printe
 and repeated, which gives the plan of the whole (asserted on GPT-2 124M).
 
 So many GPUs that each has {TOKENS:,} tokens of a step, data parallel: each has the whole model and all factors,
-forms statistics of its own tokens and the directions of all layers, and refreshes its share of the layers, as
-the library does today. A GPU of 40 GB does not hold the larger of these models, with NadamW neither. Everything
+forms statistics of its own tokens, and refreshes and directions of its share of the layers, as the library does
+in PyTorch. A GPU of 40 GB does not hold the larger of these models, with NadamW neither. Everything
 is float32; the output layer is the table of symbols. Not counted are what GPUs send each other, and attention's
 products in the model's flops: with a context of R and a width of d they are R / (6 d) of what is counted of a
 block, 22 % at 124M and 3 % at 175B, so that shares are upper bounds.
@@ -28,32 +28,31 @@ not counted.
 """
 FLOPS = """\
 Flops in percent of the model's step, on a GPU: of one statistics step, of a refresh of all layers (on the GPU
-with the most work), of the directions at every step, of the polar factors in them, and of the directions if
-they were dealt to the GPUs layer by layer, as refreshes are.
+with the most work), of the directions of all layers, of the polar factors in them, and of the directions
+on the GPU with the most of them (every step).
 """
 SECONDS = f"""\
 Seconds on a GPU: of the model's step, of one statistics step, of a refresh of all layers, of a step's
-directions; and the interval in steps at which refreshes take no more than {100 * BUDGET:.0f} % of the time (a
-multiple of the shipped one, 12 with *expand* and *part*, 6 with *reduce*).
+directions (the last two on the GPU with the most work); and the interval in steps at which refreshes take no
+more than {100 * BUDGET:.0f} % of the time (a multiple of the shipped one, 12 with *expand* and *part*, 6 with *reduce*).
 """
 STEPS = """\
-A step at that interval, in seconds of the model's own; as the library is, and with directions dealt to the
-GPUs.
+A step at that interval, in seconds of the model's own; as the library is, and with all directions formed on
+every GPU (`share_directions=False`).
 """
 READING = """\
 - **What reduce saves falls with size.** A statistics step of expand from all rows takes 81 % of the model's
   flops at 124M and 15 % at 175B, where blocks keep its products narrow; from 4,096 rows a quarter of that;
   reduce's at most 0.12 % (in seconds up to 9 %, as it reads what it sums). Beside expand from a part of the
-  rows nothing is left to save: a step takes the same within 0.02 of the model's, but at 6.7B and 13B, where
-  reduce's interval is half of expand's.
+  rows nothing is left to save: a step takes the same within 0.02 of the model's.
 - **Directions grow, for both alike**: from 21 to 218 % of the model's flops, about as the width over the tokens
-  of a GPU, most of it the polar factors. They make a step 1.4 of the model's at 124M and 3.2 at 175B, with any
-  statistics. Half the tokens on a GPU would make them twice as much. Dealt to the GPUs, as refreshes are and
-  directions are not, they would leave a step of 1.03 to 1.23 with part and reduce; at the small end the table
-  of symbols, which is one layer, is what keeps a GPU busy.
-- **Refreshes do not**: 48 to 60 steps apart they are within a tenth of the time at 124M, and at the shipped
-  intervals from 6.7B on (expand from 2.7B): more GPUs share them, and blocks keep decompositions at 4,096 rows
-  while the model's step grows.
+  of a GPU, most of it the polar factors. Formed on every GPU they make a step 1.4 of the model's at 124M and 3.2
+  at 175B, with any statistics, and half the tokens on a GPU would make them twice as much. That is why they are
+  dealt to the GPUs, as refreshes are: a step is then 1.03 to 1.20 of the model's with part and reduce, and what
+  is sent for it is not counted. At the small end the table of symbols, which is one layer, keeps a GPU busy.
+- **Refreshes do not**: 60 to 72 steps apart they are within a tenth of the time at 124M, at the shipped 12 of
+  expand from 6.7B on, at the 6 of reduce at 175B: more GPUs share them, and blocks keep decompositions at 4,096
+  rows while the model's step grows.
 - **Memory per parameter falls** from 4.8 numbers in factors and bases to 0.9, for the same reason: from 6.7B on
   every block's layers are cut, at 175B into up to 13 blocks. How many steps that costs is not known here; nor
   what 4,096 rows, or reduce's 488 to 1,562, are worth for factors of as many rows. Nothing of this says that
@@ -106,12 +105,12 @@ def lines(sizes: Sequence[Sized]) -> Iterator[str]:
     )
     yield STEPS
     yield from table(
-        f"model | {_each('as it is')} | {_each('dealt')}",
+        f"model | {_each('as it is')} | {_each('alone')}",
         (
             [
                 one.shape.name,
                 *(f"{one.costs[form].step:.2f}" for form in FORMS),
-                *(f"{one.costs[form].step_dealt:.2f}" for form in FORMS),
+                *(f"{one.costs[form].step_alone:.2f}" for form in FORMS),
             ]
             for one in sizes
         ),
