@@ -1,7 +1,7 @@
 """What K-FAC would add to a step of the published models: arithmetic on plans and an assumed device, not measured.
 
-Data parallel as the library is: every GPU has the whole model and all factors; statistics are of its own part of the
-batch, refreshes and directions are divided over the GPUs. What is sent between them is not counted.
+Data parallel as the library is: every GPU has the whole model and all factors; statistics are of its own part of
+the batch, refreshes and directions are divided over the GPUs. What is sent between them is not counted.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Cost:
         polar: of the polar factors in these, share.
         dealt: of the directions that the GPU with the most work forms, share.
         factor_interval: steps between statistics steps.
-        seconds: of the model's step, of a statistics step, of a refresh of all layers, of a step's directions on the
-            GPU with the most work.
+        seconds: of the model's step, of a statistics step, of a refresh of all layers, of a step's directions; of
+            the last two on the GPU with the most work.
         all_directions: seconds of those of all layers.
         interval: between refreshes, such that these take no more than `BUDGET` of the time.
     """

@@ -34,7 +34,8 @@ on the GPU with the most of them (every step).
 SECONDS = f"""\
 Seconds on a GPU: of the model's step, of one statistics step, of a refresh of all layers, of a step's
 directions (the last two on the GPU with the most work); and the interval in steps at which refreshes take no
-more than {100 * BUDGET:.0f} % of the time (a multiple of the shipped one, 12 with *expand* and *part*, 6 with *reduce*).
+more than {100 * BUDGET:.0f} % of the time (a multiple of the shipped one, 12 with *expand* and *part*, 6 with
+*reduce*).
 """
 STEPS = """\
 A step at that interval, in seconds of the model's own; as the library is, and with all directions formed on
