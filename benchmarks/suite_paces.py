@@ -48,8 +48,8 @@ def read(directory: Path) -> dict[Place, Pace]:
     return found
 
 
-def at_pace(logs: scoring.Logs, paces: dict[Place, Pace]) -> tuple[scoring.Logs, list[str]]:
-    """The logs with the times of steps as measured alone, and the workloads of which that is so.
+def at_pace(logs: scoring.Logs, paces: dict[Place, Pace]) -> tuple[scoring.Logs, list[tuple[str, str]]]:
+    """The logs with the times of steps as measured alone, and the workloads and frameworks of which that is so.
 
     A workload of which a submission was not measured keeps the times of its race, because they are compared with
     each other.
@@ -64,7 +64,7 @@ def at_pace(logs: scoring.Logs, paces: dict[Place, Pace]) -> tuple[scoring.Logs,
     measured = set()
     for identity, place in zip(trials["trial_id"], places, strict=True):
         if place[1:] not in lacking:
-            measured.add(place[1])
+            measured.add(place[1:])
             mine = of_trial == identity
             times[mine] = paces[place].seconds(steps[mine])
     evals["time"] = times

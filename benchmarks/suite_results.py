@@ -122,7 +122,9 @@ def judge(race: Path, studies: int) -> list[Judged]:
     return found
 
 
-def _judge(logs: scoring.Logs, group: Group, framework: str, studies: int, measured: Sequence[str]) -> Judged:
+def _judge(
+    logs: scoring.Logs, group: Group, framework: str, studies: int, measured: Sequence[tuple[str, str]]
+) -> Judged:
     boards = {
         cost: scoring.leaderboard(logs, workloads="present", cost=cost, reference=REFERENCE, studies=studies)
         for cost in COSTS
@@ -138,5 +140,5 @@ def _judge(logs: scoring.Logs, group: Group, framework: str, studies: int, measu
         {cost: board.ranking for cost, board in boards.items()},
         boards["time"].trials.groupby(["submission", "workload"])["ms_per_step"].median().unstack(),
         studies,
-        tuple(name for name in group.workloads if name in measured),
+        tuple(name for name in group.workloads if (name, framework) in measured),
     )

@@ -188,6 +188,11 @@ def pace_table(one: Judged) -> text.Table:
         table.rows.append(
             [name, *(text.milliseconds(one.pace_of(name, workload)) for workload in one.group.workloads)]
         )
+    if one.framework == "jax":
+        table.note = (
+            "From the first evaluation on, behind the first compilation. K-FAC compiles a second program later, "
+            "for steps without statistics: that is in these milliseconds, and in the ratio of the first table."
+        )
     return table
 
 

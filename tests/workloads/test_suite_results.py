@@ -106,6 +106,19 @@ def test_times_are_at_the_pace_measured_alone(finished, tmp_path):
     assert "of mnist_vit: as the race took them" in suite_table.cost_table(rest, "time").note
 
 
+def test_paces_are_of_a_framework(finished, tmp_path):
+    """Races in JAX whose paces were not measured, beside those in PyTorch whose were."""
+    both = shutil.copytree(finished, tmp_path / "both")
+    for path in both.glob("race/*/study_*/*_pytorch"):
+        shutil.copytree(path, path.with_name(path.name.replace("pytorch", "jax")))
+    pytorch, jax = suite_results.judge(both / "race", 3)
+    assert (pytorch.framework, pytorch.alone) == ("pytorch", ("mnist_vit", "bible_lm"))
+    assert (jax.framework, jax.alone) == ("jax", ())
+    assert "Of mnist_vit, bible_lm: as the race took them" in suite_table.cost_table(jax, "time").note
+    assert "second program" in suite_table.pace_table(jax).note
+    assert not suite_table.pace_table(pytorch).note
+
+
 def test_the_page_says_what_each_side_was_given(finished):
     judged = suite_results.judge(finished / "race", 3)
     notes = json.loads((finished / "suite.json").read_text())
