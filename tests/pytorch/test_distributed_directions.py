@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import datetime
-import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from algoperf_kfac.pytorch import KFAC
 from algoperf_kfac.pytorch.scalings import scaling_of
 from algoperf_kfac.pytorch.stacks import Stack
 from tests.pytorch import processes
+from tests.pytorch.processes import Ranks
 from tests.pytorch.test_distributed_refresh import leaves
 from tests.pytorch.toys import SCALE_SENSITIVE
 
@@ -47,8 +47,6 @@ CASES: dict[str, dict[str, Any]] = {
 OF_FOUR = ("power", "polar")
 RUNS = [(2, case) for case in CASES] + [(4, case) for case in OF_FOUR]
 NOT_DEALT = ("second_moment", "one_layer", "off")
-
-Ranks = Callable[[int], list[dict[str, Any]]]
 
 
 class Net(nn.Module):
@@ -205,23 +203,12 @@ def worker(rank: int, world: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     """The results of all processes of a number of them, for all cases."""
-
-    @functools.cache
-    def results(world: int) -> list[dict[str, Any]]:
-        folder = tmp_path_factory.mktemp("processes")
-        processes.run(worker, (world, str(folder)), world)
-        return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
-
-    return results
+    return processes.ranks_of(worker, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, dict[str, Any]]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    results = {case: run(case, 1, 0) for case in CASES}
-    torch.set_num_threads(threads)
-    return results
+    return processes.alone_of(run, CASES)
 
 
 @pytest.mark.parametrize(("world", "case"), RUNS)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from algoperf_kfac.cost import assign
 from algoperf_kfac.pytorch import KFAC
 from tests.pytorch import processes
+from tests.pytorch.processes import Ranks
 from tests.pytorch.toys import SCALE_SENSITIVE, images
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
@@ -46,9 +45,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 RUNS = [(2, case) for case in CASES] + [(4, case) for case in OF_FOUR]
 STEPS = {"fails_at_first": 8, "fails_later": 8, "fails_inverse": 8, "short": 3, "one_sided": 8, "blocks": 8}
-
-
-Ranks = Callable[[int], list[dict[str, Any]]]
 
 
 class Uneven(nn.Module):
@@ -164,23 +160,12 @@ def worker(rank: int, world: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     """The results of all processes of a number of them, for all cases."""
-
-    @functools.cache
-    def results(world: int) -> list[dict[str, Any]]:
-        folder = tmp_path_factory.mktemp("processes")
-        processes.run(worker, (world, str(folder)), world)
-        return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
-
-    return results
+    return processes.ranks_of(worker, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, dict[str, Any]]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    results = {case: run(case, 1, 0) for case in CASES}
-    torch.set_num_threads(threads)
-    return results
+    return processes.alone_of(run, CASES)
 
 
 @pytest.mark.parametrize(("world", "case"), RUNS)
