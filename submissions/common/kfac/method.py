@@ -23,7 +23,8 @@ POINT = {
     "length_factor": 0.5,
     "polar_steps": 3,
     "noise_floor": 0.0,
-    "statistics_rows": 4096,  # no fewer than a factor has
+    "statistics_rows": 1024,
+    "statistics_rows_by_side": True,  # no fewer than a factor has
     "initial_refreshes": "every",
     "max_factor_dim": 4096,
 }
