@@ -221,4 +221,22 @@ EXPERIMENTS = (
             **{f"refresh {n}": _every(1, n) for n in OFTEN_OR_SELDOM},
         },
     ),
+    Experiment(
+        name="qr_expand",
+        change="Bases that follow the factors by one step of orthogonal iteration, in place of decompositions anew.",
+        submission="kfac_expand",
+        variants={
+            "qr": Variant({"decomposition": "qr"}),
+            "qr, as often as statistics": Variant({"decomposition": "qr", "refresh_interval": 4}),
+        },
+    ),
+    Experiment(
+        name="qr_reduce",
+        change="The same for reduce where it fits.",
+        submission="kfac_reduce",
+        variants={
+            "qr": Variant({"decomposition": "qr"}),
+            "qr, as often as statistics": Variant({"decomposition": "qr", "refresh_interval": 2}),
+        },
+    ),
 )

@@ -52,8 +52,11 @@ class Scaling:
 
     @property
     def keeps_bases(self) -> bool:
-        """Whether a layer keeps its bases: by default to see whether the factors have drifted away from them."""
-        return self.uses_bases and self.config.drift_tolerance > 0
+        """Whether a layer keeps its bases: by default where the next refresh asks for them.
+
+        To see whether the factors have drifted away from them, or to follow the factors from them.
+        """
+        return self.uses_bases and (self.config.drift_tolerance > 0 or self.config.decomposition == "qr")
 
     def keeps(self, spec: LayerSpec, dtype: DTypeLike) -> Kept:
         """What a layer keeps beside operators and bases, before the first step.

@@ -71,11 +71,12 @@ class Scaling:
 
     @property
     def keeps_bases(self) -> bool:
-        """Whether a layer keeps its bases: by default to see whether the factors have drifted away from them.
+        """Whether a layer keeps its bases: by default where the next refresh asks for them.
 
-        A scaling that reads them at every step says so; `operators` has them in any case.
+        To see whether the factors have drifted away from them, or to follow the factors from them. A scaling that
+        reads them at every step says so; `operators` has them in any case.
         """
-        return self.uses_bases and self.config.drift_tolerance > 0
+        return self.uses_bases and (self.config.drift_tolerance > 0 or self.config.decomposition == "qr")
 
     def keeps(self, spec: LayerSpec, like: Tensor) -> dict[str, Tensor | int]:
         """What a layer keeps for the scaling in `LayerState.kept`, as it is at the beginning.
