@@ -150,9 +150,9 @@ class _Job:
         """
         state = self.state
         values, bases = [*state.a_values, *state.b_values], [*state.a_basis, *state.b_basis]
-        orders = [v.argsort(1, descending=True, stable=True).unsqueeze(1).expand_as(q) for v, q in zip(values, bases, strict=True)]
+        orders = [v.argsort(dim=1, descending=True, stable=True) for v in values]
         return [
-            torch.cat([m, q.gather(2, order)], 2)
+            torch.cat([m, q.gather(2, order.unsqueeze(1).expand_as(q))], 2)
             for m, q, order in zip(self.damped(), bases, orders, strict=True)
         ]
 
