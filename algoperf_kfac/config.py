@@ -67,10 +67,10 @@ class KFACConfig:
             (type-2, all columns of the output Hessian's root; small outputs only).
         fisher_samples: label samples per statistics step, for "mc".
         preconditioner: "eigen" (factors' eigenbases) or "inverse" (damped inverses, as in the paper).
-        decomposition: for "eigen", how a refresh finds the bases: "eigh" (anew), or "qr" (one step of orthogonal
-            iteration from the bases before, Golub and Van Loan, Matrix Computations, section 8.2.4, as SOAP takes it,
-            arXiv 2409.11321; the first bases of a layer, and those where that fails, are "eigh"'s). Several times
-            faster than "eigh" on a GPU, and the bases follow the factors with a delay.
+        decomposition: for "eigen", how a refresh finds the bases: "eigh" (anew), or "qr" (by one step of orthogonal
+            iteration from the bases before, as in SOAP, arXiv 2409.11321; Golub and Van Loan, Matrix Computations,
+            section 8.2.4). The first bases of a layer, and those where that fails, are those of "eigh". "qr" takes
+            less time, much less on a GPU, and its bases follow the factors with a delay.
         scaling: for "eigen", how the rotated momentum is scaled: "power" (by the eigenvalues to the power
             -`power`), "root" and "inverse" (the powers -1/2 and -1 by name), "second_moment" (Adam's second
             moment of the rotated gradient), "polar" (the polar factor of the whitened momentum, tempered by the
@@ -187,7 +187,9 @@ class KFACConfig:
         check("preconditioner", self.preconditioner in PRECONDITIONERS, f"one of {PRECONDITIONERS}")
         check("decomposition", self.decomposition in DECOMPOSITIONS, f"one of {DECOMPOSITIONS}")
         if self.decomposition == "qr" and self.preconditioner == "inverse":
-            raise ValueError('hyperparameter decomposition="qr" follows eigenbases: preconditioner="inverse" has none')
+            raise ValueError(
+                'hyperparameter decomposition="qr" follows eigenbases: preconditioner="inverse" has none'
+            )
         known = isinstance(self.scaling, type) or self.scaling in scaling_names()
         check("scaling", known, f"one of {scaling_names()}, or a class of your own")
         check("power", 0 < self.power <= 1, "a number in (0, 1]")

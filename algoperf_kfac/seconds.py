@@ -15,14 +15,14 @@ import math
 from collections.abc import Mapping, Sequence
 
 from algoperf_kfac.cadence import cycle
+from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.cost import (
-    EIGH_FLOPS,
-    INVERSE_FLOPS,
     ITEM_BYTES,
     LayerPlan,
     Plan,
     assign,
     cubes,
+    decomposition_flops,
     product_flops,
 )
 from algoperf_kfac.layers import LayerSpec, split_blocks
@@ -38,6 +38,7 @@ class Speed:
         device: its name.
         products: of the product of two n x n matrices, by n.
         decompositions: of the eigendecomposition of one symmetric n x n matrix, by n.
+        iterations: of one step of orthogonal iteration of one symmetric n x n matrix, by n.
         inverses: of the inverse of one positive definite n x n matrix by its Cholesky root, by n.
         bytes_per_second: that sums over the positions of a large array read.
     """
@@ -45,21 +46,25 @@ class Speed:
     device: str
     products: Mapping[int, float]
     decompositions: Mapping[int, float]
+    iterations: Mapping[int, float]
     inverses: Mapping[int, float]
     bytes_per_second: float
 
     def __post_init__(self) -> None:
-        tables = (self.products, self.decompositions, self.inverses)
-        if not all(tables) or not all(value > 0 for t in tables for value in (*t, *t.values())):
-            raise ValueError(
-                "a speed needs positive times of products, decompositions and inverses, by positive size"
-            )
+        for name in TABLES:
+            table = getattr(self, name)
+            if not table or not all(value > 0 for value in (*table, *table.values())):
+                raise ValueError(f"a speed needs positive times of {name}, by positive size")
         if not self.bytes_per_second > 0:
             raise ValueError(f"bytes_per_second={self.bytes_per_second}: must be positive")
 
     def product(self, m: float, k: float, n: float) -> float:
         """Of a product of an (m, k) by a (k, n) matrix."""
         return interpolated(self.products, (m * k * n) ** (1 / 3)) if m and k and n else 0.0
+
+
+TABLES = ("products", "decompositions", "iterations", "inverses")
+"""The fields of a `Speed` that are measured by size."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +102,7 @@ def interpolated(times: Mapping[int, float], size: float) -> float:
 def seconds_of(plan: Plan, speed: Speed) -> Seconds:
     """What the plan's configuration adds to a step on a device of this speed."""
     config = plan.config
-    inverse = config.preconditioner == "inverse"
-    refreshes = [_refresh(layer, speed, inverse=inverse) for layer in plan.layers]
+    refreshes = [_refresh(layer, speed, config) for layer in plan.layers]
     owners = assign([layer.refresh for layer in plan.layers], plan.devices)
     busiest = max((sum(_of(refreshes, owners, owner)) for owner in range(plan.devices)), default=0.0)
     products = [_preconditioning(layer, speed) for layer in plan.layers]
@@ -147,12 +151,12 @@ def paced(plan: Plan, speed: Speed, step: float, budget: float) -> Paced:
 
 def refresh_in_turns(plan: Plan, speed: Speed) -> float:
     """Seconds of a refresh of all layers, one turn after the other, the work of each divided over the devices."""
-    inverse, turns = plan.config.preconditioner == "inverse", cycle(plan.config)
+    turns = cycle(plan.config)
     seconds = 0.0
     for turn in range(turns):
         layers = plan.layers[turn::turns]
         owners = assign([cubes(layer.spec) for layer in layers], plan.devices)
-        times = [_refresh(layer, speed, inverse=inverse) for layer in layers]
+        times = [_refresh(layer, speed, plan.config) for layer in layers]
         seconds += max((sum(_of(times, owners, owner)) for owner in range(plan.devices)), default=0.0)
     return seconds
 
@@ -194,10 +198,12 @@ def _statistics(layer: LayerPlan, speed: Speed, limit: RowLimit) -> float:
     return seconds
 
 
-def _refresh(layer: LayerPlan, speed: Speed, *, inverse: bool) -> float:
+def _refresh(layer: LayerPlan, speed: Speed, config: KFACConfig) -> float:
     """Decompositions, and what the scaling makes of them, by its flops beyond the decomposition's own."""
     spec = layer.spec
-    table, each = (speed.inverses, INVERSE_FLOPS) if inverse else (speed.decompositions, EIGH_FLOPS)
+    inverse = config.preconditioner == "inverse"
+    bases = speed.iterations if config.decomposition == "qr" else speed.decompositions
+    table, each = speed.inverses if inverse else bases, decomposition_flops(config, uses_bases=not inverse)
     decompositions = sum(interpolated(table, size) for size in spec.block_sizes)
     products = sum(speed.product(size, size, size) for size in spec.block_sizes)
     made_of_them = (layer.refresh - each * cubes(spec)) / (2 * cubes(spec)) if cubes(spec) else 0.0

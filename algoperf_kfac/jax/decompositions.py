@@ -95,9 +95,7 @@ def decompose(
     return result
 
 
-def follow(
-    matrices: Array, damping: Array, bases: Array, wanted: Array, *, mesh: Mesh | None
-) -> Decomposed:
+def follow(matrices: Array, damping: Array, bases: Array, wanted: Array, *, mesh: Mesh | None) -> Decomposed:
     """One step of orthogonal iteration from known bases, without retries; nothing is computed if nothing is wanted.
 
     Args:
@@ -123,9 +121,12 @@ def follow(
 
 
 def qr(pairs: Array) -> tuple[Array, Array]:
-    """(matrices, size, 2 size) matrices M, each with a basis Q beside it: that of M Q = Q' R, and Rayleigh quotients.
+    """The basis Q' of M Q = Q' R, behind the Rayleigh quotients of its columns.
 
     By Householder reflections, which are backward stable: columns may differ in length as much as eigenvalues do.
+
+    Args:
+        pairs: (matrices, size, 2 size), each M with Q beside it.
     """
     matrices, bases = jnp.split(pairs, 2, 2)
     vectors = jnp.linalg.qr(matrices @ bases)[0]
@@ -153,10 +154,10 @@ def _split(decomposition: Decomposition, mesh: Mesh | None) -> Decomposition:
     axis = PartitionSpec(mesh.axis_names)
 
     def run(matrices: Array) -> tuple[Array, Array]:
-        count = len(matrices)
+        count, size = matrices.shape[:2]
         padding = -count % mesh.size
         if padding:
-            filler = jnp.tile(jnp.eye(*matrices.shape[1:], dtype=matrices.dtype), (padding, 1, 1))
+            filler = jnp.tile(jnp.eye(size, matrices.shape[2], dtype=matrices.dtype), (padding, 1, 1))
             matrices = jnp.concatenate([matrices, filler])
         mapped = jax.shard_map(decomposition, mesh=mesh, in_specs=axis, out_specs=(axis, axis), check_vma=False)
         everywhere = NamedSharding(mesh, PartitionSpec())

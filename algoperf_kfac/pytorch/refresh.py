@@ -318,7 +318,11 @@ def _decompose(
     def outcome(i: int) -> list[tuple[Tensor, ...]] | None:
         if flags[i]:
             return None
-        return _retry(jobs[i], _eigh if decompose is _qr else decompose, config) if i in failed else [results[i, k] for k in range(len(blocks[i]))]
+        return (
+            _retry(jobs[i], _eigh if decompose is _qr else decompose, config)
+            if i in failed
+            else [results[i, k] for k in range(len(blocks[i]))]
+        )
 
     return [outcome(i) for i in range(len(jobs))]
 

@@ -223,8 +223,9 @@ EXPERIMENTS = (
     ),
     Experiment(
         name="qr_expand",
-        change="Bases that follow the factors by one step of orthogonal iteration, in place of decompositions anew.",
+        change="Bases that follow the factors by one step of orthogonal iteration, not decomposed anew.",
         submission="kfac_expand",
+        workloads=("mnist_vit", "bible_lm"),
         variants={
             "qr": Variant({"decomposition": "qr"}),
             "qr, as often as statistics": Variant({"decomposition": "qr", "refresh_interval": 4}),
@@ -234,6 +235,7 @@ EXPERIMENTS = (
         name="qr_reduce",
         change="The same for reduce where it fits.",
         submission="kfac_reduce",
+        workloads=("mnist_vit", "bible_lm"),
         variants={
             "qr": Variant({"decomposition": "qr"}),
             "qr, as often as statistics": Variant({"decomposition": "qr", "refresh_interval": 2}),

@@ -259,10 +259,10 @@ def intervals(plans: Sequence[Named]) -> Table:
 
 def render_speed(speed: Speed) -> str:
     """A calibration as a table, in milliseconds by size."""
-    head = ["matrices", "product ms", "eigendecomposition ms", "inverse ms"]
+    head = ["matrices", "product ms", "eigendecomposition ms", "orthogonal iteration ms", "inverse ms"]
     rows = [head]
     for size in sorted(speed.products):
-        tables = (speed.products, speed.decompositions, speed.inverses)
+        tables = (speed.products, speed.decompositions, speed.iterations, speed.inverses)
         rows.append([f"{size:,}", *(f"{1e3 * table[size]:.3g}" for table in tables)])
     return f"{speed.device}: a sum reads {speed.bytes_per_second / 1e9:.3g} GB/s\n\n{_text(rows)}"
 

@@ -23,6 +23,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "second_moment": {"scaling": "second_moment"},
     "inverse": {"preconditioner": "inverse"},
     "drift": {"drift_tolerance": 0.1},
+    "following": {"decomposition": "qr"},
     "polar": {"scaling": "polar"},
     "polar-blocks": {"scaling": "polar", "max_factor_dim": 40, "length": "rms"},
     "no-grafting": {"grafting": False},

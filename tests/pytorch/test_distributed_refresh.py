@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "grafted": {"approximation": "reduce", "grafting": True, "damping_mode": "relative", "scaling": "power"},
     "drift": {"drift_tolerance": 0.3},
+    "following": {"decomposition": "qr"},
     "second_moment": {"scaling": "second_moment", "damping": 0.3},
     "blocks": {"max_factor_dim": 9},
     "one_sided": {"max_factor_dim": 12, "large_factor": "one_sided"},

@@ -15,9 +15,16 @@ from submissions.cli import assumed, calibration
 from tests.submissions.planned import make_plan
 from tests.submissions.test_plan import one_layer
 
-# Products at 2 flops a nanosecond, decompositions and inverses of their own; sizes 10 to 40.
+# Products at 2 flops a nanosecond, the rest with times of its own; sizes 10 to 40.
 PRODUCTS = {n: 1e-9 * n**3 for n in (10, 20, 40)}
-SPEED = Speed("toy", PRODUCTS, {10: 1e-3, 20: 5e-3, 40: 3e-2}, {10: 1e-4, 40: 4e-3}, bytes_per_second=1e9)
+SPEED = Speed(
+    "toy",
+    PRODUCTS,
+    decompositions={10: 1e-3, 20: 5e-3, 40: 3e-2},
+    iterations={10: 3e-4, 40: 7e-3},
+    inverses={10: 1e-4, 40: 4e-3},
+    bytes_per_second=1e9,
+)
 LOAD = Load(examples=8, positions=5, products=40, input_elements=1200, output_elements=400)
 
 
@@ -44,6 +51,9 @@ def test_seconds_by_hand():
     )
     assert inverse.statistics == 0
     assert inverse.refresh == pytest.approx((4e-3 + interpolated(SPEED.inverses, 20)) / 4)
+    following = make_plan(coverage, {}, KFACConfig(decomposition="qr", refresh_interval=4, factor_interval=2))
+    each = 7e-3 + interpolated(SPEED.iterations, 20)
+    assert seconds_of(following, SPEED).refresh == pytest.approx((each + 1e-9 * (40**3 + 20**3)) / 4)
     second = make_plan(coverage, {}, KFACConfig(scaling="second_moment", refresh_interval=4, factor_interval=2))
     assert seconds_of(second, SPEED).preconditioning == pytest.approx(3 * found.preconditioning)
     assert seconds_of(second, SPEED).refresh == pytest.approx((3e-2 + 5e-3) / 4)
@@ -128,6 +138,8 @@ def test_assumed_speeds_are_those_of_their_sources():
     assert interpolated(speed.decompositions, 4096) == pytest.approx(0.9)
     assert speed.products[4096] == pytest.approx(2 * 4096**3 / (0.5 * 156e12))
     assert speed.products[64] == 1e-5
+    assert speed.iterations[1024] == pytest.approx(8e-3 + 2 * speed.products[1024])
+    assert interpolated(speed.iterations, 4096) == pytest.approx(64e-3 + 2 * speed.products[4096])
 
 
 def test_plans_say_what_a_refresh_budget_comes_to(capsys):
@@ -155,11 +167,11 @@ def test_flags_that_say_nothing(capsys, flags, message):
 
 def test_impossible_speeds_are_refused():
     with pytest.raises(ValueError, match="positive times"):
-        Speed("toy", {}, {10: 1.0}, {10: 1.0}, 1e9)
+        Speed("toy", {}, {10: 1.0}, {10: 1.0}, {10: 1.0}, 1e9)
     with pytest.raises(ValueError, match="positive times"):
-        Speed("toy", {10: 0.0}, {10: 1.0}, {10: 1.0}, 1e9)
+        Speed("toy", {10: 1.0}, {10: 1.0}, {10: 0.0}, {10: 1.0}, 1e9)
     with pytest.raises(ValueError, match="bytes_per_second"):
-        Speed("toy", PRODUCTS, PRODUCTS, PRODUCTS, 0)
+        Speed("toy", PRODUCTS, PRODUCTS, PRODUCTS, PRODUCTS, 0)
 
 
 @pytest.fixture

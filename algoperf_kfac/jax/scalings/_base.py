@@ -12,11 +12,10 @@ from jax.typing import DTypeLike
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.cost import (
-    EIGH_FLOPS,
-    INVERSE_FLOPS,
     ScalingFlops,
     StateBytes,
     cubes,
+    decomposition_flops,
     product_flops,
     runs,
     squares,
@@ -112,7 +111,7 @@ class Scaling:
 
     def flops(self, spec: LayerSpec) -> ScalingFlops:
         """What a layer's refresh and its direction at every step take; see `cost.Scaling`."""
-        each = EIGH_FLOPS if self.uses_bases else INVERSE_FLOPS
+        each = decomposition_flops(self.config, uses_bases=self.uses_bases)
         return ScalingFlops(each * cubes(spec), product_flops(spec))
 
     def dealt(self, specs: Sequence[LayerSpec], workers: int) -> list[list[int]]:

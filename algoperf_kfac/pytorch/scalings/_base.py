@@ -10,12 +10,11 @@ from torch import Tensor
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.cost import (
-    EIGH_FLOPS,
-    INVERSE_FLOPS,
     ScalingFlops,
     StateBytes,
     cubes,
     deal,
+    decomposition_flops,
     product_flops,
     squares,
     widths,
@@ -100,7 +99,7 @@ class Scaling:
 
     def flops(self, spec: LayerSpec) -> ScalingFlops:
         """Of a refresh, and of the direction at every step; see `cost.Scaling`."""
-        each = EIGH_FLOPS if self.uses_bases else INVERSE_FLOPS
+        each = decomposition_flops(self.config, uses_bases=self.uses_bases)
         return ScalingFlops(each * cubes(spec), product_flops(spec))
 
     # Who does it.
