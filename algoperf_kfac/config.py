@@ -91,8 +91,9 @@ class KFACConfig:
         factor_decay: decay of the moving averages of A and B per statistics step, bias-corrected.
         factor_interval: steps between statistics steps.
         statistics_rows: statistics are formed from as few examples of a batch, every n-th, as bring at least so
-            many rows to the outer products of a call (positions with expand, examples with reduce), and from two at
-            least; None for all examples. Layers whose rows are put together by segments take all.
+            many rows to the outer products of a call (positions with expand, examples with reduce), and from four
+            at least, of which every k-th position is taken where all would be more rows than that; None for all
+            examples. Layers whose rows are put together by segments take all.
         statistics_rows_by_side: whether layers with a diagonal block of more sides than `statistics_rows` take as
             many rows as that block has sides, so that none of their factors is singular for want of rows.
         initial_statistics: the first so many steps all take statistics, so that the first bases do not rest on

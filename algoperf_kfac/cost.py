@@ -88,7 +88,7 @@ class Load:
         return dataclasses.replace(self, examples=examples, positions=rows / examples, in_segments=True)
 
     def share(self, rows: int | None, *, reduces: bool) -> float:
-        """The share of the examples that a factor is formed of.
+        """The share of the rows that a factor is formed of.
 
         Args:
             rows: from `KFACConfig.row_limit`; several calls are taken for one of all their positions.

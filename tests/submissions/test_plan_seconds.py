@@ -63,10 +63,11 @@ def test_seconds_by_hand():
     ("approximation", "spatial", "rows", "expected"),
     [
         ("expand", False, None, 1e-9 * 40 * (1600 + 400)),
-        ("expand", False, 10, 1e-9 * 10 * (1600 + 400)),  # two of eight examples
+        ("expand", False, 20, 1e-9 * 20 * (1600 + 400)),  # four of eight examples
+        ("expand", False, 10, 1e-9 * 12 * (1600 + 400)),  # and three of their five positions
         ("reduce", False, 4, 1e-9 * 4 * (1600 + 400) + 4 * 0.5 * 1600 / 1e9),  # every second example
         ("mixed", False, None, 1e-9 * 8 * (1600 + 400) + 4 * 1600 / 1e9),
-        ("mixed", True, 10, 1e-9 * (10 * 1600 + 8 * 400) + 4 * 400 / 1e9),  # A is expand's
+        ("mixed", True, 10, 1e-9 * (12 * 1600 + 8 * 400) + 4 * 400 / 1e9),  # A is expand's
     ],
 )
 def test_seconds_of_statistics_are_those_of_the_rows_taken(approximation, spatial, rows, expected):
