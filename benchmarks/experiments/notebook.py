@@ -24,6 +24,7 @@ KEPT = {"scaling": "polar", "polar_steps": 3, **RMS, **SELDOM}
 DOUBLING = {"initial_refreshes": "doubling"}
 # What the points since have in common, where it is something else by now.
 SINCE_POLAR = {"initial_refreshes": "every", "initial_statistics": 10, **BEFORE_ROWS}
+FEWER_ROWS = {"statistics_rows": 1024, "statistics_rows_by_side": True}
 
 # How often, each for itself; the averages remember 80 steps whatever the interval.
 OFTEN_OR_SELDOM = (1, 3, 10, 30, 100)
@@ -212,6 +213,21 @@ EXPERIMENTS = (
         variants={f"{rows} rows": Variant({"statistics_rows": rows}) for rows in (512, 1024)},
         verdict="The same for reduce: on three workloads as low or lower, on the residual network higher by less "
         "than seeds differ.",
+    ),
+    Experiment(
+        name="fewer_rows_expand",
+        change="1,024 rows, no fewer than a factor has sides, from four examples at least and of every k-th position "
+        "where these have more.",
+        submission="kfac_expand",
+        start=SINCE_POLAR,
+        variants={"1024 rows, by side": Variant(FEWER_ROWS)},
+    ),
+    Experiment(
+        name="fewer_rows_reduce",
+        change="The same for reduce where it fits.",
+        submission="kfac_reduce",
+        start=SINCE_POLAR,
+        variants={"1024 rows, by side": Variant(FEWER_ROWS)},
     ),
     Experiment(
         name="frequency",
