@@ -216,7 +216,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         name="fewer_rows_expand",
-        change="1,024 rows, no fewer than a factor has sides, from four examples at least and of every k-th position "
+        change="1,024 rows, no fewer than a factor has sides, from four examples at least, of every k-th position "
         "where these have more.",
         submission="kfac_expand",
         start=SINCE_POLAR,
