@@ -133,6 +133,8 @@ def render(named: Named, form: str, *, legend: bool = True) -> str:
     intervals = f"statistics every {_count(config.factor_interval, 'step')}"
     if config.statistics_rows is not None:
         intervals += f" from at least {config.statistics_rows:,} rows of a call"
+        if config.statistics_rows_by_side:
+            intervals += " (no fewer than a layer's largest block has sides)"
     intervals += f", refresh every {_count(config.refresh_interval, 'step')}"
     facts = [
         f"K-FAC covers {covered:,} of {total:,} parameters ({100 * plan.coverage.fraction:.1f} %), {intervals}.",
