@@ -5,7 +5,8 @@ fraction of that of large ones. A `Speed` holds measured times of square matrice
 interpolated along straight lines; beyond the largest size, times grow as its cube, and below the smallest they are
 those of the smallest, where starting the operation is what counts.
 
-A product of (m, k) by (k, n) takes the time of one of square matrices with as many flops.
+A product of (m, k) by (k, n) takes the time of one of square matrices with as many flops; those of channel groups,
+which are made in one call, that of one with the flops of all. Decompositions are made one after the other.
 """
 
 from __future__ import annotations
@@ -192,7 +193,7 @@ def _statistics(layer: LayerPlan, speed: Speed, limit: RowLimit) -> float:
     ):
         share = load.share(limit.of(spec.block_sizes), reduces=reduces)
         taken = share * load.examples * (1 if reduces else load.positions)
-        seconds += spec.groups * sum(speed.product(size, taken, size) for size in blocks)
+        seconds += sum(speed.product(size, spec.groups * taken, size) for size in blocks)
         if reduces:
             seconds += ITEM_BYTES * share * elements / speed.bytes_per_second
     return seconds
@@ -204,10 +205,10 @@ def _refresh(layer: LayerPlan, speed: Speed, config: KFACConfig) -> float:
     inverse = config.preconditioner == "inverse"
     bases = speed.iterations if config.decomposition == "qr" else speed.decompositions
     table, each = speed.inverses if inverse else bases, decomposition_flops(config, uses_bases=not inverse)
-    decompositions = sum(interpolated(table, size) for size in spec.block_sizes)
-    products = sum(speed.product(size, size, size) for size in spec.block_sizes)
+    decompositions = spec.groups * sum(interpolated(table, size) for size in spec.block_sizes)
+    products = sum(speed.product(size, spec.groups * size, size) for size in spec.block_sizes)
     made_of_them = (layer.refresh - each * cubes(spec)) / (2 * cubes(spec)) if cubes(spec) else 0.0
-    return spec.groups * (decompositions + made_of_them * products)
+    return decompositions + made_of_them * products
 
 
 def _preconditioning(layer: LayerPlan, speed: Speed) -> float:
@@ -218,6 +219,6 @@ def _preconditioning(layer: LayerPlan, speed: Speed) -> float:
 
 
 def _both_sides(spec: LayerSpec, speed: Speed) -> float:
-    right = sum(speed.product(spec.out_dim, size, size) for size in spec.in_blocks)
-    left = sum(speed.product(size, size, spec.factor_in_dim) for size in spec.out_blocks)
-    return spec.groups * (left + right)
+    right = sum(speed.product(spec.out_dim, spec.groups * size, size) for size in spec.in_blocks)
+    left = sum(speed.product(size, spec.groups * size, spec.factor_in_dim) for size in spec.out_blocks)
+    return left + right
