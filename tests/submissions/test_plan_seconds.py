@@ -166,6 +166,16 @@ def test_plans_say_what_a_refresh_budget_comes_to(capsys):
     assert seconds[2] == pytest.approx(seconds[0] * 9 / 6, rel=2e-2)
 
 
+def test_plans_say_what_another_way_of_refreshing_comes_to(capsys):
+    def refreshed(*flags):
+        code, out, _ = command(capsys, "--workload=mnist_vit", "--devices=1", "--assume=a100", *flags)
+        assert code == 0
+        (line,) = [line for line in out.splitlines() if line.startswith("All layers are refreshed in ")]
+        return float(next(word for word in line.split() if word[0].isdigit()))
+
+    assert refreshed("--decomposition=qr") < refreshed() == refreshed("--decomposition=eigh")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
