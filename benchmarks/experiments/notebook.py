@@ -253,10 +253,10 @@ EXPERIMENTS = (
             "qr": Variant({"decomposition": "qr"}),
             "qr, as often as statistics": Variant({"decomposition": "qr", "refresh_interval": 2}),
         },
-        verdict="Where bases follow as rarely as they were decomposed, losses are higher on both workloads; where "
-        "they follow as often as statistics come, they are as low, as far as three seeds can tell (on text higher in "
-        "two of them). On this machine a refresh takes about half as long, a step hardly less. Not taken; of devices "
-        "on which decompositions take ten times as long, and are made ten times as rarely, this says nothing. Not "
-        "run with expand.",
+        verdict="Where bases follow as rarely as they were decomposed, losses are higher on both workloads; "
+        "where they follow as often as statistics come, they are as low, as far as three seeds can tell "
+        "(on text higher in two of them). On this machine a refresh takes about half as long, a step "
+        "hardly less. Not taken; of devices on which decompositions take ten times as long, and are "
+        "made ten times as rarely, this says nothing. Not run with expand.",
     ),
 )
