@@ -5,7 +5,9 @@ from __future__ import annotations
 from benchmarks.experiments.experiment import Experiment, Variant
 
 # The submissions' points before these experiments, where they are others now.
+BEFORE_ROWS = {"statistics_rows": 4096, "statistics_rows_by_side": False}
 EARLIER = {
+    **BEFORE_ROWS,
     "scaling": "power",
     "length": "graft",
     "statistics_rows": None,
@@ -21,7 +23,7 @@ OFTEN = {"factor_interval": 2, "refresh_interval": 6, "factor_decay": 0.9}
 KEPT = {"scaling": "polar", "polar_steps": 3, **RMS, **SELDOM}
 DOUBLING = {"initial_refreshes": "doubling"}
 # What the points since have in common, where it is something else by now.
-SINCE_POLAR = {"initial_refreshes": "every", "initial_statistics": 10, "statistics_rows": 4096}
+SINCE_POLAR = {"initial_refreshes": "every", "initial_statistics": 10, **BEFORE_ROWS}
 
 # How often, each for itself; the averages remember 80 steps whatever the interval.
 OFTEN_OR_SELDOM = (1, 3, 10, 30, 100)
@@ -179,6 +181,7 @@ EXPERIMENTS = (
         change="Is it the curvature that helps? One side alone, no factors (Muon's direction), their diagonals, "
         "random bases, and Shampoo's factors in their place.",
         submission="kfac_expand",
+        start=BEFORE_ROWS,
         variants={
             name: Variant(submission=name)
             for name in ("only_a", "only_b", "no_factors", "diagonal", "random_basis", "gradient_basis")
@@ -215,6 +218,7 @@ EXPERIMENTS = (
         change="How often statistics are taken (refreshes at every 30th step, or with them), and how often bases "
         "are refreshed (statistics at every step); the first ten steps do both, as always.",
         submission="kfac_expand",
+        start=BEFORE_ROWS,
         workloads=("mnist_vit", "mnist_resnet"),
         variants={
             **{f"statistics {n}": _every(n, max(30, n)) for n in OFTEN_OR_SELDOM},

@@ -22,6 +22,8 @@ from workloads.runner import jobs
 from workloads.studies import facts
 
 OBJECTS = Path(__file__).parent / "objects"
+# Hyperparameters that are younger than kept results, with what a point without them means.
+YOUNGER: Mapping[str, object] = {"statistics_rows_by_side": False}
 CURVE_FROM = 0.6  # share of the horizon from which on evaluations are kept
 
 
@@ -151,7 +153,8 @@ def identity(run: Run) -> dict[str, Any]:
 
 def key(found: Mapping[str, Any]) -> str:
     """The identity in a kept result, as text."""
-    return json.dumps({name: found[name] for name in sorted(("point", *_PLAIN))}, sort_keys=True)
+    point = {**YOUNGER, **found["point"]}
+    return json.dumps({"point": point, **{name: found[name] for name in _PLAIN}}, sort_keys=True)
 
 
 _PLAIN = ("submission", "workload", "framework", "steps", "seed")
