@@ -52,7 +52,7 @@ def test_a_speed_is_measured_once(tmp_path, monkeypatch):
 def test_the_page_from_what_is_kept(tmp_path, monkeypatch, capsys):
     """Two of the variants, with made-up losses; the model with a speed of the test's."""
     one, results = page.EXPERIMENT, []
-    for (name, workload, seed), run in runs.runs_of(one).items():
+    for (name, workload, _), run in runs.runs_of(one).items():
         if workload == "mnist_vit" and name in ("base", "statistics 1"):
             loss, pace = (0.2, 50.0) if name == "base" else (0.1, 80.0)
             curve = [[100, loss + 0.1], [run.steps, loss]]

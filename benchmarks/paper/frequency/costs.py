@@ -7,6 +7,8 @@ import json
 import time
 from pathlib import Path
 
+import torch
+
 from algoperf_kfac import cadence, crossover
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.cost import Plan
@@ -108,6 +110,7 @@ def speed(path: Path) -> Speed:
 
 
 def _measured() -> Speed:
+    torch.set_num_threads(1)  # as in the runs; and the seconds of several threads would count several times
     here = calibration.device("pytorch")
     times: dict[str, dict[int, float]] = {"products": {}, "decompositions": {}, "inverses": {}}
     for size in SIZES:

@@ -27,19 +27,19 @@ Open question 4 of arXiv 2311.00636. Written by `python -m benchmarks.paper freq
 
 Statistics at every n-th step (with refreshes at every 30th, or with the statistics where these are rarer), or
 refreshes at every n-th step with statistics at every one. The averages remember 80 steps in all. *Taken* and
-*refreshed* count what a run really does, the first steps included. Steps are to {margin:g} times the base's mean loss
-at the end, along a straight line between evaluations ten steps apart: median (least to most) over seeds, *missed*
-where it was not reached. Milliseconds are of the processor, medians over seeds, beside other programs. *Model*: those
-of the base less what the model says the base adds, and what it says this one adds (`crossover` with the constants of
-[complexity](complexity.md), `seconds` with [times of matrices](../results/frequency_speed.json)). Seconds are steps
-times milliseconds, medians.
+*refreshed* count what a run really does, the first steps included. Steps are to {margin:g} times the base's
+mean loss at the end, along a straight line between evaluations ten steps apart: median (least to most) over
+seeds, *missed* where it was not reached. Milliseconds are of the processor, medians over seeds, beside other
+programs. *Model*: those of the base less what the model says the base adds, and what it says this one adds
+(`crossover` with the constants of [complexity](complexity.md), `seconds` with [times of
+matrices](../results/frequency_speed.json)). Seconds are steps times milliseconds, medians.
 """
 READING = """## What to hold against it
 
-The first steps take statistics whatever the interval, and this point refreshes at every statistics step until the
-first refresh interval is over (`initial_refreshes="every"`). So *refresh 100* is no rare refresh: in a run this short
-it refreshes nearly as often as *refresh 1*, and *refresh 30* more often than *refresh 10*. The column *refreshed* is
-what to read. Truly rare refreshes with statistics at every step were not tried.
+The first steps take statistics whatever the interval, and this point refreshes at every statistics step until
+the first refresh interval is over (`initial_refreshes="every"`). So *refresh 100* is no rare refresh: in a run
+this short it refreshes nearly as often as *refresh 1*, and *refresh 30* more often than *refresh 10*. The
+column *refreshed* is what to read. Truly rare refreshes with statistics at every step were not tried.
 """
 
 
@@ -180,13 +180,14 @@ def _section(workload: str, found: Mapping[str, Row]) -> Iterator[str]:
             measured = min(there, key=lambda name: there[name].seconds)
             said = min(there, key=lambda name: there[name].model_seconds)
             yield (
-                f"- Fewest seconds along *{axis}*: {measured} ({there[measured].seconds:.1f} s); by the model {said} "
-                f"({there[said].model_seconds:.1f} s; measured {there[said].seconds:.1f} s)."
+                f"- Fewest seconds along *{axis}*: {measured} ({there[measured].seconds:.1f} s); by the model "
+                f"{said} ({there[said].model_seconds:.1f} s; measured {there[said].seconds:.1f} s)."
             )
     off = [abs(row.model / statistics.median(row.ms) - 1) for name, row in found.items() if name != "base"]
     if off:
         yield (
-            f"- The model's milliseconds are off by {100 * statistics.median(off):.0f} % (median), at most "
+            "- The model's milliseconds are off by "
+            f"{100 * statistics.median(off):.0f} % (median), at most "
             f"{100 * max(off):.0f} %."
         )
     yield ""
