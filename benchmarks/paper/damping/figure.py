@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.kept import Book
 from benchmarks.paper.damping import grid, page, reading
-from benchmarks.paper.damping.grid import WHOLE, Case
+from benchmarks.paper.damping.grid import Case
 from benchmarks.paper.damping.reading import NEAR, Outcome
 from benchmarks.paper.damping.training import Gained
 from scoring.show import palette
@@ -26,25 +26,26 @@ _RC = {"font.family": "sans-serif", "font.size": 9, "axes.spines.top": False, "a
 
 def draw(book: Book[Case], gains: Book[Gained]) -> bytes:
     """A column for each form that was run, as PNG; the same results give the same bytes."""
+    found = page.read(book, gains)
     curves = {
         (workload, form, approximation): outcomes
-        for workload in dict.fromkeys(part.workload for part in WHOLE)
-        for form, approximation, outcomes in page.shown(workload, book, gains)
+        for workload, one in found.items()
+        for form, approximation, outcomes in page.shown(one)
     }
     workloads = list(dict.fromkeys(workload for workload, _, _ in curves))
     forms = list(dict.fromkeys(form for _, form, _ in curves))
     with mpl.rc_context(_RC):  # type: ignore[arg-type]
         rows, columns = max(1, 2 * len(workloads)), max(1, len(forms))
-        figure = Figure(figsize=(1.2 + 3.3 * columns, 0.6 + 2.3 * rows), layout="constrained")
+        figure = Figure(figsize=(max(5.6, 1.2 + 3.3 * columns), 0.9 + 2.3 * rows), layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots(rows, columns, squeeze=False, sharey="row")
+        axes = figure.subplots(rows, columns, squeeze=False, sharex="col", sharey="row")
         for row, workload in enumerate(workloads):
-            wanted = reading.target(workload, book, gains)
+            wanted = found[workload].target
             for column, form in enumerate(forms):
                 above, below = axes[2 * row][column], axes[2 * row + 1][column]
                 for name in grid.APPROXIMATIONS:
                     outcomes = curves.get((workload, form, name), {})
-                    _steps(above, outcomes, name)
+                    _steps(above, outcomes, name, grid.steps_of(workload))
                     _losses(below, outcomes, name)
                 above.set_title(f"{workload}\n{form.title}", loc="left", fontsize=9)
                 below.set_xlabel(f"damping ({form.mode})")
@@ -60,7 +61,7 @@ def draw(book: Book[Case], gains: Book[Gained]) -> bytes:
         handles, labels = axes[0][0].get_legend_handles_labels()
         if labels:
             title = (
-                "dots: three seeds; lines: their median (steps) or mean (loss); "
+                "dots: seeds; lines: their median (steps) or mean (loss); x: missed\n"
                 "band: within 10 % of the best; dotted: horizon, common loss"
             )
             figure.legend(
@@ -71,13 +72,15 @@ def draw(book: Book[Case], gains: Book[Gained]) -> bytes:
     return out.getvalue()
 
 
-def _steps(axes: Axes, outcomes: Mapping[float, Outcome], name: str) -> None:
+def _steps(axes: Axes, outcomes: Mapping[float, Outcome], name: str, horizon: int) -> None:
     medians = {value: statistics.median(one.steps) for value, one in sorted(outcomes.items())}
     finite = {value: steps for value, steps in medians.items() if math.isfinite(steps)}
     axes.plot(list(finite), list(finite.values()), color=COLOURS[name], label=name)
     for value, one in outcomes.items():
         here = [steps for steps in one.steps if math.isfinite(steps)]
         axes.plot([value] * len(here), here, MARKS[name], color=COLOURS[name], markersize=3)
+    missed = [value for value, steps in medians.items() if not math.isfinite(steps)]
+    axes.plot(missed, [horizon] * len(missed), "x", color=COLOURS[name], markersize=6 if name == "expand" else 9)
     found = reading.width(medians)
     if found is not None and found.high > found.low:
         level = NEAR * medians[found.best]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from benchmarks.kept import Book
 from benchmarks.paper.damping import grid, reading, scale, training
 from benchmarks.paper.damping.grid import APPROXIMATIONS, RATES, SEEDS, WHOLE, Case, Form
-from benchmarks.paper.damping.reading import Outcome, Width
+from benchmarks.paper.damping.reading import Found, Outcome, Width
 from benchmarks.paper.damping.training import Gained
 
 HEAD = """# Damping
@@ -35,17 +35,17 @@ HOW = """
 - The width is the range of damping within 10 % of the fewest steps of a curve, along straight lines of steps over
   log damping, of each seed's own curve: median (least to most), in powers of ten. "≥" where it reaches an end of
   what was run. The best damping is that of the median steps.
-- Three seeds ({seeds}), the same initial weights and batches for all.
+- Three seeds ({seeds}), the same initial weights and batches for all; {found}.
 """
 
 
 def page(book: Book[Case], gains: Book[Gained]) -> str:
     """The whole page."""
-    workloads = dict.fromkeys(part.workload for part in WHOLE)
-    steps = ", ".join(f"{workload} {grid.steps_of(workload)}" for workload in workloads)
+    found = read(book, gains)
+    steps = ", ".join(f"{workload} {grid.steps_of(workload)}" for workload in found)
     lines = [
         HEAD.format(horizon=grid.HORIZON, steps=steps),
-        *ran(book, gains),
+        *ran(found),
         HOW.format(
             rate=grid.POINT["learning_rate"],
             rates=", ".join(f"{rate:.2g}" for rate in RATES),
@@ -54,23 +54,29 @@ def page(book: Book[Case], gains: Book[Gained]) -> str:
             every=training.EVERY,
             margin=reading.MARGIN,
             seeds=", ".join(map(str, SEEDS)),
+            found=_seeds(found),
         ),
-        *curves(book, gains),
+        *curves(found),
         *wrong_scale(),
     ]
     return "\n".join([*lines, ""])
 
 
-def ran(book: Book[Case], gains: Book[Gained]) -> Iterator[str]:
+def read(book: Book[Case], gains: Book[Gained]) -> dict[str, Found]:
+    """What is kept of each workload of the grid."""
+    return {part.workload: reading.found_of(part.workload, book, gains) for part in WHOLE}
+
+
+def ran(found: Mapping[str, Found]) -> Iterator[str]:
     """Which part of the grid there is, and what the whole would take."""
-    points = [point for part in WHOLE for point in part.points()]
-    done = [point for point in points if reading.paired(point, book, gains)]
-    workloads = list(dict.fromkeys(point.workload for point in done))
+    points = sum(len(part.points()) for part in WHOLE)
+    done = sum(len(one.outcomes) for one in found.values())
+    workloads = [workload for workload, one in found.items() if one.outcomes]
     total = sum(training.expected(WHOLE).values())
     hours = training.expected_seconds(WHOLE) / 3600
     yield (
-        f"**What was run.** {len(done)} of the {len(points)} points of the grid (a curve at a damping), on "
-        f"{len(workloads)} of {len({point.workload for point in points})} workloads"
+        f"**What was run.** {done} of the {points} points of the grid (a curve at a damping), on "
+        f"{len(workloads)} of {len(found)} workloads"
         f"{' (' + ', '.join(workloads) + ')' if workloads else ''}. The whole grid, "
         "dampings 1e-6 to 1 by powers of ten x (expand, reduce) x (relative, absolute) x (grafted, not) x "
         f"(inverse, power 3/4), and the polar, is {total:,} runs, about {hours:.0f} h of CPU time: "
@@ -78,27 +84,25 @@ def ran(book: Book[Case], gains: Book[Gained]) -> Iterator[str]:
     )
 
 
-def curves(book: Book[Case], gains: Book[Gained]) -> Iterator[str]:
+def curves(found: Mapping[str, Found]) -> Iterator[str]:
     """Tables of steps and losses by workload, and of widths."""
     yield "## Curves"
     yield ""
-    for workload in dict.fromkeys(part.workload for part in WHOLE):
-        found = shown(workload, book, gains)
-        wanted, first_order = reading.target(workload, book, gains), reading.nadamw(book, workload)
-        if not found or wanted is None:
+    for workload, one in found.items():
+        if one.target is None:
             continue
-        dampings = sorted({value for _, _, outcomes in found for value in outcomes})
+        there, horizon = shown(one), grid.steps_of(workload)
+        dampings = sorted({value for _, _, outcomes in there for value in outcomes})
         yield f"### {workload}"
         yield ""
-        horizon = grid.steps_of(workload)
         yield (
-            f"Steps to a loss of {wanted:.3f}, of {horizon}: median (least to most). NadamW ends at "
-            f"{'-' if first_order is None else format(first_order, '.3f')}."
+            f"Steps to a loss of {one.target:.3f}, of {horizon}: median (least to most). NadamW ends at "
+            f"{'-' if one.nadamw is None else format(one.nadamw, '.3f')}."
         )
         yield ""
         yield "| form | approximation | rate | " + " | ".join(f"{value:.0e}" for value in dampings) + " |"
         yield "|---|---|---|" + "---|" * len(dampings)
-        for form, approximation, outcomes in found:
+        for form, approximation, outcomes in there:
             cells = [_steps(outcomes.get(value)) for value in dampings]
             yield f"| {form.title} | {approximation} | {_rate(outcomes)} | " + " | ".join(cells) + " |"
         yield ""
@@ -106,26 +110,30 @@ def curves(book: Book[Case], gains: Book[Gained]) -> Iterator[str]:
         yield ""
         yield "| form | approximation | " + " | ".join(f"{value:.0e}" for value in dampings) + " |"
         yield "|---|---|" + "---|" * len(dampings)
-        for form, approximation, outcomes in found:
+        for form, approximation, outcomes in there:
             cells = [_losses(outcomes.get(value)) for value in dampings]
             yield f"| {form.title} | {approximation} | " + " | ".join(cells) + " |"
         yield ""
         yield "| form | approximation | best damping | its steps | width, powers of ten | of them from | to |"
         yield "|---|---|---|---|---|---|---|"
-        for form, approximation, outcomes in found:
+        for form, approximation, outcomes in there:
             yield f"| {form.title} | {approximation} | " + " | ".join(_width(outcomes)) + " |"
         yield ""
 
 
-def shown(workload: str, book: Book[Case], gains: Book[Gained]) -> list[tuple[Form, str, dict[float, Outcome]]]:
-    """The curves of which there is a point, with its outcomes by damping."""
+def _seeds(found: Mapping[str, Found]) -> str:
+    counts = {workload: len(one.seeds) for workload, one in found.items()}
+    short = [f"{workload} {count}" for workload, count in counts.items() if 0 < count < len(SEEDS)]
+    if not short:
+        return "all three are in"
+    return f"**not all are in yet, only {', '.join(short)}, which is too few for a verdict**"
+
+
+def shown(one: Found) -> list[tuple[Form, str, dict[float, Outcome]]]:
+    """The curves of a workload of which there is a point, with its outcomes by damping."""
     forms = dict.fromkeys(form for part in WHOLE for form in part.forms)
-    found = [
-        (form, approximation, reading.curve(workload, form, approximation, grid.EVERY, book, gains))
-        for form in forms
-        for approximation in APPROXIMATIONS
-    ]
-    return [one for one in found if one[2]]
+    found = [(form, name, one.curve(form, name)) for form in forms for name in APPROXIMATIONS]
+    return [curve for curve in found if curve[2]]
 
 
 def wrong_scale() -> Iterator[str]:
@@ -190,7 +198,7 @@ def _rate(outcomes: dict[float, Outcome]) -> str:
 def _width(outcomes: dict[float, Outcome]) -> list[str]:
     medians = {value: statistics.median(one.steps) for value, one in outcomes.items()}
     whole, each = reading.width(medians), reading.widths(outcomes)
-    if whole is None or len(each) < len(SEEDS):
+    if whole is None or len(each) < len(next(iter(outcomes.values())).steps):
         return ["-", "missed", "-", "-", "-"]
     decades = sorted(each, key=lambda one: one.decades)
     middle = decades[len(decades) // 2]

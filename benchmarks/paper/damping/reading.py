@@ -62,62 +62,62 @@ class Width:
         return math.log10(self.high / self.low)
 
 
-def nadamw(book: Book[Case], workload: str) -> float | None:
-    """Its median loss at the end of the horizon; None where a run is missing."""
-    found = [book.of(case_of(None, workload, 1.0, 1.0, seed)) for seed in SEEDS]
-    losses = [last_loss(one) for one in found if one is not None]
-    return statistics.median(losses) if len(losses) == len(SEEDS) else None
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What is kept of a workload.
 
-
-def target(workload: str, book: Book[Case], gains: Book[Gained]) -> float | None:
-    """The loss to be reached: the least mean at the end among all points that were run, and a margin."""
-    means = []
-    for point in (point for part in WHOLE if part.workload == workload for point in part.points()):
-        found = paired(point, book, gains)
-        if found:
-            means.append(statistics.fmean(map(last_loss, found)))
-    return MARGIN * min(means) if means and math.isfinite(min(means)) else None
-
-
-def paired(point: Point, book: Book[Case], gains: Book[Gained]) -> list[dict[str, Any]]:
-    """The runs of a point at its curve's rate, by seed; empty where one is missing."""
-    rate = best_rate(point, book, gains)
-    if rate is None or (point.form.length == "none" and gains.of(Gained.of(point)) is None):
-        return []
-    gain = gain_of(point, gains)
-    found = [book.of(case_of(point, point.workload, gain, rate, seed)) for seed in SEEDS]
-    kept = [one for one in found if one is not None]
-    return kept if len(kept) == len(SEEDS) else []
-
-
-def outcome(point: Point, wanted: float, book: Book[Case], gains: Book[Gained]) -> Outcome | None:
-    """A point at its curve's rate; None where a run is missing.
-
-    Args:
-        point: the point.
-        wanted: the loss to be reached.
-        book: of the runs.
-        gains: of the gains.
+    Attributes:
+        seeds: on which every point was run that was run at all, so that all are compared on the same.
+        target: the loss to be reached, the least mean at the end among all points with a margin; None without any.
+        nadamw: the median loss at NadamW's end; None where a run is missing.
+        outcomes: of the points that were run, in the order of the grid.
     """
-    kept, rate = paired(point, book, gains), best_rate(point, book, gains)
-    if not kept or rate is None:
-        return None
-    return Outcome(
-        rate,
-        tuple(reached(one["curve"], wanted) for one in kept),
-        tuple(map(last_loss, kept)),
-    )
+
+    seeds: tuple[int, ...]
+    target: float | None
+    nadamw: float | None
+    outcomes: Mapping[Point, Outcome]
+
+    def curve(self, form: Form, approximation: str) -> dict[float, Outcome]:
+        """The points of a curve by damping."""
+        return {
+            point.damping: one
+            for point, one in self.outcomes.items()
+            if (point.form, point.approximation) == (form, approximation)
+        }
 
 
-def curve(
-    workload: str, form: Form, approximation: str, dampings: Sequence[float], book: Book[Case], gains: Book[Gained]
-) -> dict[float, Outcome]:
-    """The points of a curve of which all runs are kept, by damping."""
-    wanted = target(workload, book, gains)
-    if wanted is None:
+def found_of(workload: str, book: Book[Case], gains: Book[Gained]) -> Found:
+    """Reads a workload's runs."""
+    points = [point for part in WHOLE if part.workload == workload for point in part.points()]
+    rates = {point: best_rate(point, book, gains) for point in points}
+    kept = {point: runs for point in points if (runs := _runs(point, rates[point], book, gains))}
+    seeds = tuple(seed for seed in SEEDS if kept and all(seed in runs for runs in kept.values()))
+    losses = {point: [last_loss(runs[seed]) for seed in seeds] for point, runs in kept.items() if seeds}
+    least = min(map(statistics.fmean, losses.values()), default=math.inf)
+    wanted = MARGIN * least if math.isfinite(least) else None
+    outcomes = {}
+    for point, runs in kept.items():
+        rate = rates[point]
+        if wanted is not None and rate is not None:
+            steps = tuple(reached(runs[seed]["curve"], wanted) for seed in seeds)
+            outcomes[point] = Outcome(rate, steps, tuple(losses[point]))
+    return Found(seeds, wanted, _nadamw(workload, seeds, book), outcomes)
+
+
+def _runs(point: Point, rate: float | None, book: Book[Case], gains: Book[Gained]) -> dict[int, dict[str, Any]]:
+    """Of a point at its curve's rate, by seed."""
+    if rate is None or (point.form.length == "none" and gains.of(Gained.of(point)) is None):
         return {}
-    found = {value: outcome(Point(workload, form, approximation, value), wanted, book, gains) for value in dampings}
-    return {value: one for value, one in found.items() if one is not None}
+    gain = gain_of(point, gains)
+    found = {seed: book.of(case_of(point, point.workload, gain, rate, seed)) for seed in SEEDS}
+    return {seed: one for seed, one in found.items() if one is not None}
+
+
+def _nadamw(workload: str, seeds: Sequence[int], book: Book[Case]) -> float | None:
+    found = [book.of(case_of(None, workload, 1.0, 1.0, seed)) for seed in seeds]
+    losses = [last_loss(one) for one in found if one is not None]
+    return statistics.median(losses) if losses and len(losses) == len(seeds) else None
 
 
 def reached(evaluations: Curve, wanted: float) -> float:
@@ -164,7 +164,8 @@ def _end(dampings: Sequence[float], steps: Mapping[float, float], limit: float) 
 
 def widths(outcomes: Mapping[float, Outcome]) -> list[Width]:
     """Of each seed's own curve; fewer than there are seeds where one reaches the target nowhere."""
-    found = [width({value: one.steps[seed] for value, one in outcomes.items()}) for seed in range(len(SEEDS))]
+    count = min((len(one.steps) for one in outcomes.values()), default=0)
+    found = [width({value: one.steps[seed] for value, one in outcomes.items()}) for seed in range(count)]
     return [one for one in found if one is not None]
 
 

@@ -192,4 +192,4 @@ def _damping(axes: Axes, found: Glance) -> None:
     axes.set_yticks(places, labels, fontsize=7)
     axes.set_ylim(min(places) - 0.6, 0.6)
     axes.set_xlabel("damping (ring: best; arrow: end of runs)")
-    _title(axes, "How exact must damping be?", "within 10 % of the fewest steps, 3 seeds")
+    _title(axes, "How exact must damping be?", f"within 10 % of the fewest steps, {found.seeds} seeds")

@@ -77,6 +77,7 @@ class Glance:
         update: curve -> batch -> CPU time of an update over NadamW's.
         ends: approximation -> final losses of a residual network by seed.
         damping: workload, form, approximation -> the best damping and the range around it.
+        seeds: of damping, the fewest on a workload.
     """
 
     steps: dict[str, dict[str, Share | None]]
@@ -86,6 +87,7 @@ class Glance:
     update: dict[str, dict[int, float]]
     ends: dict[str, list[float]]
     damping: dict[tuple[str, str, str], Width]
+    seeds: int
 
 
 def read(folder: Path) -> Glance:
@@ -101,7 +103,8 @@ def read(folder: Path) -> Glance:
         if not (folder / name).is_file():
             raise _lacking(folder, name, "is missing")
     costs, fits = _cost(folder)
-    return Glance(_steps(folder), exactness(), costs, fits, _update(folder), _ends(folder), _damping(folder))
+    damped, seeds = _damping(folder)
+    return Glance(_steps(folder), exactness(), costs, fits, _update(folder), _ends(folder), damped, seeds)
 
 
 def exactness() -> dict[str, tuple[float, float]]:
@@ -202,18 +205,19 @@ def _ends(folder: Path) -> dict[str, list[float]]:
     return found
 
 
-def _damping(folder: Path) -> dict[tuple[str, str, str], Width]:
+def _damping(folder: Path) -> tuple[dict[tuple[str, str, str], Width], int]:
     book, gains = damping.books(folder)
-    found = {}
-    for workload in dict.fromkeys(part.workload for part in grid.WHOLE):
-        for form, approximation, outcomes in page.shown(workload, book, gains):
-            middle = {value: statistics.median(one.steps) for value, one in outcomes.items()}
+    found, seeds = {}, []
+    for workload, one in page.read(book, gains).items():
+        for form, approximation, outcomes in page.shown(one):
+            middle = {value: statistics.median(point.steps) for value, point in outcomes.items()}
             width = reading.width(middle)
             if width is not None and len(outcomes) > 1:
                 found[workload, form.title, approximation] = width
+                seeds.append(len(one.seeds))
     if not found:
         raise _lacking(folder, "damping.jsonl", "has no whole curve")
-    return found
+    return found, min(seeds)
 
 
 def _lacking(folder: Path, name: str, what: str) -> UserError:
