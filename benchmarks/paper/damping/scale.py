@@ -65,14 +65,18 @@ def seen(scaling: str, mode: str, mistake: str, approximation: str) -> Seen:
     """Trains with right factors, with wrong ones, and with right ones at the damping that wrong ones amount to."""
     base, (of_a, of_b) = SCALINGS[scaling], MISTAKES[mistake]
     a, b = float(POSITIONS) ** of_a, float(POSITIONS) ** of_b
-    start, right = trained(base, mode, DAMPING, approximation)
+    start, right = _right(scaling, mode, DAMPING, approximation)
     _, off = trained(wrong(base, a, b), mode, DAMPING, approximation)
-    _, shifted = trained(base, mode, DAMPING / (a * b), approximation)
+    _, shifted = _right(scaling, mode, DAMPING / (a * b), approximation)
     moved = (right - start).norm()
     return Seen(float((off - right).norm() / moved), float((off - shifted).norm() / moved))
 
 
 @functools.cache
+def _right(scaling: str, mode: str, damping: float, approximation: str) -> tuple[Tensor, Tensor]:
+    return trained(SCALINGS[scaling], mode, damping, approximation)
+
+
 def trained(scaling: type[Scaling], mode: str, damping: float, approximation: str) -> tuple[Tensor, Tensor]:
     """All weights before and after `STEPS` grafted steps on a tiny network over positions, in float64."""
     generator = torch.Generator().manual_seed(0)

@@ -10,6 +10,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from benchmarks.paper.exactness_cases import ZERO
 from benchmarks.paper.glance.sources import Glance, Share
@@ -25,9 +26,8 @@ _RC = {"font.family": "sans-serif", "font.size": 9, "axes.spines.top": False, "a
 def draw(found: Glance) -> bytes:
     """All panels, as PNG; the same results give the same bytes."""
     with mpl.rc_context(_RC):  # type: ignore[arg-type]
-        figure = Figure(figsize=(12.8, 7.4), layout="constrained")
+        figure = Figure(figsize=(12.8, 7.4), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
         FigureCanvasAgg(figure)
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr]
         axes = figure.subplots(2, 3)
         _steps(axes[0][0], found)
         _exact(axes[0][1], found)
