@@ -54,7 +54,7 @@ targets: $(READY)
 
 # Each says how long it takes, and goes on when run again.
 paper: $(READY)
-	@for part in exactness complexity update peers architectures size worth evidence; do $(BIN)/python -m benchmarks.paper $$part || exit 1; done
+	@for part in exactness complexity update peers architectures size worth evidence damping frequency glance; do $(BIN)/python -m benchmarks.paper $$part || exit 1; done
 
 results: suite
 	@$(BIN)/python -m workloads.archive pack $(RUNS)/suite docs/results/suite

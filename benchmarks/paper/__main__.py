@@ -8,9 +8,12 @@ python -m benchmarks.paper architectures  recurrent networks, attention that sha
 python -m benchmarks.paper size           language models: exact at the small end, GPT-2 to GPT-3 on paper, a ladder
 python -m benchmarks.paper worth          what factors are worth as a preconditioner, where reduce fails and why
 python -m benchmarks.paper evidence       weight decay by marginal likelihood, against a grid
+python -m benchmarks.paper damping        how much damping, how exactly, and what a factor wrong by R does
+python -m benchmarks.paper frequency      how often statistics and refreshes: steps, time, the cost model's time
+python -m benchmarks.paper glance         one figure of it all, from what is kept
 
-Each writes docs/generated/PART.md. All but exactness and peers measure what docs/results does not have yet, say
-beforehand how long that takes, and go on after an interruption.
+Each writes docs/generated/PART.md, glance docs/figures/paper.png. All but exactness, peers, frequency and glance
+measure what docs/results does not have yet, say beforehand how long that takes, and go on after an interruption.
 """
 
 from __future__ import annotations
@@ -36,27 +39,36 @@ PARTS = {
     "size": "benchmarks.paper.size.command",
     "worth": "benchmarks.paper.worth.command",
     "evidence": "benchmarks.paper.evidence.command",
+    "damping": "benchmarks.paper.damping.command",
+    "frequency": "benchmarks.paper.frequency.command",
+    "glance": "benchmarks.paper.glance.command",
 }
+OUTPUTS = {"glance": "figures/paper.png"}  # of what is no page
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs with the given arguments (default: the command line's); returns the exit code."""
     parser = Parser("python -m benchmarks.paper", __doc__)
     parser.add_argument("part", choices=tuple(PARTS))
-    parser.add_argument("--output", help="where to; default: docs/generated/PART.md")
-    measured = parser.add_argument_group("what is measured (all but exactness, peers)")
+    parser.add_argument(
+        "--output", help="where to; default: docs/generated/PART.md, of glance docs/figures/paper.png"
+    )
+    measured = parser.add_argument_group("what is measured (all but exactness, peers, frequency, glance)")
     measured.add_argument(
-        "--results", help="file of kept results, of evidence and size a folder; default: in docs/results"
+        "--results",
+        help="file of kept results; of evidence, size, damping, frequency and glance a folder; "
+        "default: in docs/results",
     )
     measured.add_argument("--again", action="store_true", help="measure also what there are results of")
     measured.add_argument("--quick", action="store_true", help="a few sizes only")
+    measured.add_argument("--whole", action="store_true", help="damping: the whole grid")
     measured.add_argument("--framework", default="pytorch,jax", help="complexity: either or both")
     measured.add_argument("--layers", help="complexity: kinds of layers, separated by commas; default: all")
     measured.add_argument("--memory_gb", type=float, default=0.9, help="update: what a process is given for it")
 
     def command() -> None:
         given = parser.parse_args(argv)
-        path = Path(given.output or CHECKOUT / "docs" / "generated" / f"{given.part}.md")
+        path = Path(given.output or CHECKOUT / "docs" / OUTPUTS.get(given.part, f"generated/{given.part}.md"))
         path.parent.mkdir(parents=True, exist_ok=True)
         _run(given, path)
         tell(f"Written: {path}")

@@ -138,6 +138,23 @@ def test_runs_are_kept_and_not_repeated(tmp_path, monkeypatch, capsys):
     assert "There is no experiment 'nonsense'. Known: toy." in capsys.readouterr().err
 
 
+def test_a_hyperparameter_added_since_does_not_lose_the_results_of_before():
+    """Points are kept whole: those from before the hyperparameter are of the value that was all there was."""
+    run = runs.run_of(TOY, Variant({"statistics_rows_by_side": False}, "kfac_expand"), "bible_lm", 3001)
+    now = runs.identity(run)
+    before = {**now, "point": {k: v for k, v in now["point"].items() if k != "statistics_rows_by_side"}}
+    assert runs.key(before) == runs.key(now)
+    other = {**now, "point": {**now["point"], "statistics_rows_by_side": True}}
+    assert runs.key(other) != runs.key(now)
+
+
+def test_what_is_kept_in_the_repository_belongs_to_experiments():
+    kept = records.read()
+    wanted = {runs.key(runs.identity(run)) for one in EXPERIMENTS for run in runs.runs_of(one).values()}
+    assert len(kept) > 300
+    assert not set(kept) - wanted
+
+
 def test_a_damaged_record_is_named_by_its_line(tmp_path):
     path = tmp_path / "kept.jsonl"
     path.write_text('{"submission": "nadamw"}\n')

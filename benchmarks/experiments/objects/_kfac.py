@@ -1,4 +1,4 @@
-"""K-FAC-expand as the submission has it, its polar scaling shown other factors than the layers'."""
+"""K-FAC-expand as the submission has it, with another scaling, or with the polar shown other factors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from algoperf_kfac.pytorch.preconditioner import LayerState
-from algoperf_kfac.pytorch.scalings import polar
+from algoperf_kfac.pytorch.scalings import Scaling, polar
 from submissions.common.batch_sizes import get_batch_size
 from submissions.common.functions import Functions
 from submissions.common.kfac.pytorch import submission
@@ -16,7 +16,7 @@ from submissions.common.pass_through import data_selection, prepare_for_eval
 from submissions.kfac_expand import DESCRIPTION
 
 
-def with_scaling(scaling: type[polar.Scaling]) -> Functions:
+def with_scaling(scaling: type[Scaling]) -> Functions:
     """The functions of the submission, to be unpacked."""
     description = dataclasses.replace(DESCRIPTION, defaults={**DESCRIPTION.defaults, "scaling": scaling})
     made = submission(description)

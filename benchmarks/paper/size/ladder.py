@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
 import algoperf_kfac
+from benchmarks.paper import in_process
 from benchmarks.paper.complexity.worker import device
-from benchmarks.step_time import Run
 from submissions.registry import describe, path_of
 from workloads.bible_lm.pytorch import BibleLmWorkload
 from workloads.data import bible
-from workloads.runner.submission import load
 
 # Width, blocks, positions. Heads are of 16, the MLP is four times as wide.
 RUNGS = ((32, 2, 32), (64, 2, 64), (128, 4, 128), (256, 6, 256))
@@ -119,32 +116,17 @@ def expected_seconds(runs: Sequence[Training]) -> float:
 
 def train(case: Training) -> dict[str, Any]:
     """Trains to the end of the schedule; validation losses on the way, and CPU seconds of a step, a mean."""
-    torch.set_num_threads(1)
-    name = SUBMISSIONS[case.optimizer]
-    submission, workload = load(str(path_of(name, "pytorch"))), RungWorkload(case.rung, case.steps)
+    name, workload = SUBMISSIONS[case.optimizer], RungWorkload(case.rung, case.steps)
     defaults = describe(name, "pytorch").defaults
     point = {
         "learning_rate": case.rate * float(str(defaults["learning_rate"])),
         "horizon_factor": case.horizon / case.steps,
     }
-    rng = np.array([case.seed, 0])
-    params, model_state = workload.init_model_fn(rng)
-    state = submission.init_optimizer_state(workload, params, model_state, point, rng)
-    queue = workload._build_input_queue(rng, "train", "", workload.batch_size)
-    run = Run(submission, workload, queue, state, params, model_state, point)
-    curve, seconds = [], 0.0
-    for step in range(case.horizon):
-        start = time.process_time()
-        run.step(step, np.array([case.seed, step]))
-        seconds += time.process_time() - start
-        if (step + 1) % EVERY == 0 or step + 1 == case.horizon:
-            found = workload._eval_model_on_split(
-                "validation", workload.num_validation_examples, workload.eval_batch_size, run.params, None, rng, ""
-            )
-            curve.append([step + 1, float(f"{found['loss']:.5g}")])
+    run = in_process.start(path_of(name, "pytorch"), workload, point, case.seed)
+    curve, seconds = in_process.train(run, case.horizon, case.seed, every=EVERY)
     return {
         "curve": curve,
-        "seconds": float(f"{seconds / case.horizon:.4g}"),
+        "seconds": seconds,
         "parameters": sum(p.numel() for p in run.params.parameters()),
         "version": algoperf_kfac.__version__,
         "device": device("pytorch"),

@@ -1,0 +1,8 @@
+"""K-FAC-expand's submission with the power 3/4, its directions, not grafted, times `length_factor`."""
+
+from benchmarks.experiments.objects._gained import Power
+from benchmarks.experiments.objects._kfac import with_scaling
+
+DESCRIPTION, init_optimizer_state, update_params, prepare_for_eval, data_selection, get_batch_size = with_scaling(
+    Power
+)
