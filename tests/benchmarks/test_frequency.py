@@ -61,7 +61,7 @@ def test_the_page_from_what_is_kept(tmp_path, monkeypatch, capsys):
     records.add(results, tmp_path / "experiments.jsonl")
     times = {64: 1e-5, 512: 1e-3}
     monkeypatch.setattr(costs, "rates", lambda folder: costs.Rates(1e10, 1e9))
-    monkeypatch.setattr(costs, "speed", lambda path: Speed("toy", times, times, times, 1e9))
+    monkeypatch.setattr(costs, "speed", lambda path: Speed("toy", times, times, times, times, 1e9))
     output = tmp_path / "frequency.md"
     assert main(["frequency", f"--results={tmp_path}", f"--output={output}"]) == 0
     text = output.read_text()
