@@ -102,10 +102,12 @@ def _given(notes: Mapping[str, object]) -> list[str]:
 
 
 NOTE = (
-    "Ratios are to NadamW, below 1 is better: geometric means over the workloads on which the median study of both "
-    "reached the target, with 95 % bootstrap intervals over studies; how many workloads enter stands beside. A "
-    "mean over fewer workloads leaves out what was missed; AlgoPerf's score (on this repository's own logs, "
-    "relative to the best submission of the table) counts a miss as nothing."
+    "Ratios are to NadamW, below 1 is better: geometric means over the workloads on which the median study of "
+    "both reached the target, with 95 % bootstrap intervals over studies; how many workloads enter stands "
+    "beside. An end at 0.00 stands for resamples in which NadamW's median study misses, a miss for those in "
+    "which the submission's does; where both occur there is no interval. A mean over fewer workloads leaves "
+    "out what was missed; AlgoPerf's score (on this repository's own logs, relative to the best submission of "
+    "the table) counts a miss as nothing."
 )
 
 
