@@ -14,6 +14,7 @@ from algoperf_kfac.subset import RowLimit
 APPROXIMATIONS = ("expand", "reduce", "mixed")
 FISHERS = ("empirical", "mc", "exact")
 PRECONDITIONERS = ("eigen", "inverse")
+DECOMPOSITIONS = ("eigh", "qr")
 POWERS = {"root": 0.5, "inverse": 1.0}  # scalings that are powers by name
 DAMPING_MODES = ("relative", "absolute")
 LARGE_FACTORS = ("block", "one_sided")
@@ -66,6 +67,10 @@ class KFACConfig:
             (type-2, all columns of the output Hessian's root; small outputs only).
         fisher_samples: label samples per statistics step, for "mc".
         preconditioner: "eigen" (factors' eigenbases) or "inverse" (damped inverses, as in the paper).
+        decomposition: for "eigen", how a refresh finds the bases: "eigh" (anew), or "qr" (by one step of orthogonal
+            iteration from the bases before, as in SOAP, arXiv 2409.11321; Golub and Van Loan, Matrix Computations,
+            section 8.2.4). The first bases of a layer, and those where that fails, are those of "eigh". "qr" takes
+            less time, much less on a GPU, and its bases follow the factors with a delay.
         scaling: for "eigen", how the rotated momentum is scaled: "power" (by the eigenvalues to the power
             -`power`), "root" and "inverse" (the powers -1/2 and -1 by name), "second_moment" (Adam's second
             moment of the rotated gradient), "polar" (the polar factor of the whitened momentum, tempered by the
@@ -86,8 +91,9 @@ class KFACConfig:
         factor_decay: decay of the moving averages of A and B per statistics step, bias-corrected.
         factor_interval: steps between statistics steps.
         statistics_rows: statistics are formed from as few examples of a batch, every n-th, as bring at least so
-            many rows to the outer products of a call (positions with expand, examples with reduce), and from two at
-            least; None for all examples. Layers whose rows are put together by segments take all.
+            many rows to the outer products of a call (positions with expand, examples with reduce), and from four
+            at least, of which every k-th position is taken where all would be more rows than that; None for all
+            examples. Layers whose rows are put together by segments take all.
         statistics_rows_by_side: whether layers with a diagonal block of more sides than `statistics_rows` take as
             many rows as that block has sides, so that none of their factors is singular for want of rows.
         initial_statistics: the first so many steps all take statistics, so that the first bases do not rest on
@@ -123,6 +129,7 @@ class KFACConfig:
     fisher: str = "empirical"
     fisher_samples: int = 1
     preconditioner: str = "eigen"
+    decomposition: str = "eigh"
     scaling: str | type = "power"
     power: float = 0.75
     polar_exponent: float = 0.125
@@ -179,6 +186,11 @@ class KFACConfig:
         check("fisher", self.fisher in FISHERS, f"one of {FISHERS}")
         check("fisher_samples", self.fisher_samples >= 1, "at least 1")
         check("preconditioner", self.preconditioner in PRECONDITIONERS, f"one of {PRECONDITIONERS}")
+        check("decomposition", self.decomposition in DECOMPOSITIONS, f"one of {DECOMPOSITIONS}")
+        if self.decomposition == "qr" and self.preconditioner == "inverse":
+            raise ValueError(
+                'hyperparameter decomposition="qr" follows eigenbases: preconditioner="inverse" has none'
+            )
         known = isinstance(self.scaling, type) or self.scaling in scaling_names()
         check("scaling", known, f"one of {scaling_names()}, or a class of your own")
         check("power", 0 < self.power <= 1, "a number in (0, 1]")

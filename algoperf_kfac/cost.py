@@ -7,11 +7,13 @@ on one device). The flops are those of the leading matrix products of one device
     model's step     6 N R P_in P_out per layer: forward pass, gradient of the input, gradient of the weight
     statistics       expand 2 N R (P_in^2 + P_out^2); reduce N R (P_in + P_out) + 2 N (P_in^2 + P_out^2), N the
                      examples that `statistics_rows` leaves
-    refresh          9 n^3 per eigendecomposition plus 2 n^3 for the operator; n^3 per damped inverse
+    refresh          9 n^3 per eigendecomposition, 6.7 n^3 per step of orthogonal iteration, either plus 2 n^3 for
+                     the operator; n^3 per damped inverse
     preconditioning  2 P_out P_in (P_in + P_out) per layer, for scalings that are operators
 
-9 n^3 is the symmetric QR algorithm with vectors, n^3 Cholesky (n^3 / 3) and the inverse from its root (2 n^3 / 3)
-(Golub and Van Loan, Matrix Computations, sections 8.3 and 4.2). Flops are not seconds: on a GPU decompositions run
+9 n^3 is the symmetric QR algorithm with vectors, 6.7 n^3 two products (2 n^3 each) and Householder's QR with its Q
+(8 n^3 / 3), n^3 Cholesky (n^3 / 3) and the inverse from its root (2 n^3 / 3) (Golub and Van Loan, Matrix
+Computations, sections 8.3, 5.2 and 4.2). Flops are not seconds: on a GPU decompositions run
 at a fraction of the speed of matrix products.
 """
 
@@ -29,12 +31,20 @@ from algoperf_kfac.subset import RowLimit, Subset
 
 ITEM_BYTES = 4  # float32: parameters, moments and factors alike
 EIGH_FLOPS = 9.0  # times n^3
+FOLLOWING_FLOPS = 20 / 3
 INVERSE_FLOPS = 1.0
 OPERATOR_FLOPS = 2.0
 # AlgoPerf's competition hardware from version 1.0 on: 4 GPUs of 40 GB.
 DEVICES = 4
 DEVICE_BYTES = 40e9
 LOSS_COPIES = 3  # of the outputs, see `Memory.loss`
+
+
+def decomposition_flops(config: KFACConfig, *, uses_bases: bool = True) -> float:
+    """Of the refresh of a matrix, times n^3: what a configuration's decomposition takes, or an inverse."""
+    if not uses_bases:
+        return INVERSE_FLOPS
+    return FOLLOWING_FLOPS if config.decomposition == "qr" else EIGH_FLOPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +88,7 @@ class Load:
         return dataclasses.replace(self, examples=examples, positions=rows / examples, in_segments=True)
 
     def share(self, rows: int | None, *, reduces: bool) -> float:
-        """The share of the examples that a factor is formed of.
+        """The share of the rows that a factor is formed of.
 
         Args:
             rows: from `KFACConfig.row_limit`; several calls are taken for one of all their positions.

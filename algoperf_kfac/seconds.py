@@ -5,7 +5,8 @@ fraction of that of large ones. A `Speed` holds measured times of square matrice
 interpolated along straight lines; beyond the largest size, times grow as its cube, and below the smallest they are
 those of the smallest, where starting the operation is what counts.
 
-A product of (m, k) by (k, n) takes the time of one of square matrices with as many flops.
+A product of (m, k) by (k, n) takes the time of one of square matrices with as many flops; those of channel groups,
+which are made in one call, that of one with the flops of all. Decompositions are made one after the other.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ import math
 from collections.abc import Mapping, Sequence
 
 from algoperf_kfac.cadence import cycle
+from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.cost import (
-    EIGH_FLOPS,
-    INVERSE_FLOPS,
     ITEM_BYTES,
     LayerPlan,
     Plan,
     assign,
     cubes,
+    decomposition_flops,
     product_flops,
 )
 from algoperf_kfac.layers import LayerSpec, split_blocks
@@ -38,6 +39,7 @@ class Speed:
         device: its name.
         products: of the product of two n x n matrices, by n.
         decompositions: of the eigendecomposition of one symmetric n x n matrix, by n.
+        iterations: of one step of orthogonal iteration of one symmetric n x n matrix, by n.
         inverses: of the inverse of one positive definite n x n matrix by its Cholesky root, by n.
         bytes_per_second: that sums over the positions of a large array read.
     """
@@ -45,21 +47,25 @@ class Speed:
     device: str
     products: Mapping[int, float]
     decompositions: Mapping[int, float]
+    iterations: Mapping[int, float]
     inverses: Mapping[int, float]
     bytes_per_second: float
 
     def __post_init__(self) -> None:
-        tables = (self.products, self.decompositions, self.inverses)
-        if not all(tables) or not all(value > 0 for t in tables for value in (*t, *t.values())):
-            raise ValueError(
-                "a speed needs positive times of products, decompositions and inverses, by positive size"
-            )
+        for name in TABLES:
+            table = getattr(self, name)
+            if not table or not all(value > 0 for value in (*table, *table.values())):
+                raise ValueError(f"a speed needs positive times of {name}, by positive size")
         if not self.bytes_per_second > 0:
             raise ValueError(f"bytes_per_second={self.bytes_per_second}: must be positive")
 
     def product(self, m: float, k: float, n: float) -> float:
         """Of a product of an (m, k) by a (k, n) matrix."""
         return interpolated(self.products, (m * k * n) ** (1 / 3)) if m and k and n else 0.0
+
+
+TABLES = ("products", "decompositions", "iterations", "inverses")
+"""The fields of a `Speed` that are measured by size."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +103,7 @@ def interpolated(times: Mapping[int, float], size: float) -> float:
 def seconds_of(plan: Plan, speed: Speed) -> Seconds:
     """What the plan's configuration adds to a step on a device of this speed."""
     config = plan.config
-    inverse = config.preconditioner == "inverse"
-    refreshes = [_refresh(layer, speed, inverse=inverse) for layer in plan.layers]
+    refreshes = [_refresh(layer, speed, config) for layer in plan.layers]
     owners = assign([layer.refresh for layer in plan.layers], plan.devices)
     busiest = max((sum(_of(refreshes, owners, owner)) for owner in range(plan.devices)), default=0.0)
     products = [_preconditioning(layer, speed) for layer in plan.layers]
@@ -147,12 +152,12 @@ def paced(plan: Plan, speed: Speed, step: float, budget: float) -> Paced:
 
 def refresh_in_turns(plan: Plan, speed: Speed) -> float:
     """Seconds of a refresh of all layers, one turn after the other, the work of each divided over the devices."""
-    inverse, turns = plan.config.preconditioner == "inverse", cycle(plan.config)
+    turns = cycle(plan.config)
     seconds = 0.0
     for turn in range(turns):
         layers = plan.layers[turn::turns]
         owners = assign([cubes(layer.spec) for layer in layers], plan.devices)
-        times = [_refresh(layer, speed, inverse=inverse) for layer in layers]
+        times = [_refresh(layer, speed, plan.config) for layer in layers]
         seconds += max((sum(_of(times, owners, owner)) for owner in range(plan.devices)), default=0.0)
     return seconds
 
@@ -188,20 +193,22 @@ def _statistics(layer: LayerPlan, speed: Speed, limit: RowLimit) -> float:
     ):
         share = load.share(limit.of(spec.block_sizes), reduces=reduces)
         taken = share * load.examples * (1 if reduces else load.positions)
-        seconds += spec.groups * sum(speed.product(size, taken, size) for size in blocks)
+        seconds += sum(speed.product(size, spec.groups * taken, size) for size in blocks)
         if reduces:
             seconds += ITEM_BYTES * share * elements / speed.bytes_per_second
     return seconds
 
 
-def _refresh(layer: LayerPlan, speed: Speed, *, inverse: bool) -> float:
+def _refresh(layer: LayerPlan, speed: Speed, config: KFACConfig) -> float:
     """Decompositions, and what the scaling makes of them, by its flops beyond the decomposition's own."""
     spec = layer.spec
-    table, each = (speed.inverses, INVERSE_FLOPS) if inverse else (speed.decompositions, EIGH_FLOPS)
-    decompositions = sum(interpolated(table, size) for size in spec.block_sizes)
-    products = sum(speed.product(size, size, size) for size in spec.block_sizes)
+    inverse = config.preconditioner == "inverse"
+    bases = speed.iterations if config.decomposition == "qr" else speed.decompositions
+    table, each = speed.inverses if inverse else bases, decomposition_flops(config, uses_bases=not inverse)
+    decompositions = spec.groups * sum(interpolated(table, size) for size in spec.block_sizes)
+    products = sum(speed.product(size, spec.groups * size, size) for size in spec.block_sizes)
     made_of_them = (layer.refresh - each * cubes(spec)) / (2 * cubes(spec)) if cubes(spec) else 0.0
-    return spec.groups * (decompositions + made_of_them * products)
+    return decompositions + made_of_them * products
 
 
 def _preconditioning(layer: LayerPlan, speed: Speed) -> float:
@@ -212,6 +219,6 @@ def _preconditioning(layer: LayerPlan, speed: Speed) -> float:
 
 
 def _both_sides(spec: LayerSpec, speed: Speed) -> float:
-    right = sum(speed.product(spec.out_dim, size, size) for size in spec.in_blocks)
-    left = sum(speed.product(size, size, spec.factor_in_dim) for size in spec.out_blocks)
-    return spec.groups * (left + right)
+    right = sum(speed.product(spec.out_dim, spec.groups * size, size) for size in spec.in_blocks)
+    left = sum(speed.product(size, spec.groups * size, spec.factor_in_dim) for size in spec.out_blocks)
+    return left + right

@@ -95,6 +95,44 @@ def decompose(
     return result
 
 
+def follow(matrices: Array, damping: Array, bases: Array, wanted: Array, *, mesh: Mesh | None) -> Decomposed:
+    """One step of orthogonal iteration from known bases, without retries; nothing is computed if nothing is wanted.
+
+    Args:
+        matrices: (matrices, size, size), undamped.
+        damping: (matrices,).
+        bases: (matrices, size, size), the largest eigenvalue first: in this order the iteration converges, because
+            what a column has of those before it is taken out of it.
+        wanted: which are of interest, (matrices,).
+        mesh: as in `decompose`.
+    """
+    count, size = matrices.shape[:2]
+    dtype = matrices.dtype
+    damped = matrices + damping[:, None, None] * jnp.eye(size, dtype=dtype)
+    usable = wanted & are_finite(damped)
+    pairs = jnp.concatenate([jnp.where(usable[:, None, None], damped, jnp.eye(size, dtype=dtype)), bases], 2)
+
+    def idle(_: Array) -> tuple[Array, Array]:
+        return jnp.ones((count, size), dtype), jnp.zeros((count, size, size), dtype)
+
+    values, new = lax.cond(usable.any(), _split(qr, mesh), idle, pairs)
+    good = usable & are_finite(new) & are_finite(values)
+    return Decomposed(jnp.maximum(values, damping[:, None]), new, good, (wanted & ~good).astype(jnp.int32))
+
+
+def qr(pairs: Array) -> tuple[Array, Array]:
+    """The basis Q' of M Q = Q' R, behind the Rayleigh quotients of its columns.
+
+    By Householder reflections, which are backward stable: columns may differ in length as much as eigenvalues do.
+
+    Args:
+        pairs: (matrices, size, 2 size), each M with Q beside it.
+    """
+    matrices, bases = jnp.split(pairs, 2, 2)
+    vectors = jnp.linalg.qr(matrices @ bases)[0]
+    return (vectors * (matrices @ vectors)).sum(1), vectors
+
+
 def eigh(matrices: Array) -> tuple[Array, Array]:
     """Batched eigenvalues and bases."""
     values, vectors = jnp.linalg.eigh(matrices)
@@ -119,7 +157,7 @@ def _split(decomposition: Decomposition, mesh: Mesh | None) -> Decomposition:
         count, size = matrices.shape[:2]
         padding = -count % mesh.size
         if padding:
-            filler = jnp.tile(jnp.eye(size, dtype=matrices.dtype), (padding, 1, 1))
+            filler = jnp.tile(jnp.eye(size, matrices.shape[2], dtype=matrices.dtype), (padding, 1, 1))
             matrices = jnp.concatenate([matrices, filler])
         mapped = jax.shard_map(decomposition, mesh=mesh, in_specs=axis, out_specs=(axis, axis), check_vma=False)
         everywhere = NamedSharding(mesh, PartitionSpec())

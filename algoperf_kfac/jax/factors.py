@@ -87,20 +87,23 @@ class Reading:
         """The same as one of several calls, which see these numbers of examples."""
         return dataclasses.replace(self, sizes=sizes, number=sizes.index(self.layout.num_examples), limit=limit)
 
-    def subset(self, *, reduces: bool) -> Subset:
-        """The examples that a factor is formed of.
+    def subset(self, *, reduces: bool, thins: bool = True) -> Subset:
+        """The rows that a factor is formed of.
 
         Args:
             reduces: whether the factor has one row per example, and not one per position.
+            thins: whether some positions of an example may be taken.
         """
-        return Subset.of(self.limit, self.layout.num_examples, 1 if reduces else self.layout.positions)
+        each = 1 if reduces else self.layout.positions
+        return Subset.of(self.limit, self.layout.num_examples, each, thins=thins)
 
     def part(self, chosen: Subset) -> Reading:
-        """How the chosen examples of this call are read, their numbers those among all that reduce chooses."""
+        """How the chosen rows of this call are read, the examples' numbers those among all that reduce chooses."""
         if self.limit is None:
             return self
-        layout = dataclasses.replace(self.layout, num_examples=chosen.size)
-        mask = None if self.mask is None else self.mask[chosen.slice]
+        positions = self.layout.positions if chosen.thinning == 1 else chosen.rows
+        layout = dataclasses.replace(self.layout, num_examples=chosen.size, positions=positions)
+        mask = None if self.mask is None else self.mask[chosen.slice, chosen.of_rows]
         sizes = tuple(Subset.of(self.limit, size, 1).size for size in self.sizes)
         return dataclasses.replace(self, layout=layout, mask=mask, sizes=sizes)
 

@@ -39,8 +39,13 @@ class ConvGeometry:
     out_size: Sizes
     groups: int
 
-    def patches(self, x: Array) -> Array:
-        """(N, C, *in_size) -> (N, R, groups, P): the unfolded patches, P = C/groups x kernel positions."""
+    def patches(self, x: Array, thinning: int = 1) -> Array:
+        """(N, C, *in_size) -> (N, R, groups, P): the unfolded patches, P = C/groups x kernel positions.
+
+        Of every `thinning`-th output position, row by row, the first one first.
+        """
+        if thinning > 1:
+            return self._thinned_patches(x, thinning)
         patches = lax.conv_general_dilated_patches(
             x,
             filter_shape=self.kernel,
@@ -76,6 +81,29 @@ class ConvGeometry:
             return jnp.einsum("nrgp,nr->ngp", self.patches(x), mask)
         return self._window_sums(x, mask.reshape(n, 1, *self.out_size)).reshape(n, self.groups, -1)
 
+    def _thinned_patches(self, x: Array, thinning: int) -> Array:
+        """As `patches`, which would build those of all positions."""
+        chosen = np.unravel_index(np.arange(0, math.prod(self.out_size), thinning), self.out_size)
+        offsets = np.indices(self.kernel).reshape(len(self.kernel), -1)
+        # Where in the padded input each kernel offset reads at each chosen position, (R, kernel positions) each.
+        places = [
+            p[:, None] * stride + dilation * o
+            for p, stride, dilation, o in zip(chosen, self.stride, self.dilation, offsets, strict=True)
+        ]
+        read = self._padded(x)[(slice(None), slice(None), *places)]  # (N, C, R, kernel positions)
+        grouped = read.reshape(len(x), self.groups, -1, *read.shape[2:])
+        return jnp.moveaxis(grouped, 3, 1).reshape(len(x), len(places[0]), self.groups, -1)
+
+    def _padded(self, x: Array) -> Array:
+        """The input with zeros around and between its entries, as far as kernels read it."""
+        config = [(0, 0, 0), (0, 0, 0)]
+        for dim in range(len(self.kernel)):
+            before, inner = self.padding[dim][0], self.in_dilation[dim] - 1
+            reach = self.stride[dim] * (self.out_size[dim] - 1) + self.dilation[dim] * (self.kernel[dim] - 1) + 1
+            spread = self.in_dilation[dim] * (self.in_size[dim] - 1) + 1
+            config.append((before, reach - before - spread, inner))
+        return lax.pad(x, jnp.zeros((), x.dtype), config)
+
     def _window_sums(self, x: Array, weights: Array) -> Array:
         """(N, C, *in_size) -> (N, C, kernel positions): weighted sums of what each kernel offset reads.
 
@@ -83,13 +111,7 @@ class ConvGeometry:
             x: the input.
             weights: (N, 1, *out_size).
         """
-        config = [(0, 0, 0), (0, 0, 0)]
-        for dim in range(len(self.kernel)):
-            before, inner = self.padding[dim][0], self.in_dilation[dim] - 1
-            reach = self.stride[dim] * (self.out_size[dim] - 1) + self.dilation[dim] * (self.kernel[dim] - 1) + 1
-            spread = self.in_dilation[dim] * (self.in_size[dim] - 1) + 1
-            config.append((before, reach - before - spread, inner))
-        padded = lax.pad(x, jnp.zeros((), x.dtype), config)
+        padded = self._padded(x)
         dims = tuple(range(2, x.ndim))
         sums = []
         for offset in itertools.product(*(range(k) for k in self.kernel)):

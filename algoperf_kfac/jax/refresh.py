@@ -18,7 +18,7 @@ from jax import Array, lax
 from jax.sharding import Mesh
 
 from algoperf_kfac import cadence
-from algoperf_kfac.jax.decompositions import Decomposed, decompose, eigh, inverse
+from algoperf_kfac.jax.decompositions import Decomposed, decompose, eigh, follow, inverse
 from algoperf_kfac.jax.preconditioner import Blocks, LayerState, corrected, damping_terms, mean_eigenvalue
 from algoperf_kfac.jax.scalings import Scaling
 from algoperf_kfac.jax.stacks import Stack, broadcast
@@ -171,6 +171,9 @@ class _Prepared(NamedTuple):
         silent: whether a factor is zero altogether.
         drifted: whether the factors are too far from diagonal in the old bases to keep these.
         drift: how far.
+        bases: what the blocks are decomposed from, (groups, size, size), the largest eigenvalue first; empty where
+            they are decomposed anew.
+        has_bases: whether there was a refresh already.
     """
 
     matrices: list[Array]
@@ -178,6 +181,8 @@ class _Prepared(NamedTuple):
     silent: Array
     drifted: Array
     drift: Array
+    bases: list[Array]
+    has_bases: Array
 
 
 def _prepare(state: LayerState, level: float, scaling: Scaling) -> _Prepared:
@@ -187,10 +192,20 @@ def _prepare(state: LayerState, level: float, scaling: Scaling) -> _Prepared:
     # NaN is not zero: it shall fail and be counted.
     silent = jnp.stack([mean_eigenvalue(blocks).max() == 0 for blocks in (a, b) if blocks]).any()
     damping = [damping_a] * len(a) + [damping_b] * len(b)
+    has_bases = state.refreshes > 0
+    bases = _descending(state) if config.decomposition == "qr" else []
     if not scaling.keeps_bases or config.drift_tolerance == 0:
-        return _Prepared([*a, *b], damping, silent, jnp.ones((), bool), state.drift)
+        return _Prepared([*a, *b], damping, silent, jnp.ones((), bool), state.drift, bases, has_bases)
     drift = _drift((*a, *b), (*state.a_basis, *state.b_basis))
-    return _Prepared([*a, *b], damping, silent, (state.refreshes == 0) | ~(drift <= config.drift_tolerance), drift)
+    drifted = ~has_bases | ~(drift <= config.drift_tolerance)
+    return _Prepared([*a, *b], damping, silent, drifted, drift, bases, has_bases)
+
+
+def _descending(state: LayerState) -> list[Array]:
+    """The bases of the blocks of A, then of B, each with the largest eigenvalue first."""
+    values, bases = (*state.a_values, *state.b_values), (*state.a_basis, *state.b_basis)
+    orders = (jnp.argsort(v, 1, descending=True) for v in values)
+    return [jnp.take_along_axis(q, order[:, None, :], 2) for q, order in zip(bases, orders, strict=True)]
 
 
 def _drift(matrices: Blocks, bases: Blocks) -> Array:
@@ -223,20 +238,47 @@ def _decompose_by_size(
     found: dict[tuple[str, int], Decomposed] = {}
     for places in by_size.values():
         shapes = [prepared[key].matrices[block].shape[:2] for key, block in places]  # layers, groups
-        flags = [jnp.broadcast_to(needed[key][:, None], s) for (key, _), s in zip(places, shapes, strict=True)]
+
+        def by_layer(flags: Mapping[str, Array], places: list[tuple[str, int]] = places) -> Array:
+            """(layers,) for each stack -> (matrices,)."""
+            every = [jnp.broadcast_to(flags[k][:, None], prepared[k].matrices[b].shape[:2]) for k, b in places]
+            return _together(every)
+
+        matrices = _together([prepared[key].matrices[block] for key, block in places])
+        damping = _together([prepared[key].damping[block] for key, block in places])
+        wanted = by_layer(needed)
+        followed = None
+        if scaling.uses_bases and config.decomposition == "qr":
+            bases = _together([prepared[key].bases[block] for key, block in places])
+            known = wanted & by_layer({key: one.has_bases for key, one in prepared.items()})
+            followed = follow(matrices, damping, bases, known, mesh=mesh)
+            wanted &= ~followed.ok
         results = decompose(
             eigh if scaling.uses_bases else inverse,
-            _together([prepared[key].matrices[block] for key, block in places]),
-            _together([prepared[key].damping[block] for key, block in places]),
-            _together(flags),
+            matrices,
+            damping,
+            wanted,
             absolute=config.damping_mode == "absolute",
             mesh=mesh,
         )
+        if followed is not None:
+            results = _joined(followed, results)
         ends = np.cumsum([count * groups for count, groups in shapes])[:-1].tolist()
         pieces = zip(*(jnp.split(result, ends) for result in results), strict=True)
         for place, shape, piece in zip(places, shapes, pieces, strict=True):
             found[place] = Decomposed(*(part.reshape(*shape, *part.shape[1:]) for part in piece))
     return {key: [found[key, block] for block in range(len(one.matrices))] for key, one in prepared.items()}
+
+
+def _joined(followed: Decomposed, anew: Decomposed) -> Decomposed:
+    """Bases that followed their matrices where that succeeded, and those decomposed anew elsewhere."""
+    took = followed.ok
+    return Decomposed(
+        jnp.where(took[:, None], followed.values, anew.values),
+        jnp.where(took[:, None, None], followed.matrices, anew.matrices),
+        took | anew.ok,
+        followed.failures + anew.failures,
+    )
 
 
 def _together(pieces: list[Array]) -> Array:

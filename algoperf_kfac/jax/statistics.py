@@ -193,7 +193,7 @@ def _input_sums(spec: LayerSpec, call: Call, x: Array, reading: Reading) -> tupl
     if spec.reduces_inputs:
         sums = part.sum_positions(x) if call.conv is None else part.sum_rows(call.conv.patch_sums(x, part.mask))
         return (jnp.moveaxis(part.placed(sums), 1, 0),), None
-    x = x if call.conv is None else call.conv.patches(x)
+    x = x[:, chosen.of_rows] if call.conv is None else call.conv.patches(x, chosen.thinning)
     products = outer_sums(part.expanded(x), None if spec.bias is None else part.ones(x), spec.in_blocks)
     if reading.limit is None:
         return products, None
@@ -213,10 +213,10 @@ def gradient_sums(
     """
     chosen = reading.subset(reduces=spec.reduces_outputs)
     part = reading.for_gradients().part(chosen)
-    rows = part.masked(rows[chosen.slice])
+    rows = part.masked(rows[chosen.slice, chosen.of_rows])
     if not spec.reduces_outputs:
         sums = outer_sums(rows.reshape(-1, *rows.shape[2:]), None, spec.out_blocks)
-        return sums if chosen.every == 1 else tuple(chosen.weight * m for m in sums), None
+        return sums if chosen.weight == 1 else tuple(chosen.weight * m for m in sums), None
 
     def summed(t: Array) -> Array:
         return jnp.moveaxis(part.placed(part.sum_rows(t)), 1, 0)

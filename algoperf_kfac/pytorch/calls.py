@@ -19,10 +19,10 @@ class Call:
 
     layout: MaskedLayout
     conv: ConvGeometry | None
-    inputs: Subset  # the examples that A is formed of
+    inputs: Subset  # the rows that A is formed of
     outputs: Subset  # and B
     input: Tensor | None = (
-        None  # of these examples, batch first; kept where output gradients decide which positions count
+        None  # of their examples, batch first; kept where output gradients decide which positions count
     )
     nonzero: Tensor | None = None  # (N, R): positions that some backward pass reached
     drop: Tensor | None = None  # (N, R): positions whose weight gradient the operation leaves out (padding_idx)
@@ -39,12 +39,12 @@ class Call:
 
     @property
     def input_layout(self) -> MaskedLayout:
-        """Of the examples that A is formed of."""
+        """Of the rows that A is formed of."""
         return self.layout.part(self.inputs)
 
     @property
     def output_layout(self) -> MaskedLayout:
-        """Of the examples that B is formed of."""
+        """Of the rows that B is formed of."""
         return self.layout.part(self.outputs)
 
     def batch_first(self, t: Tensor) -> Tensor:

@@ -162,7 +162,8 @@ def check(
         if scaling.keeps_bases and entry["state"]["refreshes"] and not _has_bases(entry["state"]):
             raise ValueError(
                 f"state_dict: layer {name} was saved without eigenbases, which scaling={scaling.config.scaling!r} "
-                f"with drift_tolerance={scaling.config.drift_tolerance} reads; load it with those it was saved with"
+                f"with drift_tolerance={scaling.config.drift_tolerance} and "
+                f"decomposition={scaling.config.decomposition!r} reads; load it with those it was saved with"
             )
     saved: dict[str, tuple[int, ...] | None] = {f.name: f.shape for f in fallbacks_of(kfac)}
     for name, spec in specs_of(kfac).items():

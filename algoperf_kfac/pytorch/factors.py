@@ -66,22 +66,24 @@ class MaskedLayout(Layout):
         assert positions.segment_ids is None or isinstance(positions.segment_ids, Tensor)
         return dataclasses.replace(layout, mask=mask, segment_ids=positions.segment_ids)
 
-    def subset(self, limit: int | None, *, reduces: bool) -> Subset:
-        """The examples that a factor is formed of.
+    def subset(self, limit: int | None, *, reduces: bool, thins: bool) -> Subset:
+        """The rows that a factor is formed of.
 
         Args:
             limit: from `RowLimit`.
             reduces: whether the factor has one row per example, and not one per position.
+            thins: whether some positions of an example may be taken.
         """
         each = 1 if reduces else self.positions
-        return Subset.of(limit, self.num_examples, each)
+        return Subset.of(limit, self.num_examples, each, thins=thins)
 
     def part(self, chosen: Subset) -> MaskedLayout:
-        """The layout of some of the examples."""
-        if chosen.every == 1:
+        """The layout of some of the rows."""
+        if chosen.every == chosen.thinning == 1:
             return self
-        mask = None if self.mask is None else self.mask[chosen.slice]
-        return dataclasses.replace(self, num_examples=chosen.size, mask=mask)
+        mask = None if self.mask is None else self.mask[chosen.slice, chosen.of_rows]
+        positions = self.positions if chosen.thinning == 1 else chosen.rows
+        return dataclasses.replace(self, num_examples=chosen.size, positions=positions, mask=mask)
 
     def batch_first(self, t: Tensor) -> Tensor:
         """A tensor of the call with its dimension over examples first."""
@@ -110,25 +112,28 @@ class MaskedLayout(Layout):
         return self.sum_rows(torch.full((rows,), float(self.positions), dtype=like.dtype, device=like.device))
 
 
-def input_chunks(x: Tensor, groups: int, conv: ConvGeometry | None) -> Iterator[tuple[slice, Tensor]]:
+def input_chunks(
+    x: Tensor, groups: int, conv: ConvGeometry | None, thinning: int = 1
+) -> Iterator[tuple[slice, Tensor]]:
     """The layer's input in weight-sharing format, in chunks of examples that bound the memory.
 
     Args:
         x: (N, *positions, P_in) for linear layers, (N, C, *in_size) for convolutions.
         groups: channel groups.
         conv: the geometry, None for linear layers.
+        thinning: of so many positions one is taken.
 
     Yields:
         The slice of examples, and their (n, R, groups, P) inputs.
     """
     if conv is None:
-        yield slice(0, len(x)), x.reshape(len(x), -1, 1, x.shape[-1])
+        yield slice(0, len(x)), x.reshape(len(x), -1, 1, x.shape[-1])[:, ::thinning]
         return
-    per_example = x.shape[1] * math.prod(conv.kernel) * math.prod(conv.out_size)
+    per_example = x.shape[1] * math.prod(conv.kernel) * math.prod(conv.out_size) // thinning
     step = max(1, MAX_PATCH_ELEMENTS // max(1, per_example))
     for start in range(0, len(x), step):
         chunk = slice(start, start + step)
-        yield chunk, conv.patches(conv.padded(x[chunk]), groups)
+        yield chunk, conv.patches(conv.padded(x[chunk]), groups, thinning)
 
 
 def input_sums(x: Tensor, groups: int, conv: ConvGeometry | None, layout: MaskedLayout) -> Tensor:

@@ -68,8 +68,10 @@ class ConvGeometry:
             slices.append(slice(start, start + stride * (self.out_size[dim] - 1) + 1, stride))
         return padded[tuple(slices)]
 
-    def patches(self, padded: Tensor, groups: int) -> Tensor:
+    def patches(self, padded: Tensor, groups: int, thinning: int = 1) -> Tensor:
         """(N, C, *padded) -> (N, R, groups, P): the unfolded patches, P = C/groups x kernel positions.
+
+        Of every `thinning`-th output position, row by row, the first one first.
 
         In memory features come first and positions last, whose neighbours are neighbours in the input, too: rows
         of an image are copied whole, where patches one after the other would be copied a kernel's width at a time.
@@ -79,10 +81,18 @@ class ConvGeometry:
         for dim in range(dims):
             span = self.dilation[dim] * (self.kernel[dim] - 1) + 1
             windows = windows.unfold(2 + dim, span, self._read_stride(dim))[..., :: self.dilation[dim]]
-        laid = windows.permute(1, *range(2 + dims, 2 + 2 * dims), 0, *range(2, 2 + dims)).contiguous()
+        if thinning > 1:
+            numbers = torch.arange(0, math.prod(self.out_size), thinning, device=padded.device)
+            behind = [math.prod(self.out_size[dim + 1 :]) for dim in range(dims)]
+            places = [numbers // step % size for step, size in zip(behind, self.out_size, strict=True)]
+            chosen: tuple[slice | Tensor, ...] = (slice(None), slice(None), *places)
+            windows = windows[chosen]
+        # Positions are the dimensions behind the channels, all of them or one.
+        last = windows.dim() - dims
+        laid = windows.permute(1, *range(last, last + dims), 0, *range(2, last)).contiguous()
         if self.transposed:
             laid = laid.flip(tuple(range(1, 1 + dims)))
-        by_feature = laid.reshape(groups, -1, len(padded), math.prod(self.out_size))
+        by_feature = laid.reshape(groups, -1, len(padded), -(-math.prod(self.out_size) // thinning))
         return by_feature.permute(2, 3, 0, 1)
 
     def weight_gradient(self, x: Tensor, grad: Tensor, groups: int) -> Tensor:
@@ -122,6 +132,8 @@ class ConvGeometry:
         than the patches (few channels, large strides), they are built offset by offset.
         """
         n = len(x)
+        if mask is None and math.prod(self.kernel) == 1:
+            return self.window(self.padded(x), [0] * len(self.kernel)).flatten(2).sum(2).reshape(n, groups, -1)
         if mask is None:
             for dim in range(len(self.kernel)):
                 x = torch.tensordot(x, self.indicator(dim, x), dims=([2], [1]))

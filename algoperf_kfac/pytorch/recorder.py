@@ -31,7 +31,7 @@ MAX_WAITING = 4
 class Recorder:
     """Gathers one layer's statistics over its calls in a capture.
 
-    Sums over a part of the examples (`Subset`) are scaled to stand for those over all; examples are counted.
+    Sums over a part of the rows (`Subset`) are scaled to stand for those over all; examples are counted.
     Calls of one forward pass on equally many examples see the same examples, and their positions count together.
     Other numbers of examples are other examples.
 
@@ -47,7 +47,10 @@ class Recorder:
             there is none; see `note_loss`.
         sums: of the closed groups of calls.
         rounding: the coarsest eps among the dtypes of inputs and output gradients.
+        thins: whether some of an example's positions may be taken where positions are rows.
     """
+
+    thins = True
 
     def __init__(self, spec: LayerSpec, dtype: torch.dtype, *, one_pass: bool = True, checks: bool = False) -> None:
         self.spec = spec
@@ -119,8 +122,8 @@ class Recorder:
         call = Call(
             layout,
             conv,
-            layout.subset(limit, reduces=self.spec.reduces_inputs),
-            layout.subset(limit, reduces=self.spec.reduces_outputs),
+            layout.subset(limit, reduces=self.spec.reduces_inputs, thins=self.thins),
+            layout.subset(limit, reduces=self.spec.reduces_outputs, thins=self.thins),
         )
         x = call.batch_first(operation.input.detach())
         self._note_rounding(x)
@@ -151,7 +154,7 @@ class Recorder:
             call.input_sums = self._input_sums(call, x)
             return
         call.products = _weighted(self._expand_inputs(call, x), call.inputs)
-        count = call.inputs.weight * len(x) * call.layout.positions
+        count = call.inputs.weight * len(x) * call.input_layout.positions
         mask = call.input_layout.mask
         call.count = count if mask is None else call.inputs.weight * mask.sum()
         waiting = [c for c in self.calls if c.products is not None and not c.seen]
@@ -173,7 +176,8 @@ class Recorder:
         """The outer products of all positions' inputs."""
         total: list[Tensor] | None = None
         of_all = call.input_layout.mask
-        for chunk, inputs in factors.input_chunks(x.to(self.dtype), self.spec.groups, call.conv):
+        thinning = call.inputs.thinning
+        for chunk, inputs in factors.input_chunks(x.to(self.dtype), self.spec.groups, call.conv, thinning):
             mask = None if of_all is None else of_all[chunk]
             rows = factors.expand_rows(inputs, mask)
             ones = None
@@ -212,7 +216,7 @@ class Recorder:
             product = self._product(call, call.checked, grad, self.rounding)
             self.product = product if self.product is None else self.product + product
             call.checked = None
-        chosen, layout = rows[call.outputs.slice], call.output_layout
+        chosen, layout = rows[call.outputs.slice, call.outputs.of_rows], call.output_layout
         if self.spec.reduces_outputs:
             call.grad_sums = layout.sum_positions(chosen)
             if self.spec.watches_sums:
@@ -405,5 +409,5 @@ def _is_seen_to_hold(condition: Tensor) -> bool:
 
 
 def _weighted(sums: list[Tensor], part: Subset) -> list[Tensor]:
-    """Sums over the chosen examples as those over all."""
-    return sums if part.every == 1 else [m.mul_(part.weight) for m in sums]
+    """Sums over the chosen rows as those over all."""
+    return sums if part.every == part.thinning == 1 else [m.mul_(part.weight) for m in sums]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from algoperf_kfac.seconds import Speed
+from algoperf_kfac.seconds import TABLES, Speed
 from commands import atomic
 from commands.errors import UserError
 
@@ -65,7 +65,7 @@ def path() -> Path:
 def measure(framework: str) -> Speed:
     """Times of this machine's device, the best of a few each."""
     here = device(framework)
-    times: dict[str, dict[int, float]] = {"products": {}, "decompositions": {}, "inverses": {}}
+    times: dict[str, dict[int, float]] = {field: {} for field in TABLES}
     for size in SIZES:
         for field, operation in here.operations(size).items():
             times[field][size] = _best(operation)
@@ -111,10 +111,7 @@ def known(framework: str) -> Speed | None:
     if entry is None:
         return None
     try:
-        tables = {
-            field: {int(size): float(value) for size, value in entry[field].items()}
-            for field in ("products", "decompositions", "inverses")
-        }
+        tables = {field: {int(size): float(value) for size, value in entry[field].items()} for field in TABLES}
         return Speed(str(entry["device"]), **tables, bytes_per_second=float(entry["bytes_per_second"]))
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(_BROKEN.format(path())) from None

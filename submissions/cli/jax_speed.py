@@ -26,6 +26,10 @@ def operations(size: int) -> Mapping[str, Operation]:
     x = jax.random.normal(jax.random.PRNGKey(size), (size, size))
     definite = x @ x.T / size + jnp.eye(size)
 
+    def iteration(m: jax.Array, basis: jax.Array) -> jax.Array:
+        new = jnp.linalg.qr(m @ basis)[0]
+        return new * (m @ new)
+
     def inverse(m: jax.Array) -> jax.Array:
         root = jnp.linalg.cholesky(m)
         eye = jnp.eye(len(m))
@@ -34,6 +38,7 @@ def operations(size: int) -> Mapping[str, Operation]:
     return {
         "products": _finished(jnp.matmul, x, definite),
         "decompositions": _finished(jnp.linalg.eigh, definite),
+        "iterations": _finished(iteration, definite, jnp.linalg.qr(x)[0]),
         "inverses": _finished(inverse, definite),
     }
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from absl import flags
 
-from algoperf_kfac.config import KFACConfig
+from algoperf_kfac.config import DECOMPOSITIONS, KFACConfig
 from algoperf_kfac.cost import DEVICE_BYTES, DEVICES
 from algoperf_kfac.seconds import Speed
 from commands.errors import UserError
@@ -93,6 +93,13 @@ def new_flags() -> flags.FlagValues:
         upper_bound=1.0,
         flag_values=values,
     )
+    flags.DEFINE_enum(
+        "decomposition",
+        None,
+        list(DECOMPOSITIONS),
+        "How bases are refreshed. Default: as in the submission.",
+        flag_values=values,
+    )
     flags.DEFINE_bool("seconds", default=True, help="Say seconds, where they are known.", flag_values=values)
     flags.DEFINE_enum("format", "text", ["text", "markdown"], "How to print.", flag_values=values)
     flags.DEFINE_bool("all", default=False, help=f"All of AlgoPerf's {len(SCORED)} workloads.", flag_values=values)
@@ -168,10 +175,9 @@ def plan_for(values: flags.FlagValues, name: str, framework: str) -> plan_tables
 
 def _config(values: flags.FlagValues, framework: str) -> KFACConfig:
     config = registry.kfac_config(values.submission, framework)
-    if values.refresh_budget is None:
-        return config
+    given = {name: values[name].value for name in ("refresh_budget", "decomposition")}
     try:
-        return dataclasses.replace(config, refresh_budget=values.refresh_budget)
+        return dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -224,7 +230,16 @@ def _command(values: flags.FlagValues) -> str:
     """The command line that gives the same output."""
     changed = [
         f"--{name}={values[name].value}"
-        for name in ("framework", "submission", "devices", "device_gb", "usable", "assume", "refresh_budget")
+        for name in (
+            "framework",
+            "submission",
+            "devices",
+            "device_gb",
+            "usable",
+            "assume",
+            "refresh_budget",
+            "decomposition",
+        )
         if values[name].value != values[name].default
     ] + ([] if values.seconds else ["--noseconds"])
     return " ".join([PROGRAM, "--all", "--format=markdown", *changed])

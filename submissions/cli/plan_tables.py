@@ -133,6 +133,8 @@ def render(named: Named, form: str, *, legend: bool = True) -> str:
     intervals = f"statistics every {_count(config.factor_interval, 'step')}"
     if config.statistics_rows is not None:
         intervals += f" from at least {config.statistics_rows:,} rows of a call"
+        if config.statistics_rows_by_side:
+            intervals += " (no fewer than a layer's largest block has sides)"
     intervals += f", refresh every {_count(config.refresh_interval, 'step')}"
     facts = [
         f"K-FAC covers {covered:,} of {total:,} parameters ({100 * plan.coverage.fraction:.1f} %), {intervals}.",
@@ -259,10 +261,10 @@ def intervals(plans: Sequence[Named]) -> Table:
 
 def render_speed(speed: Speed) -> str:
     """A calibration as a table, in milliseconds by size."""
-    head = ["matrices", "product ms", "eigendecomposition ms", "inverse ms"]
+    head = ["matrices", "product ms", "eigendecomposition ms", "orthogonal iteration ms", "inverse ms"]
     rows = [head]
     for size in sorted(speed.products):
-        tables = (speed.products, speed.decompositions, speed.inverses)
+        tables = (speed.products, speed.decompositions, speed.iterations, speed.inverses)
         rows.append([f"{size:,}", *(f"{1e3 * table[size]:.3g}" for table in tables)])
     return f"{speed.device}: a sum reads {speed.bytes_per_second / 1e9:.3g} GB/s\n\n{_text(rows)}"
 

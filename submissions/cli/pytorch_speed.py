@@ -24,6 +24,11 @@ def operations(size: int) -> Mapping[str, Operation]:
     generator = torch.Generator(device=DEVICE).manual_seed(size)
     x = torch.randn(size, size, generator=generator, device=DEVICE)
     definite = x @ x.T / size + torch.eye(size, device=DEVICE)
+    orthogonal = torch.linalg.qr(x)[0]
+
+    def iteration() -> object:
+        basis = torch.linalg.qr(definite @ orthogonal)[0]
+        return basis * (definite @ basis)
 
     def inverse() -> object:
         root, _ = torch.linalg.cholesky_ex(definite)
@@ -32,6 +37,7 @@ def operations(size: int) -> Mapping[str, Operation]:
     return {
         "products": _finished(lambda: x @ definite),
         "decompositions": _finished(lambda: torch.linalg.eigh(definite)),
+        "iterations": _finished(iteration),
         "inverses": _finished(inverse),
     }
 

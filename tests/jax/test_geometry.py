@@ -34,10 +34,10 @@ def geometries(draw: st.DrawFn) -> ConvGeometry:
 
 
 @examples(15)
-@given(geometries(), st.integers(0, 9))
-def test_patches(conv: ConvGeometry, seed: int) -> None:
-    """Unfolded patches and their sums, with and without a mask, against one entry at a time; and the geometry
-    against JAX's own convolution."""
+@given(geometries(), st.integers(0, 9), st.integers(2, 5))
+def test_patches(conv: ConvGeometry, seed: int, thinning: int) -> None:
+    """Unfolded patches, all and some, and their sums, with and without a mask, against one entry at a time; and the
+    geometry against JAX's own convolution."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((2, 2 * conv.groups, *conv.in_size))
     expected = naive.patches(conv, x)
@@ -45,15 +45,16 @@ def test_patches(conv: ConvGeometry, seed: int) -> None:
     weight = rng.standard_normal((conv.groups, 3, expected.shape[-1]))
 
     @jax.jit
-    def compute(x: Array, mask: Array, weight: Array) -> tuple[Array, Array, Array, Array]:
+    def compute(x: Array, mask: Array, weight: Array) -> tuple[Array, Array, Array, Array, Array]:
         out = lax.conv_general_dilated(
             x, weight.reshape(conv.groups * 3, 2, *conv.kernel), conv.stride, conv.padding, conv.in_dilation,
             conv.dilation, feature_group_count=conv.groups,
         )  # fmt: skip
-        return conv.patches(x), conv.patch_sums(x, None), conv.patch_sums(x, mask), out
+        return conv.patches(x), conv.patches(x, thinning), conv.patch_sums(x, None), conv.patch_sums(x, mask), out
 
-    patches, sums, masked_sums, out = compute(x, mask, weight)
+    patches, thinned, sums, masked_sums, out = compute(x, mask, weight)
     np.testing.assert_allclose(patches, expected, atol=1e-14)
+    np.testing.assert_array_equal(thinned, expected[:, ::thinning])
     np.testing.assert_allclose(sums, expected.sum(1), atol=1e-12)
     np.testing.assert_allclose(masked_sums, np.einsum("nrgp,nr->ngp", expected, mask), atol=1e-12)
     product = np.einsum("nrgp,gop->ngor", expected, weight).reshape(out.shape)

@@ -328,6 +328,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "length": "rms",
         "drift_tolerance": 0.2,
     },
+    "following": {"decomposition": "qr", "damping": 1e-2, "max_factor_dim": 4},
     "floor": {"damping": 1e-8, "noise_floor": 1e9, "max_factor_dim": 4},  # 0.02 of the largest eigenvalue
     "blocks": {"max_factor_dim": 4, "damping_mode": "absolute", "scaling": "inverse", "damping": 1e-2},
 }
@@ -365,6 +366,7 @@ def test_models(model: str, configuration: str, approximation: str) -> None:
         ("graph", "root", "expand"),
         ("mlp", "root", "reduce"),
         ("mlp", "floor", "expand"),
+        ("graph", "following", "expand"),
         ("language-model", "second-moment", "expand"),
         ("graph", "second-moment", "reduce"),
         ("attention", "blocks", "expand"),

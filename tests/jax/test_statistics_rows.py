@@ -108,12 +108,13 @@ def assert_alike(ours: Any, torchs: Any) -> None:
     ("options", "positions"),
     [
         ({"approximation": "expand", "statistics_rows": 64}, None),
+        ({"approximation": "expand", "statistics_rows": 20}, "gradient"),  # of 4 examples, every third position
         ({"approximation": "reduce", "statistics_rows": 4}, "gradient"),
         ({"approximation": "mixed"}, None),
         ({"approximation": "mixed", "statistics_rows": 4}, "gradient"),
         ({"approximation": "reduce", "statistics_rows": 2, "statistics_rows_by_side": True}, None),
     ],
-    ids=["expand", "reduce", "mixed", "mixed in part", "by side"],
+    ids=["expand", "thinned", "reduce", "mixed", "mixed in part", "by side"],
 )
 def test_both_frameworks_agree(params: Any, x: Array, options: dict[str, Any], positions: Any) -> None:
     ours, said = in_jax(params, x, positions, **options)

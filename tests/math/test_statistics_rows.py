@@ -1,7 +1,8 @@
-"""Statistics from a part of the batch: those of the chosen examples, and in expectation those of all."""
+"""Statistics from a part of the batch: those of the chosen rows, and in expectation those of all."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from algoperf_kfac.pytorch import KFAC, Positions
 from algoperf_kfac.subset import Subset
-from tests.math.support import assert_equal, empirical_factors
+from tests.math import naive
+from tests.math.support import assert_equal, batched, empirical_factors
 
 APPROXIMATIONS = pytest.mark.parametrize("approximation", ["expand", "reduce", "mixed"])
 N, POSITIONS = 12, 5
@@ -25,7 +27,8 @@ def linear() -> tuple[nn.Module, Tensor]:
 
 
 def conv() -> tuple[nn.Module, Tensor]:
-    return nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, groups=2)), torch.randn(N, 4, 3, 3)
+    layer = nn.Conv2d(4, 6, 3, padding=1, groups=2, padding_mode="circular")
+    return nn.Sequential(layer), torch.randn(N, 4, 3, 3)
 
 
 class Twice(nn.Module):
@@ -67,11 +70,17 @@ def test_they_are_those_of_every_nth_example(name: str, approximation: str, ever
 @pytest.mark.parametrize("name", MODELS)
 @APPROXIMATIONS
 def test_in_expectation_they_are_those_of_all(name: str, approximation: str) -> None:
-    """Over the rotations of the batch, and in the paper's scale, too: B sums over all examples."""
+    """Over the rotations of the batch, and of positions where some are left out, by which the factors of all do not
+    change; in the paper's scale, too: B sums over all examples."""
     model, x = MODELS[name]()
+    along = (2, 3) if name == "conv" else (1,)
+    shifts = [range(x.shape[dim]) for dim in along] if approximation != "reduce" else [(0,)] * len(along)
     for reduction in ("mean", "sum"):
         rotated = [
-            next(iter(pair_of(model, x.roll(-i, 0), approximation, 4, reduction=reduction).values()))
+            next(
+                iter(pair_of(model, x.roll((*by, -i), (*along, 0)), approximation, 4, reduction=reduction).values())
+            )
+            for by in itertools.product(*shifts)
             for i in range(12)
         ]
         mean = [torch.stack([pair[i] for pair in rotated]).mean(0) for i in (0, 1)]
@@ -83,7 +92,7 @@ def test_in_expectation_they_are_those_of_all(name: str, approximation: str) -> 
 def test_mixed_takes_as_many_rows_as_each_factor_needs() -> None:
     """A one per position, B one per example."""
     model, x = conv()
-    found, chosen = pair_of(model, x, "mixed", 3 * 9)["0"], x[::4]
+    found, chosen = pair_of(model, x, "mixed", 4 * 9)["0"], x[::3]
     assert_equal(found, (pair_of(model, chosen, "expand")["0"].A, pair_of(model, x, "reduce")["0"].B))
 
 
@@ -165,17 +174,79 @@ def test_a_tied_table(approximation: str) -> None:
 
 
 def test_how_many_are_chosen() -> None:
-    assert Subset.of(None, 12, 100) == Subset(12, 1)
-    assert Subset.of(1, 12, 100) == Subset(12, 6)  # of two examples at least
-    assert Subset.of(1, 1, 100) == Subset(1, 1)
-    assert Subset.of(500, 12, 100) == Subset(12, 2)  # 600 rows; a third would be too few
-    assert Subset.of(5000, 12, 100) == Subset(12, 1)
+    assert Subset.of(None, 12, 100) == Subset(12, 1, 100)
+    assert Subset.of(1, 12, 100, thins=False) == Subset(12, 3, 100)  # of four examples at least
+    assert Subset.of(1, 1, 100, thins=False) == Subset(1, 1, 100)
+    assert Subset.of(500, 12, 100) == Subset(12, 2, 100)  # 600 rows; a third would be too few
+    assert Subset.of(5000, 12, 100) == Subset(12, 1, 100)
     assert Subset(12, 5).size == 3
+    assert Subset.of(3, 12, 1) == Subset(12, 3)
+    assert Subset.of(3, 12, 0) == Subset(12, 1, 0)
 
 
-@pytest.mark.parametrize(("most", "every"), [(100, 2), (2, 6)])
+def test_how_many_positions_are_chosen() -> None:
+    """As few as bring the rows, by a step that has no divisor in common with the number of positions."""
+    assert Subset.of(1, 12, 100) == Subset(12, 3, 100, 99)
+    assert Subset.of(80, 12, 100) == Subset(12, 3, 100, 3)  # not 5, nor 4
+    assert Subset.of(1000, 8, 64 * 64) == Subset(8, 2, 64 * 64, 15)
+    assert Subset.of(1, 3, 7) == Subset(3, 1, 7, 6)
+    assert Subset(12, 3, 100, 3).rows == 34
+    assert Subset(12, 3, 100, 3).weight == pytest.approx(1200 / (4 * 34))
+
+
+@pytest.mark.parametrize("masked", [False, True, "gradient"])
+@pytest.mark.parametrize("name", ["linear", "conv", "strided", "conv_transpose"])
+def test_of_few_examples_some_positions_are_taken(name: str, masked: bool | str) -> None:
+    """By hand: the same rows of inputs, of output gradients and of the mask."""
+    layer = {
+        "linear": nn.Linear(4, 3),
+        "conv": nn.Conv2d(4, 6, 3, padding=1, groups=2),
+        "strided": nn.Conv2d(4, 6, (3, 2), stride=(1, 2), dilation=(2, 1), padding=(2, 1)),
+        "conv_transpose": nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=2),
+    }[name]
+    x = torch.randn(N, 35, 4) if name == "linear" else torch.randn(N, 4, 5, 7)
+    out = layer(x)
+    inputs = naive.input_rows(layer, x, out.shape[2:])
+    positions = inputs.shape[1]
+    mask = torch.ones(N, positions)
+    if masked:
+        mask = (torch.rand(N, positions) < 0.7).to(x.dtype)
+    chosen = Subset.of(20, N, positions)
+    assert chosen.thinning > 1
+
+    def masked_loss(out: Tensor) -> Tensor:
+        kept = mask if name == "linear" else mask.reshape(N, *out.shape[2:])
+        return loss(out * kept.unsqueeze(2 if name == "linear" else 1))
+
+    gradients = naive.output_rows(layer, torch.autograd.grad(masked_loss(y := out.detach().requires_grad_()), y)[0])
+    some = (slice(None, None, chosen.every), slice(None, None, chosen.thinning))
+    inputs, gradients, kept = inputs[some], gradients[some], mask[some]
+    inputs = torch.cat([inputs, torch.ones_like(inputs[..., :1])], -1)
+    a = torch.einsum("nrgp,nrgq,nr->gpq", inputs, inputs, kept) / kept.sum()
+    b = chosen.weight * torch.einsum("nrgp,nrgq->gpq", gradients, gradients)
+    given = (
+        "gradient"
+        if masked == "gradient"
+        else mask.reshape(N, *out.shape[1:-1] if name == "linear" else out.shape[2:])
+    )
+    how = {"positions": Positions(given)} if masked else {}
+    found = empirical_factors(
+        nn.Sequential(layer),
+        x,
+        masked_loss,
+        "expand",
+        statistics_rows=20,
+        reduction="sum",
+        initial_statistics=1,
+        **how,
+    )["0"]
+    for mine, want in zip(batched(found), (a, b), strict=True):
+        torch.testing.assert_close(mine, want)
+
+
+@pytest.mark.parametrize(("most", "every"), [(100, 2), (2, 3)])
 def test_no_fewer_rows_than_a_block_has_sides(most: int, every: int) -> None:
-    """A is 5 x 5 with the bias, or has blocks of at most 2: two of twelve examples would do for that."""
+    """A is 5 x 5 with the bias, or has blocks of at most 2: four of twelve examples would do for that."""
     model, x = linear()
     options = {"statistics_rows_by_side": True, "max_factor_dim": most}
     found = pair_of(model, x, "reduce", 1, **options)["0"]

@@ -10,7 +10,7 @@ from torch import nn
 
 from algoperf_kfac.pytorch import KFAC
 
-READ = ({"drift_tolerance": 0.5}, {"scaling": "second_moment"})
+READ = ({"drift_tolerance": 0.5}, {"decomposition": "qr"}, {"scaling": "second_moment"})
 UNREAD = ({}, {"preconditioner": "inverse"}, {"power": 0.75, "approximation": "reduce"})
 
 

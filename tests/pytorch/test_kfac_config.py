@@ -22,6 +22,7 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "fisher": (["true", None], "'empirical', 'mc', 'exact'"),
     "fisher_samples": ([0, 1.5, "1", math.nan, math.inf], "(at least 1|whole number)"),
     "preconditioner": (["shampoo"], "'eigen', 'inverse'"),
+    "decomposition": (["svd", None, True], "'eigh', 'qr'"),
     "scaling": (["sqrt", 0.75], "'inverse', 'polar', 'power', 'root', 'second_moment'"),
     "power": ([0.0, -0.5, 1.01, math.nan, math.inf, "1", None, True], "number"),
     "polar_exponent": ([-0.1, 1.01, math.nan, "1/8", None], "number"),
@@ -178,3 +179,10 @@ def test_approximation_by_layer_kind() -> None:
         "expand",
     ]
     assert KFACConfig(approximation="reduce").approximation_for("linear") == "reduce"
+
+
+def test_inverses_have_no_bases_to_follow() -> None:
+    with pytest.raises(
+        ValueError, match=r'decomposition="qr" follows eigenbases: preconditioner="inverse" has none'
+    ):
+        KFACConfig(decomposition="qr", preconditioner="inverse")

@@ -87,6 +87,7 @@ def test_in_and_after_the_initial_statistics(stop: int) -> None:
         {"grafting": False},
         {"scaling": "polar", "length": "rms", "max_factor_dim": 5},
         {"drift_tolerance": 0.5},
+        {"decomposition": "qr", "scaling": "polar"},
         {"max_factor_dim": 5, "large_factor": "block"},
         {"max_factor_dim": 8, "large_factor": "one_sided", "scaling": "second_moment"},
         {"damping_mode": "absolute", "weight_decay": 0.1},

@@ -12,9 +12,12 @@ import pytest
 import torch
 from torch import nn
 
+from algoperf_kfac.config import KFACConfig
 from submissions.__main__ import main
+from submissions.cli import plan_tables
 from submissions.common.batch_sizes import SCORED, get_batch_size
-from tests.submissions.planned import Net, inputs
+from tests.submissions.planned import Net, inputs, make_plan
+from tests.submissions.test_plan import one_layer
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -63,6 +66,24 @@ def test_a_model_of_the_users(capsys):
         return float(text.partition("to the model's ")[2].split()[0])
 
     assert flops(larger) == pytest.approx(3 * flops(out), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ({}, ""),
+        ({"statistics_rows": 2048}, " from at least 2,048 rows of a call"),
+        (
+            {"statistics_rows": 2048, "statistics_rows_by_side": True},
+            " from at least 2,048 rows of a call (no fewer than a layer's largest block has sides)",
+        ),
+        ({"statistics_rows_by_side": True}, ""),  # of no number there is no more
+    ],
+)
+def test_the_head_says_which_rows_statistics_take(options, rows):
+    config = KFACConfig(factor_interval=2, refresh_interval=6, **options)
+    named = plan_tables.Named("one", make_plan(one_layer(), {}, config), "", 8, plan_tables.Room(4e10, 1.0))
+    assert f", statistics every 2 steps{rows}, refresh every 6 steps." in plan_tables.render(named, "text")
 
 
 def flat_example():

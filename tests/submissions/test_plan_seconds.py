@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -15,9 +16,16 @@ from submissions.cli import assumed, calibration
 from tests.submissions.planned import make_plan
 from tests.submissions.test_plan import one_layer
 
-# Products at 2 flops a nanosecond, decompositions and inverses of their own; sizes 10 to 40.
+# Products at 2 flops a nanosecond, the rest with times of its own; sizes 10 to 40.
 PRODUCTS = {n: 1e-9 * n**3 for n in (10, 20, 40)}
-SPEED = Speed("toy", PRODUCTS, {10: 1e-3, 20: 5e-3, 40: 3e-2}, {10: 1e-4, 40: 4e-3}, bytes_per_second=1e9)
+SPEED = Speed(
+    "toy",
+    PRODUCTS,
+    decompositions={10: 1e-3, 20: 5e-3, 40: 3e-2},
+    iterations={10: 3e-4, 40: 7e-3},
+    inverses={10: 1e-4, 40: 4e-3},
+    bytes_per_second=1e9,
+)
 LOAD = Load(examples=8, positions=5, products=40, input_elements=1200, output_elements=400)
 
 
@@ -44,19 +52,35 @@ def test_seconds_by_hand():
     )
     assert inverse.statistics == 0
     assert inverse.refresh == pytest.approx((4e-3 + interpolated(SPEED.inverses, 20)) / 4)
+    following = make_plan(coverage, {}, KFACConfig(decomposition="qr", refresh_interval=4, factor_interval=2))
+    each = 7e-3 + interpolated(SPEED.iterations, 20)
+    assert seconds_of(following, SPEED).refresh == pytest.approx((each + 1e-9 * (40**3 + 20**3)) / 4)
     second = make_plan(coverage, {}, KFACConfig(scaling="second_moment", refresh_interval=4, factor_interval=2))
     assert seconds_of(second, SPEED).preconditioning == pytest.approx(3 * found.preconditioning)
     assert seconds_of(second, SPEED).refresh == pytest.approx((3e-2 + 5e-3) / 4)
+
+
+def test_channel_groups_are_multiplied_in_one_call_and_decomposed_one_by_one():
+    """Products of this speed take 1e-6 s at least: that of four groups no longer than that of one."""
+    floor = dataclasses.replace(SPEED, products={n: max(1e-6, 1e-9 * n**3) for n in (1, 5, 10, 20, 40)})
+    coverage = one_layer(weight_shape=(16, 4), in_dim=4, out_dim=4, groups=4, in_blocks=(4,), out_blocks=(4,))
+    found = seconds_of(make_plan(coverage, {}, KFACConfig(factor_interval=2, refresh_interval=4)), floor)
+    one, all_of_them = floor.product(4, 4, 4), floor.product(4, 16, 4)
+    assert one == 1e-6
+    assert found.preconditioning == pytest.approx(2 * all_of_them)
+    assert all_of_them < 2 * one
+    assert found.refresh == pytest.approx((4 * 2 * 1e-3 + 2 * all_of_them) / 4)
 
 
 @pytest.mark.parametrize(
     ("approximation", "spatial", "rows", "expected"),
     [
         ("expand", False, None, 1e-9 * 40 * (1600 + 400)),
-        ("expand", False, 10, 1e-9 * 10 * (1600 + 400)),  # two of eight examples
+        ("expand", False, 20, 1e-9 * 20 * (1600 + 400)),  # four of eight examples
+        ("expand", False, 10, 1e-9 * 12 * (1600 + 400)),  # and three of their five positions
         ("reduce", False, 4, 1e-9 * 4 * (1600 + 400) + 4 * 0.5 * 1600 / 1e9),  # every second example
         ("mixed", False, None, 1e-9 * 8 * (1600 + 400) + 4 * 1600 / 1e9),
-        ("mixed", True, 10, 1e-9 * (10 * 1600 + 8 * 400) + 4 * 400 / 1e9),  # A is expand's
+        ("mixed", True, 10, 1e-9 * (12 * 1600 + 8 * 400) + 4 * 400 / 1e9),  # A is expand's
     ],
 )
 def test_seconds_of_statistics_are_those_of_the_rows_taken(approximation, spatial, rows, expected):
@@ -128,6 +152,8 @@ def test_assumed_speeds_are_those_of_their_sources():
     assert interpolated(speed.decompositions, 4096) == pytest.approx(0.9)
     assert speed.products[4096] == pytest.approx(2 * 4096**3 / (0.5 * 156e12))
     assert speed.products[64] == 1e-5
+    assert speed.iterations[1024] == pytest.approx(8e-3 + 2 * speed.products[1024])
+    assert interpolated(speed.iterations, 4096) == pytest.approx(64e-3 + 2 * speed.products[4096])
 
 
 def test_plans_say_what_a_refresh_budget_comes_to(capsys):
@@ -138,6 +164,16 @@ def test_plans_say_what_a_refresh_budget_comes_to(capsys):
     assert "every 6 steps that is within 10.0 % of the time where a step takes " in line
     seconds = [float(word) for word in line.replace(":", "").split() if word[0].isdigit() and "." in word]
     assert seconds[2] == pytest.approx(seconds[0] * 9 / 6, rel=2e-2)
+
+
+def test_plans_say_what_another_way_of_refreshing_comes_to(capsys):
+    def refreshed(*flags):
+        code, out, _ = command(capsys, "--workload=mnist_vit", "--devices=1", "--assume=a100", *flags)
+        assert code == 0
+        (line,) = [line for line in out.splitlines() if line.startswith("All layers are refreshed in ")]
+        return float(next(word for word in line.split() if word[0].isdigit()))
+
+    assert refreshed("--decomposition=qr") < refreshed() == refreshed("--decomposition=eigh")
 
 
 @pytest.mark.parametrize(
@@ -155,11 +191,11 @@ def test_flags_that_say_nothing(capsys, flags, message):
 
 def test_impossible_speeds_are_refused():
     with pytest.raises(ValueError, match="positive times"):
-        Speed("toy", {}, {10: 1.0}, {10: 1.0}, 1e9)
+        Speed("toy", {}, {10: 1.0}, {10: 1.0}, {10: 1.0}, 1e9)
     with pytest.raises(ValueError, match="positive times"):
-        Speed("toy", {10: 0.0}, {10: 1.0}, {10: 1.0}, 1e9)
+        Speed("toy", {10: 1.0}, {10: 1.0}, {10: 0.0}, {10: 1.0}, 1e9)
     with pytest.raises(ValueError, match="bytes_per_second"):
-        Speed("toy", PRODUCTS, PRODUCTS, PRODUCTS, 0)
+        Speed("toy", PRODUCTS, PRODUCTS, PRODUCTS, PRODUCTS, 0)
 
 
 @pytest.fixture

@@ -150,7 +150,7 @@ def _output_sums(static: Tap, x: Array, reading: Reading, sums: TiedSums, gradie
     rows = reading.rows(call.outputs(gradient.astype(static.dtype)))
     reading = reading.of_gradients(rows)
     counts = reading.placed(reading.counts(rows))[None]
-    chosen = reading.subset(reduces=spec.approximation == "reduce")
+    chosen = reading.subset(reduces=spec.approximation == "reduce", thins=False)
     part, x = reading.part(chosen), reading.rows(call.inputs(x))[chosen.slice]
     x = x.astype(static.dtype)
     zeros = jax.tree.map(jnp.zeros_like, sums)
@@ -181,7 +181,7 @@ def _lookup_sums(static: Tap, tokens: Array, reading: Reading, sums: TiedSums, g
     zeros = jax.tree.map(jnp.zeros_like, sums)
     counts = reading.placed(reading.counts(rows))[None]
     numbers = reading.batch_first(tokens, tokens.ndim).reshape(rows.shape[0], -1)
-    chosen = reading.subset(reduces=spec.approximation == "reduce")
+    chosen = reading.subset(reduces=spec.approximation == "reduce", thins=False)
     reading, rows, numbers = reading.part(chosen), rows[chosen.slice], numbers[chosen.slice]
     if spec.approximation == "expand":
         products = outer_sums(reading.for_gradients().expanded(rows), None, spec.in_blocks)

@@ -12,11 +12,10 @@ from jax.typing import DTypeLike
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.cost import (
-    EIGH_FLOPS,
-    INVERSE_FLOPS,
     ScalingFlops,
     StateBytes,
     cubes,
+    decomposition_flops,
     product_flops,
     runs,
     squares,
@@ -52,8 +51,11 @@ class Scaling:
 
     @property
     def keeps_bases(self) -> bool:
-        """Whether a layer keeps its bases: by default to see whether the factors have drifted away from them."""
-        return self.uses_bases and self.config.drift_tolerance > 0
+        """Whether a layer keeps its bases: by default where the next refresh asks for them.
+
+        To see whether the factors have drifted away from them, or to follow the factors from them.
+        """
+        return self.uses_bases and (self.config.drift_tolerance > 0 or self.config.decomposition == "qr")
 
     def keeps(self, spec: LayerSpec, dtype: DTypeLike) -> Kept:
         """What a layer keeps beside operators and bases, before the first step.
@@ -109,7 +111,7 @@ class Scaling:
 
     def flops(self, spec: LayerSpec) -> ScalingFlops:
         """What a layer's refresh and its direction at every step take; see `cost.Scaling`."""
-        each = EIGH_FLOPS if self.uses_bases else INVERSE_FLOPS
+        each = decomposition_flops(self.config, uses_bases=self.uses_bases)
         return ScalingFlops(each * cubes(spec), product_flops(spec))
 
     def dealt(self, specs: Sequence[LayerSpec], workers: int) -> list[list[int]]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from algoperf_kfac.config import WHITENING
-from algoperf_kfac.cost import EIGH_FLOPS, ScalingFlops, cubes, product_flops
+from algoperf_kfac.cost import ScalingFlops
 from algoperf_kfac.jax.preconditioner import LayerState, multiply
 from algoperf_kfac.jax.reductions import norms, scales
 from algoperf_kfac.jax.scalings import _base
@@ -31,10 +31,9 @@ class Scaling(_base.Scaling):
     keeps_bases = True
 
     def flops(self, spec: LayerSpec) -> ScalingFlops:
+        of_base = super().flops(spec)
         # Into the basis, and back.
-        return ScalingFlops(
-            EIGH_FLOPS * cubes(spec), 2 * product_flops(spec) + polar_flops(spec, self.config.polar_steps)
-        )
+        return ScalingFlops(of_base.refresh, 2 * of_base.step + polar_flops(spec, self.config.polar_steps))
 
     def precondition(self, state: LayerState, momentum: Array, gradient: Array) -> tuple[Array, Kept]:
         rotated = multiply(state.b_basis, momentum, state.a_basis, transpose_left=True)

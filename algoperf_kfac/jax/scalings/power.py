@@ -8,7 +8,7 @@ two products.
 
 from __future__ import annotations
 
-from algoperf_kfac.cost import EIGH_FLOPS, OPERATOR_FLOPS, ScalingFlops, cubes, product_flops
+from algoperf_kfac.cost import OPERATOR_FLOPS, ScalingFlops, cubes
 from algoperf_kfac.jax.preconditioner import Blocks, LayerState, from_eigenvalues
 from algoperf_kfac.jax.scalings import _base
 from algoperf_kfac.layers import LayerSpec
@@ -24,4 +24,5 @@ class Scaling(_base.Scaling):
         return from_eigenvalues(bases, [v**-self.config.exponent for v in values])
 
     def flops(self, spec: LayerSpec) -> ScalingFlops:
-        return ScalingFlops((EIGH_FLOPS + OPERATOR_FLOPS) * cubes(spec), product_flops(spec))
+        of_base = super().flops(spec)
+        return ScalingFlops(of_base.refresh + OPERATOR_FLOPS * cubes(spec), of_base.step)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from algoperf_kfac.cost import EIGH_FLOPS, ScalingFlops, cubes, product_flops
+from algoperf_kfac.cost import ScalingFlops
 from algoperf_kfac.jax.preconditioner import Blocks, LayerState, multiply
 from algoperf_kfac.jax.scalings import _base
 from algoperf_kfac.jax.scalings._base import Kept
@@ -60,4 +60,5 @@ class Scaling(_base.Scaling):
 
     def flops(self, spec: LayerSpec) -> ScalingFlops:
         # Momentum and gradient into the basis, the direction back.
-        return ScalingFlops(EIGH_FLOPS * cubes(spec), 3 * product_flops(spec))
+        of_base = super().flops(spec)
+        return ScalingFlops(of_base.refresh, 3 * of_base.step)

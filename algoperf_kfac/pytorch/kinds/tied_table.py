@@ -225,6 +225,8 @@ def table_behind(value: object, tables: Mapping[int, LayerSpec]) -> tuple[Tensor
 class OutputUse(Recorder):
     """The table as output layer: A_out in blocks, of B_out the trace alone."""
 
+    thins = False
+
     @property
     def block_sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return self.spec.in_blocks, (1,)
@@ -235,6 +237,8 @@ class OutputUse(Recorder):
 
 class Lookups(Recorder):
     """The table as lookup: of the one-hot inputs the trace alone, B_emb in blocks."""
+
+    thins = False
 
     @property
     def block_sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

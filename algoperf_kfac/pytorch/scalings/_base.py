@@ -10,12 +10,11 @@ from torch import Tensor
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.cost import (
-    EIGH_FLOPS,
-    INVERSE_FLOPS,
     ScalingFlops,
     StateBytes,
     cubes,
     deal,
+    decomposition_flops,
     product_flops,
     squares,
     widths,
@@ -71,11 +70,12 @@ class Scaling:
 
     @property
     def keeps_bases(self) -> bool:
-        """Whether a layer keeps its bases: by default to see whether the factors have drifted away from them.
+        """Whether a layer keeps its bases: by default where the next refresh asks for them.
 
-        A scaling that reads them at every step says so; `operators` has them in any case.
+        To see whether the factors have drifted away from them, or to follow the factors from them. A scaling that
+        reads them at every step says so; `operators` has them in any case.
         """
-        return self.uses_bases and self.config.drift_tolerance > 0
+        return self.uses_bases and (self.config.drift_tolerance > 0 or self.config.decomposition == "qr")
 
     def keeps(self, spec: LayerSpec, like: Tensor) -> dict[str, Tensor | int]:
         """What a layer keeps for the scaling in `LayerState.kept`, as it is at the beginning.
@@ -99,7 +99,7 @@ class Scaling:
 
     def flops(self, spec: LayerSpec) -> ScalingFlops:
         """Of a refresh, and of the direction at every step; see `cost.Scaling`."""
-        each = EIGH_FLOPS if self.uses_bases else INVERSE_FLOPS
+        each = decomposition_flops(self.config, uses_bases=self.uses_bases)
         return ScalingFlops(each * cubes(spec), product_flops(spec))
 
     # Who does it.

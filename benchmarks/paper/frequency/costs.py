@@ -13,7 +13,7 @@ from algoperf_kfac import cadence, crossover
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.cost import Plan
 from algoperf_kfac.crossover import Rates
-from algoperf_kfac.seconds import Speed, seconds_of
+from algoperf_kfac.seconds import TABLES, Speed, seconds_of
 from benchmarks.paper.complexity import layers, model, records
 from commands import atomic
 from commands.errors import UserError
@@ -100,10 +100,7 @@ def speed(path: Path) -> Speed:
         atomic.write_text(path, json.dumps(dataclasses.asdict(_measured()), indent=1) + "\n")
     try:
         found = json.loads(path.read_text())
-        tables = {
-            name: {int(size): float(value) for size, value in found[name].items()}
-            for name in ("products", "decompositions", "inverses")
-        }
+        tables = {name: {int(size): float(value) for size, value in found[name].items()} for name in TABLES}
         return Speed(found["device"], **tables, bytes_per_second=float(found["bytes_per_second"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({error}): delete it, and it is measured again") from None
@@ -112,7 +109,7 @@ def speed(path: Path) -> Speed:
 def _measured() -> Speed:
     torch.set_num_threads(1)  # as in the runs; and the seconds of several threads would count several times
     here = calibration.device("pytorch")
-    times: dict[str, dict[int, float]] = {"products": {}, "decompositions": {}, "inverses": {}}
+    times: dict[str, dict[int, float]] = {name: {} for name in TABLES}
     for size in SIZES:
         for name, operation in here.operations(size).items():
             times[name][size] = _least(operation)
