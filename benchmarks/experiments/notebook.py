@@ -244,11 +244,12 @@ EXPERIMENTS = (
             **{f"refresh {n}": _every(1, n) for n in OFTEN_OR_SELDOM},
         },
         verdict="On the residual network no end differs beyond seeds. On the vision transformer statistics at "
-        "every third step do as well as at every one; at every tenth the loss is higher by .009 to .011, at every "
-        "30th by .008 to .022, and with hardly any after the first steps by .042 to .066. From 20 refreshes to one "
-        "at every step makes no difference beyond seeds on either. Rarer refreshes with statistics at every step "
-        "are not in it: this point refreshes at every statistics step until the first interval is over, so that "
-        "'refresh 100' refreshes 100 times. Time is in generated/frequency.md.",
+        "every third step do as well as at every one; at every tenth the loss is higher by .009 to .011, "
+        "at every 30th by .008 to .022, and with hardly any after the first steps by .042 to .066. From "
+        "20 refreshes to one at every step makes no difference beyond seeds on either. Rarer refreshes "
+        "with statistics at every step are not in it: this point refreshes at every statistics step until "
+        "the first interval is over, so that 'refresh 100' refreshes 100 times. Time is in "
+        "generated/frequency.md.",
     ),
     Experiment(
         name="qr_reduce",

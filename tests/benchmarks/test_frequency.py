@@ -8,7 +8,7 @@ import math
 import pytest
 
 from algoperf_kfac.config import KFACConfig
-from algoperf_kfac.seconds import Speed
+from algoperf_kfac.seconds import TABLES, Speed
 from benchmarks.experiments import records, runs
 from benchmarks.paper.__main__ import main
 from benchmarks.paper.frequency import costs, page
@@ -59,9 +59,9 @@ def test_the_page_from_what_is_kept(tmp_path, monkeypatch, capsys):
             found = {"loss": loss, "metric": 0.9, "steps_to_target": None, "ms_per_step": pace, "curve": curve}
             results.append({**runs.identity(run), **found})
     records.add(results, tmp_path / "experiments.jsonl")
-    times = {64: 1e-5, 512: 1e-3}
+    times = {name: {64: 1e-5, 512: 1e-3} for name in TABLES}
     monkeypatch.setattr(costs, "rates", lambda folder: costs.Rates(1e10, 1e9))
-    monkeypatch.setattr(costs, "speed", lambda path: Speed("toy", times, times, times, times, 1e9))
+    monkeypatch.setattr(costs, "speed", lambda path: Speed("toy", **times, bytes_per_second=1e9))
     output = tmp_path / "frequency.md"
     assert main(["frequency", f"--results={tmp_path}", f"--output={output}"]) == 0
     text = output.read_text()
