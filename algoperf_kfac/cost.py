@@ -25,7 +25,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from algoperf_kfac.config import KFACConfig
+from algoperf_kfac.config import TABLE, KFACConfig
 from algoperf_kfac.layers import Coverage, LayerSpec
 from algoperf_kfac.subset import RowLimit, Subset
 
@@ -87,15 +87,17 @@ class Load:
         rows = self.examples * self.positions
         return dataclasses.replace(self, examples=examples, positions=rows / examples, in_segments=True)
 
-    def share(self, rows: int | None, *, reduces: bool) -> float:
+    def share(self, rows: int | None, spec: LayerSpec, *, reduces: bool) -> float:
         """The share of the rows that a factor is formed of.
 
         Args:
             rows: from `KFACConfig.row_limit`; several calls are taken for one of all their positions.
+            spec: of the layer; a tied table takes all positions of an example.
             reduces: whether the factor has one row per example, and not one per position.
         """
         limit, each = None if self.in_segments else rows, 1 if reduces else max(1, round(self.positions))
-        return 1 / Subset.of(limit, max(1, round(self.examples)), each).weight
+        thins = spec.kind != TABLE
+        return 1 / Subset.of(limit, max(1, round(self.examples)), each, thins=thins).weight
 
     def __add__(self, other: Load) -> Load:
         """The load of two calls on the same examples."""
@@ -470,7 +472,7 @@ def _layer_plan(spec: LayerSpec, load: Load | None, scaling: Scaling, limit: Row
             (spec.reduces_inputs, a, of_input),
             (spec.reduces_outputs, b, of_output * (1 + spec.watches_sums)),
         ):
-            share = load.share(limit.of(spec.block_sizes), reduces=reduces)
+            share = load.share(limit.of(spec.block_sizes), spec, reduces=reduces)
             products = 2 * load.examples * (1 if reduces else load.positions) * entries
             statistics += share * (products + (summed if reduces else 0))
     return LayerPlan(spec, load, model, statistics, own.refresh, own.step)
@@ -491,7 +493,7 @@ def _captured_elements(layer: LayerPlan, limit: RowLimit) -> float:
         if not reduces:
             held += spec.groups * sum(size**2 for size in blocks)
         elif load is not None:
-            held += load.share(limit.of(spec.block_sizes), reduces=True) * load.examples * spec.groups * dim
+            held += load.share(limit.of(spec.block_sizes), spec, reduces=True) * load.examples * spec.groups * dim
     return held
 
 

@@ -79,7 +79,7 @@ def work_of(spec: LayerSpec, load: Load, *, reduces: bool, rows: int | None = No
         reduces: by reduce, or by expand.
         rows: from `KFACConfig.row_limit`.
     """
-    share = load.share(rows, reduces=reduces)
+    share = load.share(rows, spec, reduces=reduces)
     entries = spec.groups * sum(size**2 for size in spec.block_sizes)
     is_conv = spec.kind.startswith("conv")
     if reduces:

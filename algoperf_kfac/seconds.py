@@ -191,7 +191,7 @@ def _statistics(layer: LayerPlan, speed: Speed, limit: RowLimit) -> float:
         (spec.reduces_inputs, spec.in_blocks, load.input_elements),
         (spec.reduces_outputs, spec.out_blocks, load.output_elements),
     ):
-        share = load.share(limit.of(spec.block_sizes), reduces=reduces)
+        share = load.share(limit.of(spec.block_sizes), spec, reduces=reduces)
         taken = share * load.examples * (1 if reduces else load.positions)
         seconds += sum(speed.product(size, spec.groups * taken, size) for size in blocks)
         if reduces:

@@ -171,7 +171,11 @@ def test_theory_by_hand():
         ("expand", "both", 4 * 64 * (81 + 9)),
         ("reduce", "A", 4 * 9 * (9 + 64)),
         ("reduce", "B", 4 * 3 * (3 + 64)),
-        ("part", "A", 2 * 64 * 81),  # 100 rows are two examples of 64
+        (
+            "part",
+            "A",
+            4 * 64 * 81,
+        ),  # 100 rows: of four examples, all positions, as 2 divides 64
     ):
         assert slopes.theory(sweep, curve, part, 100) == {64: adds}
 
