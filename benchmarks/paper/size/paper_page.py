@@ -21,8 +21,9 @@ products in the model's flops: with a context of R and a width of d they are R /
 block, 22 % at 124M and 3 % at 175B, so that shares are upper bounds.
 
 Points are those of the submissions: directions by polar factors of three Newton-Schulz steps, factors in blocks
-of at most 4,096 (a bias makes 4,097 of 4,096 inputs). *expand* takes all rows of a batch, *part* at least 4,096
-on each GPU, as it is shipped, *reduce* all sequences, of which there are fewer. Statistics come every 4 steps
+of at most 4,096 (a bias makes 4,097 of 4,096 inputs). *expand* takes all rows of a batch, *part* at least 1,024
+on each GPU and no fewer than a layer's largest block has sides, as it is shipped, *reduce* all sequences, of
+which there are fewer. Statistics come every 4 steps
 with *expand* and *part*, every 2 with *reduce*. The first ten steps, which all take statistics and refresh, are
 not counted.
 """
@@ -43,9 +44,9 @@ every GPU (`share_directions=False`).
 """
 READING = """\
 - **What reduce saves falls with size.** A statistics step of expand from all rows takes 81 % of the model's
-  flops at 124M and 15 % at 175B, where blocks keep its products narrow; from 4,096 rows a quarter of that;
+  flops at 124M and 15 % at 175B, where blocks keep its products narrow; from the shipped rows a fifth to a half;
   reduce's at most 0.12 % (in seconds up to 9 %, as it reads what it sums). Beside expand from a part of the
-  rows nothing is left to save: a step takes the same within 0.02 of the model's.
+  rows little is left to save: a step takes the same within 0.04 of the model's.
 - **Directions grow, for both alike**: from 21 to 218 % of the model's flops, about as the width over the tokens
   of a GPU, most of it the polar factors. Formed on every GPU they make a step 1.4 of the model's at 124M and 3.2
   at 175B, with any statistics, and half the tokens on a GPU would make them twice as much. That is why they are
@@ -56,8 +57,8 @@ READING = """\
   rows while the model's step grows.
 - **Memory per parameter falls** from 4.8 numbers in factors and bases to 0.9, for the same reason: from 6.7B on
   every block's layers are cut, at 175B into up to 13 blocks. How many steps that costs is not known here; nor
-  what 4,096 rows, or reduce's 488 to 1,562, are worth for factors of as many rows. Nothing of this says that
-  either trains such a model in fewer steps.
+  what 1,024 to 4,096 rows, or reduce's 488 to 1,562, are worth for factors of as many rows. Nothing of this says
+  that either trains such a model in fewer steps.
 """
 
 
