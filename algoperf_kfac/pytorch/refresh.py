@@ -174,8 +174,9 @@ def _decompose_bases(jobs: list[_Job], config: KFACConfig) -> None:
             job.result.a_values = _rotated_diagonals(job.a, job.state.a_basis, job.damping[0])
             job.result.b_values = _rotated_diagonals(job.b, job.state.b_basis, job.damping[1])
             job.result.skipped = True
-    following = [job for job in due if config.decomposition == "qr" and job.state.refreshes]
-    fresh = [job for job in due if not any(job is one for one in following)]
+    follows = config.decomposition == "qr"
+    following = [job for job in due if follows and job.state.refreshes]
+    fresh = [job for job in due if not (follows and job.state.refreshes)]
     found = [*_decompose(fresh, _eigh, config), *_decompose(following, _qr, config, _Job.followed)]
     for job, parts in zip([*fresh, *following], found, strict=True):
         if parts is None:
@@ -318,11 +319,9 @@ def _decompose(
     def outcome(i: int) -> list[tuple[Tensor, ...]] | None:
         if flags[i]:
             return None
-        return (
-            _retry(jobs[i], _eigh if decompose is _qr else decompose, config)
-            if i in failed
-            else [results[i, k] for k in range(len(blocks[i]))]
-        )
+        if i in failed:
+            return _retry(jobs[i], _eigh if decompose is _qr else decompose, config)
+        return [results[i, k] for k in range(len(blocks[i]))]
 
     return [outcome(i) for i in range(len(jobs))]
 

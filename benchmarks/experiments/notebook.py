@@ -262,8 +262,9 @@ EXPERIMENTS = (
         },
         verdict="Where bases follow as rarely as they were decomposed, losses are higher on both workloads; "
         "where they follow as often as statistics come, they are as low, as far as three seeds can tell "
-        "(on text higher in two of them). On this machine a refresh takes about half as long, a step "
-        "hardly less. Not taken; of devices on which decompositions take ten times as long, and are "
-        "made ten times as rarely, this says nothing. Not run with expand.",
+        "(on text higher in two of them). On this machine a factor of 64 rows takes half as long, one "
+        "of 512 hardly less (results/frequency_speed.json), and so does a step. Not taken; of devices "
+        "on which decompositions take ten times as long, and are made ten times as rarely, this says "
+        "nothing. Not run with expand.",
     ),
 )

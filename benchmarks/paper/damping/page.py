@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from benchmarks.kept import Book
 from benchmarks.paper.damping import grid, reading, scale, training
@@ -100,25 +100,33 @@ def curves(found: Mapping[str, Found]) -> Iterator[str]:
             f"{'-' if one.nadamw is None else format(one.nadamw, '.3f')}."
         )
         yield ""
-        yield "| form | approximation | rate | " + " | ".join(f"{value:.0e}" for value in dampings) + " |"
-        yield "|---|---|---|" + "---|" * len(dampings)
-        for form, approximation, outcomes in there:
-            cells = [_steps(outcomes.get(value)) for value in dampings]
-            yield f"| {form.title} | {approximation} | {_rate(outcomes)} | " + " | ".join(cells) + " |"
-        yield ""
+        by_damping = [f"{value:.0e}" for value in dampings]
+        yield from _table(
+            ["rate", *by_damping],
+            [
+                (form, name, [_rate(outcomes), *(_steps(outcomes.get(d)) for d in dampings)])
+                for form, name, outcomes in there
+            ],
+        )
         yield "Validation loss at the end: mean (least to most)."
         yield ""
-        yield "| form | approximation | " + " | ".join(f"{value:.0e}" for value in dampings) + " |"
-        yield "|---|---|" + "---|" * len(dampings)
-        for form, approximation, outcomes in there:
-            cells = [_losses(outcomes.get(value)) for value in dampings]
-            yield f"| {form.title} | {approximation} | " + " | ".join(cells) + " |"
-        yield ""
-        yield "| form | approximation | best damping | its steps | width, powers of ten | of them from | to |"
-        yield "|---|---|---|---|---|---|---|"
-        for form, approximation, outcomes in there:
-            yield f"| {form.title} | {approximation} | " + " | ".join(_width(outcomes)) + " |"
-        yield ""
+        yield from _table(
+            by_damping,
+            [(form, name, [_losses(outcomes.get(d)) for d in dampings]) for form, name, outcomes in there],
+        )
+        yield from _table(
+            ["best damping", "its steps", "width, powers of ten", "of them from", "to"],
+            [(form, name, _width(outcomes)) for form, name, outcomes in there],
+        )
+
+
+def _table(head: Sequence[str], curves: Iterable[tuple[Form, str, list[str]]]) -> Iterator[str]:
+    """A line for each curve, by form and approximation."""
+    yield f"| form | approximation | {' | '.join(head)} |"
+    yield "|---|---|" + "---|" * len(head)
+    for form, approximation, cells in curves:
+        yield f"| {form.title} | {approximation} | {' | '.join(cells)} |"
+    yield ""
 
 
 def _seeds(found: Mapping[str, Found]) -> str:
