@@ -47,13 +47,13 @@ def _panel(one: Judged, cost: str, axes: Axes) -> None:
     axes.barh(places, means["ratio"].fillna(0.0), color=colours, height=0.7)
     ends = means[["ratio", "high"]].replace([np.inf], np.nan).max(axis=1)
     limit = max(1.25, 1.18 * float(ends.max()))
-    for place, (name, row) in zip(places, means.iterrows(), strict=True):
+    for place, (_, row) in zip(places, means.iterrows(), strict=True):
         _interval(row, float(place), limit, axes)
         whole = row["workloads"] == count
         beside = "" if whole else f"  ({row['workloads']:.0f} of {count} workloads)"
-        label = f"{row['ratio']:.2f}{beside}"
-        if np.isnan(row["ratio"]):
-            label = _without_ratio(int(one.ranking[cost]["reached"].get(name, 0)), count)
+        label = (
+            "missed" if np.isnan(row["ratio"]) else f"{'≤ ' if row['bounded'] else ''}{row['ratio']:.2f}{beside}"
+        )
         end = min(np.nanmax([row["ratio"], row["high"] if np.isfinite(row["high"]) else row["ratio"], 0.0]), limit)
         # On white: an interval that reaches a miss runs on behind it.
         white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
@@ -61,7 +61,8 @@ def _panel(one: Judged, cost: str, axes: Axes) -> None:
     axes.axvline(1.0, color=palette.INK["light"], linewidth=1.0, linestyle=(0, (1, 2)))
     axes.set_yticks(places, [str(name) for name in means.index])
     axes.set_xlim(0, limit)
-    axes.set_xlabel("NadamW = 1, shorter is better")
+    missed = " (≤: NadamW missed some)" if means["bounded"].any() else ""
+    axes.set_xlabel(f"NadamW = 1, shorter is better{missed}")
     if cost == COSTS[0]:
         axes.set_title(
             f"{one.group.title} ({count}, {NAMES[one.framework]})\n{TITLES[cost]}", loc="left", fontsize=10
@@ -70,15 +71,8 @@ def _panel(one: Judged, cost: str, axes: Axes) -> None:
         axes.set_title(TITLES[cost], loc="left", fontsize=10)
 
 
-def _without_ratio(reached: int, count: int) -> str:
-    """What stands in the place of a ratio where there is no workload on which NadamW reached the target, too."""
-    if not reached:
-        return "missed"
-    return f"reached{f' on {reached} of {count}' if reached < count else ''}, NadamW missed"
-
-
 def _interval(row: pd.Series, place: float, limit: float, axes: Axes) -> None:
-    if np.isnan(row["low"]):
+    if np.isnan(row["low"]) or row["low"] == row["high"]:
         return
     axes.plot([row["low"], min(row["high"], limit)], [place, place], color=palette.INK["light"], linewidth=1.2)
 

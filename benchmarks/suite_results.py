@@ -131,14 +131,29 @@ def _judge(
     }
     rules = boards["steps"].rules
     cells = {cost: board.cells for cost, board in boards.items()}
+    pace = boards["time"].trials.groupby(["submission", "workload"])["ms_per_step"].median().unstack()
+    hints = {name: float(facts.task(name).step_hint) for name in group.workloads}
+    allowed = {"steps": hints, "time": {name: _seconds(logs, name, hints[name]) for name in hints}}
     return Judged(
         group,
         framework,
         rules,
         cells,
-        {cost: means.geometric_means(table, rules, REFERENCE) for cost, table in cells.items()},
+        {cost: means.geometric_means(table, rules, REFERENCE, allowed[cost]) for cost, table in cells.items()},
         {cost: board.ranking for cost, board in boards.items()},
-        boards["time"].trials.groupby(["submission", "workload"])["ms_per_step"].median().unstack(),
+        pace,
         studies,
         tuple(name for name in group.workloads if (name, framework) in measured),
     )
+
+
+def _seconds(logs: scoring.Logs, workload: str, steps: float) -> float:
+    """Of so many steps of the reference: its median trial, had it gone on at the pace it had."""
+    trials = logs.trials.query("submission == @REFERENCE and workload == @workload")["trial_id"]
+    found = []
+    for _, evals in logs.evals[logs.evals["trial_id"].isin(trials)].groupby("trial_id"):
+        first, last = evals["step"].argmin(), evals["step"].argmax()
+        at, times = evals["step"].to_numpy(dtype=float), evals["time"].to_numpy(dtype=float)
+        pace = (times[last] - times[first]) / max(1.0, at[last] - at[first])
+        found.append(times[last] + pace * (steps - at[last]))
+    return float(np.median(found)) if found else np.nan

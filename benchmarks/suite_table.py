@@ -102,13 +102,18 @@ def _given(notes: Mapping[str, object]) -> list[str]:
 
 
 NOTE = (
-    "Ratios are to NadamW, below 1 is better: geometric means over the workloads on which the median study of "
-    "both reached the target, with 95 % bootstrap intervals over studies; how many workloads enter stands "
-    "beside. An end at 0.00 stands for resamples in which NadamW's median study misses, a miss for those in "
-    "which the submission's does; where both occur there is no interval. A mean over fewer workloads leaves "
-    "out what was missed; AlgoPerf's score (on this repository's own logs, relative to the best submission of "
-    "the table) counts a miss as nothing."
+    "Ratios are to NadamW, below 1 is better: geometric means over the workloads on which a submission's median "
+    "study reached the target, with 95 % bootstrap intervals over studies; how many workloads enter stands beside. "
+    "Where NadamW's median study missed, it is taken to have needed its whole step hint, which favours NadamW: "
+    "such means have a ≤ before them. An interval that ends in a miss has resamples in which the submission missed "
+    "one of its workloads. A mean over fewer workloads leaves out what was missed; AlgoPerf's score (on this "
+    "repository's own logs, relative to the best submission of the table) counts a miss as nothing."
 )
+
+
+def bounded(mean: pd.Series) -> str:
+    """A mean ratio with its sign; see `NOTE`."""
+    return f"{'≤ ' if mean['bounded'] else ''}{text.ratio(mean['ratio'])}"
 
 
 def summary_table(one: Judged, title: str) -> text.Table:
@@ -130,8 +135,9 @@ def summary_table(one: Judged, title: str) -> text.Table:
         row = [name]
         for cost in COSTS:
             mean = lookup(one.means[cost], name)
-            interval = "" if np.isnan(mean["low"]) else f" [{text.between(mean['low'], mean['high'])}]"
-            row += [f"{text.ratio(mean['ratio'])}{interval}", f"{mean['workloads']:.0f} of {count}"]
+            silent = np.isnan(mean["low"]) or name == REFERENCE
+            interval = "" if silent else f" [{text.between(mean['low'], mean['high'])}]"
+            row += [f"{bounded(mean)}{interval}", f"{mean['workloads']:.0f} of {count}"]
         for cost in COSTS:
             board = lookup(one.ranking[cost], name)
             row.append(f"{board['score']:.2f} [{text.between(board['score_low'], board['score_high'])}]")

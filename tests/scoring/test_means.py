@@ -36,12 +36,13 @@ def _cells(studies):
     return pd.DataFrame(rows)
 
 
+ALLOWED = {"a": 400, "b": 500, "c": 600}
 RULES = Rules("embedded", {name: Target("loss", 1.0, False) for name in "abc"}, ("a", "b", "c"), {})
 
 
 def test_misses_do_not_enter_and_are_counted():
-    found = geometric_means(_cells(STUDIES), RULES, "ref")
-    assert found.loc["ref"].to_dict() == {"ratio": 1.0, "low": 1.0, "high": 1.0, "workloads": 3}
+    found = geometric_means(_cells(STUDIES), RULES, "ref", ALLOWED)
+    assert found.loc["ref"].to_dict() == {"ratio": 1.0, "low": 1.0, "high": 1.0, "workloads": 3, "bounded": 0}
     assert found.loc["ours", "workloads"] == 2
     assert found.loc["ours", "ratio"] == pytest.approx((1 / 4 * 4) ** 0.5)
     assert found.loc["ours", "low"] == pytest.approx((1 / 6 * 4) ** 0.5)
@@ -50,14 +51,25 @@ def test_misses_do_not_enter_and_are_counted():
     assert found.loc["sometimes", "high"] == INF
 
 
+def test_where_the_reference_misses_it_is_taken_to_have_spent_what_it_was_allowed():
+    studies = {**STUDIES, ("ref", "b"): (100, INF, INF), ("ref", "a"): (100, 200, INF)}
+    found = geometric_means(_cells(studies), RULES, "ref", ALLOWED)
+    assert found.loc["ref"].to_dict() == {"ratio": 1.0, "low": 1.0, "high": 1.0, "workloads": 2, "bounded": 0}
+    assert found.loc["ours", ["workloads", "bounded"]].tolist() == [2, 1]
+    assert found.loc["ours", "ratio"] == pytest.approx((50 / 200 * 400 / 500) ** 0.5)
+    # Of the reference's medians the replicates have 100, 200 or a miss, and 100 or a miss.
+    assert found.loc["ours", "low"] == pytest.approx((50 / 400 * 400 / 500) ** 0.5)
+    assert found.loc["ours", "high"] == pytest.approx((50 / 100 * 400 / 100) ** 0.5)
+
+
 def test_without_a_workload_or_from_one_study_there_is_no_interval():
     studies = {**STUDIES, ("never", "a"): (INF, INF, INF), ("once", "a"): (100,)}
     cells = _cells({key: values for key, values in studies.items() if key[0] != "once"})
     once = pd.DataFrame([{"submission": "once", "workload": "a", "cost": 100.0, "values": (100.0,), "present": 1}])
-    found = geometric_means(pd.concat([cells, once]), RULES, "ref")
+    found = geometric_means(pd.concat([cells, once]), RULES, "ref", ALLOWED)
     assert found.loc["never", "workloads"] == 0
     assert found.loc["never", ["ratio", "low", "high"]].isna().all()
     assert found.loc["once", "ratio"] == 0.5
     assert found.loc["once", ["low", "high"]].isna().all()
     with pytest.raises(UserError, match="no submission 'nobody': there are never, once, ours, ref, sometimes"):
-        geometric_means(pd.concat([cells, once]), RULES, "nobody")
+        geometric_means(pd.concat([cells, once]), RULES, "nobody", ALLOWED)
