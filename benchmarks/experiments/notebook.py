@@ -5,7 +5,8 @@ from __future__ import annotations
 from benchmarks.experiments.experiment import Experiment, Variant
 
 # The submissions' points before these experiments, where they are others now.
-BEFORE_ROWS = {"statistics_rows": 4096, "statistics_rows_by_side": False}
+BEFORE_DECAY = {"weight_decay": 0.05}
+BEFORE_ROWS = {**BEFORE_DECAY, "statistics_rows": 4096, "statistics_rows_by_side": False}
 EARLIER = {
     **BEFORE_ROWS,
     "scaling": "power",
@@ -255,6 +256,7 @@ EXPERIMENTS = (
         name="qr_reduce",
         change="Bases that follow the factors by one step of orthogonal iteration, not decomposed anew.",
         submission="kfac_reduce",
+        start=BEFORE_DECAY,
         workloads=("mnist_vit", "bible_lm"),
         variants={
             "qr": Variant({"decomposition": "qr"}),
@@ -266,5 +268,55 @@ EXPERIMENTS = (
         "of 512 hardly less (results/frequency_speed.json), and so does a step. Not taken; of devices "
         "on which decompositions take ten times as long, and are made ten times as rarely, this says "
         "nothing. Not run with expand.",
+    ),
+    Experiment(
+        name="untouched_reduce",
+        change="What no experiment had touched since the polar came: momentum, the decay of the learning rate, the "
+        "exponent behind the polar, weight decay.",
+        submission="kfac_reduce",
+        start=BEFORE_DECAY,
+        variants={
+            "momentum 0.9": Variant({"one_minus_beta1": 0.1}),
+            "momentum 0.7": Variant({"one_minus_beta1": 0.3}),
+            "linear": Variant({"decay_shape": "linear"}),
+            "q = 0.25": Variant({"polar_exponent": 0.25}),
+            "q = 0": Variant({"polar_exponent": 0.0}),
+            "weight decay 0.2": Variant({"weight_decay": 0.2}),
+        },
+    ),
+    Experiment(
+        name="combined_reduce",
+        change="More weight decay and the exponent 1/4 together; the decay stays that of the references.",
+        submission="kfac_reduce",
+        start=BEFORE_DECAY,
+        seeds=(3001, 3002),
+        workloads=("mnist_resnet", "bible_lm", "mnist_vit", "flights_dlrm"),
+        variants={
+            "0.2": Variant({"weight_decay": 0.2}),
+            "0.2, q": Variant({"weight_decay": 0.2, "polar_exponent": 0.25}),
+            "0.5": Variant({"weight_decay": 0.5}),
+            "0.5, q": Variant({"weight_decay": 0.5, "polar_exponent": 0.25}),
+        },
+    ),
+    Experiment(
+        name="weight_decay_expand",
+        change="Four times the weight decay.",
+        submission="kfac_expand",
+        start=BEFORE_DECAY,
+        variants={"0.2": Variant({"weight_decay": 0.2})},
+    ),
+    Experiment(
+        name="fallback_reduce",
+        change="How far what is not covered moves beside what is: half as far, twice as far; a shorter warm-up.",
+        submission="kfac_reduce",
+        start=BEFORE_DECAY,
+        base={"weight_decay": 0.2},
+        seeds=(3001, 3002),
+        workloads=("bible_lm", "mnist_vit", "mnist_resnet"),
+        variants={
+            "half": Variant({"length_factor": 1.0, "learning_rate": 0.015, "weight_decay": 0.4}),
+            "double": Variant({"length_factor": 0.25, "learning_rate": 0.06, "weight_decay": 0.1}),
+            "short warm-up": Variant({"warmup_factor": 0.02}),
+        },
     ),
 )

@@ -16,7 +16,7 @@ TEXT = (
 POINT = {
     "one_minus_beta1": 0.2,
     "beta2": 0.99,
-    "weight_decay": 0.05,
+    "weight_decay": 0.2,
     "grad_clip": 0.25,
     "scaling": "polar",
     "length": "rms",
