@@ -283,6 +283,11 @@ EXPERIMENTS = (
             "q = 0": Variant({"polar_exponent": 0.0}),
             "weight decay 0.2": Variant({"weight_decay": 0.2}),
         },
+        verdict="Broken off for what follows: not all runs were made. With more weight decay digits end a third "
+        "lower, text as before. A linear decay is better on both, by .050 to .076 and by .022 to .026; not "
+        "taken, because the references' schedules end in a cosine, and a better shape is to be offered to all. The "
+        "exponent 1/4 is better on both, q = 0 much worse. A longer memory of the momentum is worse, a shorter one "
+        "better on digits and worse on text.",
     ),
     Experiment(
         name="combined_reduce",
@@ -297,6 +302,9 @@ EXPERIMENTS = (
             "0.5": Variant({"weight_decay": 0.5}),
             "0.5, q": Variant({"weight_decay": 0.5, "polar_exponent": 0.25}),
         },
+        verdict="Weight decay of 0.2 is better on digits, and no difference beyond seeds elsewhere; 0.5 is better on "
+        "clicks, too, and worse on text. With it the exponent 1/4 is no gain any more. Both K-FACs have 0.2 since; "
+        "the references' spaces reach up to 0.3.",
     ),
     Experiment(
         name="weight_decay_expand",
@@ -304,19 +312,7 @@ EXPERIMENTS = (
         submission="kfac_expand",
         start=BEFORE_DECAY,
         variants={"0.2": Variant({"weight_decay": 0.2})},
-    ),
-    Experiment(
-        name="fallback_reduce",
-        change="How far what is not covered moves beside what is: half as far, twice as far; a shorter warm-up.",
-        submission="kfac_reduce",
-        start=BEFORE_DECAY,
-        base={"weight_decay": 0.2},
-        seeds=(3001, 3002),
-        workloads=("bible_lm", "mnist_vit", "mnist_resnet"),
-        variants={
-            "half": Variant({"length_factor": 1.0, "learning_rate": 0.015, "weight_decay": 0.4}),
-            "double": Variant({"length_factor": 0.25, "learning_rate": 0.06, "weight_decay": 0.1}),
-            "short warm-up": Variant({"warmup_factor": 0.02}),
-        },
+        verdict="The same for expand: better in all three seeds on digits, the residual network and clicks, no "
+        "difference beyond seeds on text. Both submissions' since.",
     ),
 )
