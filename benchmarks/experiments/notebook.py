@@ -302,7 +302,7 @@ EXPERIMENTS = (
             "0.5": Variant({"weight_decay": 0.5}),
             "0.5, q": Variant({"weight_decay": 0.5, "polar_exponent": 0.25}),
         },
-        verdict="Weight decay of 0.2 is better on digits, and no difference beyond seeds elsewhere; 0.5 is better on "
+        verdict="Weight decay of 0.2 is better on digits, no difference beyond seeds elsewhere; 0.5 is better on "
         "clicks, too, and worse on text. With it the exponent 1/4 is no gain any more. Both K-FACs have 0.2 since; "
         "the references' spaces reach up to 0.3.",
     ),
