@@ -19,7 +19,7 @@ from scoring.show import palette
 COLOURS = {"expand": palette.LIGHT[0], "reduce": palette.LIGHT[1], "mixed": palette.LIGHT[2], "part": "#6b7075"}
 GREY, FAINT = "#a9adb2", "#eef0f2"
 CLAIM = (0.5, 0.75)  # of the steps: the paper's, for a graph network and a vision transformer
-CLAIMED = "molecules_gnn"  # the one of these two in the suite
+CLAIMED = ("molecules_gnn", "mnist_vit")  # their twins in the suite
 _RC = {"font.family": "sans-serif", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
 
@@ -48,7 +48,7 @@ def _title(axes: Axes, claim: str, what: str) -> None:
 
 def _steps(axes: Axes, found: Glance) -> None:
     reached = [name for name, share in found.steps["expand"].items() if share is not None]
-    workloads = sorted(reached, key=lambda name: name != CLAIMED)
+    workloads = sorted(reached, key=lambda name: name not in CLAIMED)
     missed = [name for name, share in found.steps["expand"].items() if share is None]
     axes.axvspan(*CLAIM, color=FAINT, zorder=0)
     axes.axvline(1.0, color=GREY, linewidth=1, linestyle=":")
@@ -58,9 +58,9 @@ def _steps(axes: Axes, found: Glance) -> None:
             share = found.steps[approximation][name]
             if share is not None:
                 _share(axes, share, places[name] + offset, approximation, label=None if number else approximation)
-    labels = [f"{name}\n(the paper's kind)" if name == CLAIMED else name for name in workloads]
+    labels = [f"{name}\n(the paper's kind)" if name in CLAIMED else name for name in workloads]
     axes.set_yticks([places[name] for name in workloads], labels)
-    axes.set_ylim(0.0, len(workloads) + 0.95)
+    axes.set_ylim(-0.4, len(workloads) + 1.6)
     axes.text(sum(CLAIM) / 2, len(workloads) + 0.55, "the paper:\n50 to 75 %", ha="center", fontsize=8)
     axes.text(1.02, len(workloads) + 0.55, "NadamW", fontsize=8)
     axes.set_xlim(0, 1.35)
@@ -80,9 +80,10 @@ def _share(axes: Axes, share: Share, place: float, approximation: str, *, label:
         axes.annotate(
             f"{lost} of {share.studies} missed",
             (high, place),
-            xytext=(0, 5),
+            xytext=(-7, 0),
             textcoords="offset points",
             ha="right",
+            va="center",
             fontsize=7.5,
             color=colour,
             in_layout=False,
