@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.suite_results import COSTS, REFERENCE, Judged
+from benchmarks.suite_results import COSTS, REFERENCE, Judged, ratio_text
 from scoring.show import palette
 
 TITLES = {"steps": "Steps to target", "time": "Time to target"}
@@ -51,9 +51,7 @@ def _panel(one: Judged, cost: str, axes: Axes) -> None:
         _interval(row, float(place), limit, axes)
         whole = row["workloads"] == count
         beside = "" if whole else f"  ({row['workloads']:.0f} of {count} workloads)"
-        label = (
-            "missed" if np.isnan(row["ratio"]) else f"{'≤ ' if row['bounded'] else ''}{row['ratio']:.2f}{beside}"
-        )
+        label = "missed" if np.isnan(row["ratio"]) else f"{ratio_text(row)}{beside}"
         end = min(np.nanmax([row["ratio"], row["high"] if np.isfinite(row["high"]) else row["ratio"], 0.0]), limit)
         # On white: an interval that reaches a miss runs on behind it.
         white = {"facecolor": "white", "edgecolor": "none", "pad": 1}

@@ -16,6 +16,7 @@ import scoring
 from benchmarks import suite_paces
 from scoring.judge import means
 from scoring.judge.rules import Rules
+from scoring.show import text
 from workloads import registry
 from workloads.studies import facts
 
@@ -157,3 +158,10 @@ def _seconds(logs: scoring.Logs, workload: str, steps: float) -> float:
         pace = (times[last] - times[first]) / max(1.0, at[last] - at[first])
         found.append(times[last] + pace * (steps - at[last]))
     return float(np.median(found)) if found else np.nan
+
+
+def ratio_text(mean: pd.Series) -> str:
+    """A row of `means` for people: a bound where the reference missed a workload, a dash where there is none."""
+    if np.isnan(mean["ratio"]):
+        return text.NOTHING
+    return f"{'≤ ' if mean['bounded'] else ''}{text.ratio(mean['ratio'])}"

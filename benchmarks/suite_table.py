@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks import suite_figure
-from benchmarks.suite_results import COSTS, REFERENCE, Judged, judge
+from benchmarks.suite_results import COSTS, REFERENCE, Judged, judge, ratio_text
 from commands import atomic, documents, errors
 from commands.arguments import Parser
 from commands.errors import tell
@@ -105,15 +105,11 @@ NOTE = (
     "Ratios are to NadamW, below 1 is better: geometric means over the workloads on which a submission's median "
     "study reached the target, with 95 % bootstrap intervals over studies; how many workloads enter stands beside. "
     "Where NadamW's median study missed, it is taken to have needed its whole step hint, which favours NadamW: "
-    "such means have a ≤ before them. An interval that ends in a miss has resamples in which the submission missed "
-    "one of its workloads. A mean over fewer workloads leaves out what was missed; AlgoPerf's score (on this "
-    "repository's own logs, relative to the best submission of the table) counts a miss as nothing."
+    "such means have a ≤ before them; resamples count alike. An interval that ends in a miss has resamples in "
+    "which the submission missed one of its workloads. A mean over fewer workloads leaves out what was missed; "
+    "AlgoPerf's score (on this repository's own logs, relative to the best submission of the table) counts a miss "
+    "as nothing."
 )
-
-
-def bounded(mean: pd.Series) -> str:
-    """A mean ratio with its sign; see `NOTE`."""
-    return f"{'≤ ' if mean['bounded'] else ''}{text.ratio(mean['ratio'])}"
 
 
 def summary_table(one: Judged, title: str) -> text.Table:
@@ -137,7 +133,7 @@ def summary_table(one: Judged, title: str) -> text.Table:
             mean = lookup(one.means[cost], name)
             silent = np.isnan(mean["low"]) or name == REFERENCE
             interval = "" if silent else f" [{text.between(mean['low'], mean['high'])}]"
-            row += [f"{bounded(mean)}{interval}", f"{mean['workloads']:.0f} of {count}"]
+            row += [f"{ratio_text(mean)}{interval}", f"{mean['workloads']:.0f} of {count}"]
         for cost in COSTS:
             board = lookup(one.ranking[cost], name)
             row.append(f"{board['score']:.2f} [{text.between(board['score_low'], board['score_high'])}]")
