@@ -22,7 +22,8 @@ Base and variant train on the same seeds, with the same initial weights and batc
 whose length is given as a share of the step hint. The seeds are used for nothing else. A cell is the mean over
 seeds of the variant's validation loss less that of the base at the end (least to most); less than zero is
 better. Behind it, in italics, where the variant came as low as the base at its end: the share of the steps it took
-up to an evaluation (the median); these are some steps apart.
+up to an evaluation (the median); these are some steps apart. Where not all seeds were run, the cell says of how
+many it is. Step hints that have changed since count as they were: {hints}.
 """
 
 
@@ -46,7 +47,8 @@ def page(experiments: Sequence[Experiment], kept: Mapping[str, dict[str, Any]]) 
     done = [one for one in experiments if compare(one, kept)]
     counted = {name for one in done for name in _keys(one).values() if name in kept}
     count = f"{len(kept)} runs are kept, {len(counted)} of them in the {len(done)} experiments below."
-    return "\n".join([HEAD, count, "", *(section(one, kept) for one in done)])
+    hints = ", ".join(f"{workload} {steps}" for workload, steps in runs.HINTS.items())
+    return "\n".join([HEAD.format(hints=hints), count, "", *(section(one, kept) for one in done)])
 
 
 def section(one: Experiment, kept: Mapping[str, dict[str, Any]]) -> str:
@@ -70,7 +72,7 @@ def section(one: Experiment, kept: Mapping[str, dict[str, Any]]) -> str:
     for name in names:
         variant = one.variants[name]
         what = f"{name}: {_point(variant.point).strip(' ,') or variant.submission}" if variant != one.base else name
-        cells = [_cell(differences.get((name, workload))) for workload in one.workloads]
+        cells = [_cell(differences.get((name, workload)), len(one.seeds)) for workload in one.workloads]
         paces = [differences[name, workload].pace for workload in one.workloads if (name, workload) in differences]
         pace = f"{statistics.geometric_mean(paces):.2f}" if paces else "-"
         lines.append(f"| {what} | " + " | ".join(cells) + f" | {pace} |")
@@ -115,7 +117,7 @@ def _share(mine: Mapping[str, Any], base: Mapping[str, Any]) -> float:
     return min(reached) / mine["steps"] if reached else math.inf
 
 
-def _cell(difference: Difference | None) -> str:
+def _cell(difference: Difference | None, seeds: int) -> str:
     if difference is None:
         return "-"
     if not all(map(math.isfinite, difference.losses)):
@@ -123,6 +125,8 @@ def _cell(difference: Difference | None) -> str:
     mean, low, high = statistics.fmean(difference.losses), min(difference.losses), max(difference.losses)
     share = statistics.median(difference.shares)
     behind = f" *{share:.2f}*" if math.isfinite(share) else ""
+    if len(difference.losses) < seeds:
+        behind += f", {len(difference.losses)} of {seeds} seeds"
     return f"{mean:+.4f} ({low:+.4f} to {high:+.4f}){behind}"
 
 

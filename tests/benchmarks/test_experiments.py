@@ -55,6 +55,20 @@ def test_every_experiment_of_the_notebook_can_be_run():
         assert len(runs.runs_of(one)) == (1 + len(one.variants)) * len(one.workloads) * len(one.seeds)
 
 
+def test_a_step_hint_that_changes_moves_no_kept_result(monkeypatch):
+    """Horizons are those of the hint that experiments were planned with, and a result is known by its steps."""
+    (base, *_) = runs.runs_of(TOY).values()
+    before = runs.identity(base)
+    hint = registry.WORKLOADS["bible_lm"].task().step_hint
+    monkeypatch.setattr(registry.WORKLOADS["bible_lm"].task(), "step_hint", hint // 2)
+    monkeypatch.setitem(runs.HINTS, "bible_lm", hint)
+    (again, *_) = runs.runs_of(TOY).values()
+    assert again.steps == base.steps
+    assert again.hyperparameters["horizon_factor"] == 2 * base.hyperparameters["horizon_factor"]
+    assert runs.key(runs.identity(again)) == runs.key(before)
+    assert runs.key(before) != runs.key(before | {"steps": base.steps + 1})
+
+
 def test_experiments_have_seeds_of_their_own_and_spare_what_is_held_out():
     assert not {suite.TUNING_SEED, 1001, 1002, 1003, 7001, 7002, 7003} & set(SEEDS)
     assert len(TUNED_ON) == 4
