@@ -102,6 +102,7 @@ def value_grad_and_statistics(
         said.batch_second(tapped.batch_second())
         scaled = loss_normalizer is not None or n_valid is not None
         said.in_parts(tapped.in_parts(), scaled=scaled)
+        said.more_rows(tapped.more_rows(), scaled=scaled)
         said.rows(tapped.numbers(), scaled=scaled)
         gradient, sums = forward.backward(cotangent)
         if config.fisher == "empirical":

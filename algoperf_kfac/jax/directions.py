@@ -92,7 +92,8 @@ def second_order(
         states: by stack.
         monitor: whether to note ratio and cosine in the states.
         idle: layers that the step did not call: their states stay, their directions mean nothing.
-        absent: of layers in branches, whether the step went by without them, () each: as idle ones then.
+        absent: of layers in branches, whether the step went by without them, or without which of their slices: as
+            idle ones then, if without all.
         mesh: a one-dimensional mesh whose devices share the work; None to do it where the states lie.
     """
     absent = absent or {}
@@ -110,7 +111,7 @@ def second_order(
         part = None if all(called) else jnp.array(called)
         for i, name in enumerate(stack.names):
             if called[i] and name in absent:
-                part = (jnp.array(called) if part is None else part).at[i].set(~absent[name])
+                part = (jnp.array(called) if part is None else part).at[i].set(~absent[name].all())
         places = _Places(stack, number)
         momentum = places.matrices(momentum_leaves)
         gradient = places.matrices(gradient_leaves)

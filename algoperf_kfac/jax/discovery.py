@@ -14,11 +14,12 @@ from algoperf_kfac.jax.kinds import KINDS, kind_for
 from algoperf_kfac.jax.layer_book import CoveredLayer, Layers, check_dtypes, check_real, paths
 from algoperf_kfac.jax.operations import Call
 from algoperf_kfac.jax.promotion import with_promotion
-from algoperf_kfac.jax.tracing import Survey, named_leaves, trace
+from algoperf_kfac.jax.tracing import Survey, TracedModel, named_leaves, trace
 from algoperf_kfac.jax.types import ApplyFn, Sizes, Tree
 from algoperf_kfac.layers import (
     EMBEDDING,
     EXCLUDED,
+    PARTIAL_BIAS,
     SHARED_BIAS,
     STOPPED,
     UNREAD,
@@ -31,6 +32,9 @@ from algoperf_kfac.layers import (
     too_large,
 )
 
+EMPTY = "empty"
+# What makes a weight of what it reads, even if that is a function of a parameter: a slice of it, a sum.
+PRODUCTS = ("dot_general", "conv_general_dilated")
 # Operations that take entries of a table by numbers that are data.
 SELECTIONS = {"gather", "dynamic_slice"}
 
@@ -61,7 +65,8 @@ def discover(
 
     Warns:
         UserWarning: naming weights that linear operations or convolutions read, and that are left to the fallback
-            because something else reads them, too.
+            all the same (something else reads them, too, or they are read in several ways); where no layer is
+            covered; and layers of a model with data that read none.
     """
     config.check_kinds(name for kind in KINDS for name in kind.names)
     leaves = named_leaves(params)
@@ -70,17 +75,44 @@ def discover(
     patterns = [exclude] if isinstance(exclude, str) else list(exclude)
     check_dtypes(leaves)
     check_real({name: leaf for name, leaf in leaves.items() if not matches(paths(name), patterns)})
-    notes = trace(apply_fn, params, args, has_aux=has_aux).survey()
+    model = trace(apply_fn, params, args, has_aux=has_aux, binds=True)
+    notes = model.survey()
     shapes = {name: (tuple(leaf.shape), jnp.dtype(leaf.dtype)) for name, leaf in leaves.items()}
     known = {path for name in shapes for path in paths(name)}
     unmatched = [pattern for pattern in patterns if not matches(known, [pattern])]
     check_patterns("exclude", patterns, unmatched, "layer or parameter")
     layers = _Discovery(notes, shapes, config, patterns).layers()
-    read_twice = notes.calls.keys() & notes.other_uses.keys()
-    lost = [f"{f.name} ({f.reason})" for f in layers.fallbacks if f.name in read_twice and f.reason != EXCLUDED]
-    if lost:
-        warn(f"left to NadamW: {listed(lost)}. If it is meant so, say it: exclude=[...]")
+    _tell(layers, model, notes, config)
     return layers
+
+
+def _tell(layers: Layers, model: TracedModel, notes: Survey, config: KFACConfig) -> None:
+    """Says what of a model is hardly left out, or covered, on purpose.
+
+    Args:
+        layers: what is covered.
+        model: the traced model.
+        notes: what reads its parameters.
+        config: the configuration.
+    """
+    meant = {EXCLUDED, EMPTY, too_large(config)}
+    products = {name for name, uses in notes.other_uses.items() if any(uses.get(p) for p in PRODUCTS)}
+    read = notes.calls.keys() | products
+    weights = [f for f in layers.fallbacks if f.name in read and f.reason not in meant and len(f.shape) > 1]
+    if weights:
+        lost = listed(f"{f.name} ({f.reason})" for f in weights)
+        warn(f"left to NadamW: {lost}. If it is meant so, say it: exclude=[...]")
+    elif not layers.covered and (left := [f for f in layers.fallbacks if f.reason not in meant]):
+        lost = listed(f"{f.name} ({f.reason})" for f in left)
+        warn(f"no layer is covered, every parameter takes the NadamW update: {lost}")
+    fixed = [
+        name for name, layer in layers.covered.items() if notes.calls[layer.spec.weight].keys() <= notes.constant
+    ]
+    if fixed and model.has_data:  # else it closes over its batch
+        warn(
+            f"{listed(fixed)}: nothing but constants is multiplied by the weight, so that its factors are of these "
+            "and not of a batch. If the product is a weight in its turn, leave it out with exclude=[...]"
+        )
 
 
 class _Discovery:
@@ -140,7 +172,7 @@ class _Discovery:
         if any(call.view != first.view or call.kind != first.kind for call in calls.values()):
             return "read in different layouts by its calls"
         if not all(shape):
-            return "empty"
+            return EMPTY
         return kind_for(self._notes.uses(weight)).misfit(first.view, shape)
 
     def _cover(self, weight: str, calls: dict[Key, Call], covered: dict[str, CoveredLayer]) -> CoveredLayer | None:
@@ -193,10 +225,11 @@ class _Discovery:
         if not jnp.issubdtype(dtype, jnp.floating):
             return f"not differentiable ({dtype.name})"
         uses = notes.other_uses.get(name, {})
-        if name in notes.lookups or (uses and len(shape) > 1 and uses.keys() <= SELECTIONS):
+        # Of more dimensions it is a stack of weights, of which one is taken.
+        if name in notes.lookups or (uses and len(shape) == 2 and uses.keys() <= SELECTIONS):
             return EMBEDDING
-        if any(source.name == name for source in notes.biases.values()):
-            return also_read_by(next(iter(uses))) if uses else SHARED_BIAS
+        if owners := self._added_to(name):
+            return also_read_by(next(iter(uses))) if uses else SHARED_BIAS if len(owners) > 1 else PARTIAL_BIAS
         for operation, computed in uses.items():
             if computed:
                 return computed_before(operation)
@@ -206,14 +239,20 @@ class _Discovery:
             return no_rule(next(iter(uses)))
         return STOPPED if name in notes.stopped else UNREAD
 
+    def _added_to(self, name: str) -> set[str]:
+        """The weights to whose outputs a parameter is added as a bias would be."""
+        keys = {key for key, sources in self._notes.added.items() if any(source.name == name for source in sources)}
+        return {weight for weight, calls in self._notes.calls.items() if not keys.isdisjoint(calls)}
+
 
 def _biases(notes: Survey) -> dict[str, str]:
-    """Weight -> its bias, where every call adds the same one and nothing else reads it."""
+    """Weight -> its bias, where every call adds the same one and nothing else reads it, or the output before."""
+    biases = notes.biases
     owners: dict[str, set[str]] = {}
     of_weight: dict[str, set[str | None]] = {}
     for weight, calls in notes.calls.items():
         for key in calls:
-            source = notes.biases.get(key)
+            source = biases.get(key)
             of_weight.setdefault(weight, set()).add(None if source is None else source.name)
             if source is not None:
                 owners.setdefault(source.name, set()).add(weight)

@@ -7,7 +7,8 @@ its output. Calls, rematerialised blocks, loops and branches are entered whereve
 No list says which operations read a weight. Functions of parameters and constants alone are followed as such; where
 one meets data, or leaves the model, without a rule for it, its parameters have another use than those that are
 recorded. Harmless is only what has no gradient, and a scalar of parameters that is added to a scalar: a penalty. It
-may be one of parameters and what the program holds beside its data: old weights, coefficients.
+may be one of parameters and what the program holds beside its data: old weights, coefficients. No uses either are
+operations from which no gradient comes to an output: an attack computed on the way, layers that a metric reads.
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ _PASS = {
     "convert_element_type",
     "copy",
     "copy_p",
+    "device_put",
+    "layout_constraint",
+    "mesh_cast",
+    "reshard",
     "sharding_constraint",
     "name",
     "optimization_barrier",
@@ -101,7 +106,13 @@ class Visitor:
         return out
 
     def bias(self, key: Key, call: Call, source: Source) -> None:
-        """The operation `key` has the bias `source`."""
+        """A parameter is added to the output of the operation `key` as a bias would be."""
+
+    def without_bias(self, key: Key) -> None:
+        """Something reads the output of the operation `key` as it is, no bias added."""
+
+    def constant_input(self, key: Key) -> None:
+        """The operation `key` reads nothing but constants."""
 
     def other_use(self, key: Key, source: Source, what: str, *, computed: bool) -> None:
         """Something without a rule reads a parameter: it meets data there.
@@ -141,11 +152,13 @@ class Interpreter:
     Args:
         visitor: is told.
         rules: by primitive, which operations are weighted.
+        all_uses: whether operations count from which no gradient comes to an output.
     """
 
-    def __init__(self, visitor: Visitor, rules: Mapping[str, Rule] = RULES) -> None:
+    def __init__(self, visitor: Visitor, rules: Mapping[str, Rule] = RULES, *, all_uses: bool = False) -> None:
         self.visitor = visitor
         self.rules = rules
+        self.all_uses = all_uses
 
     def run(
         self, closed: ClosedJaxpr, args: Sequence[Array], tags: Tags, returned: Sequence[bool] = ()
@@ -158,8 +171,9 @@ class Interpreter:
             tags: which of them are parameters.
             returned: which outputs go into the loss, all if not given.
         """
-        outs, out_tags = self._evaluate(closed.jaxpr, closed.consts, args, tags, ())
-        for out, tag, is_returned in zip(outs, out_tags, returned or [True] * len(outs), strict=True):
+        wanted = returned or [True] * len(closed.jaxpr.outvars)
+        outs, out_tags = self._evaluate(closed.jaxpr, closed.consts, args, tags, (), wanted)
+        for out, tag, is_returned in zip(outs, out_tags, wanted, strict=True):
             # A loss could do anything with a parameter that it is given; a scalar of parameters is a penalty.
             if is_returned and out.ndim == 0 and _is_penalty(tag):
                 for source in sources_of(tag):
@@ -169,13 +183,29 @@ class Interpreter:
         return outs
 
     def _evaluate(
-        self, jaxpr: Jaxpr, consts: Sequence[Array], args: Sequence[Array], tags: Tags, key: Key
+        self,
+        jaxpr: Jaxpr,
+        consts: Sequence[Array],
+        args: Sequence[Array],
+        tags: Tags,
+        key: Key,
+        wanted: Sequence[bool],
     ) -> Evaluated:
+        """All equations of a program.
+
+        Args:
+            jaxpr: the program.
+            consts, args: its inputs.
+            tags: of `args`.
+            key: of the operation that it is nested in.
+            wanted: of its outputs, which a gradient comes back from.
+        """
         values: dict[Var, Array] = dict(zip(jaxpr.constvars, consts, strict=True))
         values |= dict(zip(jaxpr.invars, args, strict=True))
         tagged: dict[Var, Tag] = {v: Held() for v, c in zip(jaxpr.constvars, consts, strict=True) if is_float(c)}
         tagged |= {v: t for v, t in zip(jaxpr.invars, tags, strict=True) if t is not None}
 
+        carrying = _carrying(jaxpr, wanted)
         for number, eqn in enumerate(jaxpr.eqns):
             ins = [v.val if isinstance(v, Literal) else values[v] for v in eqn.invars]
             in_tags = [CONSTANT if isinstance(v, Literal) else tagged.get(v) for v in eqn.invars]
@@ -183,29 +213,35 @@ class Interpreter:
                 outs = _bind(eqn, ins)
                 if all(in_tags):
                     tagged |= dict.fromkeys(eqn.outvars, Held() if Held() in in_tags else CONSTANT)
+            elif not self.all_uses and carrying.isdisjoint(eqn.outvars):
+                outs = _bind(eqn, ins)
+                tagged |= {v: tag for v in eqn.outvars if (tag := self._unread(in_tags)) is not None}
             else:
-                outs, out_tags = self._equation(eqn, ins, in_tags, (*key, number))
+                needed = [v in carrying for v in eqn.outvars]
+                outs, out_tags = self._equation(eqn, ins, in_tags, (*key, number), needed)
                 tagged |= {v: t for v, t in zip(eqn.outvars, out_tags, strict=True) if t is not None}
             values |= dict(zip(eqn.outvars, outs, strict=True))
         outs = [v.val if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]
         return outs, [None if isinstance(v, Literal) else tagged.get(v) for v in jaxpr.outvars]
 
-    def _enter(self, closed: ClosedJaxpr, args: Sequence[Array], tags: Tags, key: Key) -> Evaluated:
-        return self._evaluate(closed.jaxpr, closed.consts, args, tags, key)
+    def _enter(
+        self, closed: ClosedJaxpr, args: Sequence[Array], tags: Tags, key: Key, wanted: Sequence[bool]
+    ) -> Evaluated:
+        return self._evaluate(closed.jaxpr, closed.consts, args, tags, key, wanted)
 
-    def _equation(self, eqn: JaxprEqn, ins: list[Array], tags: Tags, key: Key) -> Evaluated:
-        """One equation with at least one tagged input."""
+    def _equation(self, eqn: JaxprEqn, ins: list[Array], tags: Tags, key: Key, wanted: Sequence[bool]) -> Evaluated:
+        """One equation with at least one tagged input, and a gradient from at least one output."""
         name = eqn.primitive.name
         if name in _CALLS:
             inner = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
-            return self._enter(inner, ins, tags, key)
+            return self._enter(inner, ins, tags, key, wanted)
         if any(sources_of(tag) for tag in tags):
             if name in _REMAT:
-                return self._remat(eqn, ins, tags, key)
+                return self._remat(eqn, ins, tags, key, wanted)
             if name == "scan":
-                return self._scan(eqn, ins, tags, key)
+                return self._scan(eqn, ins, tags, key, wanted)
             if name == "cond":
-                return self._cond(eqn, ins, tags, key)
+                return self._cond(eqn, ins, tags, key, wanted)
         weighted = self._weighted(eqn, ins, tags, key)
         if weighted is not None:
             return weighted
@@ -233,12 +269,16 @@ class Interpreter:
         if read.parts:  # one product with several weights side by side: an operation for each
             parts = tuple(((*key, number), part) for number, part in enumerate(read.parts))
         for part_key, part in parts:
+            if tags[read.operand] in (CONSTANT, Held()):
+                self.visitor.constant_input(part_key)
             out = self.visitor.operation(part_key, part, x, out)
         return [out], [Output(read.use, parts, read.use.out_dims)]
 
     def _follow(self, eqn: JaxprEqn, tags: Tags, key: Key, outs: list[Array]) -> Tag | None:
         """What the output of an ordinary primitive is, and what it means for the parameters it reads."""
         name, tag = eqn.primitive.name, tags[0]
+        if not outs:  # a print, a callback
+            return self._unread(tags)
         if name == "concatenate" and (fused := fuse(tags, eqn.params["dimension"])) is not None:
             return fused
         if isinstance(tag, Source | Fused) and (move := _move(eqn, tag, tuple(outs[0].shape))) is not None:
@@ -251,12 +291,14 @@ class Interpreter:
         if name in ("add", "add_any"):
             for output, summand in (tags, tags[::-1]):
                 if isinstance(output, Output) and isinstance(summand, Source | Fused):
-                    self._bias(output, summand, outs[0].shape)
+                    if not self._bias(output, summand, outs[0].shape):
+                        self._without_bias(output)
+                        self._missed(key, summand, name)
                     return None
         if name in _NO_GRADIENT or not any(jnp.issubdtype(out.dtype, jnp.inexact) for out in outs):
-            for source in (part for tag in tags for part in sources_of(tag)):
-                self.visitor.without_gradient(source)
-            return CONSTANT if all(isinstance(tag, Source | Fused | Derived) for tag in tags) else None
+            return self._unread(tags)
+        for one in tags:
+            self._without_bias(one)
         if name not in _OPAQUE and (function := _function(name, tags, outs)) is not None:
             return function
         penalties = frozenset[Source]()
@@ -267,39 +309,57 @@ class Interpreter:
                 self._missed(key, tag, name)
         return Penalised(penalties) if penalties else None
 
+    def _unread(self, tags: Tags) -> Derived | None:
+        """Tell the visitor of the parameters in values that are read without a gradient; what is made of them."""
+        for source in (part for tag in tags for part in sources_of(tag)):
+            self.visitor.without_gradient(source)
+        return CONSTANT if all(isinstance(tag, Source | Fused | Derived) for tag in tags) else None
+
+    def _without_bias(self, tag: Tag | None) -> None:
+        """Tell the visitor that something reads a value that may be the output of an operation."""
+        for key, _ in tag.parts if isinstance(tag, Output) else ():
+            self.visitor.without_bias(key)
+
     def _missed(self, key: Key, tag: Tag | None, what: str) -> None:
         """Tell the visitor of the parameters in a value that something without a rule reads."""
+        self._without_bias(tag)
         for source in sources_of(tag):
             self.visitor.other_use(key, source, what, computed=not isinstance(tag, Source | Fused))
 
-    def _bias(self, output: Output, summand: Source | Fused, shape: Sizes) -> None:
-        """Tell the visitor if the summand is the bias of the operation, part by part where it is fused."""
+    def _bias(self, output: Output, summand: Source | Fused, shape: Sizes) -> bool:
+        """Whether the summand is the bias of the operation; tells the visitor, part by part where it is fused."""
         whole = as_source(summand)
         if whole is None or not is_bias(whole, output.call, output.dims, shape):
-            return
+            return False
         biases = summand.parts if isinstance(summand, Fused) else (summand,)
         sizes = [call.view.groups * call.view.out_dim for _, call in output.parts]
-        if [math.prod(bias.shape) for bias in biases] == sizes:
-            for (key, call), bias in zip(output.parts, biases, strict=True):
-                self.visitor.bias(key, call, bias)
+        if [math.prod(bias.shape) for bias in biases] != sizes:
+            return False
+        for (key, call), bias in zip(output.parts, biases, strict=True):
+            self.visitor.bias(key, call, bias)
+        return True
 
-    def _remat(self, eqn: JaxprEqn, ins: list[Array], tags: Tags, key: Key) -> Evaluated:
+    def _remat(self, eqn: JaxprEqn, ins: list[Array], tags: Tags, key: Key, wanted: Sequence[bool]) -> Evaluated:
         inner, out_tags = eqn.params["jaxpr"], list[Tag | None]()
 
         def run(*args: Array) -> list[Array]:
-            outs, out_tags[:] = self._evaluate(inner, (), args, tags, key)
+            outs, out_tags[:] = self._evaluate(inner, (), args, tags, key, wanted)
             return outs
 
         policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
         outs = jax.checkpoint(run, policy=policy, prevent_cse=prevent_cse)(*ins)
+        for tag in out_tags:
+            self._without_bias(tag)
         return outs, [None if isinstance(tag, Output) else tag for tag in out_tags]
 
-    def _cond(self, eqn: JaxprEqn, ins: list[Array], tags: Tags, key: Key) -> Evaluated:
+    def _cond(self, eqn: JaxprEqn, ins: list[Array], tags: Tags, key: Key, wanted: Sequence[bool]) -> Evaluated:
         of_branches: list[list[Tag | None]] = []
 
         def branch(number: int, closed: ClosedJaxpr) -> Callable[..., list[Array]]:
             def run(*args: Array) -> list[Array]:
-                outs, out_tags = self._enter(closed, args, tags[1:], (*key, number))
+                outs, out_tags = self._enter(closed, args, tags[1:], (*key, number), wanted)
+                for tag in out_tags:
+                    self._without_bias(tag)
                 of_branches.append(out_tags)
                 return outs
 
@@ -310,18 +370,24 @@ class Interpreter:
         outs: list[Array] = lax.switch(ins[0], branches, *ins[1:])
         return outs, [_either(alternatives) for alternatives in zip(*of_branches, strict=True)]
 
-    def _scan(self, eqn: JaxprEqn, ins: list[Array], tags: Tags, key: Key) -> Evaluated:
+    def _scan(self, eqn: JaxprEqn, ins: list[Array], tags: Tags, key: Key, wanted: Sequence[bool]) -> Evaluated:
         """A loop, again as a loop: parameters come in whole at each turn, or slice by slice."""
         params = eqn.params
         num_consts, num_carry = params["num_consts"], params["num_carry"]
         first_x = num_consts + num_carry
         inner_tags = self._inside_scan(tags, num_consts, first_x, key)
         sliced = [tag.name for tag in inner_tags[first_x:] if isinstance(tag, Source)]
+        inside = [
+            *(True for _ in range(num_carry)),
+            *wanted[num_carry:],
+        ]  # what is carried may be read at later turns
         consts, init, xs = ins[:num_consts], ins[num_consts:first_x], ins[first_x:]
 
         def body(carry: list[Array], slices: tuple[list[Array], Tree]) -> tuple[list[Array], list[Array]]:
             with self.visitor.slice(sliced, slices[1]):
-                outs, out_tags = self._enter(params["jaxpr"], [*consts, *carry, *slices[0]], inner_tags, key)
+                outs, out_tags = self._enter(
+                    params["jaxpr"], [*consts, *carry, *slices[0]], inner_tags, key, inside
+                )
             for tag in out_tags:
                 self._missed(key, tag, "scan")
             return outs[:num_carry], outs[num_carry:]
@@ -356,6 +422,19 @@ class Interpreter:
                 inner.append(None)
                 self._missed(key, tag, "scan")
         return inner
+
+
+def _carrying(jaxpr: Jaxpr, wanted: Sequence[bool]) -> set[Var]:
+    """The values of a program from which a gradient may come to one of its outputs that are wanted."""
+    carrying = {v for v, is_wanted in zip(jaxpr.outvars, wanted, strict=True) if is_wanted and isinstance(v, Var)}
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.primitive.name not in _NO_GRADIENT and not carrying.isdisjoint(eqn.outvars):
+            carrying |= {v for v in eqn.invars if isinstance(v, Var) and _is_inexact(v)}
+    return carrying
+
+
+def _is_inexact(value: Var) -> bool:
+    return jnp.issubdtype(getattr(value.aval, "dtype", jnp.int32), jnp.inexact)
 
 
 def _bind(eqn: JaxprEqn, ins: list[Array]) -> list[Array]:

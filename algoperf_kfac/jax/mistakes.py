@@ -52,6 +52,24 @@ class Mistakes:
                 "first, say positions=Positions(batch_dim=1), for all layers or by layer name",
             )
 
+    def more_rows(self, found: tuple[str, int, int] | None, *, scaled: bool) -> None:
+        """All layers see more rows than the model returns.
+
+        Args:
+            found: a layer, its rows and those returned.
+            scaled: whether the caller said what the loss was divided by.
+        """
+        if found is not None and not scaled:
+            name, rows, returned = found
+            self._say(
+                "more rows",
+                f"layer {name} sees {rows} rows, and the model's outputs have {returned}, fewer than any layer: "
+                f"each row counts as an example of its own, and B is scaled by {rows}. If several belong together "
+                "(frames, windows, nodes of a graph), say so: positions=Positions(segment_ids=..., "
+                "num_segments=...); else say what the summed loss was divided by: "
+                f"loss_normalizer={returned}",
+            )
+
     def in_parts(self, found: Mapping[str, tuple[int, int]], *, scaled: bool) -> None:
         """Layers that see the batch in parts, one call after the other, it seems.
 

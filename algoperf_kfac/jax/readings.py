@@ -31,13 +31,14 @@ def called_layers(layers: Mapping[str, CoveredLayer], notes: Survey) -> dict[str
         ValueError: naming a layer that it reads in ways that it did not when K-FAC was made.
     """
     called = {name: layer for name, layer in layers.items() if layer.spec.weight in notes.calls}
+    biases = notes.biases
     for name, layer in layers.items():
         weight, bias = layer.spec.weight, layer.spec.bias
         reader = next((next(iter(notes.other_uses[p])) for p in (weight, bias) if p in notes.other_uses), None)
         if name not in called and weight in notes.lookups:
             reader = reader or "lookups alone"
         for key, call in notes.calls.get(weight, {}).items():
-            source = notes.biases.get(key)
+            source = biases.get(key)
             if bias is not None and (source is None or source.name != bias):
                 reader = reader or "a call without its bias"
             if (call.view.groups, call.view.out_dim) != (layer.view.groups, layer.view.out_dim):

@@ -49,7 +49,17 @@ class Source:
     scans: int = 0
 
     def moved(self, move: Move) -> Source:
-        return dataclasses.replace(self, moves=(*self.moves, move))
+        """After one more move; what undoes itself leaves no trace, so that equal views compare equal."""
+        before, moves = self.moves[:-1], (*self.moves, move)
+        last = self.moves[-1] if self.moves else None
+        if last is not None and last.kind == move.kind == "transpose":
+            moves = (*before, Move("transpose", tuple(last.argument[d] for d in move.argument)))
+        elif last is not None and last.kind == move.kind == "reshape":
+            moves = (*before, move)
+        moved, earlier = (dataclasses.replace(self, moves=m) for m in (moves, moves[:-1]))
+        kind, argument, _ = moves[-1]
+        idle = kind == "transpose" and argument == tuple(range(len(argument)))
+        return earlier if idle or (kind == "reshape" and argument == earlier.seen_shape) else moved
 
     def apply(self, value: Value) -> Value:
         """The parameter (a NumPy or JAX array of shape `shape`) as the operation sees it, with all its slices."""
@@ -89,6 +99,18 @@ class Source:
     def scanned_sizes(self) -> Sizes:
         """Sizes of the dimensions that scans run over."""
         return self.seen_shape[: self.scans]
+
+    @property
+    def keeps_slices(self) -> bool:
+        """Whether the slices at hand are those of the leading dimensions as the parameter is stored."""
+        whole, sizes = tuple(range(self.scans)), self.shape[: self.scans]
+        leading = {"reshape": sizes, "transpose": whole, "broadcast": whole}
+        return self.scanned_sizes == sizes and all(
+            min(move.argument, default=self.scans) >= self.scans
+            if move.kind == "rev"
+            else move.argument[: self.scans] == leading[move.kind]
+            for move in self.moves
+        )
 
     @property
     def is_broadcast(self) -> bool:

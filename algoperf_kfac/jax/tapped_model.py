@@ -82,9 +82,8 @@ class TappedModel:
 
     def run(self, params: Tree, args: Sequence[Tree], sums: AllSums) -> list[Array]:
         """The flat outputs; the gradient with respect to `sums`, zeros as they are, is what the layers collect."""
-        return self.model.run(
-            _Tapper(self._layers, self._readings, sums, self._reached.add, self._kind_of), params, args
-        )
+        tapper = _Tapper(self._layers, self._readings, sums, self._reached.add, self._kind_of)
+        return self.model.run(tapper, params, args, all_uses=self._notes.all_uses)
 
     def statistics(self, sums: AllSums, normalizer: Array | float | None) -> dict[str, Statistics]:
         """The statistics of one backward pass.
@@ -148,6 +147,20 @@ class TappedModel:
             if shapes and examples != second and all(s[0] == second and examples not in s[1:2] for s in shapes):
                 seen[name] = (examples, second)
         return seen
+
+    def more_rows(self) -> tuple[str, int, int] | None:
+        """Where all layers see more rows than the model returns: the first layer, its rows and those returned.
+
+        Outputs that have as many in another dimension (time-major ones, pairs) say nothing, nor do layers whose
+        rows are known to belong to examples.
+        """
+        shapes, seen = self._shapes_returned(), {name: first.total for name, first in self._first.items()}
+        returned = {shape[0] for shape in shapes}
+        known = any(first.layout.ragged or first.layout.batch_dim for first in self._first.values())
+        if not seen or known or len(returned) != 1 or min(seen.values()) <= min(returned):
+            return None
+        name, rows = next(iter(seen.items()))
+        return None if any(rows in shape for shape in shapes) else (name, rows, min(returned))
 
     def in_parts(self) -> dict[str, tuple[int, int]]:
         """Layers whose calls have as many rows together as all outputs, where no layer sees all of these.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import jax
@@ -19,6 +20,8 @@ from algoperf_kfac.jax.interpreter import Interpreter, Key, Visitor
 from algoperf_kfac.jax.operations import Call, Lookup
 from algoperf_kfac.jax.sources import Held, Source, is_float
 from algoperf_kfac.jax.types import ApplyFn, Tree
+
+_UNBOUND = re.compile(r"unbound axis name: (\w+)")  # what JAX raises where a collective's axis is not there
 
 Leaf: TypeAlias = Array | np.ndarray | jax.ShapeDtypeStruct
 """An array, or its shape."""
@@ -34,6 +37,8 @@ class TracedModel:
         tags: which of the flat (params, *args) are parameters, and which are held beside data.
         leaves: the flat (params, *args) themselves, or their shapes; without the arguments that are no arrays.
         has_aux: whether it returns (outputs, aux).
+        has_data: whether arrays of data are among the arguments; random keys and what is held beside data are none.
+        axes: sizes of the axes that are bound for it alone.
     """
 
     program: ClosedJaxpr
@@ -41,19 +46,22 @@ class TracedModel:
     tags: list[Source | Held | None]
     leaves: list[Leaf]
     has_aux: bool = False
+    has_data: bool = True
+    axes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
-    def run(self, visitor: Visitor, params: Tree, args: Sequence[Tree]) -> list[Array]:
-        """The flat outputs, the visitor being told of every weighted operation on the way."""
-        interpreter = Interpreter(visitor, kinds.rules())
+    def run(self, visitor: Visitor, params: Tree, args: Sequence[Tree], *, all_uses: bool = False) -> list[Array]:
+        """The flat outputs, the visitor being told of weighted operations on the way; see `Interpreter`."""
+        interpreter = Interpreter(visitor, kinds.rules(), all_uses=all_uses)
         leaves = [*jax.tree.leaves(params), *arrays_of(args)]
         return interpreter.run(self.program, leaves, self.tags, self.returned)
 
-    def show(self, visitor: Visitor) -> None:
+    def show(self, visitor: Visitor, *, all_uses: bool = False) -> None:
         """Lead a visitor through the model without computing anything."""
-        interpreter = Interpreter(visitor, kinds.rules())
-        jax.eval_shape(
-            lambda *values: interpreter.run(self.program, values, self.tags, self.returned), *self.leaves
-        )
+        interpreter = Interpreter(visitor, kinds.rules(), all_uses=all_uses)
+        jax.make_jaxpr(
+            lambda *values: interpreter.run(self.program, values, self.tags, self.returned),
+            axis_env=list(self.axes.items()),
+        )(*self.leaves)
 
     @property
     def returned(self) -> list[bool]:
@@ -63,9 +71,15 @@ class TracedModel:
 
     def survey(self) -> Survey:
         """What reads the parameters."""
-        notes = Survey(tag.name for tag in self.tags if isinstance(tag, Source))
+        names = [tag.name for tag in self.tags if isinstance(tag, Source)]
+        notes = Survey(names)
         self.show(notes)
-        return notes
+        if notes.stopped <= notes.calls.keys() | notes.lookups.keys() | notes.other_uses.keys():
+            return notes
+        # A layer none of whose outputs reaches the loss is hardly meant: then all reads count, and it is missed.
+        every = Survey(names, all_uses=True)
+        self.show(every, all_uses=True)
+        return every if every.calls.keys() - notes.calls.keys() else notes
 
 
 class Survey(Visitor):
@@ -73,11 +87,14 @@ class Survey(Visitor):
 
     Args:
         names: of the parameters.
+        all_uses: whether it is shown operations from which no gradient comes, too.
 
     Attributes:
-        names: the same.
+        names, all_uses: the same.
         calls, lookups: weight -> the operations that read it, in order.
-        biases: of operations.
+        constant: operations that read nothing but constants.
+        added: operation -> the parameters that are added to its output as a bias would be.
+        bare: operations whose output something reads as it is.
         other_uses: parameter -> the primitives without a rule that read it, in order; and whether they read a
             function of it.
         stopped: parameters that something reads through which no gradient goes.
@@ -87,11 +104,14 @@ class Survey(Visitor):
         loops: operations in which others run several times, and how often.
     """
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Iterable[str], *, all_uses: bool = False) -> None:
         self.names = tuple(names)
+        self.all_uses = all_uses
         self.calls: dict[str, dict[Key, Call]] = {}
         self.lookups: dict[str, dict[Key, Lookup]] = {}
-        self.biases: dict[Key, Source] = {}
+        self.constant: set[Key] = set()
+        self.added: dict[Key, set[Source]] = {}
+        self.bare: set[Key] = set()
         self.other_uses: dict[str, dict[str, bool]] = {}
         self.stopped: set[str] = set()
         self.penalised: set[str] = set()
@@ -111,7 +131,18 @@ class Survey(Visitor):
         return out
 
     def bias(self, key: Key, call: Call, source: Source) -> None:
-        self.biases[key] = source
+        self.added.setdefault(key, set()).add(source)
+
+    def without_bias(self, key: Key) -> None:
+        self.bare.add(key)
+
+    def constant_input(self, key: Key) -> None:
+        self.constant.add(key)
+
+    @property
+    def biases(self) -> dict[Key, Source]:
+        """Operation -> its bias: a parameter that all that read its output add, so that both have one gradient."""
+        return {key: next(iter(s)) for key, s in self.added.items() if len(s) == 1 and key not in self.bare}
 
     def other_use(self, key: Key, source: Source, what: str, *, computed: bool) -> None:
         self.other_uses.setdefault(source.name, {}).setdefault(what, computed)
@@ -142,14 +173,19 @@ class Survey(Visitor):
         return kinds.Uses(self.calls.get(weight, {}), self.lookups.get(weight, {}))
 
 
-def trace(apply_fn: ApplyFn, params: Tree, args: Sequence[Tree], *, has_aux: bool = False) -> TracedModel:
+def trace(
+    apply_fn: ApplyFn, params: Tree, args: Sequence[Tree], *, has_aux: bool = False, binds: bool = False
+) -> TracedModel:
     """The model as primitives; nothing is computed.
 
     Args:
         apply_fn: function of (params, *args).
         params: parameter tree, of arrays or shapes.
-        args: the other arguments, arrays or shapes. Flags and strings among them are handed over as they are.
+        args: the other arguments, arrays or shapes. Flags, numbers of Python and strings among them are handed over
+            as they are.
         has_aux: whether it returns (outputs, aux).
+        binds: whether to stand in for the axes over which the model's collectives run (SyncBatchNorm), where they
+            are not bound yet: one device each.
 
     Raises:
         TypeError: if `apply_fn` is a module instead of a function of parameters.
@@ -167,15 +203,36 @@ def trace(apply_fn: ApplyFn, params: Tree, args: Sequence[Tree], *, has_aux: boo
         return apply_fn(params, *jax.tree.unflatten(tree, [next(given) if is_array(t) else t for t in leaves]))
 
     arrays = arrays_of(args)
-    program, outputs = jax.make_jaxpr(apply, return_shape=True)(params, arrays)
+    program, outputs, axes = _program(apply, params, arrays, binds=binds)
     if has_aux and not (isinstance(outputs, tuple) and len(outputs) == 2):
         raise ValueError(f"has_aux: apply_fn must return (outputs, aux), it returned {_kind(outputs)}")
     tags: list[Source | Held | None] = [
         Source(name, tuple(leaf.shape)) if jnp.issubdtype(leaf.dtype, jnp.floating) else None
         for name, leaf in named_leaves(params).items()
     ]
-    tags += _held(params, args)
-    return TracedModel(program, outputs, tags, [*jax.tree.leaves(params), *arrays], has_aux)
+    held = _held(params, args)
+    numbers = (jnp.floating, jnp.signedinteger)
+    has_data = any(
+        tag is None and any(jnp.issubdtype(leaf.dtype, kind) for kind in numbers)
+        for tag, leaf in zip(held, arrays, strict=True)
+    )
+    leaves_given = [*jax.tree.leaves(params), *arrays]
+    return TracedModel(program, outputs, [*tags, *held], leaves_given, has_aux, has_data, axes)
+
+
+def _program(
+    apply: Callable[[Tree, Sequence[Array]], Tree], params: Tree, arrays: Sequence[Array], *, binds: bool
+) -> tuple[ClosedJaxpr, Tree, dict[str, int]]:
+    """The primitives of a function of parameters and arrays, the shapes that it returns, and axes bound for it."""
+    axes: dict[str, int] = {}
+    while True:
+        try:
+            return *jax.make_jaxpr(apply, axis_env=list(axes.items()), return_shape=True)(params, arrays), axes
+        except NameError as error:
+            unbound = _UNBOUND.search(str(error))
+            if unbound is None or not binds or unbound[1] in axes:
+                raise
+            axes[unbound[1]] = 1
 
 
 def _held(params: Tree, args: Sequence[Tree]) -> list[Held | None]:
@@ -196,8 +253,8 @@ def _held(params: Tree, args: Sequence[Tree]) -> list[Held | None]:
 
 
 def is_array(leaf: object) -> bool:
-    """Whether a leaf of the arguments is traced: an array, its shape or a number, but no flag or string."""
-    return hasattr(leaf, "dtype") or (isinstance(leaf, int | float | complex) and not isinstance(leaf, bool))
+    """Whether a leaf of the arguments is traced: an array or its shape, but no number of Python, flag or string."""
+    return hasattr(leaf, "dtype")
 
 
 def arrays_of(args: Sequence[Tree]) -> list[Array]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -23,6 +23,7 @@ from algoperf_kfac.jax.preconditioner import LayerState
 from algoperf_kfac.jax.promotion import with_promotion
 from algoperf_kfac.jax.refresh import refresh_due
 from algoperf_kfac.jax.scalings import scaling_of
+from algoperf_kfac.jax.sources import Source
 from algoperf_kfac.jax.stacks import Stack, Stacks, check_members, members_of, select, stack_trees, stacks_of
 from algoperf_kfac.jax.statistics import Gathered, Statistics
 from algoperf_kfac.jax.tracing import named_leaves
@@ -245,20 +246,31 @@ def _idle(statistics: Mapping[str, Statistics] | None, idle: Collection[str]) ->
 
 
 def _absent(layers: Layers, updates: Tree) -> dict[str, Array]:
-    """Of layers that are called in branches alone, whether a step went by without them, ().
+    """Of layers that are called in branches alone, whether a step went by without them.
 
     Args:
         layers: the layers.
         updates: gradients, or directions made of them: then all of a layer's are exactly zero.
+
+    Returns:
+        () each; with the leading sizes of its parameters for one that holds a layer in each slice.
     """
     if not any(layer.conditional for layer in layers.covered.values()):
         return {}
     leaves = named_leaves(updates)
     return {
-        name: ~jnp.stack([jnp.any(leaves[parameter] != 0) for parameter in layers.parameters_of([name])]).any()
+        name: _all_zero([jnp.asarray(leaves[p]) for p in layers.parameters_of([name])], layer.view.source)
         for name, layer in layers.covered.items()
         if layer.conditional
     }
+
+
+def _all_zero(leaves: Sequence[Array], weight: Source) -> Array:
+    """Whether all entries of the parameters of a layer are zero, slice by slice where it has a layer in each."""
+    scans = weight.scans if weight.keeps_slices else 0
+    if any(leaf.shape[:scans] != weight.shape[:scans] for leaf in leaves):
+        scans = 0
+    return ~jnp.stack([jnp.any(leaf != 0, axis=tuple(range(scans, leaf.ndim))) for leaf in leaves]).any(0)
 
 
 def _kept(tree: Tree, other: Tree, layers: Layers, absent: Mapping[str, Array]) -> Tree:
@@ -268,7 +280,14 @@ def _kept(tree: Tree, other: Tree, layers: Layers, absent: Mapping[str, Array]) 
         return tree
     leaves, structure = jax.tree.flatten(tree)
     given = zip(named_leaves(tree), leaves, jax.tree.leaves(other), strict=True)
-    kept = [jnp.where(absent[owners[name]], old, new) if name in owners else new for name, new, old in given]
+
+    def chosen(name: str, new: Array, old: Array) -> Array:
+        if name not in owners:
+            return new
+        without = absent[owners[name]]
+        return jnp.where(without.reshape(*without.shape, *[1] * (new.ndim - without.ndim)), old, new)
+
+    kept = [chosen(name, new, old) for name, new, old in given]
     return jax.tree.unflatten(structure, kept)
 
 

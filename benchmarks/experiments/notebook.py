@@ -315,4 +315,42 @@ EXPERIMENTS = (
         verdict="The same for expand: better in all three seeds on digits, the residual network and clicks, no "
         "difference beyond seeds on text. Both submissions' since.",
     ),
+    Experiment(
+        name="rarer_expand",
+        change="Statistics and refreshes half as often again; half the rows, no fewer than a factor has sides.",
+        submission="kfac_expand",
+        variants={
+            "8, 24": Variant({"factor_interval": 8, "refresh_interval": 24, "factor_decay": 0.9}),
+            "512 rows": Variant({"statistics_rows": 512}),
+            "8, 24, 512 rows": Variant(
+                {"factor_interval": 8, "refresh_interval": 24, "factor_decay": 0.9, "statistics_rows": 512}
+            ),
+        },
+    ),
+    Experiment(
+        name="rarer_reduce",
+        change="The same for reduce where it fits, whose averages remember less.",
+        submission="kfac_reduce",
+        variants={
+            "4, 12": Variant({"factor_interval": 4, "refresh_interval": 12, "factor_decay": 0.81}),
+            "4, 12, longer memory": Variant({"factor_interval": 4, "refresh_interval": 12, "factor_decay": 0.9}),
+            "4, 12, 512 rows": Variant(
+                {"factor_interval": 4, "refresh_interval": 12, "factor_decay": 0.81, "statistics_rows": 512}
+            ),
+        },
+    ),
+    Experiment(
+        name="early",
+        change="What the way to a milder target may hang on: a shorter warm-up, the learning rate of uncovered "
+        "parameters beside that of K-FAC's directions (whose steps, and all weight decay, stay), clipping.",
+        submission="kfac_expand",
+        seeds=(3011, 3012, 3013),
+        variants={
+            "warm-up 0.02": Variant({"warmup_factor": 0.02}),
+            "warm-up 0": Variant({"warmup_factor": 0.0}),
+            "others twice as fast": Variant({"learning_rate": 4e-2, "length_factor": 0.25, "weight_decay": 0.1}),
+            "others half as fast": Variant({"learning_rate": 1e-2, "length_factor": 1.0, "weight_decay": 0.4}),
+            "no clipping": Variant({"grad_clip": None}),
+        },
+    ),
 )

@@ -22,8 +22,10 @@ Base and variant train on the same seeds, with the same initial weights and batc
 whose length is given as a share of the step hint. The seeds are used for nothing else. A cell is the mean over
 seeds of the variant's validation loss less that of the base at the end (least to most); less than zero is
 better. Behind it, in italics, where the variant came as low as the base at its end: the share of the steps it took
-up to an evaluation (the median); these are some steps apart. Where not all seeds were run, the cell says of how
-many it is. Step hints that have changed since count as they were: {hints}.
+up to an evaluation (the median); these are some steps apart. Last, where base and variant ran up to the same target
+and both reached it: the steps to the target over the base's, geometric mean (results older than `target` in them do
+not say). Where not all seeds were run, the cell says of how many it is. Step hints that have changed since count as
+they were: {hints}.
 """
 
 
@@ -34,11 +36,13 @@ class Difference:
     Attributes:
         losses: variant less base, by seed; infinite where the variant diverged, NaN where the base did.
         shares: of the horizon until the variant is as low as the base at its end; infinite where it never is.
+        targets: steps to the target over the base's, of the seeds for which both are known.
         pace: ms per step over the base's, median.
     """
 
     losses: tuple[float, ...]
     shares: tuple[float, ...]
+    targets: tuple[float, ...]
     pace: float
 
 
@@ -92,6 +96,7 @@ def compare(one: Experiment, kept: Mapping[str, dict[str, Any]]) -> dict[tuple[s
                 differences[name, workload] = Difference(
                     tuple(_loss(mine) - _loss(base) for mine, base in whole),
                     tuple(_share(mine, base) for mine, base in whole),
+                    tuple(ratio for mine, base in whole if (ratio := _to_target(mine, base)) is not None),
                     statistics.median(mine["ms_per_step"] / base["ms_per_step"] for mine, base in whole),
                 )
     return differences
@@ -117,6 +122,12 @@ def _share(mine: Mapping[str, Any], base: Mapping[str, Any]) -> float:
     return min(reached) / mine["steps"] if reached else math.inf
 
 
+def _to_target(mine: Mapping[str, Any], base: Mapping[str, Any]) -> float | None:
+    ours, theirs = mine["steps_to_target"], base["steps_to_target"]
+    same = mine.get("target") is not None and mine.get("target") == base.get("target")
+    return ours / theirs if same and ours and theirs else None
+
+
 def _cell(difference: Difference | None, seeds: int) -> str:
     if difference is None:
         return "-"
@@ -125,6 +136,8 @@ def _cell(difference: Difference | None, seeds: int) -> str:
     mean, low, high = statistics.fmean(difference.losses), min(difference.losses), max(difference.losses)
     share = statistics.median(difference.shares)
     behind = f" *{share:.2f}*" if math.isfinite(share) else ""
+    if difference.targets:
+        behind += f", to the target {statistics.geometric_mean(difference.targets):.2f}"
     if len(difference.losses) < seeds:
         behind += f", {len(difference.losses)} of {seeds} seeds"
     return f"{mean:+.4f} ({low:+.4f} to {high:+.4f}){behind}"

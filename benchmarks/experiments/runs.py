@@ -135,6 +135,7 @@ def result(run: Run, directory: Path) -> dict[str, Any] | None:
         **identity(run),
         "loss": _digits(late[-1]["validation/loss"]),
         "metric": _digits(outcome["final_metric"]),
+        "target": outcome["target"],
         "steps_to_target": outcome["steps_to_target"],
         "ms_per_step": _digits(outcome["ms_per_step"], 4),
         "curve": [[int(row["global_step"]), _digits(row["validation/loss"])] for row in late],

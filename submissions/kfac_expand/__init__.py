@@ -10,7 +10,7 @@ DESCRIPTION = kfac(
     warmup_factor=0.05,
     horizon_factor=0.48,
     damping=1e-4,
-    factor_decay=0.95,
-    factor_interval=4,
-    refresh_interval=12,
+    factor_decay=0.9,
+    factor_interval=8,
+    refresh_interval=24,
 )

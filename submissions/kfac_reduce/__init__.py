@@ -12,7 +12,7 @@ DESCRIPTION = kfac(
     warmup_factor=0.05,
     horizon_factor=0.5,
     damping=1e-3,
-    factor_decay=0.9,
-    factor_interval=2,
-    refresh_interval=6,
+    factor_decay=0.81,
+    factor_interval=4,
+    refresh_interval=12,
 )
