@@ -138,10 +138,13 @@ def check_dtypes(leaves: Mapping[str, Leaf]) -> None:
     seen: dict[jnp.dtype, str] = {}
     for name, leaf in leaves.items():
         if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
-            raise ValueError(
-                f"parameter {name} is no array but {type(leaf).__name__}: split what is trained from the rest "
-                "(params, static = equinox.partition(model, equinox.is_inexact_array), or nnx.split)"
+            remedy = (
+                f"make it one, jnp.asarray({leaf!r})"
+                if isinstance(leaf, int | float | complex)
+                else "split what is trained from the rest (params, static = equinox.partition(model, "
+                "equinox.is_inexact_array), or nnx.split)"
             )
+            raise ValueError(f"parameter {name} is no array but {type(leaf).__name__}: {remedy}")
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
             raise ValueError(
                 f"parameter {name} is a random key: hand it to apply_fn as an argument, not among the parameters"

@@ -69,10 +69,17 @@ def test_mixed_precision_of_parameters() -> None:
         KFAC(mlp, cross_entropy, params, *batch())
 
 
-def test_a_parameter_that_is_no_array() -> None:
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (1.0, r"l1/b is no array but float: make it one, jnp.asarray\(1.0\)"),
+        ("x", "l1/b is no array but str: split"),
+    ],
+)
+def test_a_parameter_that_is_no_array(value: object, message: str) -> None:
     params = mlp_params()
-    params["l1"]["b"] = 1.0
-    with pytest.raises(ValueError, match="l1/b is no array but float"):
+    params["l1"]["b"] = value
+    with pytest.raises(ValueError, match=message):
         KFAC(mlp, cross_entropy, params, *batch())
 
 
