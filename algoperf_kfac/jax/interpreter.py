@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import jax
@@ -426,15 +426,17 @@ class Interpreter:
 
 def _carrying(jaxpr: Jaxpr, wanted: Sequence[bool]) -> set[Var]:
     """The values of a program from which a gradient may come to one of its outputs that are wanted."""
-    carrying = {v for v, is_wanted in zip(jaxpr.outvars, wanted, strict=True) if is_wanted and isinstance(v, Var)}
+    carrying = _inexact(v for v, is_wanted in zip(jaxpr.outvars, wanted, strict=True) if is_wanted)
     for eqn in reversed(jaxpr.eqns):
         if eqn.primitive.name not in _NO_GRADIENT and not carrying.isdisjoint(eqn.outvars):
-            carrying |= {v for v in eqn.invars if isinstance(v, Var) and _is_inexact(v)}
+            carrying |= _inexact(eqn.invars)
     return carrying
 
 
-def _is_inexact(value: Var) -> bool:
-    return jnp.issubdtype(getattr(value.aval, "dtype", jnp.int32), jnp.inexact)
+def _inexact(values: Iterable[Var | Literal]) -> set[Var]:
+    """Those of a program's values that can have a gradient."""
+    dtypes = ((v, getattr(v.aval, "dtype", jnp.int32)) for v in values if isinstance(v, Var))
+    return {v for v, dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)}
 
 
 def _bind(eqn: JaxprEqn, ins: list[Array]) -> list[Array]:
