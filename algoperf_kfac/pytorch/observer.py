@@ -17,7 +17,7 @@ from algoperf_kfac.layers import LayerSpec, Layout
 from algoperf_kfac.positions import Positions, Rows, candidates_for
 from algoperf_kfac.pytorch.calls import Call
 from algoperf_kfac.pytorch.contractions import operations_of
-from algoperf_kfac.pytorch.hooks import first_hook, in_backward, output_hook
+from algoperf_kfac.pytorch.hooks import arrival_hook, first_hook, in_backward, output_hook
 from algoperf_kfac.pytorch.interception import Interceptor
 from algoperf_kfac.pytorch.kinds import AnyRecorder
 from algoperf_kfac.pytorch.loss_scale import LossScale
@@ -117,7 +117,7 @@ class Observer:
         if torch.is_grad_enabled() and called.func in LOSSES and output.requires_grad:
             self.scale.note_loss(called)
             if is_mean(called):
-                self._handles.append(output.register_hook(self._note_loss))
+                self._handles.append(arrival_hook(output, self._note_loss))
         return output
 
     def backward(
@@ -206,9 +206,9 @@ class Observer:
             rows = self.scale.calls[spec.name][-1]
             self.sights.note(called, operation, spec, use, rows, fused=self._seeing > 0)
 
-    def _note_loss(self, gradient: Tensor) -> None:
+    def _note_loss(self, gradient: Tensor | None) -> None:
         """The gradient that the mean of a loss function gets."""
-        if not self._aside:
+        if not self._aside and gradient is not None:
             self.scale.note_gradient(gradient)
 
     def operation(self, operation: Operation, output: Tensor) -> Tensor:
