@@ -23,6 +23,10 @@ UNREAD = "no operation with a rule reads it"
 SHARED_BIAS = "bias that several layers share"
 STOPPED = "its gradient is stopped before it is read"
 
+# What a layer may miss.
+INPUTS = "its inputs"
+OUTPUT_GRADIENTS = "its output gradients"
+
 # Statistics steps after which a layer that none of them has seen is taken for a mistake.
 NEVER_SEEN = 10
 # How far captured pairs may be from a weight's gradient: a share of it, and rounding units of what was summed.
@@ -65,6 +69,11 @@ def one_parameter(names: Sequence[str]) -> str:
 def missed_statistics(what: str) -> str:
     """The reason of a layer that left because it missed something."""
     return f"missed {what} on a statistics step"
+
+
+def gradients_of_calls(lost: int, calls: int) -> str:
+    """What a layer missed some of whose calls had no part in the loss, once they were in its sums."""
+    return f"the output gradients of {lost} of its {calls} calls, too many to be kept apart until it was known"
 
 
 @dataclasses.dataclass(frozen=True)

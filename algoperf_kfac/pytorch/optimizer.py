@@ -17,7 +17,7 @@ from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.cost import cubes
 from algoperf_kfac.errors import MissingStatisticsError, missing_statistics
 from algoperf_kfac.judging import WHEN_JUDGED
-from algoperf_kfac.layers import NEVER_SEEN, Coverage
+from algoperf_kfac.layers import INPUTS, NEVER_SEEN, Coverage
 from algoperf_kfac.pace import Pacer, interval_at
 from algoperf_kfac.positions import PositionsLike, as_candidates
 from algoperf_kfac.pytorch import checkpoint, distributed, monitoring
@@ -285,7 +285,7 @@ class KFAC(torch.optim.Optimizer):
         if not gathered.backward:
             return  # a batch that was given up before its backward pass
         # A layer that is called and whose gradient does not come back, or that no layer's statistics stand beside.
-        lost = {name: what for name, what in missing.items() if what != "its inputs"}
+        lost = {name: what for name, what in missing.items() if what != INPUTS}
         if not gathered.statistics and not pending.statistics and self._processes.size == 1:
             lost = missing
         if lost and not self._allow_partial_coverage:
@@ -336,7 +336,7 @@ class KFAC(torch.optim.Optimizer):
         Raises:
             MissingStatisticsError: naming them, unless partial coverage is allowed.
         """
-        lost = {name: "its inputs" for name, count in unseen.items() if count >= NEVER_SEEN}
+        lost = {name: INPUTS for name, count in unseen.items() if count >= NEVER_SEEN}
         if lost and not self._allow_partial_coverage:
             raise missing_statistics(lost, len(self._layers.covered), REMEDY)
         self._layers.leave_out(lost)

@@ -324,7 +324,11 @@ class TiedRecorder:
 
     @property
     def is_complete(self) -> bool:
-        return self.output.is_complete and (self.lookups.is_complete or not self.lookups.calls)
+        return not self.missed
+
+    @property
+    def missed(self) -> str:
+        return self.output.missed or (self.lookups.missed if self.lookups.calls else "")
 
     @property
     def examples(self) -> Scalar:
