@@ -54,6 +54,12 @@ def computed_before(operation: str) -> str:
     return f"{operation} reads a function of it, not the parameter itself"
 
 
+def unrecorded(operation: str) -> str:
+    """The reason of a weight that an operation reads and no rule records: a function of it, or a form that is named
+    in words."""
+    return no_rule(operation) if " " in operation else computed_before(operation)
+
+
 def not_its_gradient(share: float) -> str:
     """The reason of a layer whose captured inputs and output gradients do not make up its weight's gradient."""
     return (

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from torch import Tensor
 
 from algoperf_kfac.errors import MissingStatisticsError
-from algoperf_kfac.layers import INPUTS, OUTPUT_GRADIENTS, LayerSpec, also_read_by, computed_before
+from algoperf_kfac.layers import INPUTS, OUTPUT_GRADIENTS, LayerSpec, also_read_by, unrecorded
 from algoperf_kfac.positions import check_fits
 from algoperf_kfac.pytorch.checks import compare
 from algoperf_kfac.pytorch.compiled import Tap, Taps
@@ -170,7 +170,7 @@ def _incomplete(observer: Observer) -> tuple[dict[str, str], dict[str, str]]:
             if use is None:
                 missing[spec.name] = INPUTS
             else:
-                wrong[spec.name] = computed_before(use)
+                wrong[spec.name] = unrecorded(use)
         elif use is not None:
             wrong[spec.name] = also_read_by(use)
         elif recorder.missed:

@@ -232,6 +232,8 @@ class Observer:
         if not output.requires_grad or not output.numel() or not operation.input.numel():
             self.hint = self.hint or (EMPTY if output.requires_grad else "")
             return output
+        if operation.input.layout is not torch.strided and not self._densify(operation):
+            return output
         self.uses.miss(operation.input, f"{operation.name} as its input")
         if output.is_complex():
             self.uses.miss(operation.weight, f"{operation.name} on complex data")
@@ -243,6 +245,14 @@ class Observer:
             self.uses.miss(operation.weight, operation.name)
             return output
         return self.record(spec, operation, output, self.choose(spec, operation, output))
+
+    def _densify(self, operation: Operation) -> bool:
+        """Take the rows of a sparse input for dense ones; whether that can be done."""
+        self.sights.obstruct("sparse inputs")
+        if operation.densify():
+            return True
+        self.uses.miss(operation.weight, f"{operation.name} of a sparse input too large to be made dense")
+        return False
 
     def record(self, spec: LayerSpec, operation: Operation, output: Tensor, positions: Positions | None) -> Tensor:
         """Record a call of a covered layer; returns the output to hand on in its place."""

@@ -15,6 +15,9 @@ from algoperf_kfac.layers import Layout
 from algoperf_kfac.positions import BY_GRADIENT, Candidates, Positions, Rows, candidates_for, choose
 from algoperf_kfac.pytorch.geometry import ConvGeometry
 
+# Sparse inputs are made dense up to so many numbers.
+MAX_DENSE_ELEMENTS = 2**28
+
 Function = Callable[..., Any]
 Sizes = int | Sequence[int]
 
@@ -148,6 +151,13 @@ class Operation:
         ids = torch.repeat_interleave(torch.arange(number, device=offsets.device), offsets.diff())
         self.input, self.arrange = x.values(), lambda grad: grad.values()
         self.segments = Positions(segment_ids=ids, num_segments=number)
+        return True
+
+    def densify(self) -> bool:
+        """Take the rows of a sparse input as dense ones; whether these are not too large."""
+        if self.input.numel() > MAX_DENSE_ELEMENTS:
+            return False
+        self.input = self.input.detach().to_dense()
         return True
 
     def positions(
