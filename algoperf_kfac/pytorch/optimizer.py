@@ -24,6 +24,7 @@ from algoperf_kfac.pytorch import checkpoint, distributed, monitoring
 from algoperf_kfac.pytorch.capture import Capture
 from algoperf_kfac.pytorch.compiled import CompiledStatistics
 from algoperf_kfac.pytorch.dealing import Dealer
+from algoperf_kfac.pytorch.decay import narrowed
 from algoperf_kfac.pytorch.directions import Direction, first_order, second_order
 from algoperf_kfac.pytorch.discovery import check_model, check_parameter, unwrap
 from algoperf_kfac.pytorch.gathering import Gathered
@@ -522,7 +523,8 @@ class KFAC(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take further parameters of the model: their layers start as new, all others go on bit for bit.
 
-        Parameters that the model no longer has (`model.head = nn.Linear(...)`) are let go.
+        Parameters that the model no longer has (`model.head = nn.Linear(...)`) are let go. Where the optimizer has
+        names with its parameters (torch 2.6 and later), new ones come as pairs (name, parameter), too.
 
         Raises:
             ValueError: if a parameter does not belong to the model, or cannot be trained.
@@ -530,12 +532,14 @@ class KFAC(torch.optim.Optimizer):
         if not self._complete:  # called by the constructor
             super().add_param_group(param_group)
             return
-        params = param_group["params"]
-        params = [params] if isinstance(params, Tensor) else list(params)
+        given = param_group["params"]
+        if not isinstance(given, Tensor | set):  # a set has no order, and torch says so
+            given = list(given)
         names = {id(p): name for name, p in self._model.named_parameters()}
+        params = [p[1] if isinstance(p, tuple) else p for p in ([given] if isinstance(given, Tensor) else given)]
         for p in params:
             check_parameter(p, names.get(id(p)))
-        super().add_param_group({**param_group, "params": params})
+        super().add_param_group({**param_group, "params": given})
         order = list(self._layers.covered)
         self._let_go({name: p for name, p in self._params.items() if id(p) not in names})
         self._params |= {names[id(p)]: p for p in params}
@@ -555,7 +559,7 @@ class KFAC(torch.optim.Optimizer):
         self._layers.let_go(gone)
         identities = {id(p) for p in gone.values()}
         for group in self.param_groups:
-            group["params"] = [p for p in group["params"] if id(p) not in identities]
+            group |= narrowed(group, {id(p) for p in group["params"]} - identities)
         for name, p in gone.items():
             self.state.pop(p, None)
             del self._params[name]
