@@ -322,7 +322,10 @@ class KFAC(torch.optim.Optimizer):
         )
         for name, state, s in zip(names, states, shared, strict=True):
             if layers.covered[name].spec.watches_sums:
-                vanished, examples = (torch.as_tensor(n).to(state.vanished) for n in (s.vanished, s.examples))
+                vanished, examples = (
+                    torch.as_tensor(n, device=state.vanished.device).to(state.vanished.dtype)
+                    for n in (s.vanished, s.examples)
+                )
                 state.vanished = vanished / examples.clamp(min=1)
         self._pending.forget()
         self._stop_at_unseen(layers.idle(names))

@@ -379,8 +379,8 @@ class Recorder:
         examples: Scalar = float(layout.num_examples)
         if not self.spec.reduces_inputs:
             if layout.ragged:
-                like = self._a[0] if self._a else torch.empty(0, dtype=self.dtype)
-                examples = (counts_of(calls, like) > 0).sum().to(self.dtype)
+                assert self._a is not None
+                examples = (counts_of(calls, self._a[0]) > 0).sum().to(self.dtype)
             return examples
         sums = sum_of(call.input_sums for call in calls)
         chosen: Scalar = examples

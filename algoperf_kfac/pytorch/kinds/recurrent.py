@@ -207,10 +207,10 @@ class FusedCall:
 
 def _packed_rows(batch_sizes: Tensor, device: torch.device) -> Steps:
     """Step t of a packed sequence holds the examples 0 to batch_sizes[t] - 1; all on the host, where they are."""
-    steps, total = len(batch_sizes), int(batch_sizes.sum())
+    steps, total, host = len(batch_sizes), int(batch_sizes.sum()), batch_sizes.device
     starts = batch_sizes.cumsum(0) - batch_sizes
-    t = torch.arange(steps).repeat_interleave(batch_sizes, output_size=total)
-    example = torch.arange(total) - starts[t]
+    t = torch.arange(steps, device=host).repeat_interleave(batch_sizes, output_size=total)
+    example = torch.arange(total, device=host) - starts[t]
     initial = total + example
     before = torch.where(t > 0, starts[(t - 1).clamp(min=0)] + example, initial)
     nxt = (t + 1).clamp(max=steps - 1)

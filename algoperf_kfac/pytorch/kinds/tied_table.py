@@ -376,7 +376,7 @@ class TiedRecorder:
         else:
             emb = self.lookups.statistics(factor, by_loss=by_loss)
             # A count of zero comes with a sum of zero.
-            share, blocks = emb.a[0] / torch.as_tensor(emb.a_count).clamp(min=1), emb.b
+            share, blocks = emb.a[0] / torch.as_tensor(emb.a_count, device=trace.device).clamp(min=1), emb.b
         sums = [trace, share * out.examples, *blocks]
         rounding = max(self.output.rounding, self.lookups.rounding)
         return TableStatistics(out.a, sums, out.a_count, out.examples, rounding, vocabulary=self.spec.out_dim)
