@@ -61,17 +61,18 @@ class TiedTable(Kind):
         self, model: nn.Module, config: KFACConfig, fallbacks: Iterable[FallbackSpec], exclude: Iterable[str]
     ) -> None:
         reasons = {f.name: f.reason for f in fallbacks}
-        self.tables = {
-            name: (spec, reasons[name]) for name, spec in find_tables(model, config, reasons, exclude).items()
-        }
+        found = find_tables(model, config, reasons, exclude)
+        # Those that are covered already are among no fallbacks.
+        self.tables |= {name: (spec, reasons[name]) for name, spec in found.items()}
 
     def watch(self, observer: Observer) -> Watch | None:
         book = observer.layers
         reasons = {f.name: f.reason for f in book.fallbacks}
+        covered = [layer.spec for layer in book.covered.values()]
         open_tables = {
             id(book.params[name]): spec
             for name, (spec, reason) in self.tables.items()
-            if reasons.get(name) == reason or spec.name in book.covered
+            if name in book.params and (reasons.get(name) == reason or spec in covered)
         }
         return _TableWatch(observer, open_tables, self.untied) if open_tables else None
 
