@@ -26,6 +26,7 @@ STOPPED = "its gradient is stopped before it is read"
 # What a layer may miss.
 INPUTS = "its inputs"
 OUTPUT_GRADIENTS = "its output gradients"
+TRANSFORMED_INPUTS = "its inputs, inside torch.func"
 
 # Statistics steps after which a layer that none of them has seen is taken for a mistake.
 NEVER_SEEN = 10
@@ -75,6 +76,11 @@ def one_parameter(names: Sequence[str]) -> str:
 def missed_statistics(what: str) -> str:
     """The reason of a layer that left because it missed something."""
     return f"missed {what} on a statistics step"
+
+
+def inputs_of_gone(weight: str) -> str:
+    """What a layer missed whose weight another one has replaced, or that was removed."""
+    return f"its inputs, as the model has no {weight} any more"
 
 
 def gradients_of_calls(lost: int, calls: int) -> str:

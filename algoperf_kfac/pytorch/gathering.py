@@ -8,12 +8,19 @@ from collections.abc import Collection, Mapping
 from torch import Tensor
 
 from algoperf_kfac.errors import MissingStatisticsError
-from algoperf_kfac.layers import INPUTS, OUTPUT_GRADIENTS, LayerSpec, also_read_by, unrecorded
+from algoperf_kfac.layers import (
+    INPUTS,
+    OUTPUT_GRADIENTS,
+    TRANSFORMED_INPUTS,
+    LayerSpec,
+    also_read_by,
+    unrecorded,
+)
 from algoperf_kfac.positions import check_fits
 from algoperf_kfac.pytorch.checks import compare
 from algoperf_kfac.pytorch.compiled import Tap, Taps
 from algoperf_kfac.pytorch.kinds import AnyRecorder
-from algoperf_kfac.pytorch.observer import Observer
+from algoperf_kfac.pytorch.observer import TRANSFORMED, Observer
 from algoperf_kfac.pytorch.options import Options
 from algoperf_kfac.pytorch.recorder import Recorder
 from algoperf_kfac.pytorch.sights import Sight
@@ -167,10 +174,12 @@ def _incomplete(observer: Observer) -> tuple[dict[str, str], dict[str, str]]:
         use = _missed_use(observer, spec)
         recorder = observer.recorders.get(spec.name)
         if recorder is None:
-            if use is None:
-                missing[spec.name] = INPUTS
-            else:
+            if use is not None:
                 wrong[spec.name] = unrecorded(use)
+            else:
+                missing[spec.name] = TRANSFORMED_INPUTS if spec.name in observer.transformed else INPUTS
+        elif spec.name in observer.transformed:
+            wrong[spec.name] = also_read_by("a call inside torch.func (grad, vmap, ...)")
         elif use is not None:
             wrong[spec.name] = also_read_by(use)
         elif recorder.missed:
@@ -183,6 +192,8 @@ def _hint(observer: Observer, missing: Mapping[str, str]) -> str:
     if not observer.recorders:
         return observer.hint or (UNSEEN if observer.seen_backward else "")
     lost = set(missing.values()) - {INPUTS}
+    if TRANSFORMED_INPUTS in lost:
+        return TRANSFORMED
     return UNUSED if lost and OUTPUT_GRADIENTS not in lost else ""
 
 

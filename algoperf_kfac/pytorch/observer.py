@@ -60,6 +60,7 @@ class Observer:
         scale: what the loss was divided by, as far as it shows.
         sights: what compiled graphs have to know.
         strangers: parameters with a gradient that operations with a rule read, and the optimizer does not have.
+        transformed: names of layers that ran inside torch.func.
         hint: why layers are not recorded, as far as that is known, and what to do.
         seen_backward: whether there was a backward pass.
         fisher_passes: backward passes for a sampled or exact Fisher so far.
@@ -73,6 +74,7 @@ class Observer:
         self.scale = LossScale()
         self.sights = Sights()
         self.hint = ""
+        self.transformed: set[str] = set()
         self.seen_backward = False
         self.fisher_passes = 0
         self._options = options
@@ -100,7 +102,7 @@ class Observer:
         if isinstance(output, NO_TENSORS):
             return output
         if called.func in RULES and torch._C._functorch.peek_interpreter_stack() is not None:
-            self.hint = TRANSFORMED
+            self._note_transformed(called)
         if called.name == "__iter__" and self.uses.views.of(called.args[0]) is not None:
             output = iter(called.replace(list(output)))
         operations = operations_of(called, self.uses.views)
@@ -119,6 +121,13 @@ class Observer:
             if is_mean(called):
                 self._handles.append(arrival_hook(output, self._note_loss))
         return output
+
+    def _note_transformed(self, called: Called) -> None:
+        """A layer, perhaps of the model, runs where it cannot be recorded."""
+        self.hint = TRANSFORMED
+        if torch.is_grad_enabled():
+            known = (spec for leaf in called.leaves() for spec in self.layers.by_weight.get(id(leaf), {}).values())
+            self.transformed |= {spec.name for spec in known}
 
     def backward(
         self, run: Callable[[], object], inputs: Iterable[object] | None, *, again: bool, adds: bool
@@ -154,7 +163,7 @@ class Observer:
         if not within:
             self.scale.gradient = None
         if not self._aside and not self.seen_backward:
-            self._options.before_backward()
+            self._options.before_backward(adds)
         elif not self._aside and not within:
             self._forget_cleared()
         try:

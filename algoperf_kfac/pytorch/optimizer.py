@@ -42,6 +42,11 @@ REMEDY = (
     "Run the forward and the backward pass inside capture(), leave unused layers out with exclude=[...], or pass "
     "allow_partial_coverage=True to move them to the fallback"
 )
+# Layers whose weight the model no longer has.
+GONE = (
+    "It was tied to another, replaced or removed after the optimizer was made: make the optimizer afterwards, or "
+    "let go of what the model no longer has by add_param_group({'params': []})"
+)
 
 
 class KFAC(torch.optim.Optimizer):
@@ -267,16 +272,22 @@ class KFAC(torch.optim.Optimizer):
         """
         self._unchecked = True
 
-    def _before_backward(self) -> None:
-        """Loops may clear gradients as late as between the forward and the backward pass."""
+    def _before_backward(self, adds: bool) -> None:
+        """Loops may clear gradients as late as between the forward and the backward pass.
+
+        Those that `torch.autograd.grad` returns take the place of the ones that are there, which are old.
+        """
         covered = self._layers.covered
         self._pending.forget_stale(covered)
-        if not self._pending.statistics:
+        if adds and not self._pending.statistics:
             self._mistakes.gradients_before(layer.weight for layer in covered.values())
 
     def _finish_capture(self, gathered: Gathered) -> None:
-        layers, pending, missing = self._layers, self._pending, gathered.missing
+        layers, pending = self._layers, self._pending
         self._mistakes.strangers(gathered.strangers)
+        uncalled = {n: layers.covered[n].spec.weight for n, what in gathered.missing.items() if what == INPUTS}
+        gone = self._mistakes.gone(uncalled)
+        missing = gathered.missing | gone
         layers.note_readers(gathered.readers)
         layers.give_up(gathered.wrong)
         for name in gathered.wrong:
@@ -290,7 +301,7 @@ class KFAC(torch.optim.Optimizer):
         if not gathered.statistics and not pending.statistics and self._processes.size == 1:
             lost = missing
         if lost and not self._allow_partial_coverage:
-            raise missing_statistics(lost, len(layers.covered), gathered.hint or REMEDY)
+            raise missing_statistics(lost, len(layers.covered), gathered.hint or (GONE if gone else REMEDY))
         layers.leave_out(lost)
         for name in lost:
             pending.drop(name)
