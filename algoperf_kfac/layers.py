@@ -21,6 +21,7 @@ BIAS_OF_SHARED = "bias of a layer whose weight other modules share"
 EMBEDDING = "embedding: its inputs are one-hot, A would be a diagonal of counts"
 UNREAD = "no operation with a rule reads it"
 SHARED_BIAS = "bias that several layers share"
+WITHOUT_ELEMENTS = "its weight has no elements"
 STOPPED = "its gradient is stopped before it is read"
 
 # What a layer may miss.

@@ -239,7 +239,7 @@ class Observer:
         if isinstance(known, Recorder) and not in_backward():
             self._next_forward(known)
         if not output.requires_grad or not output.numel() or not operation.input.numel():
-            self.hint = self.hint or (EMPTY if output.requires_grad else "")
+            self.hint = self.hint or (EMPTY if output.requires_grad and operation.weight.numel() else "")
             return output
         if operation.input.layout is not torch.strided and not self._densify(operation):
             return output
@@ -252,6 +252,7 @@ class Observer:
             if operation.weight.requires_grad and not self.layers.knows(operation.weight):
                 self._strangers[id(operation.weight)] = operation.weight
             self.uses.miss(operation.weight, operation.name)
+            self.uses.miss(operation.bias, f"{operation.name} as its bias")
             return output
         return self.record(spec, operation, output, self.choose(spec, operation, output))
 
@@ -268,9 +269,9 @@ class Observer:
         own = spec.bias is not None and operation.bias is self.layers.params[spec.bias]
         if spec.bias is not None and operation.bias is None and spec.name not in self.recorders:
             spec = self.layers.without_bias(spec)
-        if spec.bias is None:
+        if not own:
             self.uses.miss(operation.bias, f"{operation.name} as its bias")
-        elif not own or operation.bias_start != spec.bias_start:
+        if spec.bias is not None and not (own and operation.bias_start == spec.bias_start):
             self.uses.miss(operation.weight, "a call without its bias")
         recorder = self.recorder(spec, operation.weight)
         if not isinstance(recorder, Recorder):  # a kind's, and not for operations of this sort

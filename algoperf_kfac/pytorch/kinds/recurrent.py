@@ -73,7 +73,7 @@ class Recurrent(Kind):
             )
             if spec.has_factors:
                 layers.append(CoveredLayer(spec, weight, bias))
-        return Found(layers, f"recurrent ({name}): its weight is frozen, or above max_factor_dim")
+        return Found(layers, f"recurrent ({name}): its weight is frozen, parametrised or above max_factor_dim")
 
     def watch(self, observer: Observer) -> Watch:
         return _RecurrentWatch(observer)
@@ -93,7 +93,21 @@ class _RecurrentWatch(Watch):
         call = parse(called) if called.name in FUSED else None
         if call is None or not any(self._observer.spec_of(weight) for weight in call.weights):
             return NotImplemented
+        self._note_uses(call)
         return run(call, self._record)
+
+    def _note_uses(self, call: FusedCall) -> None:
+        """Parameters that a call reads and no layer of it has: learned states, weights computed before."""
+        uses, name = self._observer.uses, call.name
+        uses.miss(call.input, f"{name} as its input")
+        for state in call.states:
+            uses.miss(state, f"{name} as its initial state")
+        for d in (d for directions in call.layers for d in directions):
+            for weight, bias in ((d.weight_ih, d.bias_ih), (d.weight_hh, d.bias_hh)):
+                if self._observer.spec_of(weight) is None:
+                    computed = "" if isinstance(weight, nn.Parameter) else " as a weight computed before its use"
+                    uses.miss(weight, f"{name}{computed}")
+                    uses.miss(bias, f"{name} as its bias")
 
     def _record(self, operation: Operation, output: Tensor, rows: Steps) -> Tensor:
         observer = self._observer
