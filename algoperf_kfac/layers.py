@@ -22,7 +22,13 @@ EMBEDDING = "embedding: its inputs are one-hot, A would be a diagonal of counts"
 UNREAD = "no operation with a rule reads it"
 SHARED_BIAS = "bias that several layers share"
 PARTIAL_BIAS = "bias of a layer whose output is read without it, too"
+WITHOUT_ELEMENTS = "its weight has no elements"
 STOPPED = "its gradient is stopped before it is read"
+
+# What a layer may miss.
+INPUTS = "its inputs"
+OUTPUT_GRADIENTS = "its output gradients"
+TRANSFORMED_INPUTS = "its inputs, inside torch.func"
 
 # Statistics steps after which a layer that none of them has seen is taken for a mistake.
 NEVER_SEEN = 10
@@ -51,6 +57,12 @@ def computed_before(operation: str) -> str:
     return f"{operation} reads a function of it, not the parameter itself"
 
 
+def unrecorded(operation: str) -> str:
+    """The reason of a weight that an operation reads and no rule records: a function of it, or a form that is named
+    in words."""
+    return no_rule(operation) if " " in operation else computed_before(operation)
+
+
 def not_its_gradient(share: float) -> str:
     """The reason of a layer whose captured inputs and output gradients do not make up its weight's gradient."""
     return (
@@ -66,6 +78,16 @@ def one_parameter(names: Sequence[str]) -> str:
 def missed_statistics(what: str) -> str:
     """The reason of a layer that left because it missed something."""
     return f"missed {what} on a statistics step"
+
+
+def inputs_of_gone(weight: str) -> str:
+    """What a layer missed whose weight another one has replaced, or that was removed."""
+    return f"its inputs, as the model has no {weight} any more"
+
+
+def gradients_of_calls(lost: int, calls: int) -> str:
+    """What a layer missed some of whose calls had no part in the loss, once they were in its sums."""
+    return f"the output gradients of {lost} of its {calls} calls, too many to be kept apart until it was known"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,11 +34,12 @@ class Saved(TorchFunctionMode):
         self._paused = False
 
     def add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._seen:
-            self._seen.add(storage._cdata)
-            self._alive.append(storage)
-            self.bytes += storage.nbytes()
+        for part in _parts(tensor):
+            storage = part.untyped_storage()
+            if storage._cdata not in self._seen:
+                self._seen.add(storage._cdata)
+                self._alive.append(storage)
+                self.bytes += storage.nbytes()
 
     def pack(self, tensor: Tensor) -> Tensor:
         if not self._paused:
@@ -76,6 +77,17 @@ class Saved(TorchFunctionMode):
         if not all(isinstance(weight, nn.Parameter) for weight in weights):
             # cuDNN wants them in one piece; the module's own parameters already are.
             self.bytes += sum(weight.numel() * weight.element_size() for weight in weights)
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """What has storage of a tensor: itself, or indices and values of a sparse one."""
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return (tensor,)
 
 
 def _dropout(

@@ -21,9 +21,7 @@ class Call:
     conv: ConvGeometry | None
     inputs: Subset  # the rows that A is formed of
     outputs: Subset  # and B
-    input: Tensor | None = (
-        None  # of their examples, batch first; kept where output gradients decide which positions count
-    )
+    input: Tensor | None = None  # of their examples, batch first, as long as output gradients decide what counts
     nonzero: Tensor | None = None  # (N, R): positions that some backward pass reached
     drop: Tensor | None = None  # (N, R): positions whose weight gradient the operation leaves out (padding_idx)
     input_sums: Tensor | None = None  # reduce: (examples, groups, P_in)
@@ -36,6 +34,16 @@ class Call:
     seen: bool = False  # or in any
     aside: bool = False  # a gradient with respect to inputs alone went through it
     apart: bool = False  # and it was left out, until a gradient for parameters comes
+
+    @property
+    def waits(self) -> bool:
+        """Whether what A takes of it is kept apart, where that is more than sums over positions."""
+        return self.input is not None or self.products is not None
+
+    @property
+    def bytes(self) -> int:
+        """Of what is kept apart."""
+        return sum(t.nbytes for t in (self.input, *(self.products or ())) if t is not None)
 
     @property
     def input_layout(self) -> MaskedLayout:

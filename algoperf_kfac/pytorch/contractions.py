@@ -74,6 +74,7 @@ class Product:
         ):
             return []
         found = []
+        x = x.to_dense() if numbers and x.layout is not torch.strided else x  # its rows are looked at
         for index in range(sizes[numbers[0]]) if numbers else (None,):
             part, letters_w, letters_x, letters_y = view, of_w, of_x, self.output
             data = x
@@ -105,6 +106,10 @@ class Product:
 
 def _ordered(t: Tensor, letters: str, rows: Sequence[str], features: Sequence[str]) -> Tensor:
     """(*rows, P) from a tensor whose dimensions have these letters."""
+    if t.layout is not torch.strided:
+        if len(rows) == len(features) == 1:  # as it is: it may be too large to be made dense
+            return t if letters == rows[0] + features[0] else t.t()
+        t = t.to_dense()
     t = t.permute([letters.index(c) for c in (*rows, *features)])
     return t.reshape(*t.shape[: len(rows)], math.prod(t.shape[len(rows) :]))
 
@@ -190,9 +195,9 @@ def _tensordot(a: Tensor, b: Tensor, dims: object = 2, out: object = None) -> Pr
 PRODUCTS: dict[Function, Callable[..., Product | None]] = {
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _matmul),
     Tensor.__rmatmul__: _rmatmul,
-    **dict.fromkeys((torch.mm, Tensor.mm, torch.bmm, Tensor.bmm), _mm),
+    **dict.fromkeys((torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, torch.sparse.mm), _mm),
     **dict.fromkeys((torch.mv, Tensor.mv), _mv),
-    **dict.fromkeys((torch.addmm, Tensor.addmm), _addmm),
+    **dict.fromkeys((torch.addmm, Tensor.addmm, torch.sparse.addmm), _addmm),
     torch.einsum: _einsum,
     torch.tensordot: _tensordot,
 }

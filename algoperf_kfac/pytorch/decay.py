@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,18 +33,29 @@ def set_weight_decay(
     values = list(decays.values())
     groups = []
     for group in optimizer.param_groups:
-        parts: dict[int | None, list[torch.Tensor]] = {}
+        parts: dict[int | None, set[int]] = {}
         for p in group["params"]:
-            parts.setdefault(sets.get(id(p)), []).append(p)
+            parts.setdefault(sets.get(id(p)), set()).add(id(p))
         for number, params in parts.items():
             # A group that stays whole stays itself: schedulers may hold it.
-            own = group if len(parts) == 1 else {**group, "params": params}
+            own = group if len(parts) == 1 else {**group, **narrowed(group, params)}
             if number is not None:
                 own["weight_decay"] = values[number]
             groups.append(own)
         if not parts:
             groups.append(group)
     optimizer.param_groups[:] = groups
+
+
+def narrowed(group: Mapping[str, Any], kept: Set[int]) -> dict[str, list[Any]]:
+    """The entries of a parameter group that go with its parameters, those of some of them.
+
+    Args:
+        group: a group of an optimizer, with or without "param_names".
+        kept: identities of parameters.
+    """
+    places = [place for place, p in enumerate(group["params"]) if id(p) in kept]
+    return {key: [group[key][place] for place in places] for key in ("params", "param_names") if key in group}
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from algoperf_kfac.layers import (
     EXCLUDED,
     RAW,
     SHARED_BIAS,
+    WITHOUT_ELEMENTS,
     FallbackSpec,
     LayerSpec,
     Layout,
@@ -158,6 +159,8 @@ def _cover_weight(site: Site, kind: str, groups: int, splits: Mapping[str, int])
     weight = site.params.get("weight")
     if weight is None:
         return Found([], f"its {type(site.module).__name__} has a frozen or parametrised weight")
+    if not weight.numel():
+        return Found([], WITHOUT_ELEMENTS)
     if site.is_shared(weight):
         return Found([], BIAS_OF_SHARED)  # the weight itself has a reason of its own
     bias = site.params.get("bias")
@@ -230,6 +233,8 @@ def spec_of_operation(
     if weight is None or (operation.kind == "linear" and len(operation.shape) != 2):
         return None
     shape = operation.shape
+    if 0 in shape:
+        return None
     bias = names.get(id(operation.bias)) if isinstance(operation.bias, nn.Parameter) else None
     if operation.bias_start is None and isinstance(operation.bias, Tensor) and operation.bias.dim() != 1:
         bias = None

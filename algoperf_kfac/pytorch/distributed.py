@@ -147,7 +147,10 @@ def all_reduce_statistics(statistics: list[Statistics], processes: Processes) ->
         return
     pieces: list[Tensor] = []
     for s in statistics:
-        counts = [torch.as_tensor(c).to((s.a or s.b)[0]) for c in (s.a_count, s.examples, s.vanished)]
+        like = (s.a or s.b)[0]
+        counts = [
+            torch.as_tensor(c, device=like.device).to(like.dtype) for c in (s.a_count, s.examples, s.vanished)
+        ]
         pieces += [*s.a, *s.b, *counts]
     for dtype in sorted({p.dtype for p in pieces}, key=str):
         group = [p for p in pieces if p.dtype == dtype]

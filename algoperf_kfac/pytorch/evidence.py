@@ -42,7 +42,7 @@ from algoperf_kfac.evidence import (
     of_averages,
     split_batch,
 )
-from algoperf_kfac.layers import LayerSpec
+from algoperf_kfac.layers import INPUTS, LayerSpec
 from algoperf_kfac.losses import LossType
 from algoperf_kfac.positions import BY_GRADIENT, PositionsLike, as_candidates
 from algoperf_kfac.pytorch import fisher
@@ -196,7 +196,7 @@ class _Fit:
 
     def _finish(self, gathered: Gathered) -> None:
         self._layers.give_up(gathered.wrong)
-        lost = {name: what for name, what in gathered.missing.items() if what != "its inputs"}
+        lost = {name: what for name, what in gathered.missing.items() if what != INPUTS}
         if lost:
             raise missing_statistics(lost, len(self._layers.covered), gathered.hint or REMEDY)
         self._layers.note_readers(gathered.readers)

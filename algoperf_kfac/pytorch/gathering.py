@@ -8,12 +8,19 @@ from collections.abc import Collection, Mapping
 from torch import Tensor
 
 from algoperf_kfac.errors import MissingStatisticsError
-from algoperf_kfac.layers import LayerSpec, also_read_by, computed_before
+from algoperf_kfac.layers import (
+    INPUTS,
+    OUTPUT_GRADIENTS,
+    TRANSFORMED_INPUTS,
+    LayerSpec,
+    also_read_by,
+    unrecorded,
+)
 from algoperf_kfac.positions import check_fits
 from algoperf_kfac.pytorch.checks import compare
 from algoperf_kfac.pytorch.compiled import Tap, Taps
 from algoperf_kfac.pytorch.kinds import AnyRecorder
-from algoperf_kfac.pytorch.observer import Observer
+from algoperf_kfac.pytorch.observer import TRANSFORMED, Observer
 from algoperf_kfac.pytorch.options import Options
 from algoperf_kfac.pytorch.recorder import Recorder
 from algoperf_kfac.pytorch.sights import Sight
@@ -23,6 +30,11 @@ from algoperf_kfac.pytorch.statistics import Scalar, Statistics
 UNSEEN = (
     "Run the forward and the backward pass inside capture(). Nothing is seen of a model that runs in another "
     "thread, as a torch.jit program, or with other tensors in place of its parameters (functional_call, a copy)"
+)
+# Calls without a part in the loss that were summed with others.
+UNUSED = (
+    'Run calls whose outputs have no part in the loss under torch.no_grad(), take approximation="reduce", which '
+    "keeps less of each call, or leave the layer out with exclude=[...]"
 )
 
 
@@ -41,7 +53,7 @@ class Gathered:
             capture.
         readers: by identity of a parameter: the operation without a rule in which it met data.
         strangers: parameters with a gradient that operations with a rule read, and the optimizer does not have.
-        hint: why no layer at all was recorded, as far as that is known, and what to do.
+        hint: why layers have no statistics, as far as that is known, and what to do.
         second: by layer whose second dimension alone is as long as what the loss function took: both sizes.
         in_parts: layers whose calls have the rows of the loss function together: how many calls, and rows.
         sights: of a capture that ran uncompiled, what compiled graphs need to know of each use of its layers.
@@ -105,7 +117,7 @@ def gather(observer: Observer, options: Options, normalizer: Scalar | None) -> G
         errors=errors,
         readers=observer.uses.missed,
         strangers=observer.strangers,
-        hint="" if observer.recorders else observer.hint or (UNSEEN if observer.seen_backward else ""),
+        hint=_hint(observer, missing),
         second=observer.scale.batch_second(counted),
         in_parts=observer.scale.in_parts(counted),
         sights=sights,
@@ -162,15 +174,27 @@ def _incomplete(observer: Observer) -> tuple[dict[str, str], dict[str, str]]:
         use = _missed_use(observer, spec)
         recorder = observer.recorders.get(spec.name)
         if recorder is None:
-            if use is None:
-                missing[spec.name] = "its inputs"
+            if use is not None:
+                wrong[spec.name] = unrecorded(use)
             else:
-                wrong[spec.name] = computed_before(use)
+                missing[spec.name] = TRANSFORMED_INPUTS if spec.name in observer.transformed else INPUTS
+        elif spec.name in observer.transformed:
+            wrong[spec.name] = also_read_by("a call inside torch.func (grad, vmap, ...)")
         elif use is not None:
             wrong[spec.name] = also_read_by(use)
-        elif not recorder.is_complete:
-            missing[spec.name] = "its output gradients"
+        elif recorder.missed:
+            missing[spec.name] = recorder.missed
     return missing, wrong
+
+
+def _hint(observer: Observer, missing: Mapping[str, str]) -> str:
+    """What is to be said of layers without statistics, where it is not what is always said."""
+    if not observer.recorders:
+        return observer.hint or (UNSEEN if observer.seen_backward else "")
+    lost = set(missing.values()) - {INPUTS}
+    if TRANSFORMED_INPUTS in lost:
+        return TRANSFORMED
+    return UNUSED if lost and OUTPUT_GRADIENTS not in lost else ""
 
 
 def _missed_use(observer: Observer, spec: LayerSpec) -> str | None:
@@ -183,7 +207,7 @@ def _missed_use(observer: Observer, spec: LayerSpec) -> str | None:
 def _check_passes(observer: Observer, kind: str, missed: Collection[str]) -> None:
     """Raises MissingStatisticsError if output gradients are missing as nobody asked for a Fisher's."""
     left_out = kind != "empirical" and observer.seen_backward and not observer.fisher_passes
-    if left_out and "its output gradients" in missed:
+    if left_out and OUTPUT_GRADIENTS in missed:
         raise MissingStatisticsError(
             f"fisher={kind!r} needs capture.backward_fisher(outputs, loss_type) between the forward pass and "
             "loss.backward()"

@@ -19,13 +19,23 @@ def output_hook(output: Tensor, hook: Callable[[Tensor | None], None]) -> tuple[
         The output to hand on in its place, and the hook's handle.
     """
     base = output._base if output._is_view() else None
-    producer = base.grad_fn if base is not None else None
-    if producer is not None and base is not None and _same_order(output, base):
+    if base is not None and base.grad_fn is not None and _same_order(output, base):
         # An in-place operation on a view rewrites its history, and a hook on it would never fire; the operation
         # that made what it is a view of stays in the graph.
-        return output, producer.register_prehook(lambda grads: hook(grads[0]))
+        return output, arrival_hook(base, hook)
     output = output.clone() if output._is_view() else output
-    return output, output.register_hook(hook)
+    return output, arrival_hook(output, hook)
+
+
+def arrival_hook(output: Tensor, hook: Callable[[Tensor | None], None]) -> RemovableHandle:
+    """Register a hook that sees the gradient with which the operation behind an output is differentiated.
+
+    A hook on the tensor would see it ahead of the model's own hooks there, which may clip or scale it.
+    """
+    producer, number = output.grad_fn, output.output_nr
+    if producer is None:
+        return output.register_hook(hook)
+    return producer.register_hook(lambda _, grads: hook(grads[number]))  # what hooks before it left of it
 
 
 def _same_order(output: Tensor, base: Tensor) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from algoperf_kfac import judging
 from algoperf_kfac.errors import listed, warn
+from algoperf_kfac.layers import inputs_of_gone
 from algoperf_kfac.positions import in_parts, other_rows
 
 TIMES_ASKED = 3
@@ -105,6 +106,19 @@ class Mistakes:
         if message is not None:
             self._named.add("directions")
             warn(message)
+
+    def gone(self, weights: Mapping[str, str]) -> dict[str, str]:
+        """Layers whose weight the model no longer has: what they missed, by name.
+
+        Args:
+            weights: by name of a layer that was not called, that of its weight.
+        """
+        there = {id(p) for p in self._model.parameters()} if weights else set()
+        return {
+            name: inputs_of_gone(weight)
+            for name, weight in weights.items()
+            if id(self._trained[weight]) not in there
+        }
 
     def strangers(self, params: Sequence[Tensor]) -> None:
         """Parameters of the model that take part, and that the optimizer does not train.

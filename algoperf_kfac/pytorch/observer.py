@@ -17,7 +17,7 @@ from algoperf_kfac.layers import LayerSpec, Layout
 from algoperf_kfac.positions import Positions, Rows, candidates_for
 from algoperf_kfac.pytorch.calls import Call
 from algoperf_kfac.pytorch.contractions import operations_of
-from algoperf_kfac.pytorch.hooks import first_hook, in_backward, output_hook
+from algoperf_kfac.pytorch.hooks import arrival_hook, first_hook, in_backward, output_hook
 from algoperf_kfac.pytorch.interception import Interceptor
 from algoperf_kfac.pytorch.kinds import AnyRecorder
 from algoperf_kfac.pytorch.loss_scale import LossScale
@@ -60,6 +60,7 @@ class Observer:
         scale: what the loss was divided by, as far as it shows.
         sights: what compiled graphs have to know.
         strangers: parameters with a gradient that operations with a rule read, and the optimizer does not have.
+        transformed: names of layers that ran inside torch.func.
         hint: why layers are not recorded, as far as that is known, and what to do.
         seen_backward: whether there was a backward pass.
         fisher_passes: backward passes for a sampled or exact Fisher so far.
@@ -73,6 +74,7 @@ class Observer:
         self.scale = LossScale()
         self.sights = Sights()
         self.hint = ""
+        self.transformed: set[str] = set()
         self.seen_backward = False
         self.fisher_passes = 0
         self._options = options
@@ -100,7 +102,7 @@ class Observer:
         if isinstance(output, NO_TENSORS):
             return output
         if called.func in RULES and torch._C._functorch.peek_interpreter_stack() is not None:
-            self.hint = TRANSFORMED
+            self._note_transformed(called)
         if called.name == "__iter__" and self.uses.views.of(called.args[0]) is not None:
             output = iter(called.replace(list(output)))
         operations = operations_of(called, self.uses.views)
@@ -117,8 +119,15 @@ class Observer:
         if torch.is_grad_enabled() and called.func in LOSSES and output.requires_grad:
             self.scale.note_loss(called)
             if is_mean(called):
-                self._handles.append(output.register_hook(self._note_loss))
+                self._handles.append(arrival_hook(output, self._note_loss))
         return output
+
+    def _note_transformed(self, called: Called) -> None:
+        """A layer, perhaps of the model, runs where it cannot be recorded."""
+        self.hint = TRANSFORMED
+        if torch.is_grad_enabled():
+            known = (spec for leaf in called.leaves() for spec in self.layers.by_weight.get(id(leaf), {}).values())
+            self.transformed |= {spec.name for spec in known}
 
     def backward(
         self, run: Callable[[], object], inputs: Iterable[object] | None, *, again: bool, adds: bool
@@ -154,7 +163,7 @@ class Observer:
         if not within:
             self.scale.gradient = None
         if not self._aside and not self.seen_backward:
-            self._options.before_backward()
+            self._options.before_backward(adds)
         elif not self._aside and not within:
             self._forget_cleared()
         try:
@@ -206,9 +215,9 @@ class Observer:
             rows = self.scale.calls[spec.name][-1]
             self.sights.note(called, operation, spec, use, rows, fused=self._seeing > 0)
 
-    def _note_loss(self, gradient: Tensor) -> None:
+    def _note_loss(self, gradient: Tensor | None) -> None:
         """The gradient that the mean of a loss function gets."""
-        if not self._aside:
+        if not self._aside and gradient is not None:
             self.scale.note_gradient(gradient)
 
     def operation(self, operation: Operation, output: Tensor) -> Tensor:
@@ -230,7 +239,9 @@ class Observer:
         if isinstance(known, Recorder) and not in_backward():
             self._next_forward(known)
         if not output.requires_grad or not output.numel() or not operation.input.numel():
-            self.hint = self.hint or (EMPTY if output.requires_grad else "")
+            self.hint = self.hint or (EMPTY if output.requires_grad and operation.weight.numel() else "")
+            return output
+        if operation.input.layout is not torch.strided and not self._densify(operation):
             return output
         self.uses.miss(operation.input, f"{operation.name} as its input")
         if output.is_complex():
@@ -241,17 +252,26 @@ class Observer:
             if operation.weight.requires_grad and not self.layers.knows(operation.weight):
                 self._strangers[id(operation.weight)] = operation.weight
             self.uses.miss(operation.weight, operation.name)
+            self.uses.miss(operation.bias, f"{operation.name} as its bias")
             return output
         return self.record(spec, operation, output, self.choose(spec, operation, output))
+
+    def _densify(self, operation: Operation) -> bool:
+        """Take the rows of a sparse input for dense ones; whether that can be done."""
+        self.sights.obstruct("sparse inputs")
+        if operation.densify():
+            return True
+        self.uses.miss(operation.weight, f"{operation.name} of a sparse input too large to be made dense")
+        return False
 
     def record(self, spec: LayerSpec, operation: Operation, output: Tensor, positions: Positions | None) -> Tensor:
         """Record a call of a covered layer; returns the output to hand on in its place."""
         own = spec.bias is not None and operation.bias is self.layers.params[spec.bias]
         if spec.bias is not None and operation.bias is None and spec.name not in self.recorders:
             spec = self.layers.without_bias(spec)
-        if spec.bias is None:
+        if not own:
             self.uses.miss(operation.bias, f"{operation.name} as its bias")
-        elif not own or operation.bias_start != spec.bias_start:
+        if spec.bias is not None and not (own and operation.bias_start == spec.bias_start):
             self.uses.miss(operation.weight, "a call without its bias")
         recorder = self.recorder(spec, operation.weight)
         if not isinstance(recorder, Recorder):  # a kind's, and not for operations of this sort

@@ -15,6 +15,9 @@ from algoperf_kfac.layers import Layout
 from algoperf_kfac.positions import BY_GRADIENT, Candidates, Positions, Rows, candidates_for, choose
 from algoperf_kfac.pytorch.geometry import ConvGeometry
 
+# Sparse inputs are made dense up to so many numbers.
+MAX_DENSE_ELEMENTS = 2**28
+
 Function = Callable[..., Any]
 Sizes = int | Sequence[int]
 
@@ -72,6 +75,7 @@ class Operation:
         shape: of the weight as the operation has it; that of the parameter if not given.
         layout, bias_start: where both lie in the parameters; see `LayerSpec`.
         arrange: brings the gradient of the output into the order of the rows, (*leading, P_out).
+        sequence_first: whether the function says that its rows are (T, N).
         segments: which example each row belongs to, where the input is a nested tensor.
         mask: (*leading) of zeros and ones: which rows are this weight's, or None.
         name: what the operation is called.
@@ -88,6 +92,7 @@ class Operation:
     bias_start: int | None = None
     arrange: Callable[[Tensor], Tensor] | None = None
     mask: Tensor | None = None
+    sequence_first: bool = False
     segments: Positions | None = None
     name: str = ""
 
@@ -150,6 +155,13 @@ class Operation:
         self.segments = Positions(segment_ids=ids, num_segments=number)
         return True
 
+    def densify(self) -> bool:
+        """Take the rows of a sparse input as dense ones; whether these are not too large."""
+        if self.input.numel() > MAX_DENSE_ELEMENTS:
+            return False
+        self.input = self.input.detach().to_dense()
+        return True
+
     def positions(
         self, name: str, output: Tensor, candidates: Candidates, *, sequence_first: bool
     ) -> Positions | None:
@@ -171,7 +183,7 @@ class Operation:
             ids, number = self.segments.segment_ids, self.segments.num_segments
             return dataclasses.replace(chosen or Positions(), segment_ids=ids, num_segments=number)
         unsaid = chosen is None or (chosen.by_gradient and chosen.segment_ids is None)
-        if unsaid and sequence_first:
+        if unsaid and (sequence_first or self.sequence_first):
             chosen = dataclasses.replace(chosen or Positions(), batch_dim=1)
         if self.mask is None or (chosen is not None and chosen.by_gradient):
             return chosen

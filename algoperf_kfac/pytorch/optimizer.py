@@ -17,13 +17,14 @@ from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.cost import cubes
 from algoperf_kfac.errors import MissingStatisticsError, missing_statistics
 from algoperf_kfac.judging import WHEN_JUDGED
-from algoperf_kfac.layers import NEVER_SEEN, Coverage
+from algoperf_kfac.layers import INPUTS, NEVER_SEEN, Coverage
 from algoperf_kfac.pace import Pacer, interval_at
 from algoperf_kfac.positions import PositionsLike, as_candidates
 from algoperf_kfac.pytorch import checkpoint, distributed, monitoring
 from algoperf_kfac.pytorch.capture import Capture
 from algoperf_kfac.pytorch.compiled import CompiledStatistics
 from algoperf_kfac.pytorch.dealing import Dealer
+from algoperf_kfac.pytorch.decay import narrowed
 from algoperf_kfac.pytorch.directions import Direction, first_order, second_order
 from algoperf_kfac.pytorch.discovery import check_model, check_parameter, unwrap
 from algoperf_kfac.pytorch.gathering import Gathered
@@ -40,6 +41,11 @@ from algoperf_kfac.pytorch.statistics import Scalar
 REMEDY = (
     "Run the forward and the backward pass inside capture(), leave unused layers out with exclude=[...], or pass "
     "allow_partial_coverage=True to move them to the fallback"
+)
+# Layers whose weight the model no longer has.
+GONE = (
+    "It was tied to another, replaced or removed after the optimizer was made: make the optimizer afterwards, or "
+    "let go of what the model no longer has by add_param_group({'params': []})"
 )
 
 
@@ -266,16 +272,22 @@ class KFAC(torch.optim.Optimizer):
         """
         self._unchecked = True
 
-    def _before_backward(self) -> None:
-        """Loops may clear gradients as late as between the forward and the backward pass."""
+    def _before_backward(self, adds: bool) -> None:
+        """Loops may clear gradients as late as between the forward and the backward pass.
+
+        Those that `torch.autograd.grad` returns take the place of the ones that are there, which are old.
+        """
         covered = self._layers.covered
         self._pending.forget_stale(covered)
-        if not self._pending.statistics:
+        if adds and not self._pending.statistics:
             self._mistakes.gradients_before(layer.weight for layer in covered.values())
 
     def _finish_capture(self, gathered: Gathered) -> None:
-        layers, pending, missing = self._layers, self._pending, gathered.missing
+        layers, pending = self._layers, self._pending
         self._mistakes.strangers(gathered.strangers)
+        uncalled = {n: layers.covered[n].spec.weight for n, what in gathered.missing.items() if what == INPUTS}
+        gone = self._mistakes.gone(uncalled)
+        missing = gathered.missing | gone
         layers.note_readers(gathered.readers)
         layers.give_up(gathered.wrong)
         for name in gathered.wrong:
@@ -285,11 +297,11 @@ class KFAC(torch.optim.Optimizer):
         if not gathered.backward:
             return  # a batch that was given up before its backward pass
         # A layer that is called and whose gradient does not come back, or that no layer's statistics stand beside.
-        lost = {name: what for name, what in missing.items() if what != "its inputs"}
+        lost = {name: what for name, what in missing.items() if what != INPUTS}
         if not gathered.statistics and not pending.statistics and self._processes.size == 1:
             lost = missing
         if lost and not self._allow_partial_coverage:
-            raise missing_statistics(lost, len(layers.covered), gathered.hint or REMEDY)
+            raise missing_statistics(lost, len(layers.covered), gathered.hint or (GONE if gone else REMEDY))
         layers.leave_out(lost)
         for name in lost:
             pending.drop(name)
@@ -321,7 +333,10 @@ class KFAC(torch.optim.Optimizer):
         )
         for name, state, s in zip(names, states, shared, strict=True):
             if layers.covered[name].spec.watches_sums:
-                vanished, examples = (torch.as_tensor(n).to(state.vanished) for n in (s.vanished, s.examples))
+                vanished, examples = (
+                    torch.as_tensor(n, device=state.vanished.device).to(state.vanished.dtype)
+                    for n in (s.vanished, s.examples)
+                )
                 state.vanished = vanished / examples.clamp(min=1)
         self._pending.forget()
         self._stop_at_unseen(layers.idle(names))
@@ -336,7 +351,7 @@ class KFAC(torch.optim.Optimizer):
         Raises:
             MissingStatisticsError: naming them, unless partial coverage is allowed.
         """
-        lost = {name: "its inputs" for name, count in unseen.items() if count >= NEVER_SEEN}
+        lost = {name: INPUTS for name, count in unseen.items() if count >= NEVER_SEEN}
         if lost and not self._allow_partial_coverage:
             raise missing_statistics(lost, len(self._layers.covered), REMEDY)
         self._layers.leave_out(lost)
@@ -522,7 +537,8 @@ class KFAC(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take further parameters of the model: their layers start as new, all others go on bit for bit.
 
-        Parameters that the model no longer has (`model.head = nn.Linear(...)`) are let go.
+        Parameters that the model no longer has (`model.head = nn.Linear(...)`) are let go. Where the optimizer has
+        names with its parameters (torch 2.6 and later), new ones come as pairs (name, parameter), too.
 
         Raises:
             ValueError: if a parameter does not belong to the model, or cannot be trained.
@@ -530,12 +546,14 @@ class KFAC(torch.optim.Optimizer):
         if not self._complete:  # called by the constructor
             super().add_param_group(param_group)
             return
-        params = param_group["params"]
-        params = [params] if isinstance(params, Tensor) else list(params)
+        given = param_group["params"]
+        if not isinstance(given, Tensor | set):  # a set has no order, and torch says so
+            given = list(given)
         names = {id(p): name for name, p in self._model.named_parameters()}
+        params = [p[1] if isinstance(p, tuple) else p for p in ([given] if isinstance(given, Tensor) else given)]
         for p in params:
             check_parameter(p, names.get(id(p)))
-        super().add_param_group({**param_group, "params": params})
+        super().add_param_group({**param_group, "params": given})
         order = list(self._layers.covered)
         self._let_go({name: p for name, p in self._params.items() if id(p) not in names})
         self._params |= {names[id(p)]: p for p in params}
@@ -555,7 +573,7 @@ class KFAC(torch.optim.Optimizer):
         self._layers.let_go(gone)
         identities = {id(p) for p in gone.values()}
         for group in self.param_groups:
-            group["params"] = [p for p in group["params"] if id(p) not in identities]
+            group |= narrowed(group, {id(p) for p in group["params"]} - identities)
         for name, p in gone.items():
             self.state.pop(p, None)
             del self._params[name]

@@ -23,7 +23,8 @@ class Options:
         positions: which positions count and to which example they belong.
         generator: of the label draws of fisher="mc".
         checks: whether to compare what was captured with the weights' gradients.
-        before_backward: called ahead of the first backward pass for parameters.
+        before_backward: called ahead of the first backward pass for parameters, with whether it adds to the
+            gradients that are there.
         pending: the statistics that the capture adds to; knows of captures that are open.
         taps: what takes the statistics of layers within compiled graphs; None to run those uncompiled.
     """
@@ -33,6 +34,6 @@ class Options:
     positions: Candidates
     generator: torch.Generator | None = None
     checks: bool = False
-    before_backward: Callable[[], None] = lambda: None
+    before_backward: Callable[[bool], None] = lambda adds: None
     pending: Pending = dataclasses.field(default_factory=Pending)
     taps: Taps | None = None

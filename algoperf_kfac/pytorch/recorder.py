@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from algoperf_kfac.layers import LayerSpec
+from algoperf_kfac.layers import OUTPUT_GRADIENTS, LayerSpec, gradients_of_calls
 from algoperf_kfac.positions import Positions, Rows
 from algoperf_kfac.pytorch import factors
 from algoperf_kfac.pytorch.calls import Call, by_examples, counts_of, sum_of
@@ -24,8 +24,11 @@ from algoperf_kfac.pytorch.statistics import LayerSums, Product, Scalar, Statist
 from algoperf_kfac.pytorch.vanishing import example_squares, without_vanishing
 from algoperf_kfac.subset import Subset
 
-# Calls of a layer whose outer products of inputs are kept apart until their gradients come.
+# Calls whose outputs nobody uses count in no factor; which these are shows in the backward pass. Until then inputs
+# are kept apart, or their outer products where these are smaller: no more than autograd keeps of a layer, unless it
+# forgets activations. So from so many calls on there is a bound, as much as they take with 4096 features.
 MAX_WAITING = 4
+WAITING_BYTES = MAX_WAITING * 4096**2 * 4
 
 
 class Recorder:
@@ -58,7 +61,6 @@ class Recorder:
         self.one_pass = one_pass
         self.checks = checks
         self.calls: list[Call] = []
-        self.backward_done = False
         self.product: Product | None = None
         self.loss_gradient: Tensor | None = None
         self.rounding = 0.0
@@ -93,12 +95,18 @@ class Recorder:
 
     @property
     def is_complete(self) -> bool:
-        kept_apart = all(self._kept_apart(call) for call in self.calls if not call.seen)
-        return bool(self.rows or any(call.seen for call in self.calls)) and kept_apart
+        return not self.missed
+
+    @property
+    def missed(self) -> str:
+        if not self.rows and not any(call.seen for call in self.calls):
+            return OUTPUT_GRADIENTS
+        lost = sum(not call.seen and not self._kept_apart(call) for call in self.calls)
+        return gradients_of_calls(lost, len(self.calls)) if lost else ""
 
     def next_forward(self) -> None:
         """A forward pass after a backward pass begins a further micro-batch in the same capture."""
-        if self.backward_done:
+        if any(call.seen for call in self.calls):
             self.end_group()
 
     def input(
@@ -134,9 +142,26 @@ class Recorder:
         x = x[call.inputs.slice]
         if layout.by_gradient:
             call.input = x
+        elif self.spec.reduces_inputs:
+            self._take(call, x)
+        else:
+            self._keep_apart(call, x)
+        return call
+
+    def _keep_apart(self, call: Call, x: Tensor) -> None:
+        """Keep what A takes of a call until its gradient comes; the oldest ones go into the sums without, where too
+        many wait."""
+        waiting = [c for c in self.calls if not c.seen and c.waits]
+        numbers = self.spec.groups * sum(size**2 for size in self.block_sizes[0])
+        if len(waiting) >= MAX_WAITING and x.nbytes < numbers * self.dtype.itemsize:
+            call.input = x.clone()  # autograd may keep a copy of its own, and the model write to this one
         else:
             self._take(call, x)
-        return call
+        if len(waiting) >= MAX_WAITING and call.bytes + sum(c.bytes for c in waiting) > WAITING_BYTES:
+            oldest = waiting[0]
+            if oldest.input is not None:
+                self._take(oldest, oldest.input)
+            self._merge(oldest)
 
     def _note_rounding(self, x: Tensor) -> None:
         if x.is_floating_point():
@@ -157,9 +182,6 @@ class Recorder:
         count = call.inputs.weight * len(x) * call.input_layout.positions
         mask = call.input_layout.mask
         call.count = count if mask is None else call.inputs.weight * mask.sum()
-        waiting = [c for c in self.calls if c.products is not None and not c.seen]
-        if len(waiting) > MAX_WAITING:
-            self._merge(waiting[0])
 
     def _merge(self, call: Call) -> None:
         """Add a call's outer products of inputs to those of the group."""
@@ -228,12 +250,10 @@ class Recorder:
             # The sums above need no mask: what it leaves out is zero.
             nonzero = factors.nonzero_positions(rows)
             call.nonzero = nonzero if call.nonzero is None else call.nonzero | nonzero
-            if self.one_pass and call.input is not None:
-                self._take(call, call.input)
+        if call.input is not None and (self.one_pass or not call.layout.by_gradient):
+            self._take(call, call.input)
         if call.input is None:
             self._merge(call)
-        if all(c.seen for c in self.calls):
-            self.backward_done = True
 
     def _product(self, call: Call, x: Tensor, grad: Tensor, eps: float) -> Product:
         """G^T A of one call from its input and its output gradient, batch first."""
@@ -261,7 +281,6 @@ class Recorder:
         for call in aside:
             call.apart = True
         self.calls = [call for call in self.calls if not call.apart]
-        self.backward_done = bool(self.calls) and all(call.seen for call in self.calls)
 
     def _take_back(self, call: Call) -> None:
         """A gradient for parameters comes to a call that had been left out: one forward pass for both.
@@ -298,7 +317,7 @@ class Recorder:
                 f"layer {self.spec.name}: gradients were cleared inside capture(), between the backward passes of "
                 "one forward pass: open a capture for each pass"
             )
-        self.calls, self.sums, self.product, self.backward_done = waiting, LayerSums(), None, False
+        self.calls, self.sums, self.product = waiting, LayerSums(), None
         self._a, self._b, self._a_count, self._squares, self._reduced = None, None, 0.0, None, []
 
     def end_pass(self) -> None:
@@ -314,7 +333,7 @@ class Recorder:
                 for call in calls:
                     call.grad_sums = call.grad_squares = None
                 of_sum = calls[0].layout.readout == "sum"
-                if of_sum and any(call.input is not None for call in self.calls):
+                if of_sum and any(call.input is not None or not call.seen for call in self.calls):
                     self._reduced.append((number, grads, squares))
                 else:
                     self._reduce_outputs(number, grads, squares)
@@ -336,9 +355,11 @@ class Recorder:
     def end_group(self) -> None:
         """Close the calls of one forward pass and its backward passes."""
         self.end_pass()
-        # A forward pass whose outputs were detached (pseudo-labels) has no part in the loss.
+        # A forward pass whose outputs were detached (pseudo-labels) has no part in the loss, as far as can be seen.
+        waiting = [call for call in self.calls if not call.seen]
         self.calls = [call for call in self.calls if call.seen]
         if not self.calls:
+            self.calls = waiting
             return
         for call in self.calls:
             if call.input is not None:
@@ -350,8 +371,7 @@ class Recorder:
         for calls in by_examples(self.calls).values():
             seen = seen + self._end_calls(calls)
         self._close(seen, sum(by_examples(self.calls)))
-        self.calls, self._reduced = [], []
-        self.backward_done = False
+        self.calls, self._reduced = waiting, []
 
     def _end_calls(self, calls: list[Call]) -> Scalar:
         """Close calls on the same examples; the number of these that count."""
@@ -359,8 +379,8 @@ class Recorder:
         examples: Scalar = float(layout.num_examples)
         if not self.spec.reduces_inputs:
             if layout.ragged:
-                like = self._a[0] if self._a else torch.empty(0, dtype=self.dtype)
-                examples = (counts_of(calls, like) > 0).sum().to(self.dtype)
+                assert self._a is not None
+                examples = (counts_of(calls, self._a[0]) > 0).sum().to(self.dtype)
             return examples
         sums = sum_of(call.input_sums for call in calls)
         chosen: Scalar = examples

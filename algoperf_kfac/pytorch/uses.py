@@ -65,7 +65,10 @@ class Uses:
         """Take note of an operation without a rule."""
         first = called.args[0] if called.args else None
         if self.views.move(called, output):
-            self._derived.update({t: self.sources(first) for t in tensors(output) if t.requires_grad})
+            for result in tensors(output):
+                view = self.views.of(result)
+                if view is not None and result.requires_grad:
+                    self._derived[result] = frozenset((id(view.param),))
             return
         if not torch.is_grad_enabled():
             return

@@ -6,7 +6,9 @@ takes one as its weight, the sizes and strides of that view say how the weight's
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -27,6 +29,8 @@ MOVES = frozenset(
 )
 # Operations whose result has the elements of their first argument in the same order.
 COPIES = frozenset("contiguous clone to float double half bfloat16 type type_as".split())  # noqa: SIM905
+# Operations that put tensors together, one behind the other where it is along the first dimension.
+JOINS = frozenset({"cat", "concat", "concatenate", "stack"})
 # Operations that flatten data for products that take matrices only.
 FLATTENS = frozenset({"view", "reshape", "flatten"})
 
@@ -102,6 +106,7 @@ class Views:
 
     def __init__(self) -> None:
         self._views: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._joined: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of what was put together: its pieces
         self._leading: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def of(self, value: object) -> View | None:
@@ -127,10 +132,13 @@ class Views:
     def move(self, called: Called, output: object) -> bool:
         """Follow a parameter through an operation that only moves its elements; whether it is one."""
         source = self.of(called.args[0]) if called.args else None
-        if source is None:
-            return False
         results = list(tensors(output))
-        if called.name in COPIES:
+        if source is None:
+            seen = self._cut(called, output)
+            if not seen:
+                self._join(called, output)
+                return False
+        elif called.name in COPIES:
             seen = [source] * len(results)
         elif called.name in MOVES:
             seen = list(_moved(called, source))
@@ -144,10 +152,45 @@ class Views:
             self._views[result] = view
         return True
 
+    def _join(self, called: Called, output: object) -> None:
+        """Remember parameters that are put together, one behind the other."""
+        if called.name not in JOINS or not called.args or not isinstance(output, Tensor):
+            return
+        dims = [*called.args[1:2], *(called.kwargs[key] for key in ("dim", "axis") if key in called.kwargs)]
+        first = not dims or dims[0] == 0 or (dims[0] == -1 and output.dim() == 1)
+        pieces = [self.of(item) for item in called.args[0]] if isinstance(called.args[0], list | tuple) else []
+        whole = [piece for piece in pieces if piece and piece.strides == contiguous_strides(piece.sizes)]
+        if first and pieces and len(whole) == len(pieces):
+            self._joined[output] = whole
+
+    def _cut(self, called: Called, output: object) -> list[View]:
+        """Take what was put together apart again: the views, none where a result is not of a single piece."""
+        first = called.args[0] if called.args and self._joined.data else None
+        if not isinstance(first, Tensor) or first not in self._joined:
+            return []
+        pieces: list[View] = self._joined[first]
+        if output is first:  # changed in place
+            del self._joined[first]
+        if output is first or called.name not in MOVES:
+            return []
+        starts = [0, *itertools.accumulate(math.prod(piece.sizes) for piece in pieces)]
+        found = []
+        for view in _moved(called, View.whole(first)):
+            stop = view.offset + _span(view.sizes, view.strides)
+            number = bisect.bisect_right(starts, view.offset) - 1
+            if number == len(pieces) or stop > starts[number + 1]:
+                return []
+            piece = pieces[number]
+            offset = view.offset - starts[number] + piece.offset
+            found.append(View(piece.param, view.sizes, view.strides, offset))
+        return found
+
     def forget(self, param: Tensor) -> None:
         """A view or a copy of a parameter was changed in place: none is what it was."""
         for tensor in [t for t, view in self._views.items() if view.param is param]:
             del self._views[tensor]
+        for tensor in [t for t, pieces in self._joined.items() if any(piece.param is param for piece in pieces)]:
+            del self._joined[tensor]
 
 
 def _moved(called: Called, source: View) -> Iterator[View]:

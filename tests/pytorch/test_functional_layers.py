@@ -18,6 +18,7 @@ from tests.pytorch.toys import (
     assert_same_parameters,
     capture_once,
     covered,
+    factors_of,
     images,
     reasons,
     train,
@@ -202,3 +203,50 @@ def test_two_raw_weights_in_one_module_get_names_of_their_own() -> None:
     optimizer = capture_once(model, lambda m: m(torch.randn(6, 4)).square().mean())
     assert len(covered(optimizer)) == 2
     assert optimizer.coverage().fraction == 1
+
+
+class Joined(nn.Module):
+    """Parameters that are put together, and taken apart again before their use."""
+
+    def __init__(self, how: Callable[[list[Tensor]], list[Tensor]]) -> None:
+        super().__init__()
+        self.layers, self.how = nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.how([layer.weight for layer in self.layers])
+        biases = self.how([layer.bias for layer in self.layers])
+        for weight, bias in zip(weights, biases, strict=True):
+            x = torch.tanh(F.linear(x, weight, bias))
+        return x
+
+
+JOINED: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
+    "cat": lambda parts: list(torch.cat(parts).chunk(3)),
+    "split": lambda parts: list(torch.concat(parts, dim=0).split(4)),
+    "slices": lambda parts: [torch.cat(parts)[i : i + 4] for i in (0, 4, 8)],
+    "stack": lambda parts: list(torch.stack(parts).unbind()),
+}
+
+
+@pytest.mark.parametrize("how", JOINED)
+def test_parameters_put_together_and_taken_apart_are_themselves(how: str) -> None:
+    model, x = Joined(JOINED[how]), torch.randn(8, 4)
+    got = factors_of(model, lambda m: m(x).square().mean())
+    model.how = lambda parts: parts
+    assert_same_factors(got, factors_of(model, lambda m: m(x).square().mean()))
+    assert set(got) == {"layers.0", "layers.1", "layers.2"}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda parts: [torch.cat(parts)[i : i + 4] for i in (0, 2, 8)],
+        lambda parts: list(torch.cat(parts).mul_(0.5).chunk(3)),
+        lambda parts: list(torch.cat([parts[0], 2 * parts[1], parts[2]]).chunk(3)),
+    ],
+    ids=["across", "in place", "scaled"],
+)
+def test_parameters_that_are_more_than_put_together_are_not(how: Callable[[list[Tensor]], list[Tensor]]) -> None:
+    with pytest.warns(UserWarning, match="layers.0, .* take the fallback from now on"):
+        optimizer = capture_once(Joined(how), lambda m: m(torch.randn(8, 4)).square().mean())
+    assert not covered(optimizer)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from algoperf_kfac.pytorch import KFAC, NadamW
+from algoperf_kfac.pytorch.decay import set_weight_decay
 from tests.pytorch.toys import assert_same_parameters, mlp, train, vectors
 
 
@@ -125,6 +126,53 @@ def test_a_head_in_the_place_of_another_starts_as_new() -> None:
     for net, own in ((model, optimizer), (other, resumed)):
         train(net, own, batches[8:])
     assert_same_parameters(model, other, rtol=0, atol=0)
+
+
+NAMED = pytest.mark.skipif(torch.__version__ < "2.6", reason="torch takes names with parameters from 2.6 on")
+
+
+@NAMED
+def test_parameters_that_join_with_their_names() -> None:
+    """Names go with their parameters: into new groups, out of old ones, and through a checkpoint."""
+    model = mlp(5, 4, 4, 3)
+    optimizer = KFAC(model, [p for p in model.named_parameters() if not p[0].startswith("4")], learning_rate=1e-2)
+    train(model, optimizer, [vectors()])
+    model[2] = nn.Linear(4, 4, bias=False)
+    optimizer.add_param_group({"params": model[4].named_parameters(prefix="4"), "lr": 1e-3})
+    optimizer.add_param_group({"params": list(model[2].named_parameters(prefix="2"))})
+    optimizer.add_param_group({"params": [], "param_names": []})
+    groups = [["0.weight", "0.bias"], ["4.weight", "4.bias"], ["2.weight"], []]
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert [group["param_names"] for group in optimizer.param_groups] == groups
+    assert [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups] == groups
+    assert {layer.name for layer in optimizer.coverage().layers} == {"0", "2", "4"}
+    train(model, optimizer, [vectors()])
+    other = copy.deepcopy(model)
+    given = dict(other.named_parameters())
+    resumed = KFAC(other, [{"params": [(name, given[name]) for name in group]} for group in groups[:3]])
+    resumed.add_param_group({"params": [], "param_names": []})
+    resumed.load_state_dict(optimizer.state_dict())
+    assert [group["param_names"] for group in resumed.param_groups] == groups
+    with pytest.raises(ValueError, match="without names"):
+        optimizer.add_param_group({"params": []})
+
+
+@NAMED
+def test_names_go_with_their_parameters_into_groups_of_a_decay() -> None:
+    model = mlp(5, 4, 3)
+    optimizer = KFAC(model, model.named_parameters())
+    set_weight_decay(optimizer, model, {("0.weight", "2.bias"): 0.1})
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert len(optimizer.param_groups) == 2
+    for group in optimizer.param_groups:
+        assert group["param_names"] == [names[id(p)] for p in group["params"]]
+
+
+def test_a_set_of_parameters_has_no_order() -> None:
+    model = mlp(5, 4, 3)
+    optimizer = KFAC(model, model[0].parameters())
+    with pytest.raises(TypeError, match="ordered collections"):
+        optimizer.add_param_group({"params": set(model[2].parameters())})
 
 
 def test_a_bias_is_new_with_its_weight() -> None:

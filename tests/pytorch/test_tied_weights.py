@@ -218,3 +218,25 @@ def test_a_weight_that_is_the_input_of_another_layer() -> None:
     with pytest.warns(UserWarning, match="layer inner takes the fallback.*: also read by linear as its input"):
         optimizer = capture_once(Composed(), lambda m: m(torch.randn(3, 5)).square().mean())
     assert covered(optimizer) == {"outer"}
+
+
+def test_a_tied_table_keeps_its_place_when_parameters_join() -> None:
+    model, tokens = LanguageModel(tie=True), torch.randint(7, (4, 5))
+    model.mix.requires_grad_(False)
+    optimizer = KFAC(model, factor_interval=1)
+    for thaw in (False, True):
+        if thaw:
+            model.mix.requires_grad_(True)
+            optimizer.add_param_group({"params": model.mix.parameters()})
+        optimizer.zero_grad()
+        with optimizer.capture(loss_normalizer=20):
+            F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+        optimizer.step()
+    assert covered(optimizer) == {"table", "mix"}
+    model.table, model.out = nn.Linear(4, 7), nn.Identity()  # in its place, under its name
+    optimizer.add_param_group({"params": model.table.parameters()})
+    with optimizer.capture(loss_normalizer=20):
+        model.table(model.mix(torch.randn(4, 5, 4))).square().mean().backward()
+    optimizer.step()
+    assert covered(optimizer) == {"table", "mix"}
+    assert {layer.kind for layer in optimizer.coverage().layers} == {"linear"}

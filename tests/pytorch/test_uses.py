@@ -169,6 +169,56 @@ def test_weights_computed_from_the_parameter_are_named_in_one_line(name: str) ->
     assert reasons(optimizer)["0.weight"] == "linear reads a function of it, not the parameter itself"
 
 
+class Borrowed(nn.Module):
+    """A bias that belongs to another layer."""
+
+    def __init__(self, *, frozen: bool, bias: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(D, D), nn.Linear(D, D, bias), nn.Linear(D, D)
+        self.second.requires_grad_(not frozen)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.second(torch.tanh(self.first(x))))
+        return self.last(torch.tanh(F.linear(h, self.second.weight, self.first.bias)))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_bias_that_another_layer_reads_is_a_use_of_its_own(frozen: bool, bias: bool) -> None:
+    model = Borrowed(frozen=frozen, bias=bias)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        optimizer = capture_once(model, lambda m: m(torch.randn(8, D)).square().mean())
+    why = "also read by linear as its bias: K-FAC would miss that use"
+    assert {name: reason for name, reason in reasons(optimizer).items() if "first" in name} == {
+        "first.weight": why,
+        "first.bias": why,
+    }
+    assert f"K-FAC: layer first takes the fallback from now on: {why}" in [str(w.message) for w in said]
+    # Its own bias is not there in one of its calls.
+    assert covered(optimizer) == {"last"} | (set() if frozen or bias else {"second"})
+
+
+def test_layers_of_width_zero_are_left_by_name() -> None:
+    """Pruned to nothing: they have no factors, and the batch has examples all the same."""
+
+    class Pruned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down, self.up, self.last = nn.Linear(D, 0), nn.Linear(0, D), nn.Linear(D, D)
+            self.raw = nn.Parameter(torch.zeros(D, 0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(x + self.up(self.down(x)) + x @ self.raw @ self.raw.t())
+
+    optimizer = capture_once(Pruned(), lambda m: m(torch.randn(8, D)).square().mean())
+    assert covered(optimizer) == {"last"}
+    why = {name: reason for name, reason in reasons(optimizer).items() if name != "raw"}
+    assert why == dict.fromkeys(("down.weight", "down.bias", "up.weight", "up.bias"), "its weight has no elements")
+    alone = nn.Sequential(nn.Linear(D, 0), nn.Linear(0, D))
+    assert not covered(capture_once(alone, lambda m: m(torch.randn(8, D)).square().mean()))
+
+
 def test_raw_parameters_say_what_read_them_or_that_nothing_did() -> None:
     class Raw(nn.Module):
         def __init__(self) -> None:

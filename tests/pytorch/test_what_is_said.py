@@ -128,6 +128,92 @@ def test_passes_that_show_no_layer_are_named(run: Callable[[nn.Module, Tensor], 
     assert "exclude=[...]" not in str(said.value)
 
 
+class Mapped(nn.Module):
+    """A layer inside torch.vmap, one outside, and perhaps one on both sides."""
+
+    def __init__(self, *, twice: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.twice = twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.vmap(lambda row: torch.tanh(self.first(row)))(x)
+        return self.last(self.first(h) if self.twice else h)
+
+
+def test_a_part_of_a_model_inside_vmap_is_named_at_once() -> None:
+    with pytest.raises(
+        MissingStatisticsError,
+        match=r"1 of 2 layers.*: first \(missed its inputs, inside torch\.func\).*run it as it is",
+    ):
+        factors_of(Mapped(twice=False), lambda m: m(torch.randn(4, 6)).square().mean())
+    with pytest.warns(UserWarning, match=r"first takes the fallback.*also read by a call inside torch\.func"):
+        factors_of(Mapped(twice=True), lambda m: m(torch.randn(4, 6)).square().mean())
+    with pytest.warns(UserWarning, match=r"first takes the fallback.*missed its inputs, inside torch\.func"):
+        found = factors_of(
+            Mapped(twice=False), lambda m: m(torch.randn(4, 6)).square().mean(), allow_partial_coverage=True
+        )
+    assert set(found) == {"last"}
+
+
+class Separate(nn.Module):
+    """A table and an output layer of its size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.mix, self.out = nn.Embedding(7, 8), nn.Linear(8, 8), nn.Linear(8, 7, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.mix(self.table(tokens))))
+
+
+def tie(model: nn.Module) -> None:
+    model.out.weight = model.table.weight
+
+
+def remove(model: nn.Module) -> None:
+    model.out = nn.Identity()
+
+
+@pytest.mark.parametrize("change", [tie, remove])
+def test_a_weight_that_the_model_no_longer_has_is_named_at_once(change: Callable[[nn.Module], None]) -> None:
+    model, tokens = Separate(), torch.randint(7, (4, 5))
+    optimizer = KFAC(model, lr=1e-2)
+    change(model)
+
+    def capture() -> None:
+        with optimizer.capture(loss_normalizer=20):
+            F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+
+    with pytest.raises(
+        MissingStatisticsError,
+        match=r"1 of \d layers.*: out \(missed its inputs, as the model has no out\.weight any more\)\. It was "
+        r"tied to another, replaced or removed.*add_param_group",
+    ):
+        capture()
+    optimizer.zero_grad()
+    optimizer.add_param_group({"params": []})  # as it says
+    capture()
+    optimizer.step()
+    assert covered(optimizer) == ({"mix", "table"} if change is tie else {"mix"})
+
+
+def test_gradients_that_are_returned_replace_old_ones(recwarn: pytest.WarningsRecorder) -> None:
+    """torch.autograd.grad adds to nothing: what is there are those of the last step."""
+    model, x, y = mlp(6, 8, 3), torch.randn(4, 6), torch.randint(3, (4,))
+    optimizer = KFAC(model)
+    params = list(model.parameters())
+    for _ in range(3):
+        with optimizer.capture():
+            found = torch.autograd.grad(F.cross_entropy(model(x), y), params)
+        for p, grad in zip(params, found, strict=True):
+            p.grad = grad
+        optimizer.step()
+    assert not [w for w in recwarn if "K-FAC" in str(w.message)]
+    with pytest.warns(UserWarning, match="gradients already that no capture"), optimizer.capture():
+        F.cross_entropy(model(x), y).backward()
+
+
 @pytest.mark.parametrize("fisher", ["mc", "exact"])
 def test_classes_that_are_not_the_last_dimension(fisher: str) -> None:
     """Logits (N, C, H, W), as of a segmentation."""

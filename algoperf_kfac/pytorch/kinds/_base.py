@@ -80,7 +80,11 @@ class AnyRecorder(Protocol):
 
     @property
     def is_complete(self) -> bool:
-        """Whether output gradients have come back, for every call that is still part of the sums."""
+        """Whether nothing was missed."""
+
+    @property
+    def missed(self) -> str:
+        """What did not come back, of the calls that are part of the sums; empty if all did."""
 
     @property
     def examples(self) -> Scalar:

@@ -87,7 +87,7 @@ class _AttentionWatch(Watch):
 
     def __init__(self, observer: Observer, batch_first: set[int]) -> None:
         self._observer, self._batch_first = observer, batch_first
-        self._inside: tuple[int, int, bool] | None = None
+        self._inside: tuple[int, int, bool, bool] | None = None
 
     def called(self, called: Called) -> Any:
         if called.func is FUSED and torch.is_grad_enabled():
@@ -95,7 +95,7 @@ class _AttentionWatch(Watch):
             query, batched = call["query"], call["query"].dim() == 3
             before = self._inside
             first = batched and id(call["out_proj_weight"]) in self._batch_first
-            self._inside = (len(query), query.shape[1] if batched else 1, first)
+            self._inside = (len(query), query.shape[1] if batched else 1, first, batched and not first)
             try:
                 return self._observer.see(unfused(), *called.args, **called.kwargs)
             finally:
@@ -108,11 +108,17 @@ class _AttentionWatch(Watch):
         return NotImplemented
 
     @staticmethod
-    def _give_rows(operation: Operation, steps: int, examples: int, batch_first: bool) -> None:
-        """From (T, N, ...) or (T N, ...) to rows as the module has them, (N, T) where the batch is first."""
+    def _give_rows(
+        operation: Operation, steps: int, examples: int, batch_first: bool, sequence_first: bool
+    ) -> None:
+        """From (T, N, ...) or (T N, ...) to rows as the module has them, (N, T) where the batch is first.
+
+        Without a module they are as the function takes them.
+        """
 
         def arrange(t: Tensor) -> Tensor:
             t = t if t.dim() == 3 else t.unflatten(0, (steps, examples))
             return t.transpose(0, 1) if batch_first else t
 
         operation.input, operation.arrange = arrange(operation.input), arrange
+        operation.sequence_first = sequence_first

@@ -73,7 +73,7 @@ class Recurrent(Kind):
             )
             if spec.has_factors:
                 layers.append(CoveredLayer(spec, weight, bias))
-        return Found(layers, f"recurrent ({name}): its weight is frozen, or above max_factor_dim")
+        return Found(layers, f"recurrent ({name}): its weight is frozen, parametrised or above max_factor_dim")
 
     def watch(self, observer: Observer) -> Watch:
         return _RecurrentWatch(observer)
@@ -93,7 +93,21 @@ class _RecurrentWatch(Watch):
         call = parse(called) if called.name in FUSED else None
         if call is None or not any(self._observer.spec_of(weight) for weight in call.weights):
             return NotImplemented
+        self._note_uses(call)
         return run(call, self._record)
+
+    def _note_uses(self, call: FusedCall) -> None:
+        """Parameters that a call reads and no layer of it has: learned states, weights computed before."""
+        uses, name = self._observer.uses, call.name
+        uses.miss(call.input, f"{name} as its input")
+        for state in call.states:
+            uses.miss(state, f"{name} as its initial state")
+        for d in (d for directions in call.layers for d in directions):
+            for weight, bias in ((d.weight_ih, d.bias_ih), (d.weight_hh, d.bias_hh)):
+                if self._observer.spec_of(weight) is None:
+                    computed = "" if isinstance(weight, nn.Parameter) else " as a weight computed before its use"
+                    uses.miss(weight, f"{name}{computed}")
+                    uses.miss(bias, f"{name} as its bias")
 
     def _record(self, operation: Operation, output: Tensor, rows: Steps) -> Tensor:
         observer = self._observer
@@ -207,10 +221,10 @@ class FusedCall:
 
 def _packed_rows(batch_sizes: Tensor, device: torch.device) -> Steps:
     """Step t of a packed sequence holds the examples 0 to batch_sizes[t] - 1; all on the host, where they are."""
-    steps, total = len(batch_sizes), int(batch_sizes.sum())
+    steps, total, host = len(batch_sizes), int(batch_sizes.sum()), batch_sizes.device
     starts = batch_sizes.cumsum(0) - batch_sizes
-    t = torch.arange(steps).repeat_interleave(batch_sizes, output_size=total)
-    example = torch.arange(total) - starts[t]
+    t = torch.arange(steps, device=host).repeat_interleave(batch_sizes, output_size=total)
+    example = torch.arange(total, device=host) - starts[t]
     initial = total + example
     before = torch.where(t > 0, starts[(t - 1).clamp(min=0)] + example, initial)
     nxt = (t + 1).clamp(max=steps - 1)

@@ -61,17 +61,18 @@ class TiedTable(Kind):
         self, model: nn.Module, config: KFACConfig, fallbacks: Iterable[FallbackSpec], exclude: Iterable[str]
     ) -> None:
         reasons = {f.name: f.reason for f in fallbacks}
-        self.tables = {
-            name: (spec, reasons[name]) for name, spec in find_tables(model, config, reasons, exclude).items()
-        }
+        found = find_tables(model, config, reasons, exclude)
+        # Those that are covered already are among no fallbacks.
+        self.tables |= {name: (spec, reasons[name]) for name, spec in found.items()}
 
     def watch(self, observer: Observer) -> Watch | None:
         book = observer.layers
         reasons = {f.name: f.reason for f in book.fallbacks}
+        covered = [layer.spec for layer in book.covered.values()]
         open_tables = {
             id(book.params[name]): spec
             for name, (spec, reason) in self.tables.items()
-            if reasons.get(name) == reason or spec.name in book.covered
+            if name in book.params and (reasons.get(name) == reason or spec in covered)
         }
         return _TableWatch(observer, open_tables, self.untied) if open_tables else None
 
@@ -324,7 +325,11 @@ class TiedRecorder:
 
     @property
     def is_complete(self) -> bool:
-        return self.output.is_complete and (self.lookups.is_complete or not self.lookups.calls)
+        return not self.missed
+
+    @property
+    def missed(self) -> str:
+        return self.output.missed or (self.lookups.missed if self.lookups.calls else "")
 
     @property
     def examples(self) -> Scalar:
@@ -372,7 +377,7 @@ class TiedRecorder:
         else:
             emb = self.lookups.statistics(factor, by_loss=by_loss)
             # A count of zero comes with a sum of zero.
-            share, blocks = emb.a[0] / torch.as_tensor(emb.a_count).clamp(min=1), emb.b
+            share, blocks = emb.a[0] / torch.as_tensor(emb.a_count, device=trace.device).clamp(min=1), emb.b
         sums = [trace, share * out.examples, *blocks]
         rounding = max(self.output.rounding, self.lookups.rounding)
         return TableStatistics(out.a, sums, out.a_count, out.examples, rounding, vocabulary=self.spec.out_dim)

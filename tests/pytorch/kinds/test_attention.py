@@ -140,3 +140,58 @@ def test_the_same_numbers_are_drawn(dropout: float) -> None:
         got = model(x)
         got.sum().backward()
     assert torch.equal(got, want)
+
+
+class Pool(nn.Module):
+    """CLIP's pooling: the mean attends to all positions, by torch's function with weights of linear layers."""
+
+    def __init__(self, written: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.written = written
+
+    def forward(self, x: Tensor) -> Tensor:  # (T, N, WIDTH)
+        x = torch.cat([x.mean(0, keepdim=True), x])
+        if self.written:
+            data = x.transpose(0, 1)
+            q, k, v = (
+                t.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+                for t in (self.q(data[:, :1]), self.k(data), self.v(data))
+            )
+            scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+            return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))[:, 0]
+        output, _ = nn.functional.multi_head_attention_forward(
+            query=x[:1],
+            key=x,
+            value=x,
+            embed_dim_to_check=WIDTH,
+            num_heads=HEADS,
+            q_proj_weight=self.q.weight,
+            k_proj_weight=self.k.weight,
+            v_proj_weight=self.v.weight,
+            in_proj_weight=None,
+            in_proj_bias=torch.cat([self.q.bias, self.k.bias, self.v.bias]),
+            bias_k=None,
+            bias_v=None,
+            add_zero_attn=False,
+            dropout_p=0.0,
+            out_proj_weight=self.out.weight,
+            out_proj_bias=self.out.bias,
+            use_separate_proj_weight=True,
+            training=self.training,
+            need_weights=False,
+        )
+        return output.squeeze(0)
+
+
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+def test_the_function_with_weights_of_linear_layers(approximation: str) -> None:
+    """It takes (T, N, WIDTH), whatever modules say, and its biases as one tensor that it takes apart again."""
+    pool, x = Pool(written=False).double(), torch.randn(5, 4, WIDTH).double()
+    twin = copy.deepcopy(pool)
+    twin.written = True
+    got, want = (
+        capture_once(m, lambda m: m(x).square().sum(-1).mean(), approximation=approximation) for m in (pool, twin)
+    )
+    assert not reasons(got)
+    assert_same_factors(got.factors(), want.factors())

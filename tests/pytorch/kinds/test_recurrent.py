@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from algoperf_kfac.pytorch import KFAC
-from tests.pytorch.toys import assert_same_factors, capture_once, covered
+from tests.pytorch.toys import assert_same_factors, capture_once, covered, reasons
 
 FEATURES, HIDDEN, STEPS = 4, 3, 5
 GATES = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1, nn.LSTMCell: 4, nn.GRUCell: 3, nn.RNNCell: 1}
@@ -177,3 +177,36 @@ def test_dropout_between_layers_has_the_right_share() -> None:
         got = module(x)[0]
         loss(got).backward()
     torch.testing.assert_close(got, want)
+
+
+class Learned(nn.Module):
+    """Initial states are learned, and what acts on the previous state loses some of its weights (AWD-LSTM)."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.recurrent, self.head = kind(FEATURES, HIDDEN, batch_first=True), nn.Linear(HIDDEN, 2)
+        self.h, self.c = nn.Parameter(torch.randn(1, 1, HIDDEN)), nn.Parameter(torch.randn(1, 1, HIDDEN))
+        weight = self.recurrent.weight_hh_l0
+        del self.recurrent._parameters["weight_hh_l0"]
+        self.raw = nn.Parameter(weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        module = self.recurrent
+        module.weight_hh_l0 = nn.functional.dropout(self.raw, 0.5)
+        module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+        h, c = (state.expand(-1, len(x), -1).contiguous() for state in (self.h, self.c))
+        return self.head(module(x, (h, c) if isinstance(module, nn.LSTM) else h)[0][:, -1])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_what_is_read_beside_the_layers_is_said(kind: type[nn.RNNBase]) -> None:
+    optimizer = capture_once(Learned(kind), lambda m: m(torch.randn(8, STEPS, FEATURES)).square().mean())
+    assert covered(optimizer) == {"recurrent.weight_ih_l0", "head"}
+    name, frozen = kind.__name__.lower(), "its weight is frozen, parametrised or above max_factor_dim"
+    state = f"read by {name} as its initial state, which has no rule"
+    assert reasons(optimizer) == {
+        "h": state,
+        "c": state if kind is nn.LSTM else "no operation with a rule reads it",
+        "raw": f"read by {name} as a weight computed before its use, which has no rule",
+        "recurrent.bias_hh_l0": f"recurrent ({kind.__name__}): {frozen}",
+    }
