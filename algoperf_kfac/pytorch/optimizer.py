@@ -21,6 +21,7 @@ from algoperf_kfac.layers import NEVER_SEEN, Coverage
 from algoperf_kfac.pace import Pacer, interval_at
 from algoperf_kfac.positions import PositionsLike, as_candidates
 from algoperf_kfac.pytorch import checkpoint, distributed, monitoring
+from algoperf_kfac.pytorch.agreement import Entry, common_layers
 from algoperf_kfac.pytorch.capture import Capture
 from algoperf_kfac.pytorch.compiled import CompiledStatistics
 from algoperf_kfac.pytorch.dealing import Dealer
@@ -349,17 +350,22 @@ class KFAC(torch.optim.Optimizer):
 
         Raises:
             MissingStatisticsError: on every process, if one has layers and captured nothing.
+            RuntimeError: on every process, if they read a weight in different ways.
         """
         layers = self._layers
         pending = self._pending
         mine = {
-            name: (layers.covered[name].spec, pending.statistics[name].rounding)
-            for name in layers.covered
-            if name in pending.statistics
+            name: Entry(
+                layer.spec,
+                settled=name in pending.statistics or name in layers.seen,
+                rounding=pending.statistics[name].rounding if name in pending.statistics else None,
+            )
+            for name, layer in layers.covered.items()
         }
         gathered = self._processes.all_gather((pending.captured or not layers.covered, mine, sorted(layers.left)))
         silent = [rank for rank, (captured, _, _) in enumerate(gathered) if not captured]
-        if silent or (layers.covered and not any(seen for _, seen, _ in gathered)):
+        entries = [(name, entry) for _, book, _ in gathered for name, entry in book.items()]
+        if silent or (layers.covered and all(entry.rounding is None for _, entry in entries)):
             where = f" on process {silent[0]}" if silent and len(gathered) > 1 else ""
             missed = pending.unfinished
             lost = f" ({missing_statistics(missed, len(layers.covered), '')})" if missed else ""
@@ -371,15 +377,16 @@ class KFAC(torch.optim.Optimizer):
             )
         left = {name for _, _, names in gathered for name in names}
         layers.leave_out({name: "its statistics on another process" for name in left if name in layers.covered})
-        everywhere: dict[str, float] = {}
-        for name, (spec, rounding) in ((n, what) for _, seen, _ in gathered for n, what in seen.items()):
-            if name in left:
-                continue
-            everywhere[name] = max(everywhere.get(name, 0.0), rounding)
-            if name not in layers.covered:  # a raw parameter that only another process has used so far
-                layers.adopt(spec)
+        books = [{name: entry for name, entry in book.items() if name not in left} for _, book, _ in gathered]
+        common = common_layers(books)
+        for spec in common.values():
+            layers.take(spec)  # a raw parameter that only another process has used so far, and what all have
         # Raw parameters joined in the order of their use, which may differ; refreshes take turns in this one.
-        layers.order(everywhere)
+        layers.order(common)
+        everywhere: dict[str, float] = {}
+        for name, entry in entries:
+            if name not in left and entry.rounding is not None:
+                everywhere[name] = max(everywhere.get(name, 0.0), entry.rounding)
         for name, rounding in everywhere.items():
             layers.states[name].rounding = max(layers.states[name].rounding, rounding)
         return list(everywhere)
