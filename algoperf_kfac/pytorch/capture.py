@@ -90,6 +90,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             self.observer.release()
 
     def _collect(self) -> None:
+        self._options.meet(self.observer.parallels)
         self._finish(gather(self.observer, self._options, self.loss_normalizer))
 
     def backward_fisher(
@@ -112,11 +113,12 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         config = self._options.config
         if not self.active or config.fisher == "empirical":
             return
+        self._options.meet(self.observer.parallels)  # processes that share draw labels of their own
         outputs = fisher.classes_last(outputs, loss_type, class_dim)
         if config.fisher == "mc":
+            generator = self._options.generator()
             losses: Iterator[Tensor] = (
-                fisher.sampled_loss(outputs, loss_type, mask, self._options.generator)
-                for _ in range(config.fisher_samples)
+                fisher.sampled_loss(outputs, loss_type, mask, generator) for _ in range(config.fisher_samples)
             )
         else:
             losses = fisher.exact_losses(outputs, loss_type, mask)

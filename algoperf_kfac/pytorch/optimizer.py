@@ -74,7 +74,8 @@ class KFAC(torch.optim.Optimizer):
             of stopping.
         seed: of the label draws of fisher="mc".
         process_group: processes that train the same model on parts of a batch, and share statistics and refreshes.
-            Default: those of DistributedDataParallel around the model; without it every process is on its own.
+            Default: those of DistributedDataParallel around the model, now or at the first capture; without it
+            every process is on its own.
         share_directions: whether they share the work of making directions as well, each for some of the layers: a
             step then sends as many numbers as the covered layers have parameters. Takes gradients that are averaged
             before `step()`; where a network is slow beside the products, all may be computed in each process.
@@ -234,18 +235,15 @@ class KFAC(torch.optim.Optimizer):
         - a GradScaler: the above, divided by scaler.get_scale().
         """
         active = bool(force or self.is_statistics_step)
-        generator = None
-        if active and self.config.fisher == "mc":
-            device = self._stand_ins.device
-            generator = distributed.generator_for(
-                self._seed, self._steps, self._pending.captures, device, self._processes
-            )
-            self._pending.captures += 1
+        self._mistakes.forget_gradient()
+        step, number = self._steps, self._pending.captures
+        self._pending.captures += active and self.config.fisher == "mc"
         self._pending.forget_stale(self._layers.covered)
         checks = active and self._unchecked and self.config.fisher == "empirical"
         candidates = as_candidates(positions)
         layers, taps = self._layers, None
-        if active and not checks:
+        # What joins this process to others shows in an uncompiled step alone.
+        if active and not checks and not self._processes.may_join:
             taps = self._compiled.taps(
                 layers.covered,
                 candidates,
@@ -254,7 +252,16 @@ class KFAC(torch.optim.Optimizer):
                 functools.partial(layers.recorder, one_pass=True, checks=False),
             )
         options = Options(
-            self.config, active, candidates, generator, checks, self._before_backward, self._pending, taps
+            self.config,
+            active,
+            candidates,
+            lambda: distributed.generator_for(self._seed, step, number, self._stand_ins.device, self._processes),
+            checks,
+            self._before_backward,
+            self._after_backward,
+            self._meet,
+            self._pending,
+            taps,
         )
         return Capture(self._layers, self._finish_capture, options, loss_normalizer)
 
@@ -267,12 +274,22 @@ class KFAC(torch.optim.Optimizer):
         """
         self._unchecked = True
 
+    def _meet(self, seen: Iterable[nn.parallel.DistributedDataParallel]) -> None:
+        """DistributedDataParallel may come around the model after the optimizer was made."""
+        self._processes.meet(seen, self._params)
+        if self._processes.size > 1:
+            self._compiled.share()
+
     def _before_backward(self) -> None:
         """Loops may clear gradients as late as between the forward and the backward pass."""
         covered = self._layers.covered
         self._pending.forget_stale(covered)
         if not self._pending.statistics:
             self._mistakes.gradients_before(layer.weight for layer in covered.values())
+
+    def _after_backward(self) -> None:
+        if self._processes.strangers:
+            self._mistakes.gradient_after(layer.weight for layer in self._layers.covered.values())
 
     def _finish_capture(self, gathered: Gathered) -> None:
         layers, pending, missing = self._layers, self._pending, gathered.missing
@@ -315,6 +332,7 @@ class KFAC(torch.optim.Optimizer):
         names = self._agree_on_layers()
         mine = self._pending.statistics
         shared = [mine[n] if n in mine else layers.no_statistics(n) for n in names]
+        self._processes.close()
         distributed.all_reduce_statistics(shared, self._processes)
         states = [layers.states[name] for name in names]
         move_averages(
@@ -437,6 +455,7 @@ class KFAC(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad(), self.capture():
                 loss = closure()
+        self._mistakes.gradient_at_step(self._processes.strangers)
         for name, layer in self._layers.covered.items():
             self._layers.states[name].move(layer.factor_dtype, layer.weight.device)
         self._update_statistics()
@@ -628,6 +647,7 @@ class KFAC(torch.optim.Optimizer):
         self._seed = checkpoint.seed_of(kfac)
         self._unchecked = self._steps == 0
         self._compiled.restore(kfac.get("sights", {}))  # version 0.1.0 had none
+        self._processes.reopen()
         self._pending.forget()
         self._keep_entries()
         plain = self._without_second_moment()
