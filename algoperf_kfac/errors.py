@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
 
 OURS = ("algoperf_kfac.", "torch.", "jax.", "optax.", "flax.", "contextlib")
+
+
+_DIVISOR = "what the summed loss is divided by (examples, valid tokens)"
 
 
 class MissingStatisticsError(RuntimeError):
@@ -49,6 +54,42 @@ def check_reduction(reduction: str) -> None:
     """Raises ValueError unless `reduction` is "sum" or "mean"."""
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction={reduction!r}: allowed is 'sum' or 'mean'")
+
+
+def check_loss_normalizer(value: object) -> None:
+    """What a summed loss was divided by, of Python or numpy: it multiplies every B, squared.
+
+    Args:
+        value: to check.
+
+    Raises:
+        TypeError: if it is no number.
+        ValueError: if it is not finite, or not above 0.
+    """
+    if hasattr(value, "item") and math.prod(getattr(value, "shape", (0,))) == 1:  # an array of one number
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"loss_normalizer={value!r} is no number: give a number > 0, {_DIVISOR}")
+    if not (math.isfinite(value) and float(value) > 0):
+        raise ValueError(f"loss_normalizer={value!r}: allowed is a number > 0, {_DIVISOR}")
+
+
+def check_loss_normalizer_array(shape: tuple[int, ...], *, real: bool, dtype: object) -> None:
+    """Of an array on a device, where a look at the number would wait for it.
+
+    Args:
+        shape: of the array.
+        real: whether its dtype is one of real numbers.
+        dtype: for the text.
+
+    Raises:
+        TypeError: for another dtype.
+        ValueError: if it has more than one number.
+    """
+    if not real:
+        raise TypeError(f"loss_normalizer of dtype {dtype}: give one real number, {_DIVISOR}")
+    if math.prod(shape) != 1:
+        raise ValueError(f"loss_normalizer of shape {shape}: give one number for the whole step, {_DIVISOR}")
 
 
 def check_patterns(argument: str, patterns: Iterable[str], unmatched: Iterable[str], what: str) -> None:

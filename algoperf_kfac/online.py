@@ -37,6 +37,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from algoperf_kfac.errors import check_loss_normalizer
 from algoperf_kfac.evidence import (
     ALL,
     Evidence,
@@ -199,7 +200,10 @@ class OnlineEvidence:
 
         Raises:
             RuntimeError: before the first update.
+            TypeError, ValueError: for a `loss_normalizer` that is no number above 0.
         """
+        if loss_normalizer is not None:
+            check_loss_normalizer(loss_normalizer)
         if not self._sets:
             raise RuntimeError("no update yet: call update(fit_factors(...)) first")
         divided = self._num_examples if loss_normalizer is None else loss_normalizer

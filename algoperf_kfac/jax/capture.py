@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from algoperf_kfac.config import KFACConfig
+from algoperf_kfac.errors import check_loss_normalizer, check_loss_normalizer_array
 from algoperf_kfac.jax import fisher
 from algoperf_kfac.jax.checks import Checks, Compared, compare, in_short, is_known
 from algoperf_kfac.jax.forward_pass import ForwardPass
@@ -70,7 +72,9 @@ def value_grad_and_statistics(
     Raises:
         MissingStatisticsError: (the function) naming layers whose output does not reach the loss, or that ten
             traces did not call; or if none is called.
-        ValueError: (the function) for parameters that are not those of `layers`, or positions that do not fit.
+        TypeError: (the function) for a `loss_normalizer` that is no number.
+        ValueError: (the function) for parameters that are not those of `layers`, positions that do not fit, or a
+            `loss_normalizer` that is no single number above 0, as far as that is known without asking a device.
     """
     if config.fisher != "empirical" and loss_type is None:
         raise ValueError(f"fisher={config.fisher!r} needs loss_type, e.g. loss_type='softmax_cross_entropy'")
@@ -89,6 +93,7 @@ def value_grad_and_statistics(
     ) -> tuple[Tree, Tree, Gathered]:
         if named:
             raise TypeError(f"{next(iter(named))}=: arguments of apply_fn are given by position, after params")
+        _check_loss_normalizer(loss_normalizer)
         check_params(layers, params)
         model = trace(apply_fn, params, args, has_aux=has_aux)
         # Within a program nothing can be looked at: there `check_gradients` does it, when it is asked.
@@ -123,6 +128,14 @@ def value_grad_and_statistics(
         return ((value, forward.aux) if has_aux else value), gradient, Gathered(statistics, tapped.idle)
 
     return run
+
+
+def _check_loss_normalizer(value: Array | float | None) -> None:
+    if isinstance(value, Array):
+        real = jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
+        check_loss_normalizer_array(value.shape, real=real, dtype=value.dtype)
+    elif value is not None:
+        check_loss_normalizer(value)
 
 
 @with_promotion

@@ -12,8 +12,10 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from algoperf_kfac.errors import check_loss_normalizer, check_loss_normalizer_array
 from algoperf_kfac.pytorch import fisher
 from algoperf_kfac.pytorch.gathering import Gathered, gather
 from algoperf_kfac.pytorch.interception import Interceptor, TracedInterceptor, eagerly
@@ -59,6 +61,19 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         self._entered = False
         self._stack = contextlib.ExitStack()
 
+    @property
+    def loss_normalizer(self) -> Scalar | None:
+        return self._loss_normalizer
+
+    @loss_normalizer.setter
+    def loss_normalizer(self, value: Scalar | None) -> None:
+        if isinstance(value, Tensor):
+            real = not (value.is_complex() or value.dtype == torch.bool)
+            check_loss_normalizer_array(tuple(value.shape), real=real, dtype=value.dtype)
+        elif value is not None:
+            check_loss_normalizer(value)
+        self._loss_normalizer = value
+
     def __enter__(self) -> Capture:
         if self._entered:
             raise RuntimeError("a capture() is for one pass: call optimizer.capture() again")
@@ -90,6 +105,11 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             self.observer.release()
 
     def _collect(self) -> None:
+        self._options.meet(self.observer.parallels)
+        number = self.loss_normalizer
+        # Not earlier: a batch that has no example that counts may be given up before its backward pass.
+        if isinstance(number, Tensor) and number.device.type == "cpu" and self.observer.seen_backward:
+            check_loss_normalizer(number.item())
         self._finish(gather(self.observer, self._options, self.loss_normalizer))
 
     def backward_fisher(
@@ -112,11 +132,12 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         config = self._options.config
         if not self.active or config.fisher == "empirical":
             return
+        self._options.meet(self.observer.parallels)  # processes that share draw labels of their own
         outputs = fisher.classes_last(outputs, loss_type, class_dim)
         if config.fisher == "mc":
+            generator = self._options.generator()
             losses: Iterator[Tensor] = (
-                fisher.sampled_loss(outputs, loss_type, mask, self._options.generator)
-                for _ in range(config.fisher_samples)
+                fisher.sampled_loss(outputs, loss_type, mask, generator) for _ in range(config.fisher_samples)
             )
         else:
             losses = fisher.exact_losses(outputs, loss_type, mask)

@@ -225,6 +225,10 @@ class CompiledStatistics:
         self._model = unwrap(model)
         self.forget()
 
+    def share(self) -> None:
+        """There proved to be several processes."""
+        self._alone = False
+
     def forget(self) -> None:
         """Learn anew: layers joined or left."""
         self._sights: dict[str, tuple[Sight, ...]] = {}

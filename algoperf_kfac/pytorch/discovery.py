@@ -256,9 +256,13 @@ def spec_of_operation(
     return spec if spec.has_factors else None
 
 
-def part_name(spec: LayerSpec) -> str:
-    """The name of a layer that is a part of a weight: its number among parts of equal size in one piece."""
+def part_name(spec: LayerSpec, *, numbered: bool = True) -> str:
+    """The name of a layer that is a part of a weight: its number among parts of equal size in one piece.
+
+    Where it has none, or should have none, the name says where it begins.
+    """
     sizes, strides, (offset,) = spec.layout
     number, rest = divmod(offset, math.prod(sizes))
     extent = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
-    return f"{spec.weight}.{number}" if extent == math.prod(sizes) and not rest else f"{spec.weight}.from{offset}"
+    numbered = numbered and extent == math.prod(sizes) and not rest
+    return f"{spec.weight}.{number}" if numbered else f"{spec.weight}.from{offset}"

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from algoperf_kfac.cost import assign, cubes
+from algoperf_kfac.errors import listed
 from algoperf_kfac.layers import LayerSpec
 from algoperf_kfac.pytorch import refresh as here
 from algoperf_kfac.pytorch.preconditioner import LayerState
@@ -45,12 +46,73 @@ class Processes:
         self, group: ProcessGroup | None = None, parallel: nn.parallel.DistributedDataParallel | None = None
     ) -> None:
         self._group, self._parallel = group, parallel
+        self.reopen()
+
+    def reopen(self) -> None:
+        """Let this process join others, if it is alone: its state is a new one, or one that all of them loaded."""
+        self._open = self._group is None
+
+    def close(self) -> None:
+        """Let it join no others from now on: it has statistics of its own."""
+        self._open = False
+
+    @property
+    def strangers(self) -> int:
+        """How many processes there are that share nothing with this one, as nobody said that they do."""
+        known = self._group is not None or not (dist.is_available() and dist.is_initialized())
+        return 0 if known else dist.get_world_size() - 1
+
+    @property
+    def may_join(self) -> bool:
+        """Whether this process shares with others if DistributedDataParallel shows at work around the model."""
+        return self._open and self.strangers > 0
+
+    def meet(self, seen: Iterable[nn.parallel.DistributedDataParallel], params: Mapping[str, Tensor]) -> None:
+        """Join the processes of DistributedDataParallel that averages the gradients of all parameters.
+
+        All of its processes are here, at the same step: the forward pass that showed it is theirs, too.
+
+        Args:
+            seen: those that were at work in a capture.
+            params: the parameters to train, by name.
+
+        Raises:
+            RuntimeError: if it is around a part of them, or this process has statistics of its own.
+        """
+        if self._group is not None:
+            return
+        trained = {id(p): name for name, p in params.items() if p.requires_grad}
+        around = [p for p in seen if any(id(q) in trained for q in p.parameters())]
+        around = [p for p in around if dist.get_world_size(p.process_group) > 1]
+        if not around:
+            return
+        averaged = {id(p) for parallel in around for p in parallel.parameters()}
+        apart = [name for key, name in trained.items() if key not in averaged]
+        several = any(parallel.process_group is not around[0].process_group for parallel in around)
+        if apart or several:
+            part = (
+                "in several process groups" if several else f"around a part of the model, without {listed(apart)}"
+            )
+            raise RuntimeError(
+                f"DistributedDataParallel is at work {part}, and processes that share no statistics would make "
+                "different steps of equal gradients. Say which processes share: KFAC(model, process_group=...), "
+                "with all gradients averaged over them; or make an optimizer for each part"
+            )
+        if not self._open:
+            raise RuntimeError(
+                "DistributedDataParallel is at work around the model, and this process has taken statistics of its "
+                "own before: processes would make different steps of equal gradients. Make the optimizer of the "
+                "wrapped model, KFAC(parallel, ...), or with process_group=..., and load the state of one process "
+                "into all of them"
+            )
+        self._group, self._parallel = around[0].process_group, around[0]
 
     @classmethod
     def of(cls, model: nn.Module, group: ProcessGroup | None = None) -> Processes:
         """Those of a model: a group that is given, else that of DistributedDataParallel around it.
 
-        That other processes exist is no reason to share with them: their models may be others.
+        That other processes exist is no reason to share with them: their models may be others. Where
+        DistributedDataParallel comes around the model later, `meet` sees to it.
         """
         while group is None:
             if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -62,7 +124,10 @@ class Processes:
         return cls(group)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Processes:
-        return self
+        """The same processes; an optimizer that is alone and its copy may join others, or not, each for itself."""
+        copy = Processes(self._group, self._parallel)
+        copy._open = self._open
+        return copy
 
     def __reduce__(self) -> tuple[type[Processes], tuple[()]]:
         """A group cannot be pickled: a copy from a pickle is alone."""

@@ -178,7 +178,7 @@ class _Fit:
         """Take in a batch."""
         if positions is None and example.mask is not None:
             positions = BY_GRADIENT
-        options = Options(self._config, True, as_candidates(positions), self._generator)
+        options = Options(self._config, True, as_candidates(positions), lambda: self._generator)
         with Capture(self._layers, self._finish, options) as capture:
             outputs = model(*example.args)
             rows = fisher.classes_last(outputs, self._kind, self._class_dim)

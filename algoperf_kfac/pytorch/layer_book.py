@@ -26,7 +26,7 @@ from algoperf_kfac.layers import (
     split_blocks,
 )
 from algoperf_kfac.pytorch.covered_layer import CoveredLayer
-from algoperf_kfac.pytorch.discovery import discover, spec_of_operation
+from algoperf_kfac.pytorch.discovery import discover, part_name, spec_of_operation
 from algoperf_kfac.pytorch.kinds import KINDS, AnyRecorder, Kind, Watch
 from algoperf_kfac.pytorch.kinds.attention import sequence_first
 from algoperf_kfac.pytorch.operations import RULES, Operation
@@ -213,10 +213,33 @@ class Layers:
             overlap(spec, other) for other in self.by_weight.get(id(operation.weight), {}).values()
         ):
             return None
-        if spec.name in self.covered:  # two raw weights in one module
-            spec = dataclasses.replace(spec, name=spec.weight)
+        spec = dataclasses.replace(spec, name=self._name_of(spec))
         self.adopt(spec)
         return spec
+
+    def _name_of(self, spec: LayerSpec) -> str:
+        """The name of a layer that joins: its module's where this is the module's only matrix, else its weight's.
+
+        It depends on what the module has, not on what was used so far, which may differ between processes.
+        """
+        if spec.is_part:
+            # Parts of other sizes may have the same number.
+            return spec.name if spec.name not in self.covered else part_name(spec, numbered=False)
+        module, own = spec.weight.rpartition(".")[0], self.params[spec.weight]
+        others = (p for n, p in self.params.items() if n.rpartition(".")[0] == module and p is not own)
+        alone = not any(_is_matrix(p) or not _is_matrix(own) for p in others)
+        return spec.name if alone and spec.name not in self.covered else spec.weight
+
+    def take(self, spec: LayerSpec) -> None:
+        """Cover a layer as another process does, which was the first to use it."""
+        old = self.covered.get(spec.name)
+        if old is not None:
+            if old.spec == spec:
+                return
+            del self.by_weight[id(old.weight)][old.spec.layout]
+        self.adopt(spec)
+        if old is not None and old.spec.bias is not None and spec.bias is None:
+            self._leave_rest(old.spec.bias, BIAS_APART)
 
     def adopt(self, spec: LayerSpec) -> None:
         """Cover a layer that took the fallback."""
@@ -320,6 +343,11 @@ class Layers:
         for layer in self.covered.values():
             self.by_weight.setdefault(id(layer.weight), {})[layer.spec.layout] = layer.spec
         self._identities = {id(p) for p in self.params.values()}
+
+
+def _is_matrix(param: Tensor) -> bool:
+    """Whether a parameter is no vector: class tokens are (1, 1, features)."""
+    return sum(size > 1 for size in param.shape) > 1
 
 
 def _of_reader(reader: str | None) -> str:

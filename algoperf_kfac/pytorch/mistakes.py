@@ -13,6 +13,10 @@ from algoperf_kfac.layers import inputs_of_gone
 from algoperf_kfac.positions import in_parts, other_rows
 
 TIMES_ASKED = 3
+# How far from any multiple of itself a gradient may be at the step, relative to its length: clipping and a scaler's
+# factor are multiples, rounded once more. And how many numbers tell.
+MULTIPLE = 0.01
+ENOUGH = 64
 
 
 class Mistakes:
@@ -22,6 +26,10 @@ class Mistakes:
         model: the bare model.
         params: the parameters the optimizer trains, by name.
     """
+
+    # On the class: states that were pickled before have none.
+    _own_gradient: tuple[Tensor, Tensor] | None = None  # a weight, and what was its gradient
+    _gradients_compared = 0
 
     def __init__(self, model: nn.Module, params: Mapping[str, Tensor]) -> None:
         self._model = model
@@ -50,6 +58,46 @@ class Mistakes:
                 "there are gradients already that no capture() saw: statistics will be those of a part of the "
                 "step's batch. With gradient accumulation put each micro-batch into a capture of its own, and give "
                 "the number of examples of the whole step: capture(loss_normalizer=N)"
+            )
+
+    def gradient_after(self, weights: Iterable[Tensor]) -> None:
+        """Remember what backward passes of this process made of one of the gradients."""
+        if "processes" in self._named or self._gradients_compared >= TIMES_ASKED:
+            return
+        there = [(w, w.grad) for w in weights if w.grad is not None]
+        there = [(w, grad) for w, grad in there if not (grad.is_sparse or grad.is_meta)]
+        if there:
+            weight, grad = min(there, key=lambda pair: (pair[1].numel() < ENOUGH, abs(pair[1].numel() - ENOUGH)))
+            self._own_gradient = weight, grad.detach().clone()
+
+    def forget_gradient(self) -> None:
+        """It may be cleared before the next capture, or others may be added that none sees."""
+        self._own_gradient = None
+
+    def gradient_at_step(self, strangers: int) -> None:
+        """See whether the gradient is a multiple of what it was: the average over processes is none.
+
+        It takes no message to other processes, which may be doing something else.
+
+        Args:
+            strangers: how many processes there are that share nothing with this one.
+        """
+        if self._own_gradient is None:
+            return
+        (weight, before), self._own_gradient = self._own_gradient, None
+        if not strangers or weight.grad is None or weight.grad.shape != before.shape:
+            return
+        self._gradients_compared += 1  # comparing waits for the device
+        before, now = before.flatten().float(), weight.grad.detach().flatten().float().to(before.device)
+        rest = now - before * (before @ now / (before @ before))
+        if bool(rest.norm() > MULTIPLE * now.norm()):  # not where either is not finite
+            self._named.add("processes")
+            name = next((name for name, p in self._trained.items() if p is weight), "a weight")
+            warn(
+                f"the gradient of {name} changed between backward() and step(), by more than a factor, in one of "
+                f"{strangers + 1} processes that share no statistics. If it is averaged over processes here, their "
+                "models drift apart: say KFAC(model, process_group=torch.distributed.group.WORLD). Models trained "
+                "side by side need nothing"
             )
 
     def rows(self, rows: Mapping[str, int], *, scaled: bool) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from algoperf_kfac.layers import LayerSpec, Layout
 from algoperf_kfac.positions import Positions, Rows, candidates_for
@@ -61,6 +62,7 @@ class Observer:
         sights: what compiled graphs have to know.
         strangers: parameters with a gradient that operations with a rule read, and the optimizer does not have.
         transformed: names of layers that ran inside torch.func.
+        parallels: DistributedDataParallel modules that were at work.
         hint: why layers are not recorded, as far as that is known, and what to do.
         seen_backward: whether there was a backward pass.
         fisher_passes: backward passes for a sampled or exact Fisher so far.
@@ -79,6 +81,7 @@ class Observer:
         self.fisher_passes = 0
         self._options = options
         self._watches = layers.watches(self) if options.active else []
+        self._parallels: dict[int, DistributedDataParallel] = {}
         self._weights: dict[str, Tensor] = {}
         self._strangers: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
@@ -92,8 +95,15 @@ class Observer:
     def strangers(self) -> list[Tensor]:
         return list(self._strangers.values())
 
+    @property
+    def parallels(self) -> list[DistributedDataParallel]:
+        return list(self._parallels.values())
+
     def called(self, called: Called) -> Any:
         """Run a function of torch, recording it where it takes a parameter as weight; what to hand on for it."""
+        parallel = getattr(DistributedDataParallel, "_active_ddp_module", None)  # not of torch's public interface
+        if parallel is not None:
+            self._parallels[id(parallel)] = parallel
         for watch in self._watches:
             output = watch.called(called)
             if output is not NotImplemented:
@@ -175,6 +185,8 @@ class Observer:
             else:
                 self.seen_backward = True
                 self._given = [w for w in self._weights.values() if w.grad is not None]
+                if not within:
+                    self._options.after_backward()
             self._aside, self._returned = outer
 
     def _forget_cleared(self) -> None:
@@ -411,4 +423,5 @@ class Observer:
         self.recorders.clear()
         self._weights.clear()
         self._given.clear()
+        self._parallels.clear()
         self.gradients.clear()

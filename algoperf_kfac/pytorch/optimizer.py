@@ -21,6 +21,7 @@ from algoperf_kfac.layers import INPUTS, NEVER_SEEN, Coverage
 from algoperf_kfac.pace import Pacer, interval_at
 from algoperf_kfac.positions import PositionsLike, as_candidates
 from algoperf_kfac.pytorch import checkpoint, distributed, monitoring
+from algoperf_kfac.pytorch.agreement import Entry, common_layers
 from algoperf_kfac.pytorch.capture import Capture
 from algoperf_kfac.pytorch.compiled import CompiledStatistics
 from algoperf_kfac.pytorch.dealing import Dealer
@@ -79,7 +80,8 @@ class KFAC(torch.optim.Optimizer):
             of stopping.
         seed: of the label draws of fisher="mc".
         process_group: processes that train the same model on parts of a batch, and share statistics and refreshes.
-            Default: those of DistributedDataParallel around the model; without it every process is on its own.
+            Default: those of DistributedDataParallel around the model, now or at the first capture; without it
+            every process is on its own.
         share_directions: whether they share the work of making directions as well, each for some of the layers: a
             step then sends as many numbers as the covered layers have parameters. Takes gradients that are averaged
             before `step()`; where a network is slow beside the products, all may be computed in each process.
@@ -239,18 +241,15 @@ class KFAC(torch.optim.Optimizer):
         - a GradScaler: the above, divided by scaler.get_scale().
         """
         active = bool(force or self.is_statistics_step)
-        generator = None
-        if active and self.config.fisher == "mc":
-            device = self._stand_ins.device
-            generator = distributed.generator_for(
-                self._seed, self._steps, self._pending.captures, device, self._processes
-            )
-            self._pending.captures += 1
+        self._mistakes.forget_gradient()
+        step, number = self._steps, self._pending.captures
+        self._pending.captures += active and self.config.fisher == "mc"
         self._pending.forget_stale(self._layers.covered)
         checks = active and self._unchecked and self.config.fisher == "empirical"
         candidates = as_candidates(positions)
         layers, taps = self._layers, None
-        if active and not checks:
+        # What joins this process to others shows in an uncompiled step alone.
+        if active and not checks and not self._processes.may_join:
             taps = self._compiled.taps(
                 layers.covered,
                 candidates,
@@ -259,7 +258,16 @@ class KFAC(torch.optim.Optimizer):
                 functools.partial(layers.recorder, one_pass=True, checks=False),
             )
         options = Options(
-            self.config, active, candidates, generator, checks, self._before_backward, self._pending, taps
+            self.config,
+            active,
+            candidates,
+            lambda: distributed.generator_for(self._seed, step, number, self._stand_ins.device, self._processes),
+            checks,
+            self._before_backward,
+            self._after_backward,
+            self._meet,
+            self._pending,
+            taps,
         )
         return Capture(self._layers, self._finish_capture, options, loss_normalizer)
 
@@ -272,6 +280,12 @@ class KFAC(torch.optim.Optimizer):
         """
         self._unchecked = True
 
+    def _meet(self, seen: Iterable[nn.parallel.DistributedDataParallel]) -> None:
+        """DistributedDataParallel may come around the model after the optimizer was made."""
+        self._processes.meet(seen, self._params)
+        if self._processes.size > 1:
+            self._compiled.share()
+
     def _before_backward(self, adds: bool) -> None:
         """Loops may clear gradients as late as between the forward and the backward pass.
 
@@ -281,6 +295,10 @@ class KFAC(torch.optim.Optimizer):
         self._pending.forget_stale(covered)
         if adds and not self._pending.statistics:
             self._mistakes.gradients_before(layer.weight for layer in covered.values())
+
+    def _after_backward(self) -> None:
+        if self._processes.strangers:
+            self._mistakes.gradient_after(layer.weight for layer in self._layers.covered.values())
 
     def _finish_capture(self, gathered: Gathered) -> None:
         layers, pending = self._layers, self._pending
@@ -326,6 +344,7 @@ class KFAC(torch.optim.Optimizer):
         names = self._agree_on_layers()
         mine = self._pending.statistics
         shared = [mine[n] if n in mine else layers.no_statistics(n) for n in names]
+        self._processes.close()
         distributed.all_reduce_statistics(shared, self._processes)
         states = [layers.states[name] for name in names]
         move_averages(
@@ -364,17 +383,22 @@ class KFAC(torch.optim.Optimizer):
 
         Raises:
             MissingStatisticsError: on every process, if one has layers and captured nothing.
+            RuntimeError: on every process, if they read a weight in different ways.
         """
         layers = self._layers
         pending = self._pending
         mine = {
-            name: (layers.covered[name].spec, pending.statistics[name].rounding)
-            for name in layers.covered
-            if name in pending.statistics
+            name: Entry(
+                layer.spec,
+                settled=name in pending.statistics or name in layers.seen,
+                rounding=pending.statistics[name].rounding if name in pending.statistics else None,
+            )
+            for name, layer in layers.covered.items()
         }
         gathered = self._processes.all_gather((pending.captured or not layers.covered, mine, sorted(layers.left)))
         silent = [rank for rank, (captured, _, _) in enumerate(gathered) if not captured]
-        if silent or (layers.covered and not any(seen for _, seen, _ in gathered)):
+        entries = [(name, entry) for _, book, _ in gathered for name, entry in book.items()]
+        if silent or (layers.covered and all(entry.rounding is None for _, entry in entries)):
             where = f" on process {silent[0]}" if silent and len(gathered) > 1 else ""
             missed = pending.unfinished
             lost = f" ({missing_statistics(missed, len(layers.covered), '')})" if missed else ""
@@ -386,15 +410,16 @@ class KFAC(torch.optim.Optimizer):
             )
         left = {name for _, _, names in gathered for name in names}
         layers.leave_out({name: "its statistics on another process" for name in left if name in layers.covered})
-        everywhere: dict[str, float] = {}
-        for name, (spec, rounding) in ((n, what) for _, seen, _ in gathered for n, what in seen.items()):
-            if name in left:
-                continue
-            everywhere[name] = max(everywhere.get(name, 0.0), rounding)
-            if name not in layers.covered:  # a raw parameter that only another process has used so far
-                layers.adopt(spec)
+        books = [{name: entry for name, entry in book.items() if name not in left} for _, book, _ in gathered]
+        common = common_layers(books)
+        for spec in common.values():
+            layers.take(spec)  # a raw parameter that only another process has used so far, and what all have
         # Raw parameters joined in the order of their use, which may differ; refreshes take turns in this one.
-        layers.order(everywhere)
+        layers.order(common)
+        everywhere: dict[str, float] = {}
+        for name, entry in entries:
+            if name not in left and entry.rounding is not None:
+                everywhere[name] = max(everywhere.get(name, 0.0), entry.rounding)
         for name, rounding in everywhere.items():
             layers.states[name].rounding = max(layers.states[name].rounding, rounding)
         return list(everywhere)
@@ -445,6 +470,7 @@ class KFAC(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad(), self.capture():
                 loss = closure()
+        self._mistakes.gradient_at_step(self._processes.strangers)
         for name, layer in self._layers.covered.items():
             self._layers.states[name].move(layer.factor_dtype, layer.weight.device)
         self._update_statistics()
@@ -639,6 +665,7 @@ class KFAC(torch.optim.Optimizer):
         self._seed = checkpoint.seed_of(kfac)
         self._unchecked = self._steps == 0
         self._compiled.restore(kfac.get("sights", {}))  # version 0.1.0 had none
+        self._processes.reopen()
         self._pending.forget()
         self._keep_entries()
         plain = self._without_second_moment()

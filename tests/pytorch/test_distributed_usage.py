@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -140,6 +141,65 @@ def sides(rank: int | None) -> dict[str, Any]:
     return result(model, optimizer, layers=[layer.name for layer in optimizer.coverage().layers])
 
 
+class Experts(nn.Module):
+    """Weights of two sizes in a list; each example goes through one, and who comes first is the caller's choice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 5)
+        self.experts = nn.ParameterList([nn.Parameter(0.3 * torch.randn(5, size)) for size in (5, 7)])
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, route: Tensor, order: str) -> Tensor:
+        h = self.inner(x).tanh()
+        out = torch.zeros_like(h)
+        for number in map(int, order.split()):
+            rows = (route == number).nonzero()[:, 0]
+            if len(rows):
+                out = out.index_add(0, rows, (h[rows] @ self.experts[number])[:, :5])
+        return self.head(h + out)
+
+
+def experts(rank: int | None, routes: list[list[int]]) -> dict[str, Any]:
+    """The second process calls them in another order, and perhaps one alone."""
+    torch.manual_seed(0)
+    model = Experts().double()
+    wrapped = model if rank is None else DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = KFAC(wrapped, **OPTIONS)
+    for step in range(8):
+        x, y = torch.randn(BATCH, 4, dtype=torch.float64), torch.randint(3, (BATCH,))
+        mine = slice(None) if rank is None else share(rank)
+        x, y, route = x[mine], y[mine], torch.tensor(routes[step % len(routes)])[mine]
+        optimizer.zero_grad()
+        with optimizer.capture(loss_normalizer=len(x)):
+            F.cross_entropy(wrapped(x, route, "1 0" if rank == 1 else "0 1"), y).backward()
+        optimizer.step()
+    layers = {layer.name: layer.weight for layer in optimizer.coverage().layers}
+    return result(model, optimizer, layers=layers)
+
+
+ROUTES = {
+    "experts_in_another_order": [[0, 1, 0, 1, 0, 1, 0, 1]],
+    "one_expert_on_one_process": [[0, 1, 0, 1, 1, 1, 1, 1]],
+    "another_expert_on_each_process": [[0, 0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0, 0]],
+}
+
+
+def read_in_two_ways(rank: int) -> str:
+    """One process adds a bias that the other does without: of the first one, A has a row more."""
+    model = Sides()
+    model.register_parameter("bias", nn.Parameter(torch.zeros(5)))
+    optimizer = KFAC(model, process_group=dist.group.WORLD, **OPTIONS)
+    with optimizer.capture():
+        h = F.linear(torch.randn(6, 4), model.left, model.bias if rank else None)
+        model.head(model.detour(h)).square().mean().backward()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
 def sampled(rank: int) -> dict[str, Any]:
     """The same inputs on all processes, so that draws differ by the process alone; then a resumption."""
     torch.manual_seed(0)
@@ -237,6 +297,8 @@ CASES: dict[str, Callable[[int], Any]] = {
     "uneven": lambda rank: uneven(rank, (5, 3)),
     "very_uneven": lambda rank: uneven(rank, (7, 1)),
     "sides": sides,
+    **{case: functools.partial(experts, routes=routes) for case, routes in ROUTES.items()},
+    "read_in_two_ways": read_in_two_ways,
     "sampled": sampled,
     "all_missing": all_missing,
     "nothing_captured": nothing_captured,
@@ -290,6 +352,24 @@ def test_unused_layers_and_another_order_of_raw_parameters(ranks: list[dict[str,
         assert_like(results["sides"], want, rtol=1e-7, atol=1e-9)
         assert results["sides"]["layers"] == ranks[0]["sides"]["layers"]
     assert_like(ranks[1]["sides"], ranks[0]["sides"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", ROUTES)
+def test_a_raw_weight_has_one_name_on_all_processes(case: str, ranks: list[dict[str, Any]]) -> None:
+    torch.manual_seed(0)
+    want = experts(None, ROUTES[case])
+    assert want["layers"]["experts.0"] == "experts.0"
+    for results in ranks:
+        assert_like(results[case], want, rtol=1e-7, atol=1e-9)
+        assert list(results[case]["layers"].items()) == list(ranks[0][case]["layers"].items())
+        assert results[case]["layers"] == want["layers"]
+    assert_like(ranks[1][case], ranks[0][case], rtol=0, atol=0)
+
+
+def test_a_weight_that_processes_read_in_different_ways_is_named_on_all(ranks: list[dict[str, Any]]) -> None:
+    for results in ranks:
+        text = results["read_in_two_ways"]
+        assert "processes 0 and 1 read a weight in different ways: layer left has bias=None and 'bias'" in text
 
 
 def test_sampled_labels_are_independent(ranks: list[dict[str, Any]]) -> None:
