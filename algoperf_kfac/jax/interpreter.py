@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import jax
@@ -24,13 +24,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from algoperf_kfac.jax.operations import RULES, Call, Lookup, Rule, is_bias, shape_of
+from algoperf_kfac.jax.equations import NO_GRADIENT, bind, carrying, move_of, moved_dims
+from algoperf_kfac.jax.operations import RULES, Call, Lookup, Rule, is_bias
 from algoperf_kfac.jax.sources import (
     CONSTANT,
     Derived,
     Fused,
     Held,
-    Move,
     Penalised,
     Source,
     as_source,
@@ -64,8 +64,6 @@ _PASS = {
 # Element by element: with data of its own size (noise, a mask) a weight stays a weight, until something reads it.
 ELEMENTWISE = {"add", "add_any", "clamp", "div", "max", "min", "mul", "pow", "rem", "select_n", "sub"}
 _SUMS = {"add", "add_any", "sub"}  # of a loss and its penalties
-# Without gradient: whatever these read, no statistics miss it.
-_NO_GRADIENT = {"stop_gradient", "round", "floor", "ceil", "sign"}
 # What cannot be followed is taken for a use at once, even without data.
 _OPAQUE = {"while", "pure_callback", "io_callback", "ffi_call", "pallas_call"}
 RETURNED = "the loss"  # in place of an operation's name
@@ -205,19 +203,19 @@ class Interpreter:
         tagged: dict[Var, Tag] = {v: Held() for v, c in zip(jaxpr.constvars, consts, strict=True) if is_float(c)}
         tagged |= {v: t for v, t in zip(jaxpr.invars, tags, strict=True) if t is not None}
 
-        carrying = _carrying(jaxpr, wanted)
+        live = carrying(jaxpr, wanted)
         for number, eqn in enumerate(jaxpr.eqns):
             ins = [v.val if isinstance(v, Literal) else values[v] for v in eqn.invars]
             in_tags = [CONSTANT if isinstance(v, Literal) else tagged.get(v) for v in eqn.invars]
             if all(tag in (None, CONSTANT, Held()) for tag in in_tags):
-                outs = _bind(eqn, ins)
+                outs = bind(eqn, ins)
                 if all(in_tags):
                     tagged |= dict.fromkeys(eqn.outvars, Held() if Held() in in_tags else CONSTANT)
-            elif not self.all_uses and carrying.isdisjoint(eqn.outvars):
-                outs = _bind(eqn, ins)
+            elif not self.all_uses and live.isdisjoint(eqn.outvars):
+                outs = bind(eqn, ins)
                 tagged |= {v: tag for v in eqn.outvars if (tag := self._unread(in_tags)) is not None}
             else:
-                needed = [v in carrying for v in eqn.outvars]
+                needed = [v in live for v in eqn.outvars]
                 outs, out_tags = self._equation(eqn, ins, in_tags, (*key, number), needed)
                 tagged |= {v: t for v, t in zip(eqn.outvars, out_tags, strict=True) if t is not None}
             values |= dict(zip(eqn.outvars, outs, strict=True))
@@ -245,7 +243,7 @@ class Interpreter:
         weighted = self._weighted(eqn, ins, tags, key)
         if weighted is not None:
             return weighted
-        outs = _bind(eqn, ins)
+        outs = bind(eqn, ins)
         if name in _PASS and len(tags) == len(outs):
             return outs, list(tags)
         return outs, [self._follow(eqn, tags, key, outs)] * len(outs)
@@ -256,7 +254,7 @@ class Interpreter:
         read = None if rule is None else rule(eqn, tags)
         if read is None:
             return None
-        (out,) = _bind(eqn, ins)
+        (out,) = bind(eqn, ins)
         if any(jnp.issubdtype(t.dtype, jnp.complexfloating) for t in (ins[read.operand], out)):
             for tag in tags:
                 self._missed(key, tag, f"{eqn.primitive.name} of complex numbers")
@@ -281,12 +279,12 @@ class Interpreter:
             return self._unread(tags)
         if name == "concatenate" and (fused := fuse(tags, eqn.params["dimension"])) is not None:
             return fused
-        if isinstance(tag, Source | Fused) and (move := _move(eqn, tag, tuple(outs[0].shape))) is not None:
+        if isinstance(tag, Source | Fused) and (move := move_of(eqn, tag, tuple(outs[0].shape))) is not None:
             return tag.moved(move)
         if isinstance(tag, Output) and name == "transpose":
             permutation = eqn.params["permutation"]
             return dataclasses.replace(tag, dims=tuple(permutation.index(d) for d in tag.dims))
-        if isinstance(tag, Output) and (dims := _moved_dims(eqn, tag.dims, tuple(outs[0].shape))) is not None:
+        if isinstance(tag, Output) and (dims := moved_dims(eqn, tag.dims, tuple(outs[0].shape))) is not None:
             return dataclasses.replace(tag, dims=dims)
         if name in ("add", "add_any"):
             for output, summand in (tags, tags[::-1]):
@@ -295,7 +293,7 @@ class Interpreter:
                         self._without_bias(output)
                         self._missed(key, summand, name)
                     return None
-        if name in _NO_GRADIENT or not any(jnp.issubdtype(out.dtype, jnp.inexact) for out in outs):
+        if name in NO_GRADIENT or not any(jnp.issubdtype(out.dtype, jnp.inexact) for out in outs):
             return self._unread(tags)
         for one in tags:
             self._without_bias(one)
@@ -422,89 +420,6 @@ class Interpreter:
                 inner.append(None)
                 self._missed(key, tag, "scan")
         return inner
-
-
-def _carrying(jaxpr: Jaxpr, wanted: Sequence[bool]) -> set[Var]:
-    """The values of a program from which a gradient may come to one of its outputs that are wanted."""
-    carrying = _inexact(v for v, is_wanted in zip(jaxpr.outvars, wanted, strict=True) if is_wanted)
-    for eqn in reversed(jaxpr.eqns):
-        if eqn.primitive.name not in _NO_GRADIENT and not carrying.isdisjoint(eqn.outvars):
-            carrying |= _inexact(eqn.invars)
-    return carrying
-
-
-def _inexact(values: Iterable[Var | Literal]) -> set[Var]:
-    """Those of a program's values that can have a gradient."""
-    dtypes = ((v, getattr(v.aval, "dtype", jnp.int32)) for v in values if isinstance(v, Var))
-    return {v for v, dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)}
-
-
-def _bind(eqn: JaxprEqn, ins: list[Array]) -> list[Array]:
-    """The equation as it stands."""
-    params = eqn.primitive.get_bind_params(eqn.params)
-    # Older releases give inner programs apart from the rest.
-    functions, params = params if isinstance(params, tuple) else ((), params)
-    out = eqn.primitive.bind(*functions, *ins, **params)
-    return list(out) if eqn.primitive.multiple_results else [out]
-
-
-def _move(eqn: JaxprEqn, tag: Source | Fused, shape: Sizes) -> Move | None:
-    """What a primitive does to the shape of a parameter, so that it becomes `shape`; None if it does more."""
-    name, params = eqn.primitive.name, eqn.params
-    source = tag.whole if isinstance(tag, Fused) else tag
-    scans, sizes = source.scans, source.scanned_sizes
-    whole = tuple(range(scans))
-    if name == "squeeze" or (name == "reshape" and params.get("dimensions") is None):
-        return Move("reshape", (*sizes, *shape))
-    if name == "transpose":
-        return Move("transpose", (*whole, *(scans + d for d in params["permutation"])))
-    if name == "rev":
-        return Move("rev", tuple(scans + d for d in params["dimensions"]))
-    if name == "broadcast_in_dim":
-        dims = tuple(params["broadcast_dimensions"])
-        if math.prod(shape) == math.prod(shape_of(eqn.invars[0])) and list(dims) == sorted(dims):
-            return Move("reshape", (*sizes, *shape))
-        return Move("broadcast", (*whole, *(scans + d for d in dims)), (*sizes, *shape))
-    return None
-
-
-def _moved_dims(eqn: JaxprEqn, dims: Sizes, after: Sizes) -> Sizes | None:
-    """Where some dimensions are after a change of shape that leaves them whole; None after anything else."""
-    name, params, before = eqn.primitive.name, eqn.params, shape_of(eqn.invars[0])
-    moved: dict[int, int] = {}
-    if name == "broadcast_in_dim":
-        moved = dict(enumerate(params["broadcast_dimensions"]))
-    elif name == "squeeze" or (name == "reshape" and params.get("dimensions") is None):
-        moved = _aligned(before, after)
-    places = tuple(moved.get(d, -1) for d in dims)
-    whole = all(place >= 0 and before[d] == after[place] for d, place in zip(dims, places, strict=True))
-    return places if moved and whole else None
-
-
-def _aligned(before: Sizes, after: Sizes) -> dict[int, int]:
-    """Which dimensions a reshape leaves as they are, and where they are afterwards."""
-    if 0 in before:
-        return {}
-    same: dict[int, int] = {}
-    i = j = 0
-    while i < len(before) and j < len(after):
-        if before[i] == after[j]:
-            same[i] = j
-        elif before[i] == 1:
-            j -= 1
-        elif after[j] == 1:
-            i -= 1
-        else:  # some are joined or cut: up to where both have as many entries
-            left, right = before[i], after[j]
-            while left != right:
-                if left < right:
-                    i += 1
-                    left *= before[i]
-                else:
-                    j += 1
-                    right *= after[j]
-        i, j = i + 1, j + 1
-    return same
 
 
 def _function(name: str, tags: Tags, outs: Sequence[Array]) -> Derived | Penalised | None:

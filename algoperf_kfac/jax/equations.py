@@ -1,0 +1,100 @@
+"""What single equations of a program do: to gradients that come back, and to the shapes of what they read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import jax.numpy as jnp
+from jax import Array
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+
+from algoperf_kfac.jax.operations import shape_of
+from algoperf_kfac.jax.sources import Fused, Move, Source
+from algoperf_kfac.jax.types import Sizes
+
+# Without gradient: whatever these read, no statistics miss it.
+NO_GRADIENT = {"stop_gradient", "round", "floor", "ceil", "sign"}
+
+
+def carrying(jaxpr: Jaxpr, wanted: Sequence[bool]) -> set[Var]:
+    """The values of a program from which a gradient may come to one of its outputs that are wanted."""
+    live = _inexact(v for v, is_wanted in zip(jaxpr.outvars, wanted, strict=True) if is_wanted)
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.primitive.name not in NO_GRADIENT and not live.isdisjoint(eqn.outvars):
+            live |= _inexact(eqn.invars)
+    return live
+
+
+def _inexact(values: Iterable[Var | Literal]) -> set[Var]:
+    """Those of a program's values that can have a gradient."""
+    dtypes = ((v, getattr(v.aval, "dtype", jnp.int32)) for v in values if isinstance(v, Var))
+    return {v for v, dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)}
+
+
+def bind(eqn: JaxprEqn, ins: list[Array]) -> list[Array]:
+    """The equation as it stands."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    # Older releases give inner programs apart from the rest.
+    functions, params = params if isinstance(params, tuple) else ((), params)
+    out = eqn.primitive.bind(*functions, *ins, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def move_of(eqn: JaxprEqn, tag: Source | Fused, shape: Sizes) -> Move | None:
+    """What a primitive does to the shape of a parameter, so that it becomes `shape`; None if it does more."""
+    name, params = eqn.primitive.name, eqn.params
+    source = tag.whole if isinstance(tag, Fused) else tag
+    scans, sizes = source.scans, source.scanned_sizes
+    whole = tuple(range(scans))
+    if name == "squeeze" or (name == "reshape" and params.get("dimensions") is None):
+        return Move("reshape", (*sizes, *shape))
+    if name == "transpose":
+        return Move("transpose", (*whole, *(scans + d for d in params["permutation"])))
+    if name == "rev":
+        return Move("rev", tuple(scans + d for d in params["dimensions"]))
+    if name == "broadcast_in_dim":
+        dims = tuple(params["broadcast_dimensions"])
+        if math.prod(shape) == math.prod(shape_of(eqn.invars[0])) and list(dims) == sorted(dims):
+            return Move("reshape", (*sizes, *shape))
+        return Move("broadcast", (*whole, *(scans + d for d in dims)), (*sizes, *shape))
+    return None
+
+
+def moved_dims(eqn: JaxprEqn, dims: Sizes, after: Sizes) -> Sizes | None:
+    """Where some dimensions are after a change of shape that leaves them whole; None after anything else."""
+    name, params, before = eqn.primitive.name, eqn.params, shape_of(eqn.invars[0])
+    moved: dict[int, int] = {}
+    if name == "broadcast_in_dim":
+        moved = dict(enumerate(params["broadcast_dimensions"]))
+    elif name == "squeeze" or (name == "reshape" and params.get("dimensions") is None):
+        moved = _aligned(before, after)
+    places = tuple(moved.get(d, -1) for d in dims)
+    whole = all(place >= 0 and before[d] == after[place] for d, place in zip(dims, places, strict=True))
+    return places if moved and whole else None
+
+
+def _aligned(before: Sizes, after: Sizes) -> dict[int, int]:
+    """Which dimensions a reshape leaves as they are, and where they are afterwards."""
+    if 0 in before:
+        return {}
+    same: dict[int, int] = {}
+    i = j = 0
+    while i < len(before) and j < len(after):
+        if before[i] == after[j]:
+            same[i] = j
+        elif before[i] == 1:
+            j -= 1
+        elif after[j] == 1:
+            i -= 1
+        else:  # some are joined or cut: up to where both have as many entries
+            left, right = before[i], after[j]
+            while left != right:
+                if left < right:
+                    i += 1
+                    left *= before[i]
+                else:
+                    j += 1
+                    right *= after[j]
+        i, j = i + 1, j + 1
+    return same
