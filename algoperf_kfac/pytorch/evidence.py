@@ -47,11 +47,12 @@ from algoperf_kfac.losses import LossType
 from algoperf_kfac.positions import BY_GRADIENT, PositionsLike, as_candidates
 from algoperf_kfac.pytorch import fisher
 from algoperf_kfac.pytorch.capture import Capture
+from algoperf_kfac.pytorch.curvature import REMEDY
 from algoperf_kfac.pytorch.discovery import check_model, check_parameter, unwrap
 from algoperf_kfac.pytorch.factors import to_matrix
 from algoperf_kfac.pytorch.gathering import Gathered
 from algoperf_kfac.pytorch.layer_book import Layers
-from algoperf_kfac.pytorch.optimizer import KFAC, REMEDY
+from algoperf_kfac.pytorch.optimizer import KFAC
 from algoperf_kfac.pytorch.options import Options
 from algoperf_kfac.pytorch.scalings import scaling_of
 from algoperf_kfac.pytorch.statistics import Statistics

@@ -14,40 +14,24 @@ from torch.distributed import ProcessGroup
 
 from algoperf_kfac import cadence
 from algoperf_kfac.config import KFACConfig
-from algoperf_kfac.cost import cubes
-from algoperf_kfac.errors import MissingStatisticsError, missing_statistics
 from algoperf_kfac.judging import WHEN_JUDGED
-from algoperf_kfac.layers import INPUTS, NEVER_SEEN, Coverage
-from algoperf_kfac.pace import Pacer, interval_at
+from algoperf_kfac.layers import Coverage
 from algoperf_kfac.positions import PositionsLike, as_candidates
 from algoperf_kfac.pytorch import checkpoint, distributed, monitoring
-from algoperf_kfac.pytorch.agreement import Entry, common_layers
 from algoperf_kfac.pytorch.capture import Capture
 from algoperf_kfac.pytorch.compiled import CompiledStatistics
+from algoperf_kfac.pytorch.curvature import Curvature
 from algoperf_kfac.pytorch.dealing import Dealer
 from algoperf_kfac.pytorch.decay import narrowed
 from algoperf_kfac.pytorch.directions import Direction, first_order, second_order
 from algoperf_kfac.pytorch.discovery import check_model, check_parameter, unwrap
-from algoperf_kfac.pytorch.gathering import Gathered
 from algoperf_kfac.pytorch.layer_book import Layers
 from algoperf_kfac.pytorch.mistakes import Mistakes
 from algoperf_kfac.pytorch.monitoring import FactorPair
 from algoperf_kfac.pytorch.options import Options
-from algoperf_kfac.pytorch.pending import Pending
-from algoperf_kfac.pytorch.preconditioner import move_averages
 from algoperf_kfac.pytorch.scalings import Scaling, scaling_of
 from algoperf_kfac.pytorch.stacks import Stacks
 from algoperf_kfac.pytorch.statistics import Scalar
-
-REMEDY = (
-    "Run the forward and the backward pass inside capture(), leave unused layers out with exclude=[...], or pass "
-    "allow_partial_coverage=True to move them to the fallback"
-)
-# Layers whose weight the model no longer has.
-GONE = (
-    "It was tied to another, replaced or removed after the optimizer was made: make the optimizer afterwards, or "
-    "let go of what the model no longer has by add_param_group({'params': []})"
-)
 
 
 class KFAC(torch.optim.Optimizer):
@@ -101,24 +85,19 @@ class KFAC(torch.optim.Optimizer):
     scaling: Scaling
     _complete: bool
     _params: dict[str, Tensor]
-    _allow_partial_coverage: bool
     _layers: Layers
     _steps: int
-    _pending: Pending
     _graft: dict[str, Tensor]
     _cosine: dict[str, Tensor]
     _stand_ins: Tensor
     _seed: int
     _model: nn.Module
     _mistakes: Mistakes
-    _unchecked: bool
-    _gradient_errors: dict[str, float]
     _processes: distributed.Processes
     _stacks: Stacks
     _dealer: Dealer
     _compiled: CompiledStatistics
-    _pace: int
-    _pacer: Pacer
+    _curvature: Curvature
 
     def __init__(
         self,
@@ -172,22 +151,25 @@ class KFAC(torch.optim.Optimizer):
         self._params = {names[id(p)]: p for p in given}
         self._model = model
         self._mistakes = Mistakes(model, self._params)
-        self._allow_partial_coverage = allow_partial_coverage
         self._layers = Layers(model, config, self.scaling, self._params, exclude, output_splits or {})
         self._steps = 0
-        self._pending = Pending()
         self._graft = {}
         self._cosine = {}
-        self._gradient_errors = {}
         self._stand_ins = torch.zeros((), device=given[0].device)
         self._seed = seed
-        self._unchecked = True
         self._processes = processes
         self._stacks = Stacks(self.scaling)
         self._dealer = Dealer(self.scaling, processes, wanted=share_directions)
         self._compiled = CompiledStatistics(wrapped, allowed=compiled_statistics, alone=processes.size == 1)
-        self._pace = 1
-        self._pacer = Pacer(config)
+        self._curvature = Curvature(
+            config,
+            self.scaling,
+            self._layers,
+            processes,
+            self._compiled,
+            self._mistakes,
+            allow_partial_coverage=allow_partial_coverage,
+        )
         self._keep_entries()
 
     def coverage(self) -> Coverage:
@@ -198,7 +180,7 @@ class KFAC(torch.optim.Optimizer):
     @property
     def refresh_interval(self) -> int:
         """Steps between refreshes of a layer, in force: those configured, or what a budget makes of them."""
-        return interval_at(self.config, self._pace)
+        return self._curvature.refresh_interval
 
     # Statistics --------------------------------------------------------------------------------------------
 
@@ -241,11 +223,9 @@ class KFAC(torch.optim.Optimizer):
         - a GradScaler: the above, divided by scaler.get_scale().
         """
         active = bool(force or self.is_statistics_step)
-        self._mistakes.forget_gradient()
-        step, number = self._steps, self._pending.captures
-        self._pending.captures += active and self.config.fisher == "mc"
-        self._pending.forget_stale(self._layers.covered)
-        checks = active and self._unchecked and self.config.fisher == "empirical"
+        curvature = self._curvature
+        step, number = self._steps, curvature.before_capture(draws=active and self.config.fisher == "mc")
+        checks = active and curvature.unchecked and self.config.fisher == "empirical"
         candidates = as_candidates(positions)
         layers, taps = self._layers, None
         # What joins this process to others shows in an uncompiled step alone.
@@ -263,13 +243,13 @@ class KFAC(torch.optim.Optimizer):
             candidates,
             lambda: distributed.generator_for(self._seed, step, number, self._stand_ins.device, self._processes),
             checks,
-            self._before_backward,
-            self._after_backward,
-            self._meet,
-            self._pending,
+            curvature.before_backward,
+            curvature.after_backward,
+            functools.partial(curvature.meet, params=self._params),
+            curvature.pending,
             taps,
         )
-        return Capture(self._layers, self._finish_capture, options, loss_normalizer)
+        return Capture(self._layers, curvature.take, options, loss_normalizer)
 
     def check(self) -> None:
         """Compare, at the next capture, what is captured of each layer with its weight's gradient.
@@ -278,174 +258,12 @@ class KFAC(torch.optim.Optimizer):
         layer that falls short of it takes the fallback, with a warning. This is done at the first statistics step
         anyway; `metrics()` gives the relative errors as "<layer>/gradient_error".
         """
-        self._unchecked = True
-
-    def _meet(self, seen: Iterable[nn.parallel.DistributedDataParallel]) -> None:
-        """DistributedDataParallel may come around the model after the optimizer was made."""
-        self._processes.meet(seen, self._params)
-        if self._processes.size > 1:
-            self._compiled.share()
-
-    def _before_backward(self, adds: bool) -> None:
-        """Loops may clear gradients as late as between the forward and the backward pass.
-
-        Those that `torch.autograd.grad` returns take the place of the ones that are there, which are old.
-        """
-        covered = self._layers.covered
-        self._pending.forget_stale(covered)
-        if adds and not self._pending.statistics:
-            self._mistakes.gradients_before(layer.weight for layer in covered.values())
-
-    def _after_backward(self) -> None:
-        if self._processes.strangers:
-            self._mistakes.gradient_after(layer.weight for layer in self._layers.covered.values())
-
-    def _finish_capture(self, gathered: Gathered) -> None:
-        layers, pending = self._layers, self._pending
-        self._mistakes.strangers(gathered.strangers)
-        uncalled = {n: layers.covered[n].spec.weight for n, what in gathered.missing.items() if what == INPUTS}
-        gone = self._mistakes.gone(uncalled)
-        missing = gathered.missing | gone
-        layers.note_readers(gathered.readers)
-        layers.give_up(gathered.wrong)
-        for name in gathered.wrong:
-            pending.drop(name)
-        pending.unfinished = {} if gathered.backward else dict(missing)
-        pending.hint = gathered.hint
-        if not gathered.backward:
-            return  # a batch that was given up before its backward pass
-        # A layer that is called and whose gradient does not come back, or that no layer's statistics stand beside.
-        lost = {name: what for name, what in missing.items() if what != INPUTS}
-        if not gathered.statistics and not pending.statistics and self._processes.size == 1:
-            lost = missing
-        if lost and not self._allow_partial_coverage:
-            raise missing_statistics(lost, len(layers.covered), gathered.hint or (GONE if gone else REMEDY))
-        layers.leave_out(lost)
-        for name in lost:
-            pending.drop(name)
-        pending.add(gathered.statistics, layers.covered)
-        if gathered.sights or gathered.obstacles:  # it ran uncompiled
-            self._compiled.learn(gathered.sights, gathered.obstacles)
-        self._gradient_errors |= gathered.errors
-        self._unchecked = self._unchecked and not gathered.errors
-        self._mistakes.rows(gathered.rows, scaled=gathered.scaled)
-        self._mistakes.batch_second(gathered.second)
-        self._mistakes.in_parts(gathered.in_parts, scaled=gathered.scaled)
+        self._curvature.unchecked = True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, and the statistics captured with them."""
         super().zero_grad(set_to_none)
-        self._pending.forget()
-
-    def _update_statistics(self) -> None:
-        if not self._pending.statistics and not self.is_statistics_step:
-            return
-        layers = self._layers
-        names = self._agree_on_layers()
-        mine = self._pending.statistics
-        shared = [mine[n] if n in mine else layers.no_statistics(n) for n in names]
-        self._processes.close()
-        distributed.all_reduce_statistics(shared, self._processes)
-        states = [layers.states[name] for name in names]
-        move_averages(
-            states, [s.averages() for s in shared], [s.examples for s in shared], self.config.factor_decay
-        )
-        for name, state, s in zip(names, states, shared, strict=True):
-            if layers.covered[name].spec.watches_sums:
-                vanished, examples = (
-                    torch.as_tensor(n, device=state.vanished.device).to(state.vanished.dtype)
-                    for n in (s.vanished, s.examples)
-                )
-                state.vanished = vanished / examples.clamp(min=1)
-        self._pending.forget()
-        self._stop_at_unseen(layers.idle(names))
-        due = [name for name in self._due() if name in layers.seen]
-        if due:
-            pairs = [(layers.covered[name].spec, layers.states[name]) for name in due]
-            distributed.refresh(pairs, self.scaling, self._processes)
-
-    def _stop_at_unseen(self, unseen: Mapping[str, int]) -> None:
-        """Stop at layers that no statistics step has seen so far.
-
-        Raises:
-            MissingStatisticsError: naming them, unless partial coverage is allowed.
-        """
-        lost = {name: INPUTS for name, count in unseen.items() if count >= NEVER_SEEN}
-        if lost and not self._allow_partial_coverage:
-            raise missing_statistics(lost, len(self._layers.covered), REMEDY)
-        self._layers.leave_out(lost)
-
-    def _agree_on_layers(self) -> list[str]:
-        """The layers with statistics on some process, in one order on all.
-
-        A process whose model did not call a layer (dropped, an expert without tokens) adds nothing to it. What one
-        of them left out is left out by all.
-
-        Raises:
-            MissingStatisticsError: on every process, if one has layers and captured nothing.
-            RuntimeError: on every process, if they read a weight in different ways.
-        """
-        layers = self._layers
-        pending = self._pending
-        mine = {
-            name: Entry(
-                layer.spec,
-                settled=name in pending.statistics or name in layers.seen,
-                rounding=pending.statistics[name].rounding if name in pending.statistics else None,
-            )
-            for name, layer in layers.covered.items()
-        }
-        gathered = self._processes.all_gather((pending.captured or not layers.covered, mine, sorted(layers.left)))
-        silent = [rank for rank, (captured, _, _) in enumerate(gathered) if not captured]
-        entries = [(name, entry) for _, book, _ in gathered for name, entry in book.items()]
-        if silent or (layers.covered and all(entry.rounding is None for _, entry in entries)):
-            where = f" on process {silent[0]}" if silent and len(gathered) > 1 else ""
-            missed = pending.unfinished
-            lost = f" ({missing_statistics(missed, len(layers.covered), '')})" if missed else ""
-            nothing = f"step {self._steps} is a statistics step and nothing was captured{where}{lost}"
-            if pending.hint:
-                raise MissingStatisticsError(f"{nothing}. {pending.hint}")
-            raise MissingStatisticsError(
-                f"{nothing}: run the forward and the backward pass inside `with optimizer.capture():` on every step"
-            )
-        left = {name for _, _, names in gathered for name in names}
-        layers.leave_out({name: "its statistics on another process" for name in left if name in layers.covered})
-        books = [{name: entry for name, entry in book.items() if name not in left} for _, book, _ in gathered]
-        common = common_layers(books)
-        for spec in common.values():
-            layers.take(spec)  # a raw parameter that only another process has used so far, and what all have
-        # Raw parameters joined in the order of their use, which may differ; refreshes take turns in this one.
-        layers.order(common)
-        everywhere: dict[str, float] = {}
-        for name, entry in entries:
-            if name not in left and entry.rounding is not None:
-                everywhere[name] = max(everywhere.get(name, 0.0), entry.rounding)
-        for name, rounding in everywhere.items():
-            layers.states[name].rounding = max(layers.states[name].rounding, rounding)
-        return list(everywhere)
-
-    def _due(self) -> list[str]:
-        """Layers to refresh at this statistics step: staggered, but all of them while the statistics are young."""
-        states = self._layers.states
-        return [
-            name
-            for number, name in enumerate(self._layers.covered)
-            if cadence.is_due(self.config, self._steps, number, states[name].refreshes, self._pace)
-        ]
-
-    def _keep_pace(self) -> None:
-        """Read the clock after an update, where a `refresh_budget` asks for it, and agree on what follows."""
-        if not self._pacer.after(self._steps, self._wait_for_device):
-            return
-        costs = [cubes(layer.spec) for layer in self._layers.covered.values()]
-        paces = self._processes.all_gather(self._pacer.pace(costs, self._processes.size))
-        self._pace = max((pace for pace in paces if pace is not None), default=self._pace)
-
-    def _wait_for_device(self) -> None:
-        device = self._stand_ins.device
-        synchronize = getattr(getattr(torch, device.type, None), "synchronize", None)
-        if synchronize is not None:
-            synchronize()
+        self._curvature.pending.forget()
 
     def factors(self, *, reduction: str = "sum") -> dict[str, FactorPair]:
         """Each covered layer's A and B from the moving averages: undamped, bias-corrected.
@@ -466,14 +284,15 @@ class KFAC(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one update. A closure runs inside `capture()`, with gradients enabled; its loss is returned."""
         loss = None
-        self._pending.check_outside()
+        self._curvature.pending.check_outside()
         if closure is not None:
             with torch.enable_grad(), self.capture():
                 loss = closure()
         self._mistakes.gradient_at_step(self._processes.strangers)
         for name, layer in self._layers.covered.items():
             self._layers.states[name].move(layer.factor_dtype, layer.weight.device)
-        self._update_statistics()
+        if self._curvature.pending.statistics or self.is_statistics_step:
+            self._curvature.update(self._steps)
         plain = self._without_second_moment()
         directions = first_order(self.param_groups, self.state, plain)
         self._second_order(directions, plain)
@@ -486,9 +305,9 @@ class KFAC(torch.optim.Optimizer):
                 torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             steps = [directions[id(p)].step.to(p.dtype) for p in params]
             torch._foreach_add_(params, steps, alpha=-lr)
-        self._keep_pace()
+        self._curvature.keep_pace(self._steps, self._stand_ins.device)
         self._steps += 1
-        self._pending.forget()
+        self._curvature.pending.forget()
         return loss
 
     def _without_second_moment(self) -> set[int]:
@@ -543,7 +362,7 @@ class KFAC(torch.optim.Optimizer):
             "refresh_interval": float(self.refresh_interval),
         }
         judged = {"graft_ratio": self._graft, "cosine": self._cosine}
-        return run | monitoring.metrics(self._layers, self.config, judged, self._gradient_errors)
+        return run | monitoring.metrics(self._layers, self.config, judged, self._curvature.gradient_errors)
 
     def summary(self, worst: int = 8) -> str:
         """A table of the layers whose directions are the most doubtful, for a person to read.
@@ -587,7 +406,7 @@ class KFAC(torch.optim.Optimizer):
         self._layers.extend(self._model, self._params)
         # A layer in the place of another has its turn, so that the others keep theirs.
         self._layers.order(name for name in order if name in self._layers.covered)
-        self._unchecked = True
+        self._curvature.unchecked = True
         self._compiled.forget()
         self._keep_entries()
 
@@ -595,7 +414,7 @@ class KFAC(torch.optim.Optimizer):
         """Train these parameters no longer; their groups stay, if empty."""
         if not gone:
             return
-        self._pending.forget()
+        self._curvature.pending.forget()
         self._layers.let_go(gone)
         identities = {id(p) for p in gone.values()}
         for group in self.param_groups:
@@ -627,9 +446,9 @@ class KFAC(torch.optim.Optimizer):
             seed=self._seed,
             missed=dict(self._layers.missed),
             stand_ins=self._stand_ins,
-            gradient_errors=dict(self._gradient_errors),
+            gradient_errors=dict(self._curvature.gradient_errors),
             missed_steps=dict(self._layers.missed_steps),
-            **({} if self.config.refresh_budget is None else {"pace": self._pace}),
+            **({} if self.config.refresh_budget is None else {"pace": self._curvature.pace}),
             sights=self._compiled.saved(self._layers.covered),
         )
         number, _ = self._first_trained()
@@ -655,18 +474,18 @@ class KFAC(torch.optim.Optimizer):
         layers.restore(checkpoint.specs_of(kfac), checkpoint.fallbacks_of(kfac), kfac["missed"])
         for name, zeros in list(layers.states.items()):
             layers.states[name] = checkpoint.layer_state(kfac, name, zeros, self.scaling)
-        layers.missed_steps = dict(kfac.get("missed_steps", {}))  # version 0.1.0 had none of these
-        self._gradient_errors = dict(kfac.get("gradient_errors", {}))
+        layers.missed_steps = dict(kfac.get("missed_steps", {}))  # version 0.1.0 had none, nor gradient errors
         layers.seen = {name for name, state in layers.states.items() if float(state.weight)}
         self._steps = kfac["steps"]
-        self._pace = kfac.get("pace", 1)  # of a run without a budget
-        self._pacer.forget()
         self._stand_ins.copy_(kfac["stand_ins"])
         self._seed = checkpoint.seed_of(kfac)
-        self._unchecked = self._steps == 0
         self._compiled.restore(kfac.get("sights", {}))  # version 0.1.0 had none
         self._processes.reopen()
-        self._pending.forget()
+        self._curvature.restore(
+            pace=kfac.get("pace", 1),  # of a run without a budget
+            unchecked=self._steps == 0,
+            gradient_errors=kfac.get("gradient_errors", {}),
+        )
         self._keep_entries()
         plain = self._without_second_moment()
         for p in self._params.values():

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from algoperf_kfac.pytorch import KFAC
+from algoperf_kfac.pytorch import KFAC, observer
+from algoperf_kfac.pytorch.hooks import output_hook
 from algoperf_kfac.pytorch.interception import Interceptor
 from tests.pytorch.toys import Batch, Patches, images
 
@@ -66,7 +67,7 @@ def test_statistics_between_refreshes_do_not_synchronise(monkeypatch: pytest.Mon
     optimizer = KFAC(model, factor_interval=1, refresh_interval=8, initial_statistics=1)
     quiet = 0
     for batch in batches:
-        due = optimizer._due()
+        due = optimizer._curvature.due(optimizer._steps)
         with monkeypatch.context() as patch:
             if not due:
                 refuse_reads(patch)
@@ -74,7 +75,7 @@ def test_statistics_between_refreshes_do_not_synchronise(monkeypatch: pytest.Mon
             one_step(model, optimizer, batch)
     for _ in range(8):
         with monkeypatch.context() as patch:
-            if not optimizer._due():
+            if not optimizer._curvature.due(optimizer._steps):
                 refuse_reads(patch)
                 quiet += 1
             one_step(model, optimizer, batches[0])
@@ -96,6 +97,11 @@ def test_capture_intercepts_nothing_on_plain_steps(monkeypatch: pytest.MonkeyPat
     optimizer = KFAC(model, factor_interval=2, refresh_interval=2, initial_statistics=1)
     calls = 0
     original = Interceptor.__torch_function__
+    hooked: list[Tensor] = []
+
+    def hook(output: Tensor, *args: Any) -> Any:
+        hooked.append(output)
+        return output_hook(output, *args)
 
     def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -103,14 +109,17 @@ def test_capture_intercepts_nothing_on_plain_steps(monkeypatch: pytest.MonkeyPat
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(Interceptor, "__torch_function__", counting)
+    monkeypatch.setattr(observer, "output_hook", hook)
     for plain in (False, True, False, True):
         calls = 0
+        hooked.clear()
         optimizer.zero_grad()
         with optimizer.capture() as context:
             assert context.active is not plain
             assert len(_get_current_function_mode_stack()) == (0 if plain else 1)
             outputs = model(batch[0])
-            assert bool(outputs._backward_hooks) is not plain
+            assert bool(hooked) is not plain
+            assert not outputs._backward_hooks  # where the model's own would come first
             F.cross_entropy(outputs, batch[1]).backward()
         optimizer.step()
         assert (calls == 0) is plain

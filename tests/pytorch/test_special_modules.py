@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from algoperf_kfac.layers import NEVER_SEEN
 from algoperf_kfac.pytorch import KFAC, MissingStatisticsError
-from algoperf_kfac.pytorch.optimizer import NEVER_SEEN
 from tests.pytorch.toys import assert_finite, assert_same_parameters, capture_once, covered, mlp, reasons, vectors
 
 
