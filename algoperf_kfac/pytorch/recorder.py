@@ -379,8 +379,9 @@ class Recorder:
         examples: Scalar = float(layout.num_examples)
         if not self.spec.reduces_inputs:
             if layout.ragged:
-                assert self._a is not None
-                examples = (counts_of(calls, self._a[0]) > 0).sum().to(self.dtype)
+                blocks = self._a or self._b  # one has none, where the identity stands for it
+                assert blocks
+                examples = (counts_of(calls, blocks[0]) > 0).sum().to(self.dtype)
             return examples
         sums = sum_of(call.input_sums for call in calls)
         chosen: Scalar = examples
