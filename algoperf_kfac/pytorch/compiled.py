@@ -87,6 +87,7 @@ class Tap:
             grad: of the operation's output.
         """
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+            operation = operation.as_computed(grad.dtype)
             candidates = _together(self.forms, masks)
             positions = operation.positions(self.spec.name, grad, candidates, sequence_first=self.sequence_first)
             recorder = self.recorder()

@@ -298,6 +298,7 @@ class Observer:
         again = in_backward()
         if not again:
             self._next_forward(recorder)
+        operation = operation.as_computed(output.dtype)
         geometry, rows = operation.geometry(output), operation.rows(output)
         device = output.device.type
         spec, options = recorder.spec, self._options

@@ -100,6 +100,15 @@ class Operation:
         self.shape = self.shape or tuple(self.weight.shape)
         self.name = self.name or self.kind
 
+    def as_computed(self, dtype: torch.dtype) -> Operation:
+        """With the input that autograd keeps, where autocast computes in a type of its own: a copy, to which the
+        model does not write any more."""
+        x = self.input
+        if not (x.is_floating_point() and dtype.is_floating_point) or x.dtype == dtype:
+            return self
+        with torch.no_grad():
+            return dataclasses.replace(self, input=x.to(dtype))
+
     @property
     def is_conv(self) -> bool:
         return self.kind in ("conv", "conv_transpose")

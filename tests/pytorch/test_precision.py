@@ -44,6 +44,37 @@ def test_autocast_statistics_are_float32_and_close(approximation: str) -> None:
     torch.testing.assert_close(ones, torch.ones(()), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("positions", [None, "gradient"])
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+def test_an_input_that_is_written_to_after_the_call(approximation: str, positions: str | None) -> None:
+    """Autocast lets a model do so, as autograd keeps a cast of its own."""
+
+    class Writes(nn.Module):
+        def __init__(self, writes: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second = nn.Linear(5, 4), nn.Linear(5, 3)
+            self.writes = writes
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = 1.5 * x
+            y = self.first(h)
+            h = h.add_(1) if self.writes else h + 1
+            return torch.cat([y, self.second(h)], -1)
+
+    x = torch.randn(6, 7, 5)
+    found = []
+    for writes in (False, True):
+        model = Writes(writes)
+        optimizer = KFAC(model, approximation=approximation)
+        with optimizer.capture(positions), torch.autocast("cpu", torch.bfloat16):
+            model(x).float().square().mean().backward()
+        optimizer.step()
+        found.append(optimizer.factors())
+    assert set(found[0]) == {"first", "second"}
+    assert_same_factors(found[1], found[0], rtol=0, atol=0)
+
+
 def test_autocast_trains_like_float32() -> None:
     start, batch = Patches(), images(16)
     final = []
