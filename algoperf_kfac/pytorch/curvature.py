@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from algoperf_kfac import cadence
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.cost import cubes
-from algoperf_kfac.errors import MissingStatisticsError, missing_statistics
+from algoperf_kfac.errors import MissingStatisticsError, listed, missing_statistics
 from algoperf_kfac.layers import INPUTS, NEVER_SEEN
 from algoperf_kfac.pace import Pacer, interval_at
 from algoperf_kfac.pytorch import distributed
@@ -128,6 +128,7 @@ class Curvature:
         gone = self._mistakes.gone(uncalled)
         missing = gathered.missing | gone
         layers.note_readers(gathered.readers)
+        self._check_earlier(gathered)
         layers.give_up(gathered.wrong)
         for name in gathered.wrong:
             pending.drop(name)
@@ -152,6 +153,16 @@ class Curvature:
         self._mistakes.rows(gathered.rows, scaled=gathered.scaled)
         self._mistakes.batch_second(gathered.second)
         self._mistakes.in_parts(gathered.in_parts, scaled=gathered.scaled)
+
+    def _check_earlier(self, gathered: Gathered) -> None:
+        """Raises MissingStatisticsError if gradients come of a forward pass in an earlier capture, too."""
+        far = [name for name in gathered.wrong if name in gathered.errors]
+        if far and self.pending.unfinished and not self._allow_partial_coverage:
+            raise MissingStatisticsError(
+                f"the gradients of {listed(far)} are more than what this capture saw, and a forward pass in an "
+                "earlier capture() had no backward pass: run forward passes whose losses are added up inside one "
+                "capture(), or call backward() for each in its own"
+            )
 
     # At a step: averages and refreshes -----------------------------------------------------------------------
 
@@ -265,7 +276,7 @@ class Curvature:
 
     def _nothing_captured(self, step: int, where: str) -> MissingStatisticsError:
         missed = self.pending.unfinished
-        lost = f" ({missing_statistics(missed, len(self._layers.covered), '')})" if missed else ""
+        lost = f" ({str(missing_statistics(missed, len(self._layers.covered), '')).rstrip('. ')})" if missed else ""
         nothing = f"step {step} is a statistics step and nothing was captured{where}{lost}"
         if self.pending.hint:
             return MissingStatisticsError(f"{nothing}. {self.pending.hint}")

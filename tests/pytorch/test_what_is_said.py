@@ -352,3 +352,38 @@ def test_a_name_matches_itself_whatever_characters_it_has() -> None:
     torch.testing.assert_close(counts["heads.task[0]"], x[:3].square().sum() / 3)
     for name in ("heads.t*", "heads.t?"):
         torch.testing.assert_close(counts[name], x.square().sum() / 6)
+
+
+def two_halves() -> tuple[KFAC, Tensor, nn.Module, Tensor]:
+    """An optimizer, the loss of half a batch in a capture without a backward pass, the model and the other half."""
+    model, x = mlp(6, 5, 3), torch.randn(8, 6)
+    optimizer = KFAC(model)
+    with optimizer.capture():
+        first = model(x[:4]).square().mean()
+    return optimizer, first, model, x[4:]
+
+
+def test_the_backward_pass_of_two_captures_in_the_second() -> None:
+    optimizer, first, model, x = two_halves()
+    with (
+        pytest.raises(MissingStatisticsError, match=r"of 0, 2 .* earlier capture\(\) had no backward pass: run"),
+        optimizer.capture(),
+    ):
+        (first + model(x).square().mean()).backward()
+
+
+def test_the_backward_pass_of_two_captures_behind_them() -> None:
+    optimizer, first, model, x = two_halves()
+    with optimizer.capture():
+        second = model(x).square().mean()
+    (first + second).backward()
+    with pytest.raises(MissingStatisticsError, match=r"missed its output gradients\)\): run the forward"):
+        optimizer.step()
+
+
+def test_a_batch_that_was_given_up_before_its_backward_pass_is_no_mistake() -> None:
+    optimizer, _, model, x = two_halves()
+    with optimizer.capture():
+        model(x).square().mean().backward()
+    optimizer.step()
+    assert set(optimizer.factors()) == {"0", "2"}
