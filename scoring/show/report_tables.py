@@ -41,10 +41,16 @@ def costs_table(report: Report, workload: str) -> Table:
     headers += [column.heading.format(metric=metric) for column in main]
     table = Table(heading(workload, report.rules), headers, left=(0,))
     odd = odd_steps(report.oddities)
+    # Of several frameworks one may not have been run on this workload at all.
+    idle = {*report.references.values()} & {*part.loc[part["studies"] == 0, "algorithm"]}
+    absent: list[str] = []
     for _, row in part.iterrows():
         name = row["algorithm"]
         if name == report.reference_of(name):
             name += " (reference)"
+        if not row["studies"] and report.reference_of(row["algorithm"]) in idle:
+            absent.append(row["algorithm"])
+            continue
         if not row["studies"]:
             gaps = ["no data", NOTHING] * len(columns.placed("costs")) + [NOTHING] * len(main)
             table.rows.append([name, "0 of 0", *gaps])
@@ -65,6 +71,8 @@ def costs_table(report: Report, workload: str) -> Table:
         f"Medians over studies (least to most). Ratios are to {references}{each}; below 1 is better. "
         "The metric is the median best value."
     )
+    if absent:
+        table.note += f" Not run here: {', '.join(absent)}."
     if any(name == workload for _, name in odd):
         table.note += " ‡ Its steps are not of the usual size (see the oddities): steps do not compare."
     if report.rules.studies:

@@ -365,6 +365,27 @@ def test_each_framework_has_its_own_reference(both: logs.Logs) -> None:
     assert words.count("(reference)") == 2
 
 
+def test_a_framework_that_was_not_run_on_a_workload_takes_no_rows(tmp_path: Path) -> None:
+    """But a line says so; an algorithm that is missing beside its reference is a gap, and has its row."""
+    for workload, runs in {
+        "bible_lm": [("nadamw", "pytorch"), ("kfac", "pytorch"), ("nadamw", "jax"), ("kfac", "jax")],
+        "mnist_vit": [("nadamw", "pytorch")],
+    }.items():
+        for name, framework in runs:
+            folder = tmp_path / name / "study_0" / f"{workload}_{framework}" / "trial_1"
+            write_trial(folder, workload, curve(workload, 1.0))
+    first, second = report_tables.tables(report.build(logs.read([tmp_path])))
+    assert [row[0].split(" (ref")[0] for row in first.rows] == [
+        "nadamw (jax)",
+        "kfac (jax)",
+        "nadamw (pytorch)",
+        "kfac (pytorch)",
+    ]
+    assert [row[:3] for row in second.rows[1:]] == [["kfac (pytorch)", "0 of 0", "no data"]]
+    assert "Not run here: nadamw (jax), kfac (jax)." in second.note
+    assert "Not run here" not in first.note
+
+
 def test_a_reference_named_in_full_is_that_of_both_frameworks(both: logs.Logs) -> None:
     table = report.build(both, reference="nadamw (jax)").summary.set_index("algorithm")
     assert table.loc["kfac (pytorch)", "steps_ratio"] == (
