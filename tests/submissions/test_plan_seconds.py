@@ -161,9 +161,9 @@ def test_plans_say_what_a_refresh_budget_comes_to(capsys):
     assert code == 0
     assert "By the calibration of an A100 of 40 GB by assumption" in out
     (line,) = [line for line in out.splitlines() if line.startswith("All layers are refreshed in ")]
-    assert "every 6 steps that is within 10.0 % of the time where a step takes " in line
+    assert "every 12 steps that is within 10.0 % of the time where a step takes " in line
     seconds = [float(word) for word in line.replace(":", "").split() if word[0].isdigit() and "." in word]
-    assert seconds[2] == pytest.approx(seconds[0] * 9 / 6, rel=2e-2)
+    assert seconds[2] == pytest.approx(seconds[0] * 9 / 12, rel=2e-2)
 
 
 def test_plans_say_what_another_way_of_refreshing_comes_to(capsys):
