@@ -2,14 +2,20 @@
 
 A race runs for hours, several trials at a time, beside whatever else the machine does. A step takes as long as it
 takes alone, which the suite's stage `pace` measures at the best point of each submission, one trial at a time.
+
+A machine that is shared is faster in one minute than in another. Evaluations are the same work for every
+submission, and stand between the steps: so steps are measured in evaluations, those at both ends of an interval,
+and told in seconds by the one length that an evaluation has on the workload, in the median over submissions.
 """
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 import scoring
 from workloads.runner import experiment
@@ -34,9 +40,25 @@ class Pace:
         return self.first + self.later * (steps - 1)
 
 
+@dataclass(frozen=True)
+class Evaluations:
+    """How fast the machine was while a pace was measured.
+
+    Attributes:
+        during: seconds of an evaluation, the harmonic mean over the seconds of training between them.
+        median: over all but the first one, which may compile or load.
+    """
+
+    during: float
+    median: float
+
+
 def read(directory: Path) -> dict[Place, Pace]:
-    """The paces measured in a suite's directory; empty without the stage."""
-    found = {}
+    """The paces measured in a suite's directory, at one speed of the machine; empty without the stage.
+
+    Where the evaluations of a submission do not tell that speed, those of its workload are as they were measured.
+    """
+    found, speeds = {}, {}
     for path in sorted(directory.glob("pace/*/*/*/trial_*/outcome.json")):
         outcome = experiment.outcome(path.parent)
         if outcome is None or outcome["global_step"] < 2 or outcome["first_step_time"] is None:
@@ -44,8 +66,33 @@ def read(directory: Path) -> dict[Place, Pace]:
         first = outcome["first_step_time"]
         later = (outcome["accumulated_submission_time"] - first) / (outcome["global_step"] - 1)
         workload, _, framework = path.parents[1].name.rpartition("_")
-        found[path.parents[3].name, workload, framework] = Pace(first, later)
-    return found
+        place = path.parents[3].name, workload, framework
+        found[place] = Pace(first, later)
+        speeds[place] = evaluations(pd.read_csv(path.with_name("eval_measurements.csv")))
+    return {place: _at_one_speed(place, pace, speeds) for place, pace in found.items()}
+
+
+def evaluations(table: pd.DataFrame) -> Evaluations | None:
+    """From a trial's evaluations, in the order of its steps; None if they are too few or took no time."""
+    if "accumulated_eval_time" not in table:
+        return None
+    trained, taken = (
+        np.diff(table[name].to_numpy(dtype=float))
+        for name in ("accumulated_submission_time", "accumulated_eval_time")
+    )
+    if not len(taken) or taken.min() <= 0 or trained.sum() <= 0:
+        return None
+    before = np.concatenate([taken[:1], taken[:-1]])
+    during = trained.sum() / (trained / ((before + taken) / 2)).sum()
+    return Evaluations(float(during), float(np.median(taken)))
+
+
+def _at_one_speed(place: Place, pace: Pace, speeds: dict[Place, Evaluations | None]) -> Pace:
+    of_workload = [speed for other, speed in speeds.items() if other[1:] == place[1:]]
+    mine, known = speeds[place], [speed.median for speed in of_workload if speed is not None]
+    if mine is None or len(known) < len(of_workload):
+        return pace
+    return Pace(pace.first, pace.later * statistics.median(known) / mine.during)
 
 
 def at_pace(logs: scoring.Logs, paces: dict[Place, Pace]) -> tuple[scoring.Logs, list[tuple[str, str]]]:

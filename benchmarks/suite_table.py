@@ -178,7 +178,7 @@ def _of_times(one: Judged) -> str:
     if one.alone:
         parts.append(
             f"{', '.join(one.alone)}: the race's steps, at the pace of the best point, measured one trial at a "
-            "time (the stage `pace`)"
+            "time (the stage `pace`), at one speed of the machine, which evaluations tell"
         )
     if rest:
         parts.append(f"{', '.join(rest)}: as the race took them, beside other work")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 
-from benchmarks import suite_figure, suite_results, suite_table
+from benchmarks import suite_figure, suite_paces, suite_results, suite_table
 from commands import documents
 from commands.errors import UserError
 from tests.workloads.fake_training import Trainer
@@ -120,6 +121,42 @@ def test_times_are_at_the_pace_measured_alone(finished, tmp_path):
     assert rest.alone == ("bible_lm",)
     assert "Of bible_lm: the race's steps" in suite_table.cost_table(rest, "time").note
     assert "of mnist_vit: as the race took them" in suite_table.cost_table(rest, "time").note
+
+
+def slowed(path, factors):
+    """A trial's seconds, of training and evaluations, so many times as long."""
+    table = pd.read_csv(path)
+    for name in ("accumulated_submission_time", "accumulated_eval_time"):
+        table[name] = (np.diff(table[name], prepend=0.0) * np.resize(factors, len(table))).cumsum()
+    table.to_csv(path, index=False)
+    spent = table["accumulated_submission_time"]
+    outcome = json.loads(path.with_name("outcome.json").read_text())
+    outcome |= {"first_step_time": 0.1 * factors[0], "accumulated_submission_time": spent.iloc[-1]}
+    path.with_name("outcome.json").write_text(json.dumps(outcome))
+
+
+def paces(directory, **factors):
+    """Seconds a step on mnist_vit, of a suite whose submissions' paces were slowed down."""
+    for name, slower in factors.items():
+        (path,) = directory.glob(f"pace/{name}/*/mnist_vit_pytorch/trial_1/eval_measurements.csv")
+        slowed(path, slower)
+    return {place[0]: pace.later for place, pace in suite_paces.read(directory).items() if place[1] == "mnist_vit"}
+
+
+def test_paces_do_not_depend_on_how_fast_the_machine_was(finished, tmp_path):
+    """One submission is measured while everything takes twice as long, or while it does so half of the time."""
+    alone = paces(finished)
+    slower = paces(shutil.copytree(finished, tmp_path / "slower"), nadamw=[2.0])
+    assert slower == pytest.approx(alone)
+    half = paces(shutil.copytree(finished, tmp_path / "half"), nadamw=[1.0, 1.0, 2.0, 2.0])
+    assert half == pytest.approx(alone, rel=0.15)  # between the speeds lies an interval with ends of both
+
+
+def test_paces_without_evaluations_are_as_they_were_measured(finished, tmp_path):
+    here = shutil.copytree(finished, tmp_path / "x")
+    (path,) = here.glob("pace/kfac_expand/*/mnist_vit_pytorch/trial_1/eval_measurements.csv")
+    pd.read_csv(path).assign(accumulated_eval_time=0.0).to_csv(path, index=False)
+    assert paces(here, nadamw=[2.0])["nadamw"] == pytest.approx(2 * paces(finished)["nadamw"])
 
 
 def test_paces_are_of_a_framework(finished, tmp_path):

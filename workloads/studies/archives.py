@@ -21,12 +21,13 @@ from workloads.runner.jobs import CHECKOUT
 from workloads.runner.logs import write_table
 
 STAGES = ("tuning", "race", "pace", "targets")
-# Significant digits: of what scores are made of, of other metrics, of other times.
+# Significant digits: of what scores and paces are made of, of other metrics, of other times.
 DIGITS, METRIC_DIGITS, TIME_DIGITS = 6, 5, 3
 FORMAT = 1
 EXACT = ("target", "best_metric")  # of an outcome: what tuning ranks by
 # Columns that repeat another, and are written back from it.
 COPIES = {"score": "accumulated_submission_time"}
+TIMED = "accumulated_eval_time"  # tells how fast the machine was
 LEFT_OUT = ("os_platform",)  # of the meta data: it names the machine
 Object: TypeAlias = dict[str, Any]
 Chosen: TypeAlias = dict[str, dict[str, Object]]  # workload -> submission -> `chosen/<workload>/<submission>.json`
@@ -147,7 +148,7 @@ def _columns(path: Path, outcome: Mapping[str, Any], lower_is_better: bool) -> O
     found: Object = {"": len(rows)}
     for name, exact in columns.items():
         digits = METRIC_DIGITS if "/" in name else TIME_DIGITS
-        if name in (outcome["metric"], *COPIES, *COPIES.values()):
+        if name in (outcome["metric"], TIMED, *COPIES, *COPIES.values()):
             digits = DIGITS
         values = [_rounded(value, digits) for value in exact]
         if name == outcome["metric"]:
