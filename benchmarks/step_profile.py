@@ -24,7 +24,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from algoperf_kfac.pytorch import capture, distributed, optimizer
+from algoperf_kfac.pytorch import capture, curvature, distributed, optimizer
 from algoperf_kfac.pytorch.recorder import Recorder
 from benchmarks.step_time import Run
 from commands import errors
@@ -43,7 +43,7 @@ POINTS: dict[str, tuple[str, dict[str, object]]] = {
 }
 PHASES: dict[str, list[tuple[Any, str]]] = {
     "statistics": [(Recorder, "input"), (Recorder, "output_gradient"), (capture.Capture, "_collect")],
-    "averages": [(optimizer, "move_averages")],
+    "averages": [(curvature, "move_averages")],
     "refresh": [(distributed, "refresh")],
     "NadamW's part": [(optimizer, "first_order")],
     "K-FAC directions": [(optimizer, "second_order")],
