@@ -53,7 +53,7 @@ class Evaluations:
     median: float
 
 
-def read(directory: Path) -> dict[Place, Pace]:
+def read(directory: Path, *, one_speed: bool = True) -> dict[Place, Pace]:
     """The paces measured in a suite's directory, at one speed of the machine; empty without the stage.
 
     Where the evaluations of a submission do not tell that speed, those of its workload are as they were measured.
@@ -69,7 +69,7 @@ def read(directory: Path) -> dict[Place, Pace]:
         place = path.parents[3].name, workload, framework
         found[place] = Pace(first, later)
         speeds[place] = evaluations(pd.read_csv(path.with_name("eval_measurements.csv")))
-    return {place: _at_one_speed(place, pace, speeds) for place, pace in found.items()}
+    return {place: _at_one_speed(place, pace, speeds) for place, pace in found.items()} if one_speed else found
 
 
 def evaluations(table: pd.DataFrame) -> Evaluations | None:

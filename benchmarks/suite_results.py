@@ -104,17 +104,18 @@ def groups(names: Sequence[str]) -> list[Group]:
     return [part for part in parts if part.workloads]
 
 
-def judge(race: Path, studies: int) -> list[Judged]:
+def judge(race: Path, studies: int, *, one_speed: bool = True) -> list[Judged]:
     """Every group in every framework that was run.
 
     Args:
         race: the folder of a suite's race.
         studies: how many are due; a missing one is a miss.
+        one_speed: whether paces are those at one speed of the machine; else as they were measured.
 
     Raises:
         UserError: there is no trial, or none of the reference.
     """
-    logs, measured = suite_paces.at_pace(scoring.read(race), suite_paces.read(race.parent))
+    logs, measured = suite_paces.at_pace(scoring.read(race), suite_paces.read(race.parent, one_speed=one_speed))
     found = []
     for framework in sorted(set(logs.trials["framework"]), key=("pytorch", "jax").index):
         part = logs.select(framework=framework)

@@ -148,6 +148,9 @@ def test_paces_do_not_depend_on_how_fast_the_machine_was(finished, tmp_path):
     alone = paces(finished)
     slower = paces(shutil.copytree(finished, tmp_path / "slower"), nadamw=[2.0])
     assert slower == pytest.approx(alone)
+    place = "nadamw", "mnist_vit", "pytorch"
+    measured = suite_paces.read(tmp_path / "slower", one_speed=False)[place].later
+    assert measured == pytest.approx(2 * suite_paces.read(finished, one_speed=False)[place].later)
     half = paces(shutil.copytree(finished, tmp_path / "half"), nadamw=[1.0, 1.0, 2.0, 2.0])
     assert half == pytest.approx(alone, rel=0.15)  # between the speeds lies an interval with ends of both
 
