@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import datetime
 import functools
 import multiprocessing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing
 
 Ranks = Callable[[int], list[dict[str, Any]]]
@@ -27,11 +32,39 @@ def run(worker: Callable[..., None], arguments: tuple[Any, ...], count: int) -> 
     torch.multiprocessing.start_processes(worker, arguments, nprocs=count, start_method="forkserver")
 
 
+@contextmanager
+def joined(rank: int, world: int, folder: str) -> Iterator[None]:
+    """This process, on one thread, as one of the default group; they meet in a file in the folder."""
+    torch.set_num_threads(1)
+    # A process that waits for one that does not come fails soon, instead of hanging.
+    timeout = datetime.timedelta(seconds=60)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timeout)
+    yield
+    dist.destroy_process_group()
+
+
+def save(results: Mapping[str, Any], rank: int, folder: str) -> None:
+    """Writes what `ranks_of` reads."""
+    torch.save(copy.deepcopy(dict(results)), Path(folder) / f"{rank}.pt")
+
+
+def run_cases(cases: Mapping[str, Callable[[int], Any]], rank: int, world: int, folder: str) -> None:
+    """Saves what `cases[name](rank)` come to, each from the same random state, one after the other."""
+    results = {}
+    with joined(rank, world, folder):
+        for case, function in cases.items():
+            torch.manual_seed(0)
+            results[case] = copy.deepcopy(function(rank))
+            dist.barrier()  # processes that were apart go on together
+        save(results, rank, folder)
+
+
 def ranks_of(worker: Callable[..., None], folders: pytest.TempPathFactory) -> Ranks:
     """From a number of processes to the results of all of them, trained once.
 
     Args:
-        worker: `worker(rank, world, folder)` saves its results as `<folder>/<rank>.pt`.
+        worker: `worker(rank, world, folder)` saves its results (see `save`).
         folders: makes the folders.
     """
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,33 +82,31 @@ def branches(rank: int) -> dict[str, Any]:
     return result(model, optimizer) | {"coverage": str(optimizer.coverage().layers)}
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    results = {}
-    for case in CASES:
-        model, options, batches = make(case)
-        parallel = DistributedDataParallel(model)
-        optimizer = KFAC(parallel, **options)
-        for x, y in batches:
-            optimizer.zero_grad()
-            if case in ("algoperf", "uneven"):  # 5 and 3 examples: the convention is exact there as well
-                sizes = [5, 3] if case == "uneven" else [4, 4]
-                mine = slice(0, sizes[0]) if rank == 0 else slice(sizes[0], None)
-                with optimizer.capture() as capture:
-                    summed = F.cross_entropy(parallel(x[mine]), y[mine], reduction="sum")
-                    summed = torch.distributed.nn.all_reduce(summed)
-                    valid = torch.distributed.nn.all_reduce(torch.tensor(float(sizes[rank])))
-                    capture.loss_normalizer = valid / WORLD
-                    (summed / valid).backward()
-            else:
-                mine = slice(4 * rank, 4 * rank + 4)
-                with optimizer.capture():
-                    F.cross_entropy(parallel(x[mine]), y[mine]).backward()
-            optimizer.step()
-        results[case] = result(model, optimizer)
+def two_processes(case: str, rank: int) -> dict[str, Any]:
+    model, options, batches = make(case)
+    parallel = DistributedDataParallel(model)
+    optimizer = KFAC(parallel, **options)
+    for x, y in batches:
+        optimizer.zero_grad()
+        if case in ("algoperf", "uneven"):  # 5 and 3 examples: the convention is exact there as well
+            sizes = [5, 3] if case == "uneven" else [4, 4]
+            mine = slice(0, sizes[0]) if rank == 0 else slice(sizes[0], None)
+            with optimizer.capture() as capture:
+                summed = F.cross_entropy(parallel(x[mine]), y[mine], reduction="sum")
+                summed = torch.distributed.nn.all_reduce(summed)
+                valid = torch.distributed.nn.all_reduce(torch.tensor(float(sizes[rank])))
+                capture.loss_normalizer = valid / WORLD
+                (summed / valid).backward()
+        else:
+            mine = slice(4 * rank, 4 * rank + 4)
+            with optimizer.capture():
+                F.cross_entropy(parallel(x[mine]), y[mine]).backward()
+        optimizer.step()
+    return result(model, optimizer)
 
-    # Sampled labels differ between processes, parameters must not.
+
+def sampled(rank: int) -> dict[str, Any]:
+    """Sampled labels differ between processes, parameters must not."""
     model, options, batches = make("expand")
     parallel = DistributedDataParallel(model)
     optimizer = KFAC(parallel, **options, fisher="mc")
@@ -121,18 +118,18 @@ def worker(rank: int, folder: str) -> None:
             capture.backward_fisher(outputs, "softmax_cross_entropy")
             F.cross_entropy(outputs, y[mine]).backward()
         optimizer.step()
-    results["mc"] = result(model, optimizer)
-    results["partial"] = branches(rank)
-    torch.save(copy.deepcopy(results), Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return result(model, optimizer)
+
+
+def worker(rank: int, world: int, folder: str) -> None:
+    trained = {case: functools.partial(two_processes, case) for case in CASES}
+    processes.run_cases({**trained, "mc": sampled, "partial": branches}, rank, world, folder)
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The results of both processes, for all cases."""
-    folder = tmp_path_factory.mktemp("ddp")
-    processes.run(worker, (str(folder),), WORLD)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    return processes.ranks_of(worker, tmp_path_factory)(WORLD)
 
 
 def assert_same(got: dict[str, Any], want: dict[str, Any], **tolerance: float) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import datetime
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -184,20 +182,11 @@ def idle_on_one(rank: int) -> dict[str, Any]:
 
 
 def worker(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    # A process that waits for one that does not come fails soon, instead of hanging.
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    results = {case: run(case, world, rank) for case in (OF_FOUR if world == 4 else CASES)}
-    if world == 2:
-        results |= {"own_gradients": own_gradients(rank), "idle_on_one": idle_on_one(rank)}
-    torch.save(copy.deepcopy(results), Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    with processes.joined(rank, world, folder):
+        results = {case: run(case, world, rank) for case in (OF_FOUR if world == 4 else CASES)}
+        if world == 2:
+            results |= {"own_gradients": own_gradients(rank), "idle_on_one": idle_on_one(rank)}
+        processes.save(results, rank, folder)
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import datetime
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from algoperf_kfac.pytorch import KFAC
 from tests.pytorch import processes
-from tests.pytorch.test_distributed_usage import OPTIONS, WORLD, batches, plain, result, share
 from tests.pytorch.toys import Patches
+from tests.pytorch.two_processes import OPTIONS, WORLD, assert_like, batches, plain, result, share
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
@@ -245,35 +243,13 @@ CASES: dict[str, Callable[[int], Any]] = {
 }
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=WORLD,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    results = {}
-    for case, function in CASES.items():
-        torch.manual_seed(0)
-        results[case] = copy.deepcopy(function(rank))
-        dist.barrier()  # processes that were apart go on together
-    torch.save(results, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+def worker(rank: int, world: int, folder: str) -> None:
+    processes.run_cases(CASES, rank, world, folder)
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("joining")
-    processes.run(worker, (str(folder),), WORLD)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
-
-
-def assert_like(got: dict[str, Any], want: dict[str, Any], **tolerance: float) -> None:
-    assert want["factors"]
-    for key in ("parameters", "factors"):
-        torch.testing.assert_close(got[key], want[key], **tolerance)
+    return processes.ranks_of(worker, tmp_path_factory)(WORLD)
 
 
 LIKE_PLAIN = ["later", "of_its_module", "in_a_module", "compiled_inside", "by_hand_and_told"]

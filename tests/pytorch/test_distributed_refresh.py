@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,11 +149,9 @@ COUNTERS = ("refreshes", "failures", "skipped", "dropped", "stand_ins", "steps",
 
 
 def worker(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    results = {case: run(case, world, rank) for case in (OF_FOUR if world == 4 else CASES)}
-    torch.save(copy.deepcopy(results), Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    with processes.joined(rank, world, folder):
+        results = {case: run(case, world, rank) for case in (OF_FOUR if world == 4 else CASES)}
+        processes.save(results, rank, folder)
 
 
 @pytest.fixture(scope="module")

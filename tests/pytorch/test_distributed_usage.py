@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import datetime
 import functools
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,50 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from algoperf_kfac.pytorch import KFAC, MissingStatisticsError
 from tests.pytorch import processes
-from tests.pytorch.toys import SCALE_SENSITIVE, Patches, images
+from tests.pytorch.toys import Patches
+from tests.pytorch.two_processes import BATCH, OPTIONS, WORLD, assert_like, batches, plain, result, share
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
-
-WORLD = 2
-BATCH = 8
-OPTIONS: dict[str, Any] = {
-    "approximation": "reduce",
-    "factor_interval": 2,
-    "refresh_interval": 4,
-    "initial_statistics": 3,
-    "damping": 0.1,
-    "learning_rate": 3e-3,
-}
-OPTIONS = SCALE_SENSITIVE | OPTIONS
-
-
-def batches(steps: int = 10) -> list[tuple[Tensor, Tensor]]:
-    return [(x.double(), y) for x, y in [images(BATCH) for _ in range(steps)]]
-
-
-def share(rank: int) -> slice:
-    size = BATCH // WORLD
-    return slice(rank * size, (rank + 1) * size)
-
-
-def result(model: nn.Module, optimizer: KFAC, **more: Any) -> dict[str, Any]:
-    factors = {name: tuple(pair) for name, pair in optimizer.factors().items()}
-    return {"parameters": model.state_dict(), "factors": factors, **more}
-
-
-def plain(rank: int | None, wrap: Callable[[nn.Module], nn.Module]) -> dict[str, Any]:
-    """The loop of the README; with rank None alone, on the whole batch."""
-    torch.manual_seed(0)
-    model = Patches().double()
-    wrapped = wrap(model)
-    optimizer = KFAC(wrapped, **OPTIONS)
-    for x, y in batches():
-        mine = slice(None) if rank is None else share(rank)
-        optimizer.zero_grad()
-        with optimizer.capture():
-            F.cross_entropy(wrapped(x[mine]), y[mine]).backward()
-        optimizer.step()
-    return result(model, optimizer)
 
 
 def accumulated(rank: int) -> dict[str, Any]:
@@ -306,35 +264,13 @@ CASES: dict[str, Callable[[int], Any]] = {
 LIKE_PLAIN = ["plain", "compiled_eager", "compiled_aot_eager", "accumulated", "uneven", "very_uneven"]
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    # A process that waits for one that does not come fails soon, instead of hanging.
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=WORLD,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    results = {}
-    for case, function in CASES.items():
-        torch.manual_seed(0)
-        results[case] = copy.deepcopy(function(rank))
-    torch.save(results, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+def worker(rank: int, world: int, folder: str) -> None:
+    processes.run_cases(CASES, rank, world, folder)
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("usage")
-    processes.run(worker, (str(folder),), WORLD)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
-
-
-def assert_like(got: dict[str, Any], want: dict[str, Any], **tolerance: float) -> None:
-    assert want["factors"]
-    for key in ("parameters", "factors"):
-        torch.testing.assert_close(got[key], want[key], **tolerance)
+    return processes.ranks_of(worker, tmp_path_factory)(WORLD)
 
 
 @pytest.mark.parametrize("case", LIKE_PLAIN)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,19 +54,16 @@ def build() -> Mixture:
     return Mixture().double()
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
+def worker(rank: int, world: int, folder: str) -> None:
     torch.set_default_dtype(torch.float64)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = build()
     mine = slice(0, 4) if rank == 0 else slice(4, None)
-    torch.save(train(DistributedDataParallel(model), model, mine), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    with processes.joined(rank, world, folder):
+        processes.save(train(DistributedDataParallel(model), model, mine), rank, folder)
 
 
-def test_every_process_has_every_expert(tmp_path: Path) -> None:
-    processes.run(worker, (str(tmp_path),), 2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+def test_every_process_has_every_expert(tmp_path_factory: pytest.TempPathFactory) -> None:
+    first, second = processes.ranks_of(worker, tmp_path_factory)(2)
     alone = build()
     want = train(alone, alone, slice(None))
     assert first["fraction"] == second["fraction"] == want["fraction"] == 1
