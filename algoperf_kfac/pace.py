@@ -22,9 +22,9 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
+from algoperf_kfac.assignment import largest_load
 from algoperf_kfac.cadence import Step, cycle, rounds, stretch
 from algoperf_kfac.config import KFACConfig
-from algoperf_kfac.cost import largest_load
 
 MOST = 2**28  # steps; a whole number on the device, with room for what it is multiplied by
 

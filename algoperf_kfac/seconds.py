@@ -15,17 +15,10 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
+from algoperf_kfac.assignment import assign
 from algoperf_kfac.cadence import cycle
 from algoperf_kfac.config import KFACConfig
-from algoperf_kfac.cost import (
-    ITEM_BYTES,
-    LayerPlan,
-    Plan,
-    assign,
-    cubes,
-    decomposition_flops,
-    product_flops,
-)
+from algoperf_kfac.cost import ITEM_BYTES, LayerPlan, Plan, cubes, decomposition_flops, product_flops
 from algoperf_kfac.layers import LayerSpec, split_blocks
 from algoperf_kfac.pace import pace_of
 from algoperf_kfac.subset import RowLimit

@@ -24,14 +24,11 @@ import optax
 from jax import Array
 
 from algoperf_kfac.config import KFACConfig
-from algoperf_kfac.evidence import (
-    DIAGONAL,
-    KRONECKER,
+from algoperf_kfac.evidence import DIAGONAL, KRONECKER, Block, Fitted, no_factors
+from algoperf_kfac.fitting import (
     NO_DIAGONAL,
     UNCALLED,
-    Block,
     Example,
-    Fitted,
     Split,
     batches_of,
     check_examples,
@@ -39,7 +36,6 @@ from algoperf_kfac.evidence import (
     check_targets,
     described,
     fitting_config,
-    no_factors,
     of_averages,
     split_batch,
 )

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from algoperf_kfac.cost import runs
+from algoperf_kfac.assignment import runs
 from algoperf_kfac.jax.types import Tree
 
 Pytree = TypeVar("Pytree")

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from algoperf_kfac.cost import assign, cubes
+from algoperf_kfac.assignment import assign
+from algoperf_kfac.cost import cubes
 from algoperf_kfac.errors import listed
 from algoperf_kfac.layers import LayerSpec
 from algoperf_kfac.pytorch import refresh as here

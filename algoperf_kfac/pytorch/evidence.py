@@ -22,15 +22,12 @@ from torch import Tensor, nn
 
 from algoperf_kfac.config import TABLE, KFACConfig
 from algoperf_kfac.errors import missing_statistics
-from algoperf_kfac.evidence import (
-    DIAGONAL,
+from algoperf_kfac.evidence import DIAGONAL, KRONECKER, Block, Fitted, no_factors
+from algoperf_kfac.fitting import (
     IN_PARTS,
-    KRONECKER,
     NO_DIAGONAL,
     UNCALLED,
-    Block,
     Example,
-    Fitted,
     Split,
     batches_of,
     check_examples,
@@ -38,7 +35,6 @@ from algoperf_kfac.evidence import (
     check_targets,
     described,
     fitting_config,
-    no_factors,
     of_averages,
     split_batch,
 )

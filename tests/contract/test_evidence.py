@@ -15,7 +15,8 @@ from torch import nn
 
 import algoperf_kfac.jax.evidence as in_jax
 import algoperf_kfac.pytorch.evidence as in_pytorch
-from algoperf_kfac.evidence import Block, Fitted, Likelihood, evidence, split_batch
+from algoperf_kfac.evidence import Block, Fitted, Likelihood, evidence
+from algoperf_kfac.fitting import split_batch
 from algoperf_kfac.losses import LossType
 from tests.contract.frameworks import NAMES
 

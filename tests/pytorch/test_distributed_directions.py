@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from algoperf_kfac.assignment import assign, deal
 from algoperf_kfac.config import KFACConfig
-from algoperf_kfac.cost import assign, deal
 from algoperf_kfac.pytorch import KFAC
 from algoperf_kfac.pytorch.scalings import scaling_of
 from algoperf_kfac.pytorch.stacks import Stack

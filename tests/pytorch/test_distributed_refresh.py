@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from algoperf_kfac.cost import assign
+from algoperf_kfac.assignment import assign
 from algoperf_kfac.pytorch import KFAC
 from tests.pytorch import processes
 from tests.pytorch.processes import Ranks

@@ -10,17 +10,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from algoperf_kfac.assignment import runs
 from algoperf_kfac.config import KFACConfig
-from algoperf_kfac.cost import (
-    ScalingFlops,
-    StateBytes,
-    cubes,
-    decomposition_flops,
-    product_flops,
-    runs,
-    squares,
-    widths,
-)
+from algoperf_kfac.cost import ScalingFlops, StateBytes, cubes, decomposition_flops, product_flops, squares, widths
 from algoperf_kfac.jax.preconditioner import NUM_COUNTERS, NUM_NUMBERS, Blocks, LayerState, multiply
 from algoperf_kfac.layers import LayerSpec
 

@@ -8,17 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from algoperf_kfac.assignment import deal
 from algoperf_kfac.config import KFACConfig
-from algoperf_kfac.cost import (
-    ScalingFlops,
-    StateBytes,
-    cubes,
-    deal,
-    decomposition_flops,
-    product_flops,
-    squares,
-    widths,
-)
+from algoperf_kfac.cost import ScalingFlops, StateBytes, cubes, decomposition_flops, product_flops, squares, widths
 from algoperf_kfac.layers import LayerSpec
 from algoperf_kfac.pytorch.preconditioner import LayerState, multiply
 
