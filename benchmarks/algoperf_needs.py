@@ -24,6 +24,8 @@ from commands.errors import UserError, tell
 from commands.frameworks import FRAMEWORKS
 from scoring.judge import published
 from submissions.cli import assumed, plan, plan_tables
+from submissions.cli.named_plan import Named
+from submissions.cli.plan_text import markdown
 from workloads.algoperf import BUDGETS, SELF_TUNING, here
 from workloads.runner.jobs import CHECKOUT
 
@@ -108,7 +110,7 @@ def main() -> int:
         flags = [f"--submission={given.submission}"] + ([f"--assume={given.assume}"] if given.assume else [])
         values = plan.new_flags()
         values(["plan", *flags])
-        plans: dict[str, list[plan_tables.Named]] = {}
+        plans: dict[str, list[Named]] = {}
         for framework in given.framework.split(","):
             if framework not in FRAMEWORKS:
                 raise UserError(f"unknown framework '{framework}'; known: {', '.join(FRAMEWORKS)}")
@@ -128,7 +130,7 @@ def _changed(framework: str, flags: Sequence[str]) -> list[str]:
     return [*named, *(flag for flag in flags if flag != "--submission=kfac_reduce")]
 
 
-def page(plans: Mapping[str, Sequence[plan_tables.Named]], command: str) -> str:
+def page(plans: Mapping[str, Sequence[Named]], command: str) -> str:
     """The tables of all frameworks.
 
     Raises:
@@ -144,18 +146,18 @@ def page(plans: Mapping[str, Sequence[plan_tables.Named]], command: str) -> str:
         if group[0].speed is None:
             raise UserError("seconds are not known here: python -m submissions plan --calibrate, or give --assume")
         device, share = group[0].speed.device, group[0].plan.config.refresh_budget or 0.0
-        at_budget = plan_tables.markdown(plan_tables.intervals(group))
+        at_budget = plan_tables.drawn(plan_tables.intervals(group), "markdown")
         rows = [HEAD, *(_row(named, framework, by_cost["time"], by_cost["steps"]) for named in group)]
         parts += [
             f"### {FRAMEWORKS[framework]}, on {device}",
-            plan_tables.markdown(rows, NUMBERS),
+            markdown(rows, NUMBERS),
             f"Refreshes that take at most {100 * share:.3g} % of the time:",
             at_budget,
         ]
     return "\n\n".join(parts)
 
 
-def _row(named: plan_tables.Named, framework: str, times: pd.DataFrame, counts: pd.DataFrame) -> list[str]:
+def _row(named: Named, framework: str, times: pd.DataFrame, counts: pd.DataFrame) -> list[str]:
     found, added, budget = named.paced(), named.seconds_then, named.budget
     assert found is not None
     assert added is not None

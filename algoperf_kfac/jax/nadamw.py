@@ -61,12 +61,16 @@ def nadamw_directions(
         nu: second moments v, shapes of `grads`.
         count: number of this update, from 1; may be traced.
         beta2: decay of the second moment, in [0, 1).
-        eps: added to the root of the second moment.
+        eps: added to the root of the second moment; at least the least normal number of its type, as what float16
+            rounds to zero would be divided by.
     """
+
+    def direction(m: jax.Array, v: jax.Array) -> jax.Array:
+        return m / (jnp.sqrt(v) / root + max(eps, float(jnp.finfo(v.dtype).tiny)))
+
     nu = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g * g, nu, grads)
     root = jnp.sqrt(_bias_correction(beta2, count))
-    directions = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) / root + eps), m_hat, nu)
-    return nu, directions
+    return nu, jax.tree.map(direction, m_hat, nu)
 
 
 def scale_by_nadamw(one_minus_beta1: float, beta2: float, eps: float = 1e-8) -> optax.GradientTransformation:

@@ -32,13 +32,14 @@ def nadamw_directions(
         exp_avg_sqs: second moments v, shapes of `grads`; updated in place.
         step: number of this update, from 1.
         beta2: decay of the second moment.
-        eps: added to the root of the second moment.
+        eps: added to the root of the second moment; at least the least normal number of its type, as what float16
+            rounds to zero would be divided by.
     """
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
     denominators = torch._foreach_sqrt(exp_avg_sqs)
     torch._foreach_div_(denominators, (1 - beta2**step) ** 0.5)
-    torch._foreach_add_(denominators, eps)
+    torch._foreach_add_(denominators, [max(eps, torch.finfo(d.dtype).tiny) for d in denominators])
     return list(torch._foreach_div(momenta, denominators))
 
 

@@ -19,6 +19,7 @@ from commands.flags import new, parse
 from commands.frameworks import FRAMEWORKS
 from submissions import registry
 from submissions.cli import assumed, calibration, plan_tables
+from submissions.cli.named_plan import Named, Room
 from submissions.common.batch_sizes import SCORED, get_batch_size
 from workloads import algoperf
 from workloads.algoperf import BUDGETS, WORKLOADS
@@ -138,7 +139,7 @@ def main(argv: Sequence[str]) -> None:
         return
     if algoperf.is_older():
         print(algoperf.OLDER, file=sys.stderr)
-    plans: dict[str, list[plan_tables.Named]] = {}
+    plans: dict[str, list[Named]] = {}
     for framework in frameworks:
         for name in (name for name in SCORED if name in algoperf.here()):
             print(f"{framework}: {name} ...", file=sys.stderr, flush=True)
@@ -155,19 +156,19 @@ def _calibrate(framework: str) -> None:
     print(f"Kept in {file}.\n")
 
 
-def plan_for(values: flags.FlagValues, name: str, framework: str) -> plan_tables.Named:
+def plan_for(values: flags.FlagValues, name: str, framework: str) -> Named:
     """The plan for a workload or model, and what it is compared with."""
     devices = values.devices
     batch_size = _batch_size(name, values)
     adapter, subject = _subject(values, name, framework, None if batch_size is None else batch_size // devices)
     seen = adapter.sight(subject, _config(values, framework))
     share = USABLE[framework] if values.usable is None else values.usable
-    return plan_tables.Named(
+    return Named(
         name,
         adapter.plan_of(seen, devices=devices),
         seen.note,
         batch_size or subject.batch_size * devices,
-        plan_tables.Room(1e9 * values.device_gb, share),
+        Room(1e9 * values.device_gb, share),
         _speed(values, framework),
         BUDGETS.get(name),
     )

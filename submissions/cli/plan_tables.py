@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from algoperf_kfac.cost import LayerPlan, Memory, Plan
 from algoperf_kfac.crossover import Rates, compare
 from algoperf_kfac.layers import FallbackSpec
-from algoperf_kfac.seconds import Paced, Seconds, Speed, paced, refresh_in_turns, seconds_of, with_blocks
-from workloads.algoperf import SELF_TUNING, Budget
+from algoperf_kfac.seconds import Speed, refresh_in_turns
+from submissions.cli.named_plan import Named, Room
+from submissions.cli.plan_text import (
+    Table,
+    block_sizes,
+    counted,
+    in_bytes,
+    in_flops,
+    markdown,
+    percent,
+    plain,
+    times,
+    without_numbers,
+)
+from workloads.algoperf import SELF_TUNING
 
-Table = list[list[str]]
 LAYER_HEAD = ["layer", "", "kind", "P_in", "P_out", "R", "bias", "approximation", "A", "B"]
 OTHER_HEAD = ["other parameters", "", "entries", "treatment", "reason"]
 SUMMARY_HEAD = ["workload", "covered", "layers", "K-FAC state", "NadamW peak", "peak", "fits", "model"]
@@ -60,98 +71,40 @@ measures them instead.
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class Room:
-    """Memory of a device.
-
-    Attributes:
-        total: bytes.
-        share: of them that the framework may use.
-    """
-
-    total: float
-    share: float
-
-    @property
-    def usable(self) -> float:
-        return self.total * self.share
-
-    def __str__(self) -> str:
-        text = f"{self.usable / 1e9:.4g} GB"
-        return text if self.share == 1 else f"{text} ({self.share:.0%} of {self.total / 1e9:.4g} GB)"
-
-
-@dataclasses.dataclass(frozen=True)
-class Named:
-    """A plan, and what it is compared with.
-
-    Attributes:
-        name: of the workload or model.
-        plan: its plan.
-        note: how the model was seen, if not with the real shapes.
-        batch_size: global.
-        room: memory of a device.
-        speed: of the device at hand; None if it was not measured.
-        budget: what AlgoPerf allows, for its workloads.
-    """
-
-    name: str
-    plan: Plan
-    note: str
-    batch_size: int
-    room: Room
-    speed: Speed | None = None
-    budget: Budget | None = None
-
-    @property
-    def seconds(self) -> Seconds | None:
-        return None if self.speed is None else seconds_of(self.plan, self.speed)
-
-    def paced(self, max_factor_dim: int | None = None) -> Paced | None:
-        """What a refresh budget comes to, where the seconds of a step are known; also with smaller blocks."""
-        share = self.plan.config.refresh_budget
-        if share is None or self.speed is None or self.budget is None:
-            return None
-        plan = self.plan if max_factor_dim is None else with_blocks(self.plan, max_factor_dim)
-        return paced(plan, self.speed, self.budget.per_step, share)
-
-    @property
-    def seconds_then(self) -> float | None:
-        """What K-FAC adds to a step at the interval that a refresh budget comes to."""
-        found, each = self.paced(), self.seconds
-        if found is None or each is None:
-            return None
-        return each.total - each.refresh + found.refresh / found.interval
+def drawn(table: Table, form: str) -> str:
+    """A table of this page as "text" or as "markdown"."""
+    return (markdown if form == "markdown" else plain)(table, RIGHT)
 
 
 def render(named: Named, form: str, *, legend: bool = True) -> str:
     """One plan: summary, memory, flops, layers, other parameters."""
     name, plan, note, batch_size = named.name, named.plan, named.note, named.batch_size
-    title = f"{name}: batch {batch_size:,} on {_count(plan.devices, 'device')}" + (f" ({note})" if note else "")
+    title = f"{name}: batch {batch_size:,} on {counted(plan.devices, 'device')}" + (f" ({note})" if note else "")
     covered, total = plan.coverage.num_covered, plan.coverage.num_parameters
     config = plan.config
-    intervals = f"statistics every {_count(config.factor_interval, 'step')}"
+    intervals = f"statistics every {counted(config.factor_interval, 'step')}"
     if config.statistics_rows is not None:
         intervals += f" from at least {config.statistics_rows:,} rows of a call"
         if config.statistics_rows_by_side:
             intervals += " (no fewer than a layer's largest block has sides)"
-    intervals += f", refresh every {_count(config.refresh_interval, 'step')}"
+    intervals += f", refresh every {counted(config.refresh_interval, 'step')}"
     facts = [
         f"K-FAC covers {covered:,} of {total:,} parameters ({100 * plan.coverage.fraction:.1f} %), {intervals}.",
-        f"A device needs {_size(plan.memory.peak)} at its peak, {_size(plan.memory.kfac_state)} of it K-FAC's "
-        f"state: {_verdict(plan, named.room)}. NadamW alone needs {_size(plan.memory.first_order_peak)}.",
-        f"K-FAC adds {_percent(plan.flops.total)} to the model's {_flops(plan.flops.model)} per step and device: "
-        f"statistics {_percent(plan.flops.statistics)}, refresh {_percent(plan.flops.refresh)}, "
-        f"preconditioning {_percent(plan.flops.preconditioning)}.",
+        f"A device needs {in_bytes(plan.memory.peak)} at its peak, {in_bytes(plan.memory.kfac_state)} of it "
+        f"K-FAC's state: {_verdict(plan, named.room)}. "
+        f"NadamW alone needs {in_bytes(plan.memory.first_order_peak)}.",
+        f"K-FAC adds {percent(plan.flops.total)} to the model's {in_flops(plan.flops.model)} per step and device: "
+        f"statistics {percent(plan.flops.statistics)}, refresh {percent(plan.flops.refresh)}, "
+        f"preconditioning {percent(plan.flops.preconditioning)}.",
         *_in_seconds(named),
     ]
     tables = [*([_costs(named)] if named.seconds else []), _memory(plan), _layers(plan)]
     if plan.coverage.fallbacks:
         tables.append(_others(plan.coverage.fallbacks))
     if form == "markdown":
-        return "\n\n".join([f"## {title}", "\n".join(facts), *map(markdown, tables)]) + "\n"
+        return "\n\n".join([f"## {title}", "\n".join(facts), *(drawn(table, form) for table in tables)]) + "\n"
     rest = [LEGEND.rstrip()] if legend else []
-    return "\n\n".join([title, "\n".join(facts), *map(_text, tables), *rest]) + "\n"
+    return "\n\n".join([title, "\n".join(facts), *(drawn(table, form) for table in tables), *rest]) + "\n"
 
 
 def _verdict(plan: Plan, room: Room) -> str:
@@ -204,13 +157,13 @@ def _of_budget(named: Named, speed: Speed) -> list[str]:
         return []
     refresh = refresh_in_turns(named.plan, speed)
     text = f"All layers are refreshed in {refresh:.3g} s"
-    every = f"every {_count(config.refresh_interval, 'step')}"
+    every = f"every {counted(config.refresh_interval, 'step')}"
     if found is None:
         enough = refresh * (1 - share) / (share * config.refresh_interval)
-        return [f"{text}: {every} that is within {_percent(share)} of the time where a step takes {enough:.3g} s."]
+        return [f"{text}: {every} that is within {percent(share)} of the time where a step takes {enough:.3g} s."]
     return [
-        f"{text}: {_percent(found.share)} of the time {every}. A refresh_budget of {_percent(share)} makes it "
-        f"every {_count(found.interval, 'step')}, and what K-FAC adds {named.seconds_then:.3g} s a step."
+        f"{text}: {percent(found.share)} of the time {every}. A refresh_budget of {percent(share)} makes it "
+        f"every {counted(found.interval, 'step')}, and what K-FAC adds {named.seconds_then:.3g} s a step."
     ]
 
 
@@ -224,7 +177,7 @@ def _costs(named: Named) -> Table:
         ("products with the gradient", flops.preconditioning, seconds.preconditioning),
         ("sum", flops.total, seconds.total),
     ]
-    return [COST_HEAD, *([name, _percent(share), f"{taken:.3g}"] for name, share, taken in rows)]
+    return [COST_HEAD, *([name, percent(share), f"{taken:.3g}"] for name, share, taken in rows)]
 
 
 def _budgets(plans: Sequence[Named]) -> Table:
@@ -251,7 +204,7 @@ def intervals(plans: Sequence[Named]) -> Table:
         rows.append(
             [
                 *(named.name, f"{found.refresh:.3g}", f"{named.plan.config.refresh_interval:,}"),
-                *(_percent(found.share), f"{found.interval:,}", _percent(found.share_then)),
+                *(percent(found.share), f"{found.interval:,}", percent(found.share_then)),
                 *(f"{interval:,}" for interval in smaller),
                 *(f"{then:.3g}", f"{named.budget.per_step:.3f}"),
             ]
@@ -266,7 +219,7 @@ def render_speed(speed: Speed) -> str:
     for size in sorted(speed.products):
         tables = (speed.products, speed.decompositions, speed.iterations, speed.inverses)
         rows.append([f"{size:,}", *(f"{1e3 * table[size]:.3g}" for table in tables)])
-    return f"{speed.device}: a sum reads {speed.bytes_per_second / 1e9:.3g} GB/s\n\n{_text(rows)}"
+    return f"{speed.device}: a sum reads {speed.bytes_per_second / 1e9:.3g} GB/s\n\n{plain(rows)}"
 
 
 def render_all(plans: Mapping[str, Sequence[Named]], command: str, form: str) -> str:
@@ -274,13 +227,14 @@ def render_all(plans: Mapping[str, Sequence[Named]], command: str, form: str) ->
     if form == "markdown":
         parts = [f"# Coverage, memory and cost on AlgoPerf's workloads\n\nMade by `{command}`.\n\n{LEGEND}"]
         for framework, group in plans.items():
-            parts.append(f"{framework}:\n\n{markdown(_summary(group))}\n")
+            parts.append(f"{framework}:\n\n{drawn(_summary(group), form)}\n")
             parts.append(f"{_room_of(group)}\n")
             if framework == "JAX":
                 parts.append(_caution(group))
     else:
         parts = [
-            f"{framework}\n{_text(_summary(group))}\n{_room_of(group)}\n" for framework, group in plans.items()
+            f"{framework}\n{drawn(_summary(group), form)}\n{_room_of(group)}\n"
+            for framework, group in plans.items()
         ]
     parts += _allowed(plans, form)
     for framework, group in plans.items():
@@ -298,17 +252,16 @@ def _room_of(group: Sequence[Named]) -> str:
 
 def _allowed(plans: Mapping[str, Sequence[Named]], form: str) -> list[str]:
     """What AlgoPerf allows a step; once, where no device was measured: it is the same in both frameworks."""
-    draw = markdown if form == "markdown" else _text
     groups = list(plans.items())
     measured = any(named.speed is not None for _, group in groups for named in group)
     parts = []
     for framework, group in groups if measured else groups[:1]:
         device = f", in {framework} on {group[0].speed.device}" if group and group[0].speed is not None else ""
-        parts.append(f"What AlgoPerf 1.0 allows a step{device}:\n\n{draw(_budgets(group))}\n")
+        parts.append(f"What AlgoPerf 1.0 allows a step{device}:\n\n{drawn(_budgets(group), form)}\n")
         at_budget = intervals(group)
         if at_budget:
-            share = _percent(group[0].plan.config.refresh_budget or 0.0)
-            parts.append(f"Refreshes that take at most {share} of the time{device}:\n\n{draw(at_budget)}\n")
+            share = percent(group[0].plan.config.refresh_budget or 0.0)
+            parts.append(f"Refreshes that take at most {share} of the time{device}:\n\n{drawn(at_budget, form)}\n")
     return parts
 
 
@@ -344,12 +297,12 @@ def _summary(plans: Sequence[Named]) -> Table:
                 named.name,
                 f"{100 * plan.coverage.fraction:.2f} %",
                 str(len(plan.layers)),
-                _size(memory.kfac_state),
-                _size(memory.first_order_peak),
-                _size(memory.peak),
+                in_bytes(memory.kfac_state),
+                in_bytes(memory.first_order_peak),
+                in_bytes(memory.peak),
                 "yes" if plan.fits(named.room.usable) else "no",
-                _flops(flops.model),
-                *map(_percent, (flops.statistics, flops.refresh, flops.preconditioning, flops.total)),
+                in_flops(flops.model),
+                *map(percent, (flops.statistics, flops.refresh, flops.preconditioning, flops.total)),
             ]
         )
     return rows
@@ -377,7 +330,7 @@ def _memory(plan: Plan) -> Table:
         ("step: update", memory.update),
         ("peak", memory.peak),
     ]
-    return [["memory of a device", "size"], *([name, _size(size)] for name, size in rows if size)]
+    return [["memory of a device", "size"], *([name, in_bytes(size)] for name, size in rows if size)]
 
 
 def _layers(plan: Plan) -> Table:
@@ -388,85 +341,30 @@ def _layers(plan: Plan) -> Table:
         positions = "?" if layer.load is None else f"{layer.load.positions:,.10g}"
         kind = spec.kind if spec.groups == 1 else f"{spec.kind}, {spec.groups} groups"
         key = (
-            _pattern(spec.name),
+            without_numbers(spec.name),
             kind,
             f"{spec.in_dim:,}",
             f"{spec.out_dim:,}",
             positions,
             "-" if spec.bias is None else "yes",
             spec.approximation,
-            _blocks(spec.in_blocks),
-            _blocks(spec.out_blocks),
+            block_sizes(spec.in_blocks),
+            block_sizes(spec.out_blocks),
         )
         groups.setdefault(key, []).append(layer)
     rows = [LAYER_HEAD]
     for key, members in groups.items():
         name = members[0].spec.name if len(members) == 1 else key[0]
-        rows.append([name, _times(len(members)), *key[1:]])
+        rows.append([name, times(len(members)), *key[1:]])
     return rows
 
 
 def _others(fallbacks: Sequence[FallbackSpec]) -> Table:
     groups: dict[tuple[str, tuple[int, ...], str], list[str]] = {}
     for spec in fallbacks:
-        groups.setdefault((_pattern(spec.name), spec.shape, spec.reason), []).append(spec.name)
+        groups.setdefault((without_numbers(spec.name), spec.shape, spec.reason), []).append(spec.name)
     rows = [OTHER_HEAD]
     for (pattern, shape, reason), names in groups.items():
         name = names[0] if len(names) == 1 else pattern
-        rows.append([name, _times(len(names)), f"{len(names) * math.prod(shape):,}", "NadamW", reason])
+        rows.append([name, times(len(names)), f"{len(names) * math.prod(shape):,}", "NadamW", reason])
     return rows
-
-
-def _pattern(name: str) -> str:
-    """The path with its numbers left open."""
-    return re.sub(r"\d+", "*", name)
-
-
-def _times(count: int) -> str:
-    return "" if count == 1 else f"x {count}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{noun}" if number == 1 and noun == "step" else f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _blocks(blocks: tuple[int, ...]) -> str:
-    return " + ".join(f"{size:,}" for size in blocks) if blocks else "identity"
-
-
-def _size(size: float) -> str:
-    unit, symbol = (1e9, "GB") if size >= 1e8 else (1e6, "MB") if size >= 1e5 else (1e3, "kB")
-    return f"{size / unit:.2f} {symbol}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def _flops(flops: float) -> str:
-    unit, symbol = (1e12, "Tflop") if flops >= 1e12 else (1e9, "Gflop") if flops >= 1e8 else (1e6, "Mflop")
-    return f"{flops / unit:.3g} {symbol}"
-
-
-def _text(table: Table) -> str:
-    table = _without_empty_columns(table)
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    right = [head in RIGHT for head in table[0]]
-    lines = []
-    for row in table:
-        cells = zip(row, widths, right, strict=True)
-        lines.append("  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in cells).rstrip())
-    return "\n".join(lines)
-
-
-def markdown(table: Table, right: Collection[str] = frozenset(RIGHT)) -> str:
-    """A table in Markdown; columns with these heads to the right."""
-    table = _without_empty_columns(table)
-    rule = ["---:" if head in right else "---" for head in table[0]]
-    rows = [[cell.replace("*", r"\*").replace("|", r"\|") for cell in row] for row in table]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
-
-
-def _without_empty_columns(table: Table) -> Table:
-    keep = [any(column) for column in zip(*table, strict=True)]
-    return [[cell for cell, kept in zip(row, keep, strict=True) if kept] for row in table]

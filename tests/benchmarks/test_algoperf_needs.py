@@ -12,7 +12,8 @@ from benchmarks.algoperf_needs import Best, best, needs, page, step_seconds
 from commands.errors import UserError
 from scoring.judge import published
 from submissions.cli import assumed
-from submissions.cli.plan_tables import Named, Room, render_all
+from submissions.cli.named_plan import Named, Room
+from submissions.cli.plan_tables import render_all
 from tests.submissions.planned import make_plan
 from tests.submissions.test_plan import one_layer
 from workloads.algoperf import BUDGETS

@@ -19,8 +19,8 @@ INVERSE: dict[str, Any] = {"preconditioner": "inverse", "damping_mode": "absolut
 # By the number of devices: each is compiled for one and for several, which takes its time.
 CONFIGURATIONS = {
     2: (("reduce", EIGEN),),
-    4: (("expand", EIGEN), ("reduce", INVERSE)),
-    8: (("expand", INVERSE), ("reduce", EIGEN)),
+    4: (("expand", INVERSE),),
+    8: (("reduce", EIGEN), ("expand", INVERSE)),
 }
 
 

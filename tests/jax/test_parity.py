@@ -378,11 +378,9 @@ def test_other_configurations(model: str, configuration: str, approximation: str
 
 
 @pytest.mark.single
-@pytest.mark.parametrize(
-    ("approximation", "preconditioner"), [("expand", "inverse"), ("reduce", "eigen")], ids=lambda value: value
-)
-@pytest.mark.parametrize("model", MODELS)
-def test_single_precision(model: str, approximation: str, preconditioner: str) -> None:
+@pytest.mark.parametrize(("model", "configuration", "approximation"), MODELS_IN_PAIRS[::2] + MODELS_IN_PAIRS[3:4])
+def test_single_precision(model: str, configuration: str, approximation: str) -> None:
     # Strong damping: rounding of the factors must not be amplified beyond the tolerance.
+    preconditioner = CONFIGURATIONS[configuration].get("preconditioner", "eigen")
     options = INTERVALS | {"approximation": approximation, "damping": 1.0, "preconditioner": preconditioner}
     run(MODELS[model](), options, 1e-5)

@@ -15,6 +15,7 @@ from torch import nn
 from algoperf_kfac.config import KFACConfig
 from submissions.__main__ import main
 from submissions.cli import plan_tables
+from submissions.cli.named_plan import Named, Room
 from submissions.common.batch_sizes import SCORED, get_batch_size
 from tests.submissions.planned import Net, inputs, make_plan
 from tests.submissions.test_plan import one_layer
@@ -82,7 +83,7 @@ def test_a_model_of_the_users(capsys):
 )
 def test_the_head_says_which_rows_statistics_take(options, rows):
     config = KFACConfig(factor_interval=2, refresh_interval=6, **options)
-    named = plan_tables.Named("one", make_plan(one_layer(), {}, config), "", 8, plan_tables.Room(4e10, 1.0))
+    named = Named("one", make_plan(one_layer(), {}, config), "", 8, Room(4e10, 1.0))
     assert f", statistics every 2 steps{rows}, refresh every 6 steps." in plan_tables.render(named, "text")
 
 
