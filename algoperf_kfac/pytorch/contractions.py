@@ -193,7 +193,7 @@ def _tensordot(a: Tensor, b: Tensor, dims: object = 2, out: object = None) -> Pr
 
 
 PRODUCTS: dict[Function, Callable[..., Product | None]] = {
-    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _matmul),
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.linalg.matmul), _matmul),
     Tensor.__rmatmul__: _rmatmul,
     **dict.fromkeys((torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, torch.sparse.mm), _mm),
     **dict.fromkeys((torch.mv, Tensor.mv), _mv),

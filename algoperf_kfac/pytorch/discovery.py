@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
@@ -123,10 +124,16 @@ def discover(
         for p in params.values():
             if id(p) not in covered and id(p) not in seen:
                 names = owners[id(p)]
-                why = _shared(names) if len(names) > 1 else found.reason
+                why = _shared(names) if len(names) > 1 else _reason(module, names[0].rpartition(".")[2], found)
                 fallbacks.append(FallbackSpec(names[0], tuple(p.shape), why))
             seen.add(id(p))
     return layers, fallbacks
+
+
+def _reason(module: nn.Module, key: str, found: Found) -> str:
+    """Why a parameter of a module is not covered: a class derived from torch's own may have further ones."""
+    own = type(module).__module__.partition(".")[0] == "torch" or re.match(r"(.*_)?(weight|bias)(_|$)", key)
+    return found.reason if own or found.reason == EXCLUDED else RAW
 
 
 def _shared(names: list[str]) -> str:

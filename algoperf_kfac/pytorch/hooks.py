@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
+from torch.utils import _python_dispatch
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
+
+
+# Modes of selective activation checkpointing: they keep what operations gave, and hand it out in that order.
+_KEEPING = tuple(
+    mode
+    for name in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
+    if (mode := getattr(torch.utils.checkpoint, name, None)) is not None
+)
+
+
+@contextlib.contextmanager
+def apart_from_checkpoints() -> Iterator[None]:
+    """Within, operations are not taken for the model's by selective activation checkpointing."""
+    if any(isinstance(mode, _KEEPING) for mode in _python_dispatch._get_current_dispatch_mode_stack()):
+        with _python_dispatch._disable_current_modes():
+            yield
+    else:
+        yield
 
 
 def output_hook(output: Tensor, hook: Callable[[Tensor | None], None]) -> tuple[Tensor, RemovableHandle]:

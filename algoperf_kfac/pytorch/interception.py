@@ -22,7 +22,7 @@ class Listener(Protocol):
         """Run a function of torch; what to hand on for its output."""
 
     def backward(
-        self, run: Callable[[], object], inputs: Iterable[object] | None, *, again: bool, adds: bool
+        self, run: Callable[[], object], inputs: Iterable[object] | None, *, again: bool, keeps: bool, adds: bool
     ) -> object:
         """Run a backward pass.
 
@@ -30,6 +30,7 @@ class Listener(Protocol):
             run: the pass.
             inputs: what gradients are taken with respect to, None for all parameters.
             again: whether gradients of the gradients are to follow (create_graph).
+            keeps: whether the graph stays for further passes (retain_graph, create_graph).
             adds: whether it adds to the gradients that are there, and does not return its own.
         """
 
@@ -49,6 +50,8 @@ class Interceptor(TorchFunctionMode):
             with self:
                 return _tensor_backward(*args, **kwargs)
         if func is torch.autograd.backward or func is torch.autograd.grad:
+            if torch._C._functorch.peek_interpreter_stack() is not None:  # a transformation's own
+                return func(*args, **kwargs)
             return self._backward(func, list(args), kwargs)
         return self._listener.called(Called(func, list(args), kwargs))
 
@@ -66,8 +69,9 @@ class Interceptor(TorchFunctionMode):
                     return func(edges, *args[1:], **kwargs)
             return func(*args, **kwargs)
 
-        adds = func is not torch.autograd.grad
-        return self._listener.backward(run, inputs, again=bool(bound.get("create_graph")), adds=adds)
+        again, adds = bool(bound.get("create_graph")), func is not torch.autograd.grad
+        keeps = again if bound.get("retain_graph") is None else bool(bound["retain_graph"])
+        return self._listener.backward(run, inputs, again=again, keeps=keeps, adds=adds)
 
 
 class TracedInterceptor(Interceptor):

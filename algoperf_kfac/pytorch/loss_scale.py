@@ -65,13 +65,19 @@ class LossScale:
 
     def by_batch(self, recorders: Mapping[str, AnyRecorder]) -> list[str]:
         """The layers as they were called, but the first one that sees what a loss function does ahead of all."""
-        batch = next(filter(self._sees_the_batch, recorders), None)
+        seeing = [name for name in recorders if self._sees_the_batch(name)]
+        # A layer that is called on fewer and fewer examples was taken to see as many as all calls together.
+        whole = [name for name in seeing if recorders[name].rows in self._row_counts(name)]
+        batch = next(iter(whole or seeing), None)
         return list(recorders) if batch is None else [batch, *(name for name in recorders if name != batch)]
 
     def _sees_the_batch(self, name: str) -> bool:
         """Whether a layer has rows in the number of those that a loss function took."""
-        sizes = {size for rows in self.calls.get(name, ()) for size in (*rows.leading, math.prod(rows.leading))}
-        return not sizes.isdisjoint(self._sizes)
+        return not self._row_counts(name).isdisjoint(self._sizes)
+
+    def _row_counts(self, name: str) -> set[int]:
+        """Of each call of a layer, the sizes of its rows, and how many these are."""
+        return {size for rows in self.calls.get(name, ()) for size in (*rows.leading, math.prod(rows.leading))}
 
     def rows(self, recorders: Mapping[str, AnyRecorder], layers: Mapping[str, CoveredLayer]) -> dict[str, int]:
         """Examples that each layer was taken to see, the one that sees the batch first.

@@ -7,6 +7,7 @@ activations are not kept.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from algoperf_kfac.layers import LayerSpec, Layout
 from algoperf_kfac.positions import Positions, Rows, candidates_for
 from algoperf_kfac.pytorch.calls import Call
 from algoperf_kfac.pytorch.contractions import operations_of
-from algoperf_kfac.pytorch.hooks import arrival_hook, first_hook, in_backward, output_hook
+from algoperf_kfac.pytorch.hooks import apart_from_checkpoints, arrival_hook, first_hook, in_backward, output_hook
 from algoperf_kfac.pytorch.interception import Interceptor
 from algoperf_kfac.pytorch.kinds import AnyRecorder
 from algoperf_kfac.pytorch.loss_scale import LossScale
@@ -88,6 +89,13 @@ class Observer:
         self._record_gradients = options.config.fisher == "empirical"
         self._aside = False
         self._returned = False  # within another pass, gradients are returned to it
+        self._added = False  # a pass added to the gradients of parameters
+        # What passes recorded that returned such gradients, and left the graph to others: if one of these adds to
+        # the gradients, the statistics are its own; the former were there to be looked at, or to weigh losses.
+        self._held: list[Callable[[], None]] | None = None
+        self._holding = False
+        # By layer that ran without gradients, as activation checkpointing has it: what the latest loss got.
+        self._unrecorded: dict[str, Tensor | None] = {}
         self._given: list[Tensor] = []  # weights that had a gradient after the latest pass
         self._seeing = 0  # functions that a kind of layers runs in place of a fused one
 
@@ -109,10 +117,17 @@ class Observer:
             if output is not NotImplemented:
                 return output
         output = called.run()
+        if output is None:
+            self.uses.write(called)
         if isinstance(output, NO_TENSORS):
             return output
         if called.func in RULES and torch._C._functorch.peek_interpreter_stack() is not None:
             self._note_transformed(called)
+        with apart_from_checkpoints():
+            return self._ran(called, output)
+
+    def _ran(self, called: Called, output: Any) -> Any:
+        """Record a function that was run."""
         if called.name == "__iter__" and self.uses.views.of(called.args[0]) is not None:
             output = iter(called.replace(list(output)))
         operations = operations_of(called, self.uses.views)
@@ -126,7 +141,8 @@ class Observer:
             return output
         self.uses.views.flatten(called, output)
         self.uses.follow(called, called.run())
-        if torch.is_grad_enabled() and called.func in LOSSES and output.requires_grad:
+        is_loss = torch.is_grad_enabled() and called.func in LOSSES and output.requires_grad
+        if is_loss and not self.uses.sources(output):  # else a penalty: of parameters and constants
             self.scale.note_loss(called)
             if is_mean(called):
                 self._handles.append(arrival_hook(output, self._note_loss))
@@ -140,22 +156,27 @@ class Observer:
             self.transformed |= {spec.name for spec in known}
 
     def backward(
-        self, run: Callable[[], object], inputs: Iterable[object] | None, *, again: bool, adds: bool
+        self, run: Callable[[], object], inputs: Iterable[object] | None, *, again: bool, keeps: bool, adds: bool
     ) -> object:
         """Run a backward pass.
 
         One may run within another: of an implicit layer, or of a function that forgets activations and runs its
-        layers again.
+        layers again. Statistics belong to the gradients that are there: where a pass adds to those of parameters,
+        passes that return theirs are none of them.
 
         Args:
             run: the pass.
             inputs: what gradients are taken with respect to, None for all parameters.
             again: whether gradients of the gradients are to follow (create_graph).
+            keeps: whether the graph stays for further passes.
             adds: whether it adds to the gradients that are there, and does not return its own.
         """
         weights = None if inputs is None else [p for p in inputs if isinstance(p, torch.nn.Parameter)]
         outer, within = (self._aside, self._returned), in_backward()
-        self._aside = self._aside or (inputs is not None and not weights)
+        # Passes for a sampled or exact Fisher return gradients, too.
+        empirical = self._options.config.fisher == "empirical"
+        returns = empirical and not adds and not within
+        self._aside = self._aside or (inputs is not None and not weights) or (returns and self._added)
         # What it returns for weights comes to them once more, as the gradient of the function that asks for it.
         self._returned = self._returned or (within and not adds)
         if weights:
@@ -176,9 +197,16 @@ class Observer:
             self._options.before_backward(adds)
         elif not self._aside and not within:
             self._forget_cleared()
+        if empirical and adds and not within and not self._aside:
+            self._forget_returned()
+        holds = returns and keeps and not again and not self._aside
+        if holds and self._held is None:
+            self._held = []
+        self._holding = holds
         try:
             return run()
         finally:
+            self._holding = False
             if self._aside:
                 for recorder in self.recorders.values():
                     recorder.set_aside()
@@ -200,6 +228,18 @@ class Observer:
         self.gradients.clear()
         for recorder in self.recorders.values():
             recorder.forget_seen()
+
+    def _forget_returned(self) -> None:
+        """Gradients are to be added to: forget what passes showed that returned theirs."""
+        if self._added:
+            return
+        self._added = True
+        held, self._held = self._held, None
+        if held is not None or self.seen_backward:
+            self.gradients.clear()
+        if self.seen_backward:
+            for recorder in self.recorders.values():
+                recorder.forget_seen()
 
     def backward_fisher(self, losses: Iterable[Tensor]) -> None:
         """Record the output gradients of a sampled or exact Fisher: of each loss in a backward pass of its own."""
@@ -247,9 +287,8 @@ class Observer:
                 )
                 return output
         spec = self.spec_of(operation.weight, operation.layout)
-        known = None if spec is None else self.recorders.get(spec.name)
-        if isinstance(known, Recorder) and not in_backward():
-            self._next_forward(known)
+        if spec is not None and not output.requires_grad and not in_backward():
+            self._unrecorded.setdefault(spec.name, self.scale.gradient)
         if not output.requires_grad or not output.numel() or not operation.input.numel():
             self.hint = self.hint or (EMPTY if output.requires_grad and operation.weight.numel() else "")
             return output
@@ -258,6 +297,9 @@ class Observer:
         self.uses.miss(operation.input, f"{operation.name} as its input")
         if output.is_complex():
             self.uses.miss(operation.weight, f"{operation.name} on complex data")
+            return output
+        if spec is None and self.uses.sources(operation.input):  # a product of parameters
+            self.uses.derive(output, operation.input, operation.weight)
             return output
         spec = spec or self.layers.promote(operation)
         if spec is None:
@@ -295,9 +337,16 @@ class Observer:
         self, recorder: Recorder, operation: Operation, output: Tensor, positions: Positions | None
     ) -> Tensor:
         """Record a call's input now (or when its layer is run again), and its output gradient when it comes."""
+        with apart_from_checkpoints():
+            return self._attach(recorder, operation, output, positions)
+
+    def _attach(
+        self, recorder: Recorder, operation: Operation, output: Tensor, positions: Positions | None
+    ) -> Tensor:
         again = in_backward()
         if not again:
-            self._next_forward(recorder)
+            self._unrecorded.pop(recorder.spec.name, None)
+            self._next_forward(recorder, self.scale.gradient)
         operation = operation.as_computed(output.dtype)
         geometry, rows = operation.geometry(output), operation.rows(output)
         device = output.device.type
@@ -305,6 +354,9 @@ class Observer:
         limit = options.config.row_limit.fitted(spec.block_sizes, candidates_for(spec.name, options.positions))
 
         def record() -> Call:
+            if again and spec.name in self._unrecorded:
+                # The forward pass that is made up for now came after another one's backward pass.
+                self._next_forward(recorder, self._unrecorded.pop(spec.name))
             with torch.no_grad(), torch.autocast(device, enabled=False):
                 return recorder.input(operation, geometry, rows, positions, limit)
 
@@ -313,8 +365,9 @@ class Observer:
         self._handles.append(handle)
         return output
 
-    def _next_forward(self, recorder: Recorder) -> None:
-        recorder.note_loss(self.scale.gradient)
+    def _next_forward(self, recorder: Recorder, loss_gradient: Tensor | None) -> None:
+        """A further forward pass begins for a layer, after one whose loss got a gradient."""
+        recorder.note_loss(loss_gradient)
         recorder.next_forward()
 
     def _gradient_hook(
@@ -342,7 +395,11 @@ class Observer:
                 grad = grad if grad.is_nested else grad.reshape(shape)
                 if not isinstance(call, Call):
                     call = call()
-                recorder.output_gradient(call, grad if arrange is None else arrange(grad))
+                grad = grad if arrange is None else arrange(grad)
+                if self._holding and self._held is not None:
+                    self._held.append(functools.partial(recorder.output_gradient, call, grad))
+                else:
+                    recorder.output_gradient(call, grad)
 
         return hook
 
@@ -408,7 +465,11 @@ class Observer:
     # When the passes are over.
 
     def settle(self) -> None:
-        """Have the kinds of layers settle what they left open."""
+        """Settle what was left open, the kinds of layers theirs."""
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            for record in self._held or ():
+                record()
+        self._held = None
         for watch in self._watches:
             watch.settle()
 
@@ -424,5 +485,6 @@ class Observer:
         self.recorders.clear()
         self._weights.clear()
         self._given.clear()
+        self._held = None
         self._parallels.clear()
         self.gradients.clear()

@@ -25,7 +25,7 @@ ELEMENTWISE = frozenset(
     """.split()  # noqa: SIM905
 )
 # Of a weight and a constant of its own size, summed: penalties in one operation.
-DISTANCES = frozenset("mse_loss l1_loss smooth_l1_loss huber_loss dist dot cosine_similarity".split())  # noqa: SIM905
+DISTANCES = frozenset("mse_loss l1_loss smooth_l1_loss huber_loss kl_div dist dot cosine_similarity".split())  # noqa: SIM905
 # What adds a penalty to a loss.
 SUMS = frozenset("add sub rsub add_ sub_ __add__ __radd__ __sub__ __rsub__ __iadd__ __isub__ stack cat".split())  # noqa: SIM905
 
@@ -60,6 +60,32 @@ class Uses:
         """Remember a use of the parameters in a value that no rule records."""
         for source in self.sources(value):
             self.missed.setdefault(source, what)
+
+    def derive(self, output: Tensor, *values: object) -> None:
+        """Remember that a tensor is a function of the parameters in these values, and of constants."""
+        self._derived[output] = NOTHING.union(*map(self.sources, values))
+
+    def write(self, called: Called) -> None:
+        """Take note of a function that returns nothing, as it writes to its first argument."""
+        writes = called.name == "__setitem__" or (called.name.startswith("_foreach_") and called.name.endswith("_"))
+        if not writes or not torch.is_grad_enabled():
+            return
+        first = called.args[0]
+        written = list(first) if isinstance(first, list | tuple) else [first]
+        others = [leaf for leaf in called.leaves() if isinstance(leaf, Tensor)][len(written) :]
+        for tensor in written:
+            view = self.views.of(tensor)
+            if view is not None:
+                self.views.forget(view.param)
+            if any(leaf.requires_grad and not self.sources(leaf) for leaf in others):
+                self.miss(tensor, called.name)
+        if all(map(self.sources, written)):
+            return  # of parameters and constants, as before
+        for leaf in others:
+            if leaf.numel() == 1:
+                self.penalised |= self.sources(leaf)
+            else:
+                self.miss(leaf, called.name)
 
     def follow(self, called: Called, output: object) -> None:
         """Take note of an operation without a rule."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from algoperf_kfac.pytorch import KFAC
 from tests.pytorch.toys import assert_same_factors, covered, factors_of, reasons
@@ -136,3 +137,55 @@ def test_a_layer_in_a_checkpoint_that_is_not_used_is_still_named(reentrant: bool
         model(torch.randn(3, 4)).sum().backward()
     assert covered(optimizer) == {"used"}
     assert reasons(optimizer).keys() == {"spare.weight", "spare.bias"}
+
+
+class Attention(nn.Module):
+    """Products of matrices in the model, beside those of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(8, 8, bias=False) for _ in range(4))
+        self.head = nn.Linear(8, 3, bias=False)
+
+    def attend(self, x: Tensor) -> Tensor:
+        weights = (self.query(x) @ self.key(x).transpose(1, 2)).softmax(-1)
+        return x + self.out(weights @ self.value(x))
+
+    def forward(self, x: Tensor, context: Callable[[], object] | None) -> Tensor:
+        if context is None:
+            return self.head(self.attend(x))
+        return self.head(checkpoint(self.attend, x, use_reentrant=False, context_fn=context))
+
+
+ATEN = torch.ops.aten
+
+
+@APPROXIMATION
+@pytest.mark.parametrize(
+    "kept",
+    [
+        [ATEN.mm.default, ATEN.bmm.default, ATEN.addmm.default],
+        [ATEN.bmm.default],
+        [ATEN.view.default, ATEN.clone.default],
+    ],
+    ids=["products", "bmm", "views"],
+)
+@pytest.mark.parametrize("shape", [(4, 5, 8), (1, 8, 8)], ids=str)
+def test_selective_checkpoints_keep_what_the_model_computes_alone(
+    shape: tuple[int, ...], kept: list[object], approximation: str
+) -> None:
+    """Their policy is asked of operations; it hands out what it kept in the order in which they were kept."""
+    model, x = Attention(), torch.randn(shape)
+    context = partial(create_selective_checkpoint_contexts, kept)
+    gradients, factors = [], []
+    for how in (context, None):
+        model.zero_grad()
+        optimizer = KFAC(model, approximation=approximation, learning_rate=0.0)
+        with optimizer.capture():
+            model(x, how).square().sum(-1).mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        optimizer.step()
+        factors.append(optimizer.factors())
+    assert len(gradients[0]) == 5
+    torch.testing.assert_close(*gradients)
+    assert_same_factors(*factors)

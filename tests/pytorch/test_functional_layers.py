@@ -142,11 +142,12 @@ def test_a_raw_parameter_also_read_otherwise_is_not_covered(read: Callable[[Tens
     [
         lambda x, w: x @ w.t(),
         lambda x, w: torch.matmul(x, other=w.t()),
+        lambda x, w: torch.linalg.matmul(x, w.t()),
         lambda x, w: torch.einsum("ni,oi->no", x, w),
         lambda x, w: torch.einsum("ni,oi->no", [x, w]),
         lambda x, w: torch.mm(x, mat2=w.mT),
     ],
-    ids=["t", "keyword", "einsum", "einsum list", "mT"],
+    ids=["t", "keyword", "linalg", "einsum", "einsum list", "mT"],
 )
 def test_a_raw_parameter_also_read_by_another_product_is_one_layer(
     read: Callable[[Tensor, Tensor], Tensor],

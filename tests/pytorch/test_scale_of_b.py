@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from algoperf_kfac.pytorch import KFAC, Positions
-from tests.pytorch.toys import assert_same_factors, mlp
+from tests.pytorch.toys import assert_same_factors, factors_of, mlp
 
 N = 10
 APPROXIMATIONS = pytest.mark.parametrize("approximation", ["expand", "reduce"])
@@ -266,3 +266,42 @@ def test_the_batch_is_what_the_loss_sees() -> None:
         factors.append(optimizer.factors())
     for name in ("e", "h"):
         torch.testing.assert_close(factors[1][name].B, factors[0][name].B, rtol=1e-12, atol=0)
+
+
+class Halting(nn.Module):
+    """A layer that is called on fewer and fewer examples, and one on all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for active in (10, 8, 4):
+            x = torch.cat([torch.tanh(self.step(x[:active])), x[active:]])
+        return self.head(x)
+
+
+def test_a_layer_that_examples_leave_is_not_the_batch() -> None:
+    torch.manual_seed(0)
+    x, y, model = torch.randn(10, 6).double(), torch.randint(3, (10,)), Halting().double()
+    got, want = (
+        factors_of(model, lambda m: F.cross_entropy(m(x), y), capture={"loss_normalizer": number})
+        for number in (None, 10)
+    )
+    torch.testing.assert_close(got["head"].B, want["head"].B, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("distance", [F.mse_loss, lambda w, start: F.kl_div(w, start, reduction="batchmean")])
+def test_a_distance_of_weights_is_not_the_loss(distance: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """As many rows as the weight has outputs are no batch."""
+    torch.manual_seed(0)
+    latents, x, y = torch.randn(5, 6).double(), torch.randn(10, 6).double(), torch.randint(3, (10,))
+    model = nn.ModuleDict({"q": nn.Linear(6, 6), "k": nn.Linear(6, 5), "h": nn.Linear(6, 3)}).double()
+
+    def loss(m: nn.Module, penalty: float) -> Tensor:
+        h = torch.softmax(m["k"](x) @ torch.tanh(m["q"](latents)), -1)
+        value = F.cross_entropy(m["h"](h), y)
+        return value + penalty * distance(m["k"].weight, torch.zeros(5, 6).double()) if penalty else value
+
+    got, want = (factors_of(model, lambda m, p=p: loss(m, p)) for p in (1e-9, 0.0))
+    assert_same_factors(got, want, rtol=1e-6, atol=1e-9)

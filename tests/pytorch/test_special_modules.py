@@ -282,3 +282,56 @@ def test_batch_norm_statistics_move_once_per_step() -> None:
     model, x = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), torch.randn(6, 4)
     capture_once(model, lambda m: m(x).square().mean())
     assert int(model[1].num_batches_tracked) == 1
+
+
+class WithMatrix:
+    """A further matrix, which the base class knows nothing of."""
+
+    def __init__(self, *args: int) -> None:
+        super().__init__(*args)
+        self.extra = nn.Parameter(0.3 * torch.randn(8, 8))
+
+
+class Adapted(WithMatrix, nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x @ self.extra
+
+
+class Rotated(WithMatrix, nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) @ self.extra
+
+
+class Gated(WithMatrix, nn.GRUCell):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x) @ self.extra
+
+
+class LowRank(nn.Linear):
+    """As loralib has it: the weight is frozen, its update has two factors."""
+
+    def __init__(self, features: int, rank: int = 2) -> None:
+        super().__init__(features, features)
+        self.lora_A = nn.Parameter(torch.randn(rank, features))
+        self.lora_B = nn.Parameter(torch.zeros(features, rank))
+        self.weight.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + (x @ self.lora_A.T) @ self.lora_B.T
+
+
+@pytest.mark.parametrize(
+    ("module", "weights"),
+    [
+        (Adapted(8, 8), {"0.weight", "0.extra"}),
+        (Rotated(8), {"0.extra"}),
+        (Gated(8, 8), {"0.weight_ih", "0.weight_hh", "0.extra"}),
+        (LowRank(8), {"0.lora_A", "0.lora_B"}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_matrices_of_a_derived_class(module: nn.Module, weights: set[str]) -> None:
+    model = nn.Sequential(module, nn.Linear(8, 3))
+    x, y = torch.randn(16, 8), torch.arange(16) % 3
+    optimizer = capture_once(model, lambda m: F.cross_entropy(m(x), y))
+    assert {layer.weight for layer in optimizer.coverage().layers} == weights | {"1.weight"}

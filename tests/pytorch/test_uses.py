@@ -259,3 +259,51 @@ def test_a_real_weight_on_complex_data_is_left_by_name(recwarn: pytest.WarningsR
     assert covered(optimizer) == {"first", "last"}
     assert "linear on complex data" in reasons(optimizer)["mix.weight"]
     assert not [w for w in recwarn if "discards the imaginary part" in str(w.message)]
+
+
+def overwritten(w: Tensor) -> Tensor:
+    copy = w.clone()
+    copy[torch.arange(D) > 3] = 0
+    return copy
+
+
+def written_into_data(w: Tensor) -> Tensor:
+    buffer = torch.zeros(D, D)
+    buffer[:] = w
+    return buffer
+
+
+@pytest.mark.parametrize("change", [overwritten, written_into_data])
+@pytest.mark.parametrize("first_step", [0, 2])
+def test_a_weight_written_to_or_into_is_another(change: Callable[[Tensor], Tensor], first_step: int) -> None:
+    """Also where it begins behind the first statistics step, which compares gradients."""
+    model = Twice(lambda h, w: h)
+    optimizer = KFAC(model, factor_interval=1)
+    for step in range(first_step + 1):
+        model.use = (lambda h, w: F.linear(h, change(w))) if step >= first_step else (lambda h, w: h)
+        optimizer.zero_grad()
+        with warnings.catch_warnings(), optimizer.capture():
+            warnings.simplefilter("ignore")
+            model(torch.randn(9, D)).square().mean().backward()
+        optimizer.step()
+    assert covered(optimizer) == {"last"}
+    assert "also read by" in reasons(optimizer)["first.weight"]
+
+
+@pytest.mark.parametrize(
+    "product", [lambda u, v: u @ v.t(), F.linear, lambda u, v: torch.einsum("ik,jk->ij", u, v)]
+)
+def test_neither_of_two_parameters_is_the_other_s_layer(product: Use) -> None:
+    """A weight in factors; their product meets the data."""
+
+    class LowRank(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.u, self.v = nn.Parameter(torch.randn(D, 2)), nn.Parameter(torch.randn(D, 2))
+            self.last = nn.Linear(D, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.tanh(x @ product(self.u, self.v)))
+
+    optimizer = capture_once(LowRank(), lambda m: m(torch.randn(9, D)).square().mean())
+    assert covered(optimizer) == {"last"}
