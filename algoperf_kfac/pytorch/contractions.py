@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from algoperf_kfac.layers import Sizes
-from algoperf_kfac.pytorch.operations import RULES, Called, Function, Operation
+from algoperf_kfac.pytorch.operations import RULES, Called, Function, Operation, overloads
 from algoperf_kfac.pytorch.views import View, Views, contiguous_strides
 
 ViewOf = Callable[[object], View | None]
@@ -198,6 +198,10 @@ PRODUCTS: dict[Function, Callable[..., Product | None]] = {
     **dict.fromkeys((torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, torch.sparse.mm), _mm),
     **dict.fromkeys((torch.mv, Tensor.mv), _mv),
     **dict.fromkeys((torch.addmm, Tensor.addmm, torch.sparse.addmm), _addmm),
+    **dict.fromkeys(overloads("matmul"), _matmul),
+    **dict.fromkeys(overloads("mm", "bmm"), _mm),
+    **dict.fromkeys(overloads("mv"), _mv),
+    **dict.fromkeys(overloads("addmm"), _addmm),
     torch.einsum: _einsum,
     torch.tensordot: _tensordot,
 }
@@ -246,7 +250,7 @@ GROUPED: frozenset[Function] = frozenset(
 
 
 # Products of matrices, for which a model has to flatten its data.
-FLAT: frozenset[Function] = frozenset({torch.mm, Tensor.mm, torch.addmm, Tensor.addmm})
+FLAT: frozenset[Function] = frozenset({torch.mm, Tensor.mm, torch.addmm, Tensor.addmm, *overloads("mm", "addmm")})
 
 
 def operations_of(called: Called, views: Views) -> list[Operation]:

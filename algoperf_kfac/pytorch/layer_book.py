@@ -128,8 +128,7 @@ class Layers:
             own = {layer.spec.weight, *([layer.spec.bias] if layer.spec.bias else [])}
             if own & gone:
                 gone |= own
-                del self.covered[name], self.states[name], self.by_weight[id(layer.weight)][layer.spec.layout]
-                self.missed_steps.pop(name, None)
+                self._drop(name)
                 self.seen.discard(name)
         self.fallbacks = [f for f in self.fallbacks if f.name not in gone]
         self._raw -= gone
@@ -249,6 +248,16 @@ class Layers:
             if name is not None:
                 self._leave_rest(name, REST)
 
+    def give_way(self, spec: LayerSpec) -> None:
+        """A module's layer that nothing called yet: its weight is read in parts, which may be layers."""
+        if spec.name in self.seen or self.states[spec.name].refreshes:
+            return
+        layer = self._drop(spec.name)
+        for name, param in ((spec.weight, layer.weight), (spec.bias, layer.bias)):
+            if name is not None and param is not None:
+                self._raw.add(name)
+                self.fallbacks.append(FallbackSpec(name, tuple(param.shape), RAW))
+
     def without_bias(self, spec: LayerSpec) -> LayerSpec:
         """A layer that is called without its bias, which is read apart from it: without, if it is still new."""
         if spec.name in self.seen or self.states[spec.name].refreshes or spec.bias is None:
@@ -307,13 +316,18 @@ class Layers:
             warn(f"{text} the fallback from now on: {reason}")
 
     def _demote(self, name: str, reason: str) -> None:
-        layer = self.covered.pop(name)
-        del self.states[name], self.by_weight[id(layer.weight)][layer.spec.layout]
-        self.missed_steps.pop(name, None)
+        layer = self._drop(name)
         for param_name in (layer.spec.weight, layer.spec.bias):
             if param_name is not None:
                 self._leave_rest(param_name, reason)
                 self.left_parameters.add(param_name)
+
+    def _drop(self, name: str) -> CoveredLayer:
+        """Cover a layer no longer; its parameters have no place."""
+        layer = self.covered.pop(name)
+        del self.states[name], self.by_weight[id(layer.weight)][layer.spec.layout]
+        self.missed_steps.pop(name, None)
+        return layer
 
     # State.
 

@@ -301,6 +301,9 @@ class Observer:
         if spec is None and self.uses.sources(operation.input):  # a product of parameters
             self.uses.derive(output, operation.input, operation.weight)
             return output
+        whole = self.spec_of(operation.weight)
+        if spec is None and whole is not None and whole.name not in self.recorders:
+            self.layers.give_way(whole)
         spec = spec or self.layers.promote(operation)
         if spec is None:
             if operation.weight.requires_grad and not self.layers.knows(operation.weight):

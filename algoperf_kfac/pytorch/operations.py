@@ -39,7 +39,8 @@ class Called:
     @functools.cached_property
     def name(self) -> str:
         """The function's name; for properties such as `Tensor.T` that of the property."""
-        name = getattr(self.func, "__name__", str(self.func))
+        packet = getattr(self.func, "overloadpacket", self.func)  # of what torch.export made: aten.linear.default
+        name = getattr(packet, "__name__", str(packet))
         if name != "__get__":
             return str(name)
         return str(getattr(getattr(self.func, "__self__", None), "__name__", name))
@@ -276,7 +277,8 @@ def _torch_embedding(weight: Tensor, indices: Tensor, padding_idx: int = -1, *_:
     return _embedding(indices, weight, None if padding_idx < 0 else padding_idx)
 
 
-RULES: dict[Function, Callable[..., Operation]] = {
+# Functions that models are written in.
+FUNCTIONS: dict[Function, Callable[..., Operation]] = {
     F.linear: _linear,
     torch.conv1d: _conv,
     torch.conv2d: _conv,
@@ -286,10 +288,30 @@ RULES: dict[Function, Callable[..., Operation]] = {
     torch.conv_transpose3d: _conv_transpose,
 }
 
+
+def overloads(*names: str) -> list[Function]:
+    """Operators that the modules of torch.export call in place of functions."""
+    return [
+        getattr(packet, kind)
+        for name in names
+        for packet in [getattr(torch.ops.aten, name)]
+        for kind in packet.overloads()
+        if not kind.endswith("out")
+    ]
+
+
+RULES: dict[Function, Callable[..., Operation]] = {
+    **FUNCTIONS,
+    **dict.fromkeys(overloads("linear"), _linear),
+    **dict.fromkeys(overloads("conv1d", "conv2d", "conv3d"), _conv),
+    **dict.fromkeys(overloads("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _conv_transpose),
+}
+
 # Lookups in a table; a rule only where the table is the output layer, too.
 LOOKUPS: dict[Function, Callable[..., Operation]] = {
     F.embedding: _embedding,
     torch.embedding: _torch_embedding,
+    **dict.fromkeys(overloads("embedding"), _torch_embedding),
 }
 
 # Loss functions that average by default: the gradient they get says how a loss was scaled before backward().

@@ -12,11 +12,11 @@ from algoperf_kfac.positions import Rows
 from algoperf_kfac.pytorch.covered_layer import CoveredLayer
 from algoperf_kfac.pytorch.hooks import in_backward
 from algoperf_kfac.pytorch.kinds import AnyRecorder
-from algoperf_kfac.pytorch.operations import RULES, Called, Function, Operation
+from algoperf_kfac.pytorch.operations import FUNCTIONS, Called, Function, Operation
 
 # Functions that compiled graphs can take. Saved states know them by their number in this order, from 1 on: further
 # ones come last.
-TAPPED = (*RULES, F.embedding)
+TAPPED = (*FUNCTIONS, F.embedding)
 MOST_DIMENSIONS = 8  # of the rows of a layer whose sight is saved
 
 

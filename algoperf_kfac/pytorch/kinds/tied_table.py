@@ -154,7 +154,7 @@ class _TableWatch(Watch):
             return NotImplemented
         item, table, transposed = reads[0]
         operation = None
-        if called.func in LOOKUPS or called.func is torch.nn.functional.linear:
+        if called.func in LOOKUPS or RULES.get(called.func) is RULES[torch.nn.functional.linear]:
             operation = (LOOKUPS.get(called.func) or RULES[called.func])(*called.args, **called.kwargs)
         elif called.name in PRODUCTS and transposed and flat[1:] == [item]:
             operation = Operation("linear", flat[0], table, None)
