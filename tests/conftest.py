@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 
 import jax
 import pytest
@@ -32,3 +34,15 @@ def quick_compilation(tmp_path_factory):
         yield
         for name, value in before.items():
             jax.config.update(name, value)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def rare_garbage_collections() -> Iterator[None]:
+    """Tracing makes objects by the million, and each collection goes through all of PyTorch's and JAX's modules."""
+    before = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
+    yield
+    gc.set_threshold(*before)
+    gc.unfreeze()
