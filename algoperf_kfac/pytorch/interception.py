@@ -14,6 +14,11 @@ from torch.overrides import TorchFunctionMode
 from algoperf_kfac.pytorch.compiled import Taps, leave_uncompiled, tapped
 from algoperf_kfac.pytorch.operations import Called, Function
 
+IN_A_COMPILED_FUNCTION = (
+    "capture() inside a function that torch.compile compiled: compile the model (model = torch.compile(model)), "
+    "and leave the training step as it is"
+)
+
 
 class Listener(Protocol):
     """What functions of torch are handed to."""
@@ -116,7 +121,11 @@ def _edges(tensors: Any, *args: Any, inputs: Any = None, **kwargs: Any) -> list[
 def eagerly() -> Iterator[None]:
     """Run what torch.compile compiled as it was written."""
     if hasattr(torch.compiler, "set_stance"):
-        with torch.compiler.set_stance("force_eager"):
+        try:
+            stance = torch.compiler.set_stance("force_eager")
+        except RuntimeError as error:
+            raise RuntimeError(IN_A_COMPILED_FUNCTION) from error
+        with stance:
             yield
         return
     # Before torch 2.6: compiled functions ask this one to switch compilation on for their frame.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -288,6 +289,12 @@ class KFAC(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad(), self.capture():
                 loss = closure()
+        # Where a function around it is compiled, this runs as it is: it depends on step numbers throughout.
+        update = torch.compiler.disable(self._update) if "torch._dynamo" in sys.modules else self._update
+        update()
+        return loss
+
+    def _update(self) -> None:
         self._mistakes.gradient_at_step(self._processes.strangers)
         for name, layer in self._layers.covered.items():
             self._layers.states[name].move(layer.factor_dtype, layer.weight.device)
@@ -308,7 +315,6 @@ class KFAC(torch.optim.Optimizer):
         self._curvature.keep_pace(self._steps, self._stand_ins.device)
         self._steps += 1
         self._curvature.pending.forget()
-        return loss
 
     def _without_second_moment(self) -> set[int]:
         """Identities of the parameters whose NadamW direction nothing needs: covered ones, without grafting.

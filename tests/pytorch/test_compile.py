@@ -136,3 +136,30 @@ def test_compiled_functional_layers_are_still_promoted() -> None:
     optimizer = KFAC(compiled, **OPTIONS)
     train(compiled, optimizer, [images() for _ in range(2)])
     assert optimizer.coverage().fraction == 1
+
+
+def test_a_compiled_step_of_the_optimizer_runs_as_it_is() -> None:
+    model = Patches().double()
+    twin = copy.deepcopy(model)
+    optimizer, other = KFAC(model, **OPTIONS), KFAC(twin, **OPTIONS)
+    step = torch.compile(optimizer.step, backend="eager")
+    for x, y in [(x.double(), y) for x, y in [images() for _ in range(3)]]:
+        optimizer.zero_grad()
+        with optimizer.capture():
+            F.cross_entropy(model(x), y).backward()
+        step()
+        train(twin, other, [(x, y)])
+    assert_same_parameters(model, twin, rtol=1e-12, atol=1e-12)
+
+
+def test_a_compiled_training_step_is_told_what_to_compile() -> None:
+    model = Patches()
+    optimizer = KFAC(model, **OPTIONS)
+    x, y = images()
+
+    def step() -> None:
+        with optimizer.capture():
+            F.cross_entropy(model(x), y).backward()
+
+    with pytest.raises(RuntimeError, match="compile the model"):
+        torch.compile(step, backend="eager")()
