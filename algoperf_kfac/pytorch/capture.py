@@ -95,7 +95,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         self._options.pending.leave()
         self._stack.close()
         self.active = False
-        self.observer.stop()
+        self.observer.passes.records = False
         try:
             if exc_type is None:
                 self._collect()
@@ -108,7 +108,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         self._options.meet(self.observer.parallels)
         number = self.loss_normalizer
         # Not earlier: a batch that has no example that counts may be given up before its backward pass.
-        if isinstance(number, Tensor) and number.device.type == "cpu" and self.observer.seen_backward:
+        if isinstance(number, Tensor) and number.device.type == "cpu" and self.observer.passes.seen:
             check_loss_normalizer(number.item())
         self._finish(gather(self.observer, self._options, self.loss_normalizer))
 
@@ -141,4 +141,4 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             )
         else:
             losses = fisher.exact_losses(outputs, loss_type, mask)
-        self.observer.backward_fisher(losses)
+        self.observer.passes.for_fisher(losses)

@@ -111,7 +111,7 @@ def gather(observer: Observer, options: Options, normalizer: Scalar | None) -> G
         statistics={name: recorder.statistics(factor, by_loss=by_loss) for name, recorder in counted.items()},
         missing=missing,
         wrong=wrong | too_far,
-        backward=observer.seen_backward,
+        backward=observer.passes.seen,
         rows=observer.scale.rows(counted, layers.covered),
         scaled=normalizer is not None,
         errors=errors,
@@ -143,7 +143,7 @@ def _take(observer: Observer, taps: Taps) -> None:
             if shown is not None:
                 observer.recorders[name] = shown
             continue
-        observer.seen_backward = True  # torch 2.9 may not ask the mode on the step that compiles
+        observer.passes.seen = True  # torch 2.9 may not ask the mode on the step that compiles
         observer.scale.calls[name] = [tap.sight.rows for tap in own]
         rest = [None] * len(own) if shown is None else shown.uses
         if all(
@@ -190,7 +190,7 @@ def _incomplete(observer: Observer) -> tuple[dict[str, str], dict[str, str]]:
 def _hint(observer: Observer, missing: Mapping[str, str]) -> str:
     """What is to be said of layers without statistics, where it is not what is always said."""
     if not observer.recorders:
-        return observer.hint or (UNSEEN if observer.seen_backward else "")
+        return observer.hint or (UNSEEN if observer.passes.seen else "")
     lost = set(missing.values()) - {INPUTS}
     if TRANSFORMED_INPUTS in lost:
         return TRANSFORMED
@@ -206,7 +206,7 @@ def _missed_use(observer: Observer, spec: LayerSpec) -> str | None:
 
 def _check_passes(observer: Observer, kind: str, missed: Collection[str]) -> None:
     """Raises MissingStatisticsError if output gradients are missing as nobody asked for a Fisher's."""
-    left_out = kind != "empirical" and observer.seen_backward and not observer.fisher_passes
+    left_out = kind != "empirical" and observer.passes.seen and not observer.passes.of_fisher
     if left_out and OUTPUT_GRADIENTS in missed:
         raise MissingStatisticsError(
             f"fisher={kind!r} needs capture.backward_fisher(outputs, loss_type) between the forward pass and "

@@ -25,6 +25,7 @@ from algoperf_kfac.pytorch.kinds import AnyRecorder
 from algoperf_kfac.pytorch.loss_scale import LossScale
 from algoperf_kfac.pytorch.operations import LOSSES, RULES, Called, Operation, is_mean
 from algoperf_kfac.pytorch.options import Options
+from algoperf_kfac.pytorch.passes import Passes
 from algoperf_kfac.pytorch.recorder import Recorder
 from algoperf_kfac.pytorch.sights import Sights
 from algoperf_kfac.pytorch.uses import Uses
@@ -65,8 +66,8 @@ class Observer:
         transformed: names of layers that ran inside torch.func.
         parallels: DistributedDataParallel modules that were at work.
         hint: why layers are not recorded, as far as that is known, and what to do.
-        seen_backward: whether there was a backward pass.
-        fisher_passes: backward passes for a sampled or exact Fisher so far.
+        weights: of the layers seen so far, by name.
+        passes: the backward passes.
     """
 
     def __init__(self, layers: Layers, options: Options) -> None:
@@ -78,25 +79,15 @@ class Observer:
         self.sights = Sights()
         self.hint = ""
         self.transformed: set[str] = set()
-        self.seen_backward = False
-        self.fisher_passes = 0
+        self.weights: dict[str, Tensor] = {}
+        self.passes = Passes(self, options)
         self._options = options
         self._watches = layers.watches(self) if options.active else []
         self._parallels: dict[int, DistributedDataParallel] = {}
-        self._weights: dict[str, Tensor] = {}
         self._strangers: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
-        self._record_gradients = options.config.fisher == "empirical"
-        self._aside = False
-        self._returned = False  # within another pass, gradients are returned to it
-        self._added = False  # a pass added to the gradients of parameters
-        # What passes recorded that returned such gradients, and left the graph to others: if one of these adds to
-        # the gradients, the statistics are its own; the former were there to be looked at, or to weigh losses.
-        self._held: list[Callable[[], None]] | None = None
-        self._holding = False
         # By layer that ran without gradients, as activation checkpointing has it: what the latest loss got.
         self._unrecorded: dict[str, Tensor | None] = {}
-        self._given: list[Tensor] = []  # weights that had a gradient after the latest pass
         self._seeing = 0  # functions that a kind of layers runs in place of a fused one
 
     @property
@@ -158,101 +149,8 @@ class Observer:
     def backward(
         self, run: Callable[[], object], inputs: Iterable[object] | None, *, again: bool, keeps: bool, adds: bool
     ) -> object:
-        """Run a backward pass.
-
-        One may run within another: of an implicit layer, or of a function that forgets activations and runs its
-        layers again. Statistics belong to the gradients that are there: where a pass adds to those of parameters,
-        passes that return theirs are none of them.
-
-        Args:
-            run: the pass.
-            inputs: what gradients are taken with respect to, None for all parameters.
-            again: whether gradients of the gradients are to follow (create_graph).
-            keeps: whether the graph stays for further passes.
-            adds: whether it adds to the gradients that are there, and does not return its own.
-        """
-        weights = None if inputs is None else [p for p in inputs if isinstance(p, torch.nn.Parameter)]
-        outer, within = (self._aside, self._returned), in_backward()
-        # Passes for a sampled or exact Fisher return gradients, too.
-        empirical = self._options.config.fisher == "empirical"
-        returns = empirical and not adds and not within
-        self._aside = self._aside or (inputs is not None and not weights) or (returns and self._added)
-        # What it returns for weights comes to them once more, as the gradient of the function that asks for it.
-        self._returned = self._returned or (within and not adds)
-        if weights:
-            self.sights.obstruct("gradients are taken for given parameters")
-        elif within and not adds:
-            self.sights.obstruct("a backward pass runs within another")
-        elif self.seen_backward and not self._aside:
-            self.sights.obstruct("a capture has several backward passes")
-        if self._aside and again and self.recorders:
-            raise RuntimeError(
-                "autograd.grad(..., create_graph=True) inside capture(): K-FAC has no statistics for the gradient "
-                "of a gradient. Take the statistics of the plain loss alone inside capture(), and call backward() "
-                "on the penalty outside of it: gradients add up"
-            )
-        if not within:
-            self.scale.gradient = None
-        if not self._aside and not self.seen_backward:
-            self._options.before_backward(adds)
-        elif not self._aside and not within:
-            self._forget_cleared()
-        if empirical and adds and not within and not self._aside:
-            self._forget_returned()
-        holds = returns and keeps and not again and not self._aside
-        if holds and self._held is None:
-            self._held = []
-        self._holding = holds
-        try:
-            return run()
-        finally:
-            self._holding = False
-            if self._aside:
-                for recorder in self.recorders.values():
-                    recorder.set_aside()
-            else:
-                self.seen_backward = True
-                self._given = [w for w in self._weights.values() if w.grad is not None]
-                if not within:
-                    self._options.after_backward()
-            self._aside, self._returned = outer
-
-    def _forget_cleared(self) -> None:
-        """Loops may clear gradients between two passes of one capture (sharpness-aware minimisation): what was
-        captured of the first goes with them."""
-        grads = [weight.grad for weight in self._given if weight.grad is not None]
-        if not self._given or any(grad.is_meta for grad in grads):
-            return
-        if grads and torch.stack([grad.any().to(grads[0].device) for grad in grads]).any():
-            return
-        self.gradients.clear()
-        for recorder in self.recorders.values():
-            recorder.forget_seen()
-
-    def _forget_returned(self) -> None:
-        """Gradients are to be added to: forget what passes showed that returned theirs."""
-        if self._added:
-            return
-        self._added = True
-        held, self._held = self._held, None
-        if held is not None or self.seen_backward:
-            self.gradients.clear()
-        if self.seen_backward:
-            for recorder in self.recorders.values():
-                recorder.forget_seen()
-
-    def backward_fisher(self, losses: Iterable[Tensor]) -> None:
-        """Record the output gradients of a sampled or exact Fisher: of each loss in a backward pass of its own."""
-        weights = list(self._weights.values())
-        if not weights:
-            return  # no layer is covered, or the forward pass is yet to come
-        self._record_gradients = True
-        for loss in losses:
-            torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
-            for recorder in self.recorders.values():
-                recorder.end_pass()
-            self.fisher_passes += 1
-        self._record_gradients = False
+        """Run a backward pass; see `Passes.run`."""
+        return self.passes.run(run, inputs, again=again, keeps=keeps, adds=adds)
 
     def note_function(self, called: Called, operation: Operation, spec: LayerSpec, use: int = 0) -> None:
         """Remember how a layer, or what may prove to be one, is applied.
@@ -269,7 +167,7 @@ class Observer:
 
     def _note_loss(self, gradient: Tensor | None) -> None:
         """The gradient that the mean of a loss function gets."""
-        if not self._aside and gradient is not None:
+        if not self.passes.aside and gradient is not None:
             self.scale.note_gradient(gradient)
 
     def operation(self, operation: Operation, output: Tensor) -> Tensor:
@@ -385,13 +283,13 @@ class Observer:
 
         def hook(grad: Tensor | None) -> None:
             nonlocal call
-            if self._aside:
+            if self.passes.aside:
                 if isinstance(call, Call):
                     call.aside = True
                 return
-            if not self._record_gradients:
+            if not self.passes.records:
                 return
-            self.seen_backward = True  # of a capture around this one, which handles backward() alone
+            self.passes.seen = True  # of a capture around this one, which handles backward() alone
             with torch._C.DisableTorchFunction(), torch.no_grad(), torch.autocast(device.type, enabled=False):
                 # None is what an autograd.Function may return for zero.
                 grad = torch.zeros(shape, device=device) if grad is None else grad
@@ -399,10 +297,7 @@ class Observer:
                 if not isinstance(call, Call):
                     call = call()
                 grad = grad if arrange is None else arrange(grad)
-                if self._holding and self._held is not None:
-                    self._held.append(functools.partial(recorder.output_gradient, call, grad))
-                else:
-                    recorder.output_gradient(call, grad)
+                self.passes.record(functools.partial(recorder.output_gradient, call, grad))
 
         return hook
 
@@ -428,14 +323,14 @@ class Observer:
             checks = self._options.checks or (one_pass and spec.name not in self.layers.seen)
             checks = checks and weight.requires_grad  # of a layer with a frozen weight the bias alone may move
             self.recorders[spec.name] = self.layers.recorder(spec, dtype, one_pass=one_pass, checks=checks)
-            self._weights[spec.name] = weight
+            self.weights[spec.name] = weight
             if checks:
                 self._handles.append(first_hook(weight, lambda grad: self._add_gradient(spec.name, grad)))
         return self.recorders[spec.name]
 
     def _add_gradient(self, name: str, grad: Tensor) -> None:
         """What a backward pass adds to a weight's gradient in this process, all its uses together."""
-        if not self._aside and not self._returned:
+        if not self.passes.aside and not self.passes.returned:
             # A copy: the tensor becomes the parameter's .grad, which processes average and callers clip in place.
             grad = grad.detach().clone()
             self.gradients[name] = self.gradients[name] + grad if name in self.gradients else grad
@@ -469,16 +364,9 @@ class Observer:
 
     def settle(self) -> None:
         """Settle what was left open, the kinds of layers theirs."""
-        with torch._C.DisableTorchFunction(), torch.no_grad():
-            for record in self._held or ():
-                record()
-        self._held = None
+        self.passes.settle()
         for watch in self._watches:
             watch.settle()
-
-    def stop(self) -> None:
-        """Record no further gradients."""
-        self._record_gradients = False
 
     def release(self) -> None:
         """Let go of what was gathered; nothing hangs on the graph any more, which a kept loss keeps alive."""
@@ -486,8 +374,7 @@ class Observer:
             handle.remove()
         self._handles.clear()
         self.recorders.clear()
-        self._weights.clear()
-        self._given.clear()
-        self._held = None
+        self.weights.clear()
+        self.passes.release()
         self._parallels.clear()
         self.gradients.clear()
