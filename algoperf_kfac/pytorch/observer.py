@@ -289,7 +289,7 @@ class Observer:
                 return
             if not self.passes.records:
                 return
-            self.passes.seen = True  # of a capture around this one, which handles backward() alone
+            self.passes.note()
             with torch._C.DisableTorchFunction(), torch.no_grad(), torch.autocast(device.type, enabled=False):
                 # None is what an autograd.Function may return for zero.
                 grad = torch.zeros(shape, device=device) if grad is None else grad

@@ -44,6 +44,7 @@ class Passes:
         self.records = self._empirical
         self._observer, self._options = observer, options
         self._added = False  # one added to the gradients of parameters
+        self._running = False
         self._holding = False
         # What passes showed that returned their gradients and left the graph to others.
         self._held: list[Callable[[], None]] = []
@@ -68,7 +69,7 @@ class Passes:
             RuntimeError: for gradients of gradients, where the capture has other statistics.
         """
         weights = None if inputs is None else [p for p in inputs if isinstance(p, torch.nn.Parameter)]
-        outer, within = (self.aside, self.returned), in_backward()
+        outer, within = (self.aside, self.returned, self._running), in_backward()
         returns = self._empirical and not adds and not within
         self.aside = self.aside or (inputs is not None and not weights) or (returns and self._added)
         # What it returns for weights comes to them once more, as the gradient of the function that asks for it.
@@ -89,6 +90,7 @@ class Passes:
         if self._empirical and adds and not within and not self.aside:
             self._forget_returned()
         self._holding = returns and keeps and not again and not self.aside
+        self._running = True
         try:
             return run()
         finally:
@@ -101,7 +103,7 @@ class Passes:
                 self._given = [w for w in self._observer.weights.values() if w.grad is not None]
                 if not within:
                     self._options.after_backward()
-            self.aside, self.returned = outer
+            self.aside, self.returned, self._running = outer
 
     def _obstruct(self, for_weights: bool, *, returned_within: bool) -> None:
         """Say what compiled graphs cannot take of the pass that begins."""
@@ -125,6 +127,11 @@ class Passes:
                 recorder.end_pass()
             self.of_fisher += 1
         self.records = False
+
+    def note(self) -> None:
+        """An output gradient came back, perhaps in a pass of a capture of another optimizer within this one."""
+        self.seen = True
+        self._added = self._added or not self._running
 
     def record(self, record: Callable[[], None]) -> None:
         """Record an output gradient, or hold it as long as it may be none of the step's."""

@@ -130,6 +130,29 @@ def test_an_evaluation_between_two_backward_passes_changes_nothing(approximation
     trained(two_passes(evaluated), two_passes(lambda model, batch: None), approximation)
 
 
+@APPROXIMATIONS
+def test_passes_in_a_capture_of_another_optimizer_count(approximation: str) -> None:
+    """Two optimizers that share the layers below: the inner capture hears of the first backward pass alone."""
+    torch.manual_seed(0)
+    x, y = torch.randn(N, 6, dtype=torch.float64), torch.randint(3, (N,))
+    factors = []
+    for nested in (True, False):
+        torch.manual_seed(0)
+        body, head = mlp(6, 8, 8).double(), nn.Linear(8, 3).double()
+        outer = KFAC(body, approximation=approximation, learning_rate=0.0)
+        inner = KFAC(head, approximation=approximation, learning_rate=0.0)
+        with outer.capture(loss_normalizer=N):
+            if nested:
+                with inner.capture():
+                    F.cross_entropy(head(body(x)), y).backward()
+            else:
+                F.cross_entropy(head(body(x)), y).backward()
+            F.cross_entropy(head(body(x + 1)), y).backward()
+        outer.step()
+        factors.append(outer.factors())
+    assert_same_factors(*factors)
+
+
 def trained(run: Pass, other: Pass, approximation: str) -> None:
     """Train with one and with the other: the factors, and what they come to, are the same."""
     found = []
