@@ -49,7 +49,10 @@ class Product:
         view, weight, x = views[which], self.operands[which], self.operands[1 - which]
         if view is None or not isinstance(x, Tensor) or not isinstance(weight, Tensor) or not weight.requires_grad:
             return []
-        return self._of_weight(x.detach(), view, self.letters[1 - which], self.letters[which], name)
+        found = self._of_weight(x.detach(), view, self.letters[1 - which], self.letters[which], name)
+        for operation in found:
+            operation.constant = not x.requires_grad
+        return found
 
     def _of_weight(self, x: Tensor, view: View, of_x: str, of_w: str, name: str) -> list[Operation]:
         for letter in of_w:
@@ -258,6 +261,8 @@ def operations_of(called: Called, views: Views) -> list[Operation]:
     rule, product = RULES.get(called.func), PRODUCTS.get(called.func)
     if rule is not None:
         operation = placed(rule(*called.args, **called.kwargs), views.of)
+        if operation is not None:
+            operation.constant = not operation.input.requires_grad
         return [] if operation is None else [operation]
     if product is not None and any(views.of(leaf) is not None for leaf in called.leaves()):
         try:

@@ -200,6 +200,9 @@ class Observer:
             self.uses.derive(output, operation.input, operation.weight)
             return output
         whole = self.spec_of(operation.weight)
+        if whole is not None and self._is_penalty(whole, operation):
+            self.uses.derive(output, operation.weight)
+            return output
         if spec is None and whole is not None and whole.name not in self.recorders:
             self.layers.give_way(whole)
         spec = spec or self.layers.promote(operation)
@@ -210,6 +213,14 @@ class Observer:
             self.uses.miss(operation.bias, f"{operation.name} as its bias")
             return output
         return self.record(spec, operation, output, self.choose(spec, operation, output))
+
+    def _is_penalty(self, spec: LayerSpec, operation: Operation) -> bool:
+        """Whether a layer that is called with its bias is multiplied by a constant here, as penalties do.
+
+        A spectral norm by power iteration is one. The product is followed, so that it shows if it meets data.
+        """
+        known = spec.name in self.recorders or spec.name in self.layers.seen
+        return known and operation.constant and spec.bias is not None and operation.bias is None
 
     def _densify(self, operation: Operation) -> bool:
         """Take the rows of a sparse input for dense ones; whether that can be done."""

@@ -80,6 +80,7 @@ class Operation:
         segments: which example each row belongs to, where the input is a nested tensor.
         mask: (*leading) of zeros and ones: which rows are this weight's, or None.
         name: what the operation is called.
+        constant: whether no gradient goes through its input.
     """
 
     kind: str
@@ -96,6 +97,7 @@ class Operation:
     sequence_first: bool = False
     segments: Positions | None = None
     name: str = ""
+    constant: bool = False
 
     def __post_init__(self) -> None:
         self.shape = self.shape or tuple(self.weight.shape)

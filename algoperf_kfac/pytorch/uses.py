@@ -29,6 +29,9 @@ DISTANCES = frozenset("mse_loss l1_loss smooth_l1_loss huber_loss kl_div dist do
 # What adds a penalty to a loss.
 SUMS = frozenset("add sub rsub add_ sub_ __add__ __radd__ __sub__ __rsub__ __iadd__ __isub__ stack cat".split())  # noqa: SIM905
 
+# Of a function of parameters and a constant, where no matrix comes of it (bilinear forms).
+PRODUCTS = frozenset("matmul __matmul__ __rmatmul__ mm mv inner vdot".split())  # noqa: SIM905
+
 Sources = frozenset[int]  # identities of parameters
 NOTHING: Sources = frozenset()
 
@@ -127,4 +130,6 @@ class Uses:
             return False
         if called.name in DISTANCES:
             return all(leaf.numel() == size for leaf in others)
+        if called.name in PRODUCTS:
+            return all(result.dim() < 2 for result in results)
         return called.name in ELEMENTWISE and all(result.numel() == size for result in results)

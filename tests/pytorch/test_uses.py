@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from algoperf_kfac.pytorch import KFAC
-from tests.pytorch.toys import capture_once, covered, reasons
+from tests.pytorch.toys import assert_same_factors, capture_once, covered, reasons
 
 D = 6
 Use = Callable[[Tensor, Tensor], Tensor]
@@ -306,4 +306,45 @@ def test_neither_of_two_parameters_is_the_other_s_layer(product: Use) -> None:
             return self.last(torch.tanh(x @ product(self.u, self.v)))
 
     optimizer = capture_once(LowRank(), lambda m: m(torch.randn(9, D)).square().mean())
+    assert covered(optimizer) == {"last"}
+
+
+V = F.normalize(torch.arange(1.0, D + 1), dim=0)
+PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "spectral norm": lambda w: torch.dot(V, w @ V),
+    "by products": lambda w: V @ w @ V,
+    "by a layer": lambda w: F.linear(V, w).norm(),
+    "smoothness": lambda w: (w @ torch.eye(D).diff(dim=0).T).square().sum(),
+}
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+@pytest.mark.parametrize("order", ["behind the loss", "ahead of it, later on"])
+def test_a_penalty_that_multiplies_by_a_constant_is_no_call(name: str, order: str) -> None:
+    """Of layers with a bias, which their own calls have."""
+    model = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D))
+    x, factors = torch.randn(16, D), []
+    for weight in (0.1, 0.0):
+        optimizer = KFAC(model, learning_rate=0.0, factor_interval=1)
+        for step in range(2):
+            optimizer.zero_grad()
+            with optimizer.capture():
+                penalty = 0.0
+                if weight and order != "behind the loss" and step:
+                    penalty = weight * PENALTIES[name](model[0].weight)
+                loss = model(x).square().sum(1).mean()
+                if weight and order == "behind the loss":
+                    penalty = weight * PENALTIES[name](model[0].weight)
+                (loss + penalty).backward()
+            optimizer.step()
+        assert optimizer.coverage().fraction == 1
+        factors.append(optimizer.factors())
+    assert_same_factors(*factors)
+
+
+def test_a_product_with_a_constant_that_meets_data_is_a_use() -> None:
+    model = Twice(lambda h, w: h + F.linear(torch.ones(D), w) * h)
+    model.first = nn.Linear(D, D)
+    with pytest.warns(UserWarning, match="layer first takes the fallback.*: also read by"):
+        optimizer = capture_once(model, lambda m: m(torch.randn(16, D)).square().sum(1).mean())
     assert covered(optimizer) == {"last"}
