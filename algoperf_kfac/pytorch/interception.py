@@ -52,8 +52,7 @@ class Interceptor(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is Tensor.backward:
-            with self:
-                return _tensor_backward(*args, **kwargs)
+            return self._backward(torch.autograd.backward, *_of_tensor(*args, **kwargs))
         if func is torch.autograd.backward or func is torch.autograd.grad:
             if torch._C._functorch.peek_interpreter_stack() is not None:  # a transformation's own
                 return func(*args, **kwargs)
@@ -64,6 +63,7 @@ class Interceptor(TorchFunctionMode):
         bound = inspect.signature(func).bind(*args, **kwargs).arguments
         inputs = bound.get("inputs")
         inputs = [inputs] if isinstance(inputs, Tensor) else inputs
+        inputs = list(inputs.values()) if isinstance(inputs, Mapping) else inputs
         edges = [] if func is torch.autograd.grad else _edges(*args, **kwargs)
 
         def run() -> Any:
@@ -102,11 +102,11 @@ class TracedInterceptor(Interceptor):
         return self._uncompiled(Called(func, list(args), kwargs))
 
 
-def _tensor_backward(
+def _of_tensor(
     tensor: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = None
-) -> None:
-    """`Tensor.backward`, which in older versions of torch is all that asks the mode."""
-    torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
+) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of `torch.autograd.backward` for those of `Tensor.backward`."""
+    return [tensor, gradient, retain_graph, create_graph], {"inputs": inputs}
 
 
 def _edges(tensors: Any, *args: Any, inputs: Any = None, **kwargs: Any) -> list[Any]:

@@ -129,9 +129,14 @@ class Passes:
         self.records = False
 
     def note(self) -> None:
-        """An output gradient came back, perhaps in a pass of a capture of another optimizer within this one."""
+        """An output gradient came back, perhaps in a pass that `run` did not hear of.
+
+        A capture of another optimizer within this one ran it; or it is one of `torch.autograd.backward`, of which
+        older versions of torch do not tell. It counts as one that adds.
+        """
+        if self._empirical and not self._running:
+            self._forget_returned()
         self.seen = True
-        self._added = self._added or not self._running
 
     def record(self, record: Callable[[], None]) -> None:
         """Record an output gradient, or hold it as long as it may be none of the step's."""
