@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.jax.nadamw import nadamw_directions
 from algoperf_kfac.jax.preconditioner import LayerState
-from algoperf_kfac.jax.reductions import dots, long_norms, norms
+from algoperf_kfac.jax.reductions import dots, long_norms, nonzero, norms
 from algoperf_kfac.jax.scalings import Scaling
 from algoperf_kfac.jax.sharding import by_layers
 from algoperf_kfac.jax.stacks import Stack, broadcast, select
@@ -123,7 +123,7 @@ def second_order(
         useless = ~usable if part is None else ~usable & part
         failed = failed + useless.sum(dtype=jnp.int32)
         if monitor:
-            cosine = dots(momentum, direction) / (norms(momentum) * norm)
+            cosine = dots(momentum, direction) / nonzero(norms(momentum) * norm)
             state = dataclasses.replace(state, cosine=cosine)
             if scaling.config.length_rule == "graft":
                 state = dataclasses.replace(state, graft_ratio=ratio)
@@ -176,7 +176,7 @@ def _first_order(momentum: Array, direction: Array, config: KFACConfig) -> Array
     if config.length_rule != "rms":
         return direction
     ratio = _ratio_to(config.length_factor, math.prod(momentum.shape[1:]), long_norms(momentum))
-    return momentum * broadcast(jnp.nan_to_num(ratio, nan=0.0, posinf=0.0), momentum)  # zero stays zero
+    return momentum * broadcast(jnp.nan_to_num(ratio, nan=0.0, posinf=0.0), momentum)
 
 
 def _lengthened(norm: Array, stand_in: Array, config: KFACConfig) -> tuple[Array, Array]:
@@ -191,18 +191,19 @@ def _lengthened(norm: Array, stand_in: Array, config: KFACConfig) -> tuple[Array
         return jnp.ones_like(norm), jnp.isfinite(norm)
     length = norms(stand_in)
     # A layer without gradient (all zero) has no direction of either kind, and is not in need of a stand-in.
-    ratio = jnp.where(length == 0, length, length / norm)
+    ratio = jnp.where(length == 0, length, length / nonzero(norm))
     # Where factors are all but singular a direction may vanish or overflow: the first-order one then stands.
-    usable = jnp.isfinite(ratio) & jnp.isfinite(norm)
+    usable = jnp.isfinite(ratio) & jnp.isfinite(norm) & ((norm != 0) | (length == 0))
     return jnp.where(usable, ratio, 1.0), usable
 
 
 def _ratio_to(length: float, size: int, norm: Array) -> Array:
-    """What gives entries the root mean square `length`; infinite or NaN where they have no length.
+    """What gives entries the root mean square `length`; 0 where all are zero, infinite or NaN where it overflows.
 
     Args:
         length: k; the norm is k sqrt(P_out P_in), then.
         size: number of entries.
         norm: of arrays of that size.
     """
-    return length / (norm / math.sqrt(size))
+    root = norm / math.sqrt(size)
+    return jnp.where(root == 0, 0, length / nonzero(root))

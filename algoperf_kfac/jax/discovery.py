@@ -15,6 +15,7 @@ from algoperf_kfac.jax.layer_book import CoveredLayer, Layers, check_dtypes, che
 from algoperf_kfac.jax.operations import Call
 from algoperf_kfac.jax.promotion import with_promotion
 from algoperf_kfac.jax.tracing import Survey, TracedModel, named_leaves, trace
+from algoperf_kfac.jax.trained import dtype_of
 from algoperf_kfac.jax.types import ApplyFn, Sizes, Tree
 from algoperf_kfac.layers import (
     EMBEDDING,
@@ -77,7 +78,7 @@ def discover(
     check_real({name: leaf for name, leaf in leaves.items() if not matches(paths(name), patterns)})
     model = trace(apply_fn, params, args, has_aux=has_aux, binds=True)
     notes = model.survey()
-    shapes = {name: (tuple(leaf.shape), jnp.dtype(leaf.dtype)) for name, leaf in leaves.items()}
+    shapes = {name: (tuple(leaf.shape), dtype_of(leaf)) for name, leaf in leaves.items()}
     known = {path for name in shapes for path in paths(name)}
     unmatched = [pattern for pattern in patterns if not matches(known, [pattern])]
     check_patterns("exclude", patterns, unmatched, "layer or parameter")
@@ -184,9 +185,9 @@ class _Discovery:
         bias = self._biases.get(weight) if kind.has_bias else None
         if bias is not None and self._excluded(bias):
             bias = None
-        parent = weight.rpartition("/")[0] or weight
+        name = self._name_of(weight)
         spec = make_spec(
-            name=weight if parent in covered else parent,
+            name=weight if name in covered else name,
             kind=kind.name_of(uses),
             weight=weight,
             bias=bias,
@@ -209,6 +210,16 @@ class _Discovery:
             rounding=self._notes.rounding.get(weight, 0.0),
             conditional=self._notes.is_conditional(weight),
         )
+
+    def _name_of(self, weight: str) -> str:
+        """The name of a weight's layer: its module's where it is the only matrix read of that module, else its own.
+
+        In which order they are read says nothing: it may change from one function of the parameters to the next.
+        """
+        module, own = weight.rpartition("/")[0], _is_matrix(self._shapes[weight][0])
+        others = (n for n in self._notes.calls if n != weight and n.rpartition("/")[0] == module)
+        alone = not any(_is_matrix(self._shapes[name][0]) or not own for name in others)
+        return module if module and alone else weight
 
     def _reason(self, name: str, of_layer: str) -> str:
         """Why a parameter is not covered.
@@ -243,6 +254,11 @@ class _Discovery:
         """The weights to whose outputs a parameter is added as a bias would be."""
         keys = {key for key, sources in self._notes.added.items() if any(source.name == name for source in sources)}
         return {weight for weight, calls in self._notes.calls.items() if not keys.isdisjoint(calls)}
+
+
+def _is_matrix(shape: Sizes) -> bool:
+    """Whether a parameter is no vector; as in PyTorch."""
+    return sum(size > 1 for size in shape) > 1
 
 
 def _biases(notes: Survey) -> dict[str, str]:

@@ -41,24 +41,32 @@ def bind(eqn: JaxprEqn, ins: list[Array]) -> list[Array]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-def move_of(eqn: JaxprEqn, tag: Source | Fused, shape: Sizes) -> Move | None:
-    """What a primitive does to the shape of a parameter, so that it becomes `shape`; None if it does more."""
+def moves_of(eqn: JaxprEqn, tag: Source | Fused, shape: Sizes) -> tuple[Move, ...]:
+    """What a primitive does to the shape of a parameter, so that it becomes `shape`; nothing if it does more."""
     name, params = eqn.primitive.name, eqn.params
     source = tag.whole if isinstance(tag, Fused) else tag
     scans, sizes = source.scans, source.scanned_sizes
     whole = tuple(range(scans))
-    if name == "squeeze" or (name == "reshape" and params.get("dimensions") is None):
-        return Move("reshape", (*sizes, *shape))
+    reshape = Move("reshape", (*sizes, *shape))
+
+    def transpose(permutation: Iterable[int]) -> Move:
+        return Move("transpose", (*whole, *(scans + d for d in permutation)))
+
+    if name == "squeeze":
+        return (reshape,)
+    if name == "reshape":
+        order = params.get("dimensions")
+        return (reshape,) if order is None else (transpose(order), reshape)
     if name == "transpose":
-        return Move("transpose", (*whole, *(scans + d for d in params["permutation"])))
+        return (transpose(params["permutation"]),)
     if name == "rev":
-        return Move("rev", tuple(scans + d for d in params["dimensions"]))
+        return (Move("rev", tuple(scans + d for d in params["dimensions"])),)
     if name == "broadcast_in_dim":
         dims = tuple(params["broadcast_dimensions"])
         if math.prod(shape) == math.prod(shape_of(eqn.invars[0])) and list(dims) == sorted(dims):
-            return Move("reshape", (*sizes, *shape))
-        return Move("broadcast", (*whole, *(scans + d for d in dims)), (*sizes, *shape))
-    return None
+            return (reshape,)
+        return (Move("broadcast", (*whole, *(scans + d for d in dims)), (*sizes, *shape)),)
+    return ()
 
 
 def moved_dims(eqn: JaxprEqn, dims: Sizes, after: Sizes) -> Sizes | None:
@@ -67,8 +75,11 @@ def moved_dims(eqn: JaxprEqn, dims: Sizes, after: Sizes) -> Sizes | None:
     moved: dict[int, int] = {}
     if name == "broadcast_in_dim":
         moved = dict(enumerate(params["broadcast_dimensions"]))
-    elif name == "squeeze" or (name == "reshape" and params.get("dimensions") is None):
-        moved = _aligned(before, after)
+    elif name in ("squeeze", "reshape"):
+        given = params.get("dimensions") if name == "reshape" else None  # before the reshape, a transpose
+        order = range(len(before)) if given is None else given
+        aligned = _aligned(tuple(before[d] for d in order), after)
+        moved = {order[d]: place for d, place in aligned.items()}
     places = tuple(moved.get(d, -1) for d in dims)
     whole = all(place >= 0 and before[d] == after[place] for d, place in zip(dims, places, strict=True))
     return places if moved and whole else None

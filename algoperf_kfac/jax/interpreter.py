@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from algoperf_kfac.jax.equations import NO_GRADIENT, bind, carrying, move_of, moved_dims
+from algoperf_kfac.jax.equations import NO_GRADIENT, bind, carrying, moved_dims, moves_of
 from algoperf_kfac.jax.operations import RULES, Call, Lookup, Rule, is_bias
 from algoperf_kfac.jax.sources import (
     CONSTANT,
@@ -178,7 +178,11 @@ class Interpreter:
                     self.visitor.penalty(source)
             elif is_returned:
                 self._missed((), tag, RETURNED)
-        return outs
+        # Beside the outputs (aux) numbers of Python stay what they are, as in `jax.value_and_grad`.
+        return [
+            out if is_returned or not isinstance(v, Literal) else v.val
+            for v, out, is_returned in zip(closed.jaxpr.outvars, outs, wanted, strict=True)
+        ]
 
     def _evaluate(
         self,
@@ -205,7 +209,7 @@ class Interpreter:
 
         live = carrying(jaxpr, wanted)
         for number, eqn in enumerate(jaxpr.eqns):
-            ins = [v.val if isinstance(v, Literal) else values[v] for v in eqn.invars]
+            ins = [_value(v, values) for v in eqn.invars]
             in_tags = [CONSTANT if isinstance(v, Literal) else tagged.get(v) for v in eqn.invars]
             if all(tag in (None, CONSTANT, Held()) for tag in in_tags):
                 outs = bind(eqn, ins)
@@ -219,7 +223,7 @@ class Interpreter:
                 outs, out_tags = self._equation(eqn, ins, in_tags, (*key, number), needed)
                 tagged |= {v: t for v, t in zip(eqn.outvars, out_tags, strict=True) if t is not None}
             values |= dict(zip(eqn.outvars, outs, strict=True))
-        outs = [v.val if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]
+        outs = [_value(v, values) for v in jaxpr.outvars]
         return outs, [None if isinstance(v, Literal) else tagged.get(v) for v in jaxpr.outvars]
 
     def _enter(
@@ -279,8 +283,10 @@ class Interpreter:
             return self._unread(tags)
         if name == "concatenate" and (fused := fuse(tags, eqn.params["dimension"])) is not None:
             return fused
-        if isinstance(tag, Source | Fused) and (move := move_of(eqn, tag, tuple(outs[0].shape))) is not None:
-            return tag.moved(move)
+        if isinstance(tag, Source | Fused) and (moves := moves_of(eqn, tag, tuple(outs[0].shape))):
+            for move in moves:
+                tag = tag.moved(move)
+            return tag
         if isinstance(tag, Output) and name == "transpose":
             permutation = eqn.params["permutation"]
             return dataclasses.replace(tag, dims=tuple(permutation.index(d) for d in tag.dims))
@@ -420,6 +426,11 @@ class Interpreter:
                 inner.append(None)
                 self._missed(key, tag, "scan")
         return inner
+
+
+def _value(v: Var | Literal, values: Mapping[Var, Array]) -> Array:
+    """A value of a program. Its literals may be numbers of Python: of a weak type then, as they are to JAX."""
+    return jnp.asarray(v.val) if isinstance(v, Literal) else values[v]
 
 
 def _function(name: str, tags: Tags, outs: Sequence[Array]) -> Derived | Penalised | None:

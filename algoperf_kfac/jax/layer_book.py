@@ -12,8 +12,11 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from algoperf_kfac.config import KFACConfig
+from algoperf_kfac.errors import listed
+from algoperf_kfac.jax.mistakes import Mistakes
 from algoperf_kfac.jax.operations import WeightView
 from algoperf_kfac.jax.tracing import Leaf, named_leaves
+from algoperf_kfac.jax.trained import dtype_of
 from algoperf_kfac.jax.types import Sizes, Tree
 from algoperf_kfac.layers import Coverage, FallbackSpec, LayerSpec
 
@@ -54,17 +57,20 @@ class CoveredLayer:
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """The layers of a model; static, made once by `discover`.
+    """The layers of a model; static, made once by `discover`. Nothing changes but what was said.
 
     Attributes:
         covered: the covered layers by name, in the order of their first call.
         fallbacks: every other parameter.
         shapes: shape and dtype of every parameter by name.
+        mistakes: what warnings were given so far by optimizers of these layers, which optax may make anew at each
+            trace (`optax.inject_hyperparams`).
     """
 
     covered: dict[str, CoveredLayer]
     fallbacks: tuple[FallbackSpec, ...]
     shapes: dict[str, tuple[Sizes, jnp.dtype]]
+    mistakes: Mistakes = dataclasses.field(default_factory=Mistakes, compare=False, repr=False)
 
     def coverage(self) -> Coverage:
         """The covered layers, and every other parameter with the reason why it is not covered."""
@@ -114,15 +120,22 @@ def check_params(layers: Layers, params: Tree) -> None:
     check_dtypes(leaves)
     masked = [f"{name}/" for name in named_leaves(params, is_leaf=_is_masked) if name not in leaves]
     missing = {name for name in layers.shapes if not f"{name}/".startswith(tuple(masked))}
+    if missing and leaves.keys().isdisjoint(layers.shapes):
+        raise ValueError(
+            f"params is not the tree that K-FAC was made with: it has {listed(leaves) or 'no leaf'}, and none of "
+            f"{listed(layers.shapes)}. Under optax.flatten, which hands over one vector, no layer can be told: "
+            "leave it out. In place of optax.tree_map_params take jax.tree_util.tree_map_with_path: moments have "
+            "their parameter's path within mu and nu"
+        )
     for name in sorted(missing ^ leaves.keys()):
         what = "missing" if name in layers.shapes else "unknown: K-FAC was made without it"
         raise ValueError(f"parameter {name} is {what}")
     for name, leaf in leaves.items():
         shape, dtype = layers.shapes[name]
-        if (tuple(leaf.shape), jnp.dtype(leaf.dtype)) != (shape, dtype):
+        if (tuple(leaf.shape), dtype_of(leaf)) != (shape, dtype):
             raise ValueError(
-                f"parameter {name} has shape {tuple(leaf.shape)} and dtype {leaf.dtype}; when K-FAC was made it "
-                f"had {shape} and {dtype.name}"
+                f"parameter {name} has shape {tuple(leaf.shape)} and dtype {dtype_of(leaf)}; when K-FAC was made "
+                f"it had {shape} and {dtype.name}"
             )
 
 
@@ -150,7 +163,7 @@ def check_dtypes(leaves: Mapping[str, Leaf]) -> None:
                 f"parameter {name} is a random key: hand it to apply_fn as an argument, not among the parameters"
             )
         if jnp.issubdtype(leaf.dtype, jnp.floating):
-            seen.setdefault(jnp.dtype(leaf.dtype), name)
+            seen.setdefault(dtype_of(leaf), name)
     wide = jnp.dtype("float64")
     if wide in seen and len(seen) > 1:
         other = next(name for dtype, name in seen.items() if dtype != wide)

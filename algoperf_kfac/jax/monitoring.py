@@ -116,7 +116,7 @@ def metrics(state: Tree, layers: Layers, config: KFACConfig | None = None) -> di
     for key in each:
         values = {name: own[key] for name, own in numbers.items()}
         if key in ("graft_ratio", "cosine"):
-            values = {name: value if took[name] else math.nan for name, value in values.items()}
+            values = {name: _defined(key, value) if took[name] else math.nan for name, value in values.items()}
             seen = [value for value in values.values() if not math.isnan(value)]
             out[key] = sum(seen) / len(seen) if seen else math.nan
         elif key in ("idle", "vanished"):
@@ -145,12 +145,18 @@ def summary(state: Tree, layers: Layers, config: KFACConfig, worst: int = 8) -> 
     states = layer_states(stacks, layers)
     shown = {}
     for name in names[:worst]:
-        cosine = seen[name]["cosine"] if name in seen else None
+        cosine = _defined("cosine", seen[name]["cosine"]) if name in seen else None
         level = layers.covered[name].noise_level(config)
         a, b, noise = _eigenvalues(states[name], config, level) if name in seen else (None, None, None)
         own = numbers[name]
         shown[name] = Judged(ratios.get(name), cosine, a, b, int(own["refreshes"]), int(own["idle"]), noise)
     return table(shown, len(names) - len(shown))
+
+
+def _defined(key: str, value: float) -> float:
+    """A number of a layer's state; NaN for the cosine of a layer whose gradient is zero, which has 0 in the state,
+    as NaN would stop a run under `jax_debug_nans`."""
+    return math.nan if key == "cosine" and value == 0 else value
 
 
 def _eigenvalues(state: LayerState, config: KFACConfig, level: float) -> tuple[float | None, float | None, int]:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from algoperf_kfac.jax.trained import zeros_like
 from algoperf_kfac.jax.types import Tree
 
 
@@ -95,8 +96,8 @@ def scale_by_nadamw(one_minus_beta1: float, beta2: float, eps: float = 1e-8) -> 
     def init(params: Tree) -> ScaleByNadamwState:
         return ScaleByNadamwState(
             count=jnp.zeros((), jnp.int32),
-            mu=jax.tree.map(jnp.zeros_like, params),
-            nu=jax.tree.map(jnp.zeros_like, params),
+            mu=jax.tree.map(zeros_like, params),
+            nu=jax.tree.map(zeros_like, params),
         )
 
     def update(

@@ -13,7 +13,6 @@ from algoperf_kfac.jax import monitoring
 from algoperf_kfac.jax.capture import check_gradients, idle_layers, value_grad_and_statistics
 from algoperf_kfac.jax.checks import in_short
 from algoperf_kfac.jax.discovery import discover
-from algoperf_kfac.jax.mistakes import Mistakes
 from algoperf_kfac.jax.monitoring import FactorPair
 from algoperf_kfac.jax.pacing import Pacing
 from algoperf_kfac.jax.transform import Mask, Schedule, kfac
@@ -93,7 +92,7 @@ class KFAC:
         self.layers = discover(apply_fn, params, *args, config=self.config, exclude=exclude, has_aux=has_aux)
         self._apply_fn, self._loss_fn, self._has_aux = apply_fn, loss_fn, has_aux
         self._mesh = mesh
-        self._mistakes = mistakes = Mistakes()
+        self._mistakes = mistakes = self.layers.mistakes
         self.value_grad_and_statistics = value_grad_and_statistics(
             apply_fn,
             loss_fn,

@@ -23,7 +23,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from algoperf_kfac.config import KFACConfig
-from algoperf_kfac.jax.reductions import are_finite, dots, traces
+from algoperf_kfac.jax.reductions import are_finite, dots, nonzero, traces
 from algoperf_kfac.jax.statistics import Statistics
 from algoperf_kfac.layers import LayerSpec
 
@@ -60,7 +60,7 @@ class LayerState:
         skipped: refreshes that kept the basis because it had not drifted, ().
         drift: off-diagonal share of the factors in the old basis at the last refresh, ().
         graft_ratio: length of the first-order direction over that of K-FAC's, at the last statistics step, ().
-        cosine: between K-FAC direction and momentum, at the last statistics step, ().
+        cosine: between K-FAC direction and momentum, at the last statistics step, (); 0 where they are zero.
     """
 
     a: Blocks
@@ -150,14 +150,16 @@ def update_statistics(state: LayerState, new: Statistics, decay: float) -> Layer
 
     def mean(m: Array, count: Array, average: Array) -> Array:
         if not count.ndim:
-            return m / count
+            return m / nonzero(count)
         # What leaves a corrected average as it is.
         kept = average / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
-        return jnp.where(keeping[:, None, None], kept, m / count[:, None, None])
+        return jnp.where(keeping[:, None, None], kept, m / nonzero(count)[:, None, None])
 
     a = tuple(mean(m, new.a_count, old) for m, old in zip(new.a, state.a, strict=True))
     b = tuple(mean(m, new.examples, old) for m, old in zip(new.b, state.b, strict=True))
-    finite = jnp.stack([are_finite(m[None])[0] for m in (*a, *b)]).all()
+    counts = [count for count, blocks in ((new.a_count, a), (new.examples, b)) if blocks]
+    counted = [((count != 0) | keeping).all() for count in counts]
+    finite = jnp.stack([*counted, *(are_finite(m[None])[0] for m in (*a, *b))]).all()
     rate = jnp.where(finite, 1 - decay, 0.0).astype(state.weight.dtype)
 
     first = (state.examples == 0) & finite & (weight > 0) if new.examples.ndim else None

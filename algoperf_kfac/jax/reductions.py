@@ -53,6 +53,12 @@ def scales(x: Array) -> Array:
     return jnp.maximum(dots(sizes, jnp.ones_like(sizes)), jnp.finfo(x.dtype).tiny)
 
 
+def nonzero(divisors: Array) -> Array:
+    """The same with 1 for 0, where the quotient is of no meaning: 0 / 0 would stop a run under `jax_debug_nans`,
+    even if it is selected away afterwards."""
+    return jnp.where(divisors == 0, 1, divisors)
+
+
 def traces(m: Array) -> Array:
     """(..., size, size) -> (...)."""
     return m.reshape(*m.shape[:-2], -1)[..., :: m.shape[-1] + 1].sum(-1)

@@ -1,4 +1,5 @@
-"""Parameters that are whole numbers: they stay as they are, whatever their gradients are said to be."""
+"""Parameters as JAX trains them: NumPy's in the precision that JAX has, whole numbers not at all, whatever their
+gradients are said to be."""
 
 from __future__ import annotations
 
@@ -6,9 +7,21 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from algoperf_kfac.jax.types import Tree
+
+
+def dtype_of(leaf: Array | np.ndarray | jax.ShapeDtypeStruct) -> jnp.dtype:
+    """The type that a leaf has within a program: NumPy's float64 is float32 there without `jax_enable_x64`."""
+    return jnp.dtype(jax.dtypes.canonicalize_dtype(leaf.dtype))
+
+
+def zeros_like(leaf: Array | np.ndarray) -> Array:
+    """Zeros in the shape of a leaf, (...), where it lies; in the type that it has within a program."""
+    # JAX would warn of each NumPy array whose type it cannot keep.
+    return jnp.zeros_like(leaf, dtype_of(leaf)) if isinstance(leaf, np.ndarray) else jnp.zeros_like(leaf)
 
 
 def are_trained(params: Tree) -> Tree:
@@ -34,5 +47,5 @@ def put_back(leaves: Sequence[Array], params: Tree) -> Tree:
     own = jax.tree.leaves(params)
     flags = jax.tree.leaves(are_trained(params))
     return jax.tree.unflatten(
-        tree, [next(given) if flag else jnp.zeros_like(leaf) for leaf, flag in zip(own, flags, strict=True)]
+        tree, [next(given) if flag else zeros_like(leaf) for leaf, flag in zip(own, flags, strict=True)]
     )

@@ -27,7 +27,7 @@ from algoperf_kfac.jax.sources import Source
 from algoperf_kfac.jax.stacks import Stack, Stacks, check_members, members_of, select, stack_trees, stacks_of
 from algoperf_kfac.jax.statistics import Gathered, Statistics
 from algoperf_kfac.jax.tracing import named_leaves
-from algoperf_kfac.jax.trained import are_trained, put_back, trained
+from algoperf_kfac.jax.trained import are_trained, dtype_of, put_back, trained, zeros_like
 from algoperf_kfac.jax.types import Tree
 
 Schedule: TypeAlias = Callable[[Array], Array]
@@ -81,11 +81,11 @@ def scale_by_kfac(
         layers: from `discover`.
         config: the configuration.
         mesh: a one-dimensional mesh whose devices share decompositions and directions.
-        mistakes: what warnings were given so far, if others share them.
+        mistakes: what warnings were given so far, if it is not to be that of `layers`.
     """
     beta1 = 1 - config.one_minus_beta1
     scaling = scaling_of(config)
-    said = mistakes or Mistakes()
+    said = mistakes or layers.mistakes
 
     def new_states(stack: Stack) -> LayerState:
         """Of layers that are alike at the beginning."""
@@ -101,8 +101,8 @@ def scale_by_kfac(
         stacks = stacks_of(here)
         # In one program: one by one each kind of array is compiled for itself, for seconds.
         states = jax.jit(lambda: {key: new_states(stack) for key, stack in stacks.items()})()
-        zeros = functools.partial(jax.tree.map, jnp.zeros_like)
-        nothing = jax.tree.map(lambda leaf: jnp.zeros((), leaf.dtype), params)
+        zeros = functools.partial(jax.tree.map, zeros_like)
+        nothing = jax.tree.map(lambda leaf: jnp.zeros((), dtype_of(leaf)), params)
         nu = put_in(zeros(params), nothing, here.without_second_moment(config))
         pace = None if config.refresh_budget is None else jnp.ones((), jnp.int32)
         held = Stacks(states, members_of(stacks), masked=here is not layers, pace=pace)
@@ -341,5 +341,6 @@ def find_state(state: Tree) -> KFACState:
         raise ValueError(NO_STATE.format("dict"))
     found = [leaf for leaf in leaves if isinstance(leaf, KFACState)]
     if len(found) != 1:
-        raise ValueError(f"the optimizer state holds {len(found)} states of K-FAC, not one")
+        remedy = ": hand over one of them, of optax.multi_transform state.inner_states[label]" if found else ""
+        raise ValueError(f"the optimizer state holds {len(found)} states of K-FAC, not one{remedy}")
     return found[0]

@@ -75,6 +75,19 @@ def test_a_run_with_statistics_says_nothing() -> None:
     assert 0 < metrics["cosine"] < 1
 
 
+def test_an_optimizer_made_anew_at_each_trace() -> None:
+    """By inject_hyperparams: it knows what came before."""
+    ours = optimizer()
+    make = lambda learning_rate: kfac(ours.layers, ours.config, learning_rate=learning_rate)  # noqa: E731
+    rated = optax.inject_hyperparams(make)(learning_rate=0.1)
+    _, gradient, statistics = jax.eval_shape(ours.value_grad_and_statistics, mlp_params(), *batch())
+    state = rated.init(mlp_params())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for given in (statistics, None):
+            jax.eval_shape(lambda g, s, st: rated.update(g, s, g, statistics=st), gradient, state, given)
+
+
 def test_micro_batches_in_multi_steps() -> None:
     """Statistics of micro-batches added up and passed with the last are those of one large batch."""
     ours, (x, y), k = optimizer(), batch(24), 3
@@ -124,6 +137,24 @@ def of_squares(apply: Callable[..., Any], **options: Any) -> tuple[KFAC, Any, An
     params = {name: normal(i, *shape) / 2 for i, (name, shape) in enumerate(SQUARES.items())}
     ours = KFAC(apply, cross_entropy, params, *batch(), **OPTIONS, **options)
     return ours, params, ours.init(params)
+
+
+def test_names_do_not_depend_on_the_order_of_calls() -> None:
+    """A module's name is that of its only matrix, as in PyTorch; of several each has its own."""
+    params = {
+        "m": {"u": normal(0, 4, 4), "w": normal(1, 4, 4)},
+        "one": {"kernel": normal(2, 4, 3), "scores": normal(3, 4), "bias": normal(4, 1, 3)},
+    }
+
+    def names(order: str) -> list[str]:
+        def apply(p: Any, x: Array, y: Array) -> Array:
+            x = sum(jnp.tanh(x @ p["m"][name]) for name in order)
+            out, score = x @ p["one"]["kernel"] + p["one"]["bias"], x @ p["one"]["scores"]
+            return out * score[:, None]
+
+        return sorted(KFAC(apply, cross_entropy, params, *batch()).layers.covered)
+
+    assert names("uw") == names("wu") == ["m/u", "m/w", "one", "one/scores"]
 
 
 @pytest.mark.parametrize("way", ["as it is", "flax", "orbax", "orbax without a template"])
@@ -214,6 +245,30 @@ def test_other_optimizers_for_other_layers(exclude: tuple[str, ...], masked: boo
     assert ours.metrics(state)["l0/refreshes"] == 1
 
 
+def test_two_optimizers_in_one_state() -> None:
+    """Rates for each group; what looks at a state is told which of both."""
+    ours = optimizer()
+    kinds = {"fast": kfac(ours.layers, ours.config, learning_rate=0.1), "slow": ours.transformation}
+    state = optax.multi_transform(kinds, only({"l0"}, "fast", "slow")).init(mlp_params())
+    with pytest.raises(ValueError, match=r"holds 2 states of K-FAC, not one: .*state\.inner_states\[label\]"):
+        ours.metrics(state)
+    assert "l0/cosine" in ours.metrics(state.inner_states["fast"])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda t: optax.flatten(t).init(mlp_params()),
+        lambda t: optax.tree_map_params(t, lambda leaf: leaf, t.init(mlp_params())),
+    ],
+    ids=["flatten", "tree_map_params"],
+)
+def test_transformations_that_hand_over_another_tree(wrong: Callable[[Any], Any]) -> None:
+    message = r"params is not the tree .*none of l0/b, l0/w.*optax\.flatten.*tree_map_with_path"
+    with pytest.raises(ValueError, match=message):
+        wrong(optimizer().transformation)
+
+
 def test_a_masked_bias() -> None:
     ours = optimizer()
     mask = jax.tree.map(lambda t: t.ndim > 1, mlp_params())
@@ -291,6 +346,33 @@ def test_statistics_steps_inside_a_program() -> None:
     inside = jax.jit(jax.vmap(ours.is_statistics_step))(jnp.arange(20))
     assert inside.tolist() == [ours.is_statistics_step(step) for step in range(20)]
     assert all(isinstance(ours.is_statistics_step(step), bool) for step in range(5))
+
+
+@pytest.mark.single
+def test_parameters_made_by_numpy() -> None:
+    """Taken as JAX takes them: NumPy's float64 is float32 there, and nothing is said of it."""
+    x, y = batch()
+    wide = jax.tree.map(lambda t: np.asarray(t, np.float64), mlp_params((4, 3))) | {"steps": np.arange(3)}
+    mixed = wide | {"l0": {"w": wide["l0"]["w"], "b": jnp.asarray(wide["l0"]["b"], jnp.float32)}}
+    narrow = jax.tree.map(jnp.asarray, wide | {"l0": jax.tree.map(jnp.float32, wide["l0"]), "steps": jnp.arange(3)})
+
+    def made(params: Any) -> KFAC:
+        return KFAC(lambda p, x, y: mlp({"l0": p["l0"]}, x), cross_entropy, params, x, y, **OPTIONS)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = made(wide)
+        assert made(mixed).layers == made(narrow).layers == ours.layers
+        state = ours.init(wide)
+        assert jax.tree.map(lambda t: t.dtype, state[0].mu) == jax.tree.map(lambda t: t.dtype, narrow)
+
+        @jax.jit
+        def updates(params: Any) -> Any:
+            _, gradient, statistics = ours.value_grad_and_statistics(params, x, y)
+            return ours.update(gradient, state, params, statistics=statistics)[0]
+
+        for params in (wide, mixed):
+            jax.tree.map(np.testing.assert_array_equal, updates(params), updates(narrow))
 
 
 def test_one_pattern() -> None:
@@ -474,7 +556,8 @@ def test_a_branch_that_is_not_taken_stands_still(scaling: str) -> None:
     state = optimizer.init(params)
     _, before = step(params, state, 1, True)
     for statistics in (True, False):
-        updates, after = step(params, before, 0, statistics)
+        with jax.debug_nans(True):  # nor is there a 0 / 0
+            updates, after = step(params, before, 0, statistics)
         assert not updates["at_times"].any()
         assert updates["always"].any()
         old, new = (layer_states(find_state(s).stacks, optimizer.layers)["at_times"] for s in (before, after))

@@ -154,6 +154,17 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, str | None], set[str]]] = {
         lambda: raw(lambda p, x: x @ p["w"].transpose(2, 0, 1).reshape(4, 6), normal(1, 3, 4), w=(2, 3, 4)),
         {"w": None}, set(),
     ),
+    "raw-reshaped-in-another-order": (
+        lambda: raw(lambda p, x: jax.lax.reshape(jax.lax.reshape(x @ jax.lax.reshape(p["w"], (4, 6), (2, 0, 1)),
+                                                                 (6, 1, 3), (1, 0)) + p["b"], (6, 3)),
+                    normal(1, 3, 4), w=(2, 3, 4), b=(6, 1, 1)),
+        {"w": "b"}, set(),
+    ),
+    "mapped-over-kernels": (
+        lambda: raw(lambda p, x: jax.vmap(lambda w: jax.lax.conv(x, w, (1, 1), "SAME"))(p["w"]),
+                    normal(1, 2, 3, 4, 2), w=(2, 5, 3, 2, 2)),
+        {"w": None}, set(),
+    ),
     "raw-transposed-table": (
         lambda: raw(lambda p, x: x @ p["w"].T + p["b"], normal(1, 3, 4), w=(6, 4), b=(6,)), {"w": "b"}, set(),
     ),

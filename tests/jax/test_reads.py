@@ -242,7 +242,7 @@ def test_a_slice_of_weights_beside_a_layer_is_said() -> None:
         made(lambda p, x: sliced(p, x) @ p["v"], normal(1, N, D), w=(3, D, D), v=(D, K))
 
 
-# Arguments.
+# Arguments, and what is returned.
 
 
 def test_numbers_of_python_stay_numbers() -> None:
@@ -256,6 +256,31 @@ def test_numbers_of_python_stay_numbers() -> None:
     optimizer = KFAC(apply, wavy, params, x, 2, 0.5)
     value, _, statistics = optimizer.value_grad_and_statistics(params, x, 2, 0.5)
     np.testing.assert_allclose(value, wavy(apply(params, x, 2, 0.5)))
+    assert list(statistics) == ["w"]
+
+
+def test_numbers_of_python_beside_the_outputs() -> None:
+    """From within a program or a branch, too: they change no precision, and in aux they stay numbers."""
+
+    def apply(p: Any, x: Array) -> Any:
+        given = jax.jit(lambda out, a, n: (out, a, n))(x @ p["w"], 0.5, 2)
+        chosen = lax.cond(x[0, 0] > 0, lambda: 1.5, lambda: -1.5)
+        return {"given": given, "chosen": chosen, "none": sum([]), "half": 0.25}, {"depth": 3}
+
+    def loss(f: Any, x: Array) -> Array:
+        out, a, n = f["given"]
+        return jnp.square(out).mean() * a + n * f["chosen"] + f["none"] + f["half"]
+
+    x = normal(1, N, D).astype(jnp.bfloat16)
+    params = {"w": normal(2, D, K).astype(jnp.bfloat16)}
+    optimizer = KFAC(apply, loss, params, x, has_aux=True)
+    (value, aux), gradient, statistics = optimizer.value_grad_and_statistics(params, x)
+    (expected, _), slope = jax.value_and_grad(lambda p: (loss(apply(p, x)[0], x), None), has_aux=True)(params)
+    assert aux == {"depth": 3}
+    assert isinstance(aux["depth"], int)
+    assert value.dtype == expected.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(value, expected)
+    np.testing.assert_array_equal(gradient["w"], slope["w"])
     assert list(statistics) == ["w"]
 
 

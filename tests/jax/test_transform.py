@@ -16,9 +16,10 @@ from jax import Array
 from orbax import checkpoint
 
 from algoperf_kfac.jax import KFAC, kfac, layer_states, scale_by_kfac
-from algoperf_kfac.jax.preconditioner import LayerState
+from algoperf_kfac.jax.directions import _lengthened, _ratio_to
+from algoperf_kfac.jax.preconditioner import LayerState, update_statistics
 from algoperf_kfac.jax.stacks import stacks_of
-from algoperf_kfac.jax.statistics import add
+from algoperf_kfac.jax.statistics import Statistics, add
 from algoperf_kfac.jax.transform import find_state
 from tests.jax.support import assert_equal, factors
 from tests.jax.toys import OPTIONS, batch, cross_entropy, mlp, mlp_params, optimizer, steps, train
@@ -206,8 +207,10 @@ def test_a_layer_that_no_gradient_reached_waits_for_one(options: dict[str, Any])
     for step in range(9):
         if step < 8:
             params["l2"]["w"] = jnp.zeros_like(params["l2"]["w"])
-        params, state = train(ours, *run, params, state, step, step + 1)
+        with jax.debug_nans(True):
+            params, state = train(ours, *run, params, state, step, step + 1)
         metrics = ours.metrics(state)
+        assert np.isnan(metrics["l0/cosine"]) == (step < 8)
         assert metrics["stand_ins"] == metrics["dropped"] == metrics["failures"] == 0
         refreshes = [metrics[f"l{i}/refreshes"] for i in range(3)]
         if step == 7:
@@ -261,6 +264,23 @@ def test_bad_statistics_are_dropped(value: float, preconditioner: str) -> None:
     assert_same(states_of(ours, new)["l0"], states_of(ours, good)["l0"])
     assert all(bool(jnp.isfinite(u).all()) for u in jax.tree.leaves(updates))
     assert_same(updates["l0"], good_updates["l0"])
+
+
+def test_zeros_make_no_nan_on_the_way() -> None:
+    """What is selected away afterwards would still stop a run under `jax_debug_nans`, outside of a program."""
+    ours = optimizer()
+    state = states_of(ours, ours.init(mlp_params()))["l0"]
+    nothing = Statistics((jnp.zeros((1, 5, 5)),), (jnp.zeros((1, 4, 4)),), *jnp.zeros(3))
+    stand_ins = jnp.array([0.0, 1.0, 1.0]).reshape(3, 1, 1, 1)
+    with jax.debug_nans(True), jax.debug_infs(True):
+        assert_same(update_statistics(state, nothing, 0.9), state)
+        for rule in ("graft", "rms"):
+            ratio, usable = _lengthened(
+                jnp.array([0.0, 0.0, 2.0]), stand_ins, dataclasses.replace(ours.config, length=rule)
+            )
+            np.testing.assert_array_equal(ratio, [0.0, 1.0, 0.5])
+            np.testing.assert_array_equal(usable, [True, False, True])
+        assert not _ratio_to(1.0, 4, jnp.zeros(2)).any()
 
 
 @pytest.mark.parametrize("preconditioner", ["eigen", "inverse"])

@@ -42,7 +42,9 @@ class Scaling(_base.Scaling):
         steps = state.kept[STEPS] + known.astype(jnp.int32)
         v = moment / (1 - beta2 ** jnp.maximum(steps, 1).astype(moment.dtype))
         floor = self.config.damping * v.mean((1, 2), keepdims=True)
-        scaled = rotate(momentum) / jnp.maximum(jnp.sqrt(v + floor), jnp.finfo(v.dtype).tiny)
+        # By one as long as there is none: what overflows is no number after the products.
+        root = jnp.where(known, jnp.maximum(jnp.sqrt(v + floor), jnp.finfo(v.dtype).tiny), 1)
+        scaled = rotate(momentum) / root
         direction = multiply(state.b_basis, scaled, state.a_basis, transpose_right=True)
         return jnp.where(known, direction, momentum), {MOMENT: moment, STEPS: steps}
 
