@@ -28,7 +28,7 @@ from algoperf_kfac.pytorch.options import Options
 from algoperf_kfac.pytorch.passes import Passes
 from algoperf_kfac.pytorch.recorder import Recorder
 from algoperf_kfac.pytorch.sights import Sights
-from algoperf_kfac.pytorch.uses import Uses
+from algoperf_kfac.pytorch.uses import WITHOUT_BIAS, Uses
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -201,7 +201,7 @@ class Observer:
             return output
         whole = self.spec_of(operation.weight)
         if whole is not None and self._is_penalty(whole, operation):
-            self.uses.derive(output, operation.weight)
+            self.uses.multiply(output, operation.weight)
             return output
         if spec is None and whole is not None and whole.name not in self.recorders:
             self.layers.give_way(whole)
@@ -238,7 +238,7 @@ class Observer:
         if not own:
             self.uses.miss(operation.bias, f"{operation.name} as its bias")
         if spec.bias is not None and not (own and operation.bias_start == spec.bias_start):
-            self.uses.miss(operation.weight, "a call without its bias")
+            self.uses.miss(operation.weight, WITHOUT_BIAS)
         recorder = self.recorder(spec, operation.weight)
         if not isinstance(recorder, Recorder):  # a kind's, and not for operations of this sort
             self.uses.miss(operation.weight, operation.name)

@@ -32,6 +32,8 @@ SUMS = frozenset("add sub rsub add_ sub_ __add__ __radd__ __sub__ __rsub__ __iad
 # Of a function of parameters and a constant, where no matrix comes of it (bilinear forms).
 PRODUCTS = frozenset("matmul __matmul__ __rmatmul__ mm mv inner vdot".split())  # noqa: SIM905
 
+WITHOUT_BIAS = "a call without its bias"
+
 Sources = frozenset[int]  # identities of parameters
 NOTHING: Sources = frozenset()
 
@@ -50,6 +52,7 @@ class Uses:
         self.missed: dict[int, str] = {}
         self.penalised: set[int] = set()
         self._derived: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of tensors that are functions of parameters
+        self._without_bias: set[int] = set()  # identities of weights that were multiplied by a constant
 
     def sources(self, value: object) -> Sources:
         """The parameters of which a value is a function, of them alone; empty for anything else."""
@@ -62,7 +65,12 @@ class Uses:
     def miss(self, value: object, what: str) -> None:
         """Remember a use of the parameters in a value that no rule records."""
         for source in self.sources(value):
-            self.missed.setdefault(source, what)
+            self.missed.setdefault(source, WITHOUT_BIAS if source in self._without_bias else what)
+
+    def multiply(self, output: Tensor, weight: Tensor) -> None:
+        """Remember that a tensor is a weight times a constant, as a call without the bias would be."""
+        self.derive(output, weight)
+        self._without_bias.add(id(weight))
 
     def derive(self, output: Tensor, *values: object) -> None:
         """Remember that a tensor is a function of the parameters in these values, and of constants."""
