@@ -41,7 +41,8 @@ class Positions:
             Also (T, N), or of as many leading dimensions as the ids have.
         num_segments: number of examples in `segment_ids`; needed with it (reading it off would cost a
             host synchronisation, and shapes are static in JAX).
-        batch_dim: which leading dimension runs over examples, e.g. 1 for (length, batch, features).
+        batch_dim: which leading dimension runs over examples, e.g. 1 for (length, batch, features). None: the
+            first; in JAX the one that was seen to grow with the number of examples, if there is one.
         readout: "mean" if positions are averaged before the loss, "sum" if they are summed; decides which of
             reduce's factors takes the 1/R where R varies between examples.
 
@@ -52,7 +53,7 @@ class Positions:
     mask: Array | str | None = None
     segment_ids: Array | None = None
     num_segments: int | None = None
-    batch_dim: int = 0
+    batch_dim: int | None = None
     readout: str = "mean"
 
     def __post_init__(self) -> None:
@@ -66,6 +67,11 @@ class Positions:
     @property
     def by_gradient(self) -> bool:
         return isinstance(self.mask, str)
+
+    @property
+    def examples_dim(self) -> int:
+        """`batch_dim`, and the first dimension where nothing is said: that of examples in a mask."""
+        return self.batch_dim or 0
 
     @property
     def array_mask(self) -> Array | None:
@@ -110,14 +116,23 @@ class Rows:
         leading: sizes of the dimensions over examples and positions, in the layer's own order; of a convolution
             (N, *output positions).
         batch_first: whether examples come first whatever `Positions.batch_dim` says, as in convolutions.
+        examples: which dimension runs over examples where `Positions.batch_dim` does not say it.
     """
 
     leading: tuple[int, ...]
     batch_first: bool = False
+    examples: int = 0
 
     def batch_dim(self, positions: Positions) -> int:
         """Which dimension runs over examples."""
-        return 0 if self.batch_first or len(self.leading) <= positions.batch_dim else positions.batch_dim
+        dim = self.examples if positions.batch_dim is None else positions.batch_dim
+        return 0 if self.batch_first or len(self.leading) <= dim else dim
+
+    def described(self, ways: Sequence[Positions]) -> Rows:
+        """The same, dimension 0 running over examples where masks and segment ids fit this order alone."""
+        plain = dataclasses.replace(self, examples=0)
+        own_order = any(map(plain.fits, ways)) and not any(map(self.fits, ways))
+        return plain if own_order else self
 
     def sizes(self, positions: Positions) -> tuple[int, ...]:
         """The leading sizes, examples first; (1,) where there are none."""
@@ -134,7 +149,8 @@ class Rows:
 
 def mask_sizes(mask: Array, positions: Positions) -> tuple[int, ...]:
     """The sizes of a mask, examples first."""
-    return to_front(mask.shape, positions.batch_dim) if positions.batch_dim < mask.ndim else tuple(mask.shape)
+    dim = positions.examples_dim
+    return to_front(mask.shape, dim) if dim < mask.ndim else tuple(mask.shape)
 
 
 def to_front(sizes: Sequence[int], dim: int) -> tuple[int, ...]:
@@ -271,7 +287,7 @@ def _check_list(pattern: str, given: Sequence[Positions], rows: Mapping[str, Seq
     # Where there are segments, `choose` names each layer that none of them fits.
     if not given or not rows or any(p.segment_ids is not None for p in given):
         return
-    if any(one.fits(p) for calls in rows.values() for one in calls for p in given):
+    if any(one.described(given).fits(p) for calls in rows.values() for one in calls for p in given):
         return
     masks = " and ".join(str(tuple(p.array_mask.shape)) for p in given if p.array_mask is not None)
     seen = (f"{name} {' and '.join(sorted({str(one.leading) for one in calls}))}" for name, calls in rows.items())

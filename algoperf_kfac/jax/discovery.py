@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import jax.numpy as jnp
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.errors import check_patterns, listed, warn
+from algoperf_kfac.jax.growth import grown_dims
 from algoperf_kfac.jax.interpreter import ELEMENTWISE, Key
 from algoperf_kfac.jax.kinds import KINDS, kind_for
 from algoperf_kfac.jax.layer_book import CoveredLayer, Layers, check_dtypes, check_real, paths
@@ -49,7 +50,9 @@ def discover(
     exclude: str | Iterable[str] = (),
     has_aux: bool = False,
 ) -> Layers:
-    """Trace the model once; nothing is computed, and arguments may be `jax.ShapeDtypeStruct`s.
+    """Trace the model; nothing is computed, and arguments may be `jax.ShapeDtypeStruct`s.
+
+    Where rows may begin with something else than examples it is traced once more, see `growth`.
 
     Args:
         apply_fn: function of (params, *args).
@@ -82,7 +85,8 @@ def discover(
     known = {path for name in shapes for path in paths(name)}
     unmatched = [pattern for pattern in patterns if not matches(known, [pattern])]
     check_patterns("exclude", patterns, unmatched, "layer or parameter")
-    layers = _Discovery(notes, shapes, config, patterns).layers()
+    grown = grown_dims(model, notes, apply_fn, params, args)
+    layers = _Discovery(notes, shapes, config, patterns, grown).layers()
     _tell(layers, model, notes, config)
     return layers
 
@@ -124,6 +128,7 @@ class _Discovery:
         shapes: shape and dtype of every parameter.
         config: decides the approximation and the block sizes.
         exclude: patterns of layer or parameter names.
+        grown: operation -> the leading dimension over examples, where it is known.
     """
 
     def __init__(
@@ -132,11 +137,13 @@ class _Discovery:
         shapes: dict[str, tuple[Sizes, jnp.dtype]],
         config: KFACConfig,
         exclude: list[str],
+        grown: Mapping[Key, int],
     ) -> None:
         self._notes = notes
         self._shapes = shapes
         self._config = config
         self._exclude = exclude
+        self._grown = grown
         self._biases = _biases(notes)
 
     def layers(self) -> Layers:
@@ -206,6 +213,9 @@ class _Discovery:
             bias_shape=None if bias is None else self._shapes[bias][0],
             slices=kind.slices(view),
             calls=tuple(call.leading for call in calls.values()),
+            examples=tuple(
+                (len(use.rows.leading), self._grown.get(key, 0)) for key, use in kind.counted(uses).items()
+            ),
             dtype=jnp.promote_types(dtype, jnp.float32),
             rounding=self._notes.rounding.get(weight, 0.0),
             conditional=self._notes.is_conditional(weight),

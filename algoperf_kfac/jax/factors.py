@@ -29,7 +29,7 @@ from algoperf_kfac.jax.types import Sizes
 from algoperf_kfac.positions import BY_GRADIENT, Layout, Positions, Rows
 from algoperf_kfac.subset import Subset
 
-Static: TypeAlias = tuple[bool, int | None, int, str]
+Static: TypeAlias = tuple[bool, int | None, int | None, str]
 Child: TypeAlias = object  # an array, None, or what JAX puts in its place
 
 
@@ -134,8 +134,8 @@ class Reading:
         mask = positions.array_mask
         if mask is not None:
             mask, sizes = jnp.asarray(mask), rows.sizes(positions)
-            if 1 < mask.ndim > positions.batch_dim:
-                mask = jnp.moveaxis(mask, positions.batch_dim, 0)
+            if 1 < mask.ndim > positions.examples_dim:
+                mask = jnp.moveaxis(mask, positions.examples_dim, 0)
             mask = mask.reshape(*mask.shape, *[1] * (len(sizes) - mask.ndim))
             mask = jnp.broadcast_to(mask, sizes).reshape(sizes[0], layout.positions).astype(dtype)
         ids = positions.segment_ids

@@ -31,6 +31,7 @@ class CoveredLayer:
         bias_shape: as the bias is stored, None without one.
         slices: number of layers that one parameter holds, a slice for each (`nn.scan` over layers); 1 if none.
         calls: leading dimensions of the input at each call, of the example arguments.
+        examples: of each use that counts, the number of leading dimensions, and which of them runs over examples.
         dtype: of its factors, at least float32.
         rounding: the coarsest eps among the dtypes of its inputs and outputs.
         conditional: whether only branches (`lax.cond`) call it, so that a step may go by without it.
@@ -41,6 +42,7 @@ class CoveredLayer:
     bias_shape: Sizes | None
     slices: int
     calls: tuple[Sizes, ...]
+    examples: tuple[tuple[int, int], ...]
     dtype: DTypeLike
     rounding: float
     conditional: bool = False

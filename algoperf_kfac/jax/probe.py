@@ -21,7 +21,7 @@ from algoperf_kfac.jax.scalings import scaling_of
 from algoperf_kfac.jax.tapped_model import AllSums, TappedModel
 from algoperf_kfac.jax.tracing import trace
 from algoperf_kfac.jax.types import ApplyFn, Tree
-from algoperf_kfac.positions import BY_GRADIENT, as_candidates
+from algoperf_kfac.positions import BY_GRADIENT, Layout, as_candidates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,14 +90,15 @@ def sight(subject: Subject, config: KFACConfig) -> Sighting:
 
 def _sight(subject: Subject, config: KFACConfig) -> Sighting:
     layers = discover(subject.apply, subject.params, *subject.args, config=config)
-    model, recorder = trace(subject.apply, subject.params, subject.args), _LoadRecorder()
+    model = trace(subject.apply, subject.params, subject.args)
+    # Positions as the submissions give them, as far as memory goes.
+    tapped = TappedModel(model, layers, as_candidates(BY_GRADIENT), rows=config.row_limit)
+    recorder = _LoadRecorder(tapped.layouts())
     model.show(recorder)
     loads = {
         name: load.of_examples(subject.segments[int(load.examples)]) if load.examples in subject.segments else load
         for name, load in recorder.loads.items()
     }
-    # Positions as the submissions give them, as far as memory goes.
-    tapped = TappedModel(model, layers, as_candidates(BY_GRADIENT), rows=config.row_limit)
 
     def statistics_step(both: tuple[Tree, AllSums], *args: Tree) -> list[Array]:
         params, sums = both
@@ -124,10 +125,15 @@ def _output_bytes(subject: Subject) -> float:
 
 
 class _LoadRecorder(Visitor):
-    """Adds up what every weight sees."""
+    """Adds up what every weight sees.
 
-    def __init__(self) -> None:
+    Args:
+        layouts: by operation, from `TappedModel.layouts`; of others dimension 0 is over examples.
+    """
+
+    def __init__(self, layouts: Mapping[Key, Layout]) -> None:
         self.loads: dict[str, Load] = {}
+        self._layouts = layouts
         self._length = 1  # of the scan about to be entered
         self._scans: list[tuple[int, Sequence[str]]] = []
 
@@ -145,16 +151,17 @@ class _LoadRecorder(Visitor):
         name = call.view.source.name
         # A scan over time uses its weights at every step, a scan over layers uses a slice of them at each.
         turns = math.prod(length for length, sliced in self._scans if name not in sliced)
-        load = _load(call, turns, x.size, out.size)
+        load = _load(call, self._layouts.get(key), turns, x.size, out.size)
         self.loads[name] = self.loads[name] + load if name in self.loads else load
         return out
 
 
-def _load(call: Call, turns: int, inputs: int, outputs: int) -> Load:
+def _load(call: Call, layout: Layout | None, turns: int, inputs: int, outputs: int) -> Load:
     """What one call puts on its weight.
 
     Args:
         call: the operation.
+        layout: of its rows, where it is known.
         turns: how often the scans around it run it.
         inputs: entries of its input.
         outputs: entries of its output.
@@ -165,7 +172,7 @@ def _load(call: Call, turns: int, inputs: int, outputs: int) -> Load:
         examples, positions = call.leading[0], math.prod(call.conv.out_size)
         products = examples * (positions if call.kind == "conv" else math.prod(call.conv.in_size))
     else:
-        examples = call.leading[0] if call.leading else 1
-        positions = math.prod(call.leading[1:])
+        layout = layout or Layout.of(None, call.rows, call.view.source.name)
+        examples, positions = layout.num_examples, layout.positions
         products = examples * positions
     return Load(examples, turns * positions, turns * products, turns * inputs, turns * outputs, kernel)

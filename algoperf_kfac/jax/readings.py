@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TypeAlias
 
@@ -12,6 +13,7 @@ from algoperf_kfac.jax.factors import Reading
 from algoperf_kfac.jax.interpreter import Key
 from algoperf_kfac.jax.kinds import kind_of
 from algoperf_kfac.jax.layer_book import CoveredLayer, paths
+from algoperf_kfac.jax.operations import Use
 from algoperf_kfac.jax.tracing import Survey
 from algoperf_kfac.layers import also_read_by
 from algoperf_kfac.positions import Candidates, Rows, candidates_for, check_fits, choose
@@ -70,11 +72,15 @@ def read_calls(
         ValueError: naming a layer that the positions do not fit, or positions that fit no layer.
     """
     uses = {name: kind_of(layer.spec).counted(notes.uses(layer.spec.weight)) for name, layer in layers.items()}
-    rows = {name: [use.rows for use in of_layer.values()] for name, of_layer in uses.items()}
-    check_fits(positions, rows, {path for name in notes.names for path in paths(name)})
+    rows = {name: rows_of(layer, uses[name]) for name, layer in layers.items()}
+    check_fits(
+        positions,
+        {name: [*own.values()] for name, own in rows.items()},
+        {path for name in notes.names for path in paths(name)},
+    )
     readings: Readings = {}
     for name, layer in layers.items():
-        of_calls = {key: _read(name, positions, use.rows, layer.dtype) for key, use in uses[name].items()}
+        of_calls = {key: _read(name, positions, own, layer.dtype) for key, own in rows[name].items()}
         sizes = tuple(dict.fromkeys(reading.layout.num_examples for reading in of_calls.values()))
         # Of the rows of experts some may have few: all are taken.
         by_row, ways = kind_of(layer.spec).by_row, candidates_for(name, positions)
@@ -83,10 +89,20 @@ def read_calls(
     return readings
 
 
+def rows_of(layer: CoveredLayer, uses: Mapping[Key, Use]) -> dict[Key, Rows]:
+    """The rows of a layer's uses, examples where they were when K-FAC was made, if its uses are like those."""
+    rows = {key: use.rows for key, use in uses.items()}
+    if [len(own.leading) for own in rows.values()] != [number for number, _ in layer.examples]:
+        return rows
+    dims = (dim for _, dim in layer.examples)
+    return {key: dataclasses.replace(own, examples=dim) for (key, own), dim in zip(rows.items(), dims, strict=True)}
+
+
 def _read(name: str, positions: Candidates, rows: Rows, dtype: DTypeLike) -> Reading:
     """Fit the positions to one call of a layer, segment ids of several dimensions first."""
     for one in candidates_for(name, positions):
         reading = Reading.of_segments(one, rows, name, dtype)
         if reading is not None:
             return reading
+    rows = rows.described(candidates_for(name, positions))
     return Reading.of(choose(name, positions, rows), rows, name, dtype)

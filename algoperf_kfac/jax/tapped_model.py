@@ -22,7 +22,7 @@ from algoperf_kfac.jax.statistics import Statistics, Tap
 from algoperf_kfac.jax.tracing import TracedModel
 from algoperf_kfac.jax.types import Tree
 from algoperf_kfac.layers import LayerSpec
-from algoperf_kfac.positions import Candidates
+from algoperf_kfac.positions import Candidates, Layout
 from algoperf_kfac.subset import RowLimit
 
 ALL_ROWS = RowLimit()
@@ -115,6 +115,10 @@ class TappedModel:
                 number = float(first.total)
         return number
 
+    def layouts(self) -> dict[Key, Layout]:
+        """By operation, how many examples it sees and how many positions of each, in the layers that it calls."""
+        return {key: reading.layout for calls in self._readings.values() for key, reading in calls.items()}
+
     def numbers(self) -> dict[str, int]:
         """How many examples each layer sees, whether they count or not, in the order of the first calls.
 
@@ -136,7 +140,7 @@ class TappedModel:
 
         By layer the sizes of the two; outputs that have both, such as time-major ones, say nothing.
         """
-        shapes = self._shapes_returned()
+        shapes = self.model.shapes_returned
         seen = {}
         for name, layer in self._layers.items():
             key, first = next(iter(self._readings[name].items()))
@@ -154,7 +158,7 @@ class TappedModel:
         Outputs that have as many in another dimension (time-major ones, pairs) say nothing, nor do layers whose
         rows are known to belong to examples.
         """
-        shapes, seen = self._shapes_returned(), {name: first.total for name, first in self._first.items()}
+        shapes, seen = self.model.shapes_returned, {name: first.total for name, first in self._first.items()}
         returned = {shape[0] for shape in shapes}
         known = any(first.layout.ragged or first.layout.batch_dim for first in self._first.values())
         if not seen or known or len(returned) != 1 or min(seen.values()) <= min(returned):
@@ -167,7 +171,7 @@ class TappedModel:
 
         By layer, the number of calls (several) and of rows; outputs that have those of one call say nothing.
         """
-        shapes = self._shapes_returned()
+        shapes = self.model.shapes_returned
         batch = {shape[0] for shape in shapes}
         found, sizes = {}, set[int]()
         for name, layer in self._layers.items():
@@ -179,11 +183,6 @@ class TappedModel:
             if number > 1 and batch == {rows} and elsewhere and not self._first[name].layout.ragged:
                 found[name] = (number, rows)
         return found if batch.isdisjoint(sizes) else {}
-
-    def _shapes_returned(self) -> list[tuple[int, ...]]:
-        """The shapes of the outputs."""
-        outputs = zip(self.model.program.out_avals, self.model.returned, strict=True)
-        return [tuple(out.shape) for out, returned in outputs if returned and out.shape]
 
     def check_reached(self) -> None:
         """Raises MissingStatisticsError, naming the layers, unless backward passes came by all of them."""

@@ -69,6 +69,12 @@ class TracedModel:
         parts = self.outputs if self.has_aux else (self.outputs, ())
         return [number == 0 for number, part in enumerate(parts) for _ in jax.tree.leaves(part)]
 
+    @property
+    def shapes_returned(self) -> list[tuple[int, ...]]:
+        """The shapes of the outputs that go into the loss, but for scalars."""
+        outputs = zip(self.program.out_avals, self.returned, strict=True)
+        return [tuple(out.shape) for out, returned in outputs if returned and out.shape]
+
     def survey(self) -> Survey:
         """What reads the parameters."""
         names = [tag.name for tag in self.tags if isinstance(tag, Source)]

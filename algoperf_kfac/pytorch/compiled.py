@@ -43,7 +43,7 @@ _numbers = itertools.count()
 Table = dict[int, tuple[int, list[Tensor]]]
 MakeRecorder = Callable[[LayerSpec, torch.dtype], AnyRecorder]
 # Of one description: the number of its mask, or "gradient", or None; batch_dim; readout.
-_Form = tuple[int | str | None, int, str]
+_Form = tuple[int | str | None, int | None, str]
 _Forms = tuple[tuple[str, tuple[_Form, ...]], ...]  # by pattern
 _WHOLE = ""  # the pattern of descriptions for the whole model
 

@@ -59,8 +59,8 @@ class MaskedLayout(Layout):
                 raise ValueError(f"layer {name}: positions are given by a {type(array).__name__}, not by a tensor")
         if mask is not None:
             assert isinstance(mask, Tensor)
-            if positions.batch_dim < mask.dim():
-                mask = mask.movedim(positions.batch_dim, 0)
+            if positions.examples_dim < mask.dim():
+                mask = mask.movedim(positions.examples_dim, 0)
             mask = mask.reshape(*mask.shape, *[1] * (len(sizes) - mask.dim())).expand(sizes)
             mask = mask.reshape(sizes[0], -1).to(dtype)
         assert positions.segment_ids is None or isinstance(positions.segment_ids, Tensor)
