@@ -20,12 +20,11 @@ _RC = {"font.family": "sans-serif", "font.size": 10, "axes.spines.top": False, "
 
 
 def draw(judged: list[Judged]) -> bytes:
-    """A row of two panels for what K-FAC was not tuned on and one for what it was, as PNG.
+    """A row of two panels for each group of workloads, as PNG: what K-FAC was not tuned on first.
 
-    Of the first framework alone, and without held-out variants, which are in the tables. The same data give the
-    same bytes.
+    Of the first framework alone. The same data give the same bytes.
     """
-    shown = [one for one in judged if one.framework == judged[0].framework and one.group.key != "variants"]
+    shown = [one for one in judged if one.framework == judged[0].framework]
     heights = [0.9 + 0.32 * len(one.submissions) for one in shown]
     with mpl.rc_context(_RC):  # type: ignore[arg-type]
         figure = Figure(figsize=(10, sum(heights)), layout="constrained")
