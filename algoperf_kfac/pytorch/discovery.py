@@ -132,7 +132,8 @@ def discover(
 
 def _reason(module: nn.Module, key: str, found: Found) -> str:
     """Why a parameter of a module is not covered: a class derived from torch's own may have further ones."""
-    own = type(module).__module__.partition(".")[0] == "torch" or re.match(r"(.*_)?(weight|bias)(_|$)", key)
+    plain = getattr(nn, type(module).__name__, None) is type(module)
+    own = plain or re.match(r"(.*_)?(weight|bias)(_|$)", key)
     return found.reason if own or found.reason == EXCLUDED else RAW
 
 

@@ -20,7 +20,7 @@ INVERSE: dict[str, Any] = {"preconditioner": "inverse", "damping_mode": "absolut
 CONFIGURATIONS = {
     2: (("reduce", EIGEN),),
     4: (("expand", INVERSE),),
-    8: (("reduce", EIGEN), ("expand", INVERSE)),
+    8: (("reduce", EIGEN),),
 }
 
 
