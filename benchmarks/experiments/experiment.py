@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 Point = Mapping[str, object]
 TUNED_ON = ("mnist_vit", "bible_lm", "mnist_resnet", "flights_dlrm")
@@ -18,10 +18,14 @@ class Variant:
         point: what replaces the submission's own hyperparameters.
         submission: the name of a folder in submissions/, or of a file in `objects/` for what no hyperparameter
             says, such as a scaling; empty for the experiment's.
+        share: of the experiment's horizon, which its schedule and its training take.
+        inherits: whether the experiment's start and base hold for it, too; not of another kind of submission.
     """
 
     point: Point = field(default_factory=dict)
     submission: str = ""
+    share: float = 1.0
+    inherits: bool = True
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,10 @@ class Experiment:
         """Base first, each with its whole point."""
         every = {"base": Variant(), **self.variants}
         return {
-            name: Variant({**self.start, **self.base, **one.point}, one.submission or self.submission)
+            name: replace(
+                one,
+                point={**self.start, **self.base, **one.point} if one.inherits else one.point,
+                submission=one.submission or self.submission,
+            )
             for name, one in every.items()
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.experiments.experiment import Experiment, Variant
+from benchmarks.experiments.experiment import TUNED_ON, Experiment, Variant
 
 # The submissions' points before these experiments, where they are others now.
 BEFORE_DECAY = {"weight_decay": 0.05}
@@ -40,6 +40,26 @@ OFTEN_OR_SELDOM = (1, 3, 10, 30, 100)
 def _every(statistics: int, refresh: int) -> Variant:
     decay = round(0.95 ** (statistics / 4), 4)
     return Variant({"factor_interval": statistics, "refresh_interval": refresh, "factor_decay": decay})
+
+
+CONTROLS = {
+    name: Variant(submission=name)
+    for name in ("only_a", "only_b", "no_factors", "diagonal", "random_basis", "gradient_basis")
+}
+ALL = (*TUNED_ON, "molecules_gnn", "brain_unet", "bible_translation", "vowels_conformer")
+# NadamW's point that was best on bible_lm in the suite (docs/results/suite/chosen.json), rounded.
+NADAMW_ON_TEXT = {
+    "learning_rate": 7e-3,
+    "one_minus_beta1": 0.075,
+    "beta2": 0.999,
+    "weight_decay": 0.0115,
+    "warmup_factor": 0.15,
+    "grad_clip": 0.5,
+}
+
+
+def _half(submission: str, rate: float) -> Variant:
+    return Variant({"learning_rate": rate}, submission, share=0.5, inherits=False)
 
 
 EXPERIMENTS = (
@@ -190,10 +210,7 @@ EXPERIMENTS = (
         "random bases, and Shampoo's factors in their place.",
         submission="kfac_expand",
         start={**BEFORE_ROWS, **SELDOM},
-        variants={
-            name: Variant(submission=name)
-            for name in ("only_a", "only_b", "no_factors", "diagonal", "random_basis", "gradient_basis")
-        },
+        variants=CONTROLS,
         verdict="At the one learning rate of K-FAC-expand, to which none of them was tuned: on digits and text the "
         "curvature is what helps. Without factors runs end far behind (+0.75 and +0.41 nats), and so they do with "
         "their diagonals or in random bases; A alone does better than B alone, and both better than either. "
@@ -374,5 +391,28 @@ EXPERIMENTS = (
         "and higher by as much on the residual network, within seeds; none at all is worse there. Slower "
         "others are better on digits in all seeds, by .010 to .026, and not on text; faster ones and no "
         "clipping are no better anywhere. Not taken.",
+    ),
+    Experiment(
+        name="controls_since",
+        change="The controls at the submissions' points since, on all eight workloads: nothing is chosen by them.",
+        submission="kfac_expand",
+        workloads=ALL,
+        seeds=(3021, 3022, 3023),
+        variants={"reduce": Variant(submission="kfac_reduce", inherits=False), **CONTROLS},
+    ),
+    Experiment(
+        name="thrice_rates",
+        change="At three times the language model's horizon (NadamW at 1,200 steps), K-FAC at half of them: the "
+        "learning rates, around those of the suite, on a seed of their own.",
+        submission="nadamw",
+        workloads=("bible_lm",),
+        horizon=3.0,
+        seeds=(3030,),
+        base=NADAMW_ON_TEXT,
+        variants={
+            **{f"NadamW, rate {rate:g}": Variant({"learning_rate": rate}) for rate in (3.5e-3, 1.4e-2)},
+            **{f"expand, rate {rate:g}": _half("kfac_expand", rate) for rate in (1.8e-2, 3.5e-2, 7e-2)},
+            **{f"reduce, rate {rate:g}": _half("kfac_reduce", rate) for rate in (1.1e-2, 2.2e-2, 4.5e-2)},
+        },
     ),
 )

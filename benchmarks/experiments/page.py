@@ -21,11 +21,11 @@ Every experiment on the algorithm that was run stands here, also those that fail
 Base and variant train on the same seeds, with the same initial weights and batches, up to the end of a schedule
 whose length is given as a share of the step hint. The seeds are used for nothing else. A cell is the mean over
 seeds of the variant's validation loss less that of the base at the end (least to most); less than zero is
-better. Behind it, in italics, where the variant came as low as the base at its end: the share of the steps it took
-up to an evaluation (the median); these are some steps apart. Last, where base and variant ran up to the same target
-and both reached it: the steps to the target over the base's, geometric mean (results older than `target` in them do
-not say). Where not all seeds were run, the cell says of how many it is. Step hints that have changed since count as
-they were: {hints}.
+better. Behind it, in italics, where the variant came as low as the base at its end: the share of the base's steps
+that it took up to an evaluation (the median); these are some steps apart. Last, where base and variant ran up to
+the same target and both reached it: the steps to the target over the base's, geometric mean (results older than
+`target` in them do not say). Where not all seeds were run, the cell says of how many it is. Step hints that have
+changed since count as they were: {hints}.
 """
 
 
@@ -35,7 +35,7 @@ class Difference:
 
     Attributes:
         losses: variant less base, by seed; infinite where the variant diverged, NaN where the base did.
-        shares: of the horizon until the variant is as low as the base at its end; infinite where it never is.
+        shares: of the base's horizon until the variant is as low as the base at its end; infinite where never.
         targets: steps to the target over the base's, of the seeds for which both are known.
         pace: ms per step over the base's, median.
     """
@@ -75,7 +75,9 @@ def section(one: Experiment, kept: Mapping[str, dict[str, Any]]) -> str:
     ]
     for name in names:
         variant = one.variants[name]
-        what = f"{name}: {_point(variant.point).strip(' ,') or variant.submission}" if variant != one.base else name
+        share = f"{variant.share:g} of the steps" if variant.share != 1 else ""
+        told = ", ".join(part for part in (variant.submission, _point(variant.point).strip(" ,"), share) if part)
+        what = f"{name}: {told}" if told else name
         cells = [_cell(differences.get((name, workload)), len(one.seeds)) for workload in one.workloads]
         paces = [differences[name, workload].pace for workload in one.workloads if (name, workload) in differences]
         pace = f"{statistics.geometric_mean(paces):.2f}" if paces else "-"
@@ -119,7 +121,7 @@ def _loss(result: Mapping[str, Any]) -> float:
 def _share(mine: Mapping[str, Any], base: Mapping[str, Any]) -> float:
     goal = _loss(base)
     reached = [step for step, loss in mine["curve"] if loss is not None and loss <= goal]
-    return min(reached) / mine["steps"] if reached else math.inf
+    return min(reached) / base["steps"] if reached else math.inf
 
 
 def _to_target(mine: Mapping[str, Any], base: Mapping[str, Any]) -> float | None:

@@ -61,7 +61,7 @@ class Run:
 def run_of(one: Experiment, variant: Variant, workload: str, seed: int) -> Run:
     """The run of a variant on a workload and a seed."""
     hint = facts.task(workload).step_hint
-    steps = max(2, round(one.horizon * HINTS.get(workload, hint)))
+    steps = max(2, round(variant.share * one.horizon * HINTS.get(workload, hint)))
     point = {**_defaults(variant.submission, one.framework), **variant.point, "horizon_factor": steps / hint}
     texts = tuple(sorted((name, json.dumps(value)) for name, value in point.items()))
     return Run(variant.submission, texts, workload, one.framework, steps, seed)

@@ -95,6 +95,22 @@ def test_differences_are_paired_by_seed():
     assert "4 runs are kept, 4 of them in the 1 experiments" in text
 
 
+def test_another_submission_at_a_share_of_the_steps():
+    other = Variant({"learning_rate": 0.1}, "kfac_expand", share=0.5, inherits=False)
+    one = Experiment(
+        "x", "", "nadamw", {"other": other}, base={"beta2": 0.9}, workloads=("bible_lm",), seeds=(3001,)
+    )
+    found = runs.runs_of(one)
+    base, half = found["base", "bible_lm", 3001], found["other", "bible_lm", 3001]
+    assert half.steps == base.steps // 2
+    assert base.hyperparameters["beta2"] == 0.9
+    assert half.hyperparameters["beta2"] == submissions.describe("kfac_expand", "pytorch").defaults["beta2"] != 0.9
+    assert half.hyperparameters["learning_rate"] == 0.1
+    kept = kept_of(one, {"base": [1.0], "other": [0.9]}, other={"curve": [(60, 1.5)]})
+    assert page.compare(one, kept)["other", "bible_lm"].shares == (0.5,)  # of the base's steps
+    assert "other: kfac_expand, learning_rate 0.1, 0.5 of the steps" in page.page([one], kept)
+
+
 def test_a_run_that_diverged_is_said_and_an_experiment_without_runs_is_not_shown():
     one = Experiment("x", "", "nadamw", {"new": Variant({"beta2": 0.9})}, workloads=("bible_lm",), seeds=(3001,))
     assert "diverged" in page.page([one], kept_of(one, {"base": [1.0], "new": [None]}))
