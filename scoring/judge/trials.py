@@ -62,8 +62,8 @@ def _run(rules: Rules, trial: object, arrays: dict[str, Floats], rows: slice, pr
     best = int(np.argmax(np.where(known, gain, -np.inf))) if known.any() else -1
     hits = np.flatnonzero(gain >= goal)
     inside = len(hits) > 0 and time[hits[0]] <= budget
-    # A run ends by itself at its flags' limit, or at the hint, which is the embedded runner's.
-    limits = (trial.max_global_steps, target.step_hint)  # type: ignore[attr-defined]
+    # A run ends by itself where it says so, at its flags' limit, or at the hint, which is the embedded runner's.
+    limits = (trial.ended_at, trial.max_global_steps, target.step_hint)  # type: ignore[attr-defined]
     period = float(median_of(np.diff(time))) if count > 1 else np.nan
     limit = next((one for one in limits if not np.isnan(one)), np.inf)
     if not count:

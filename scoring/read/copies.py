@@ -120,7 +120,9 @@ def _completeness(trial: Any, evals: pd.DataFrame) -> tuple[bool, float, float]:
     last = evals.iloc[-1]
     # Self-tuning has up to three times the budget; where no flags exclude it, less is no end.
     budget = trial.budget * (1.0 if trial.ruleset == "external" else 3.0)
-    ended = last["time"] >= 0.97 * budget or last["step"] >= trial.max_global_steps
+    ended = last["time"] >= 0.97 * budget or any(
+        last["step"] >= limit for limit in (trial.max_global_steps, trial.ended_at)
+    )
     known = facts.targets().get(trial.workload)
     if trial.metric and np.isfinite(trial.target):
         lower = trial.lower_is_better

@@ -34,9 +34,7 @@ def describe(trial: TrialFolder, odd: Oddities) -> Facts:
     for prefix, target in (("meta_data_", meta), ("flags_", flags)):
         for name, entry in trial.named(prefix)[:1]:
             target.update(_json(entry.read, trial.where, name, odd))
-    hparams: Facts = {}
-    if "hparams.json" in trial.files:
-        hparams = _json(trial.files["hparams.json"].read, trial.where, "hparams.json", odd)
+    hparams = _beside(trial, "hparams.json", odd)
     if not meta and "eval_measurements.csv" in trial.files:
         detail = "target and budget must come from the data files"
         odd.add("note", trial.where, "no meta_data", detail, "read without")
@@ -61,11 +59,18 @@ def describe(trial: TrialFolder, odd: Oddities) -> Facts:
     lower = row["lower_is_better"]
     row["lower_is_better"] = ("yes" if lower else "no") if isinstance(lower, bool) else ""
     row["max_global_steps"] = number(flags.get("max_global_steps"))
+    # The embedded runner says where a run ended, which may be where its schedule did.
+    row["ended_at"] = number(_beside(trial, "outcome.json", odd).get("global_step"))
     row["ruleset"] = str(flags.get("tuning_ruleset") or "")
     row["seed"] = str(meta.get("rng_seed", flags.get("rng_seed", "")))
     sizes = [source[name] for source in (hparams, flags, meta) for name in BATCH_SIZES if name in source]
     row["batch_size"] = number(sizes[0]) if sizes else np.nan
     return row
+
+
+def _beside(trial: TrialFolder, name: str, odd: Oddities) -> Facts:
+    """What a file of this name says; nothing where there is none."""
+    return _json(trial.files[name].read, trial.where, name, odd) if name in trial.files else {}
 
 
 def number(value: object) -> float:

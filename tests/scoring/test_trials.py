@@ -63,6 +63,14 @@ def test_states(tmp_path: Path, change: dict[str, float], state: str) -> None:
     assert one(tmp_path, plain(), META["bible_lm"] | change)["state"] == state
 
 
+@pytest.mark.parametrize(("step", "state"), [(100, "missed"), (110, "unfinished")])
+def test_a_run_that_ended_with_its_schedule_is_no_unfinished_one(tmp_path: Path, step: int, state: str) -> None:
+    folder = tmp_path / "a" / "study_0" / "bible_lm_pytorch" / "trial_1"
+    write_trial(folder, "bible_lm", plain(), META["bible_lm"] | {"validation_target_value": 0.1})
+    (folder / "outcome.json").write_text(f'{{"global_step": {step}}}')
+    assert reach(tmp_path).iloc[0]["state"] == state
+
+
 def test_no_data_and_divergence(tmp_path: Path) -> None:
     assert one(tmp_path / "x", None)["state"] == "no data"
     rows = plain()
