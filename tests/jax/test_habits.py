@@ -221,8 +221,7 @@ def only(names: set[str], yes: Any = True, no: Any = False) -> Any:
     return {name: jax.tree.map(lambda _, name=name: yes if name in names else no, params[name]) for name in params}
 
 
-@pytest.mark.parametrize("exclude", [(), ("l2",)])
-@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(("exclude", "masked"), [((), True), ((), False), (("l2",), True)])
 def test_other_optimizers_for_other_layers(exclude: tuple[str, ...], masked: bool) -> None:
     """`masked` and `multi_transform` around K-FAC leave the other layers what they were."""
     ours = optimizer(exclude=exclude, learning_rate=0.1)
