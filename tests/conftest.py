@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import os
-from collections.abc import Iterator
 
 import jax
 import pytest
+
+# One module of LLVM's for each program: by default its kernels are spread over up to 32, which costs more than it
+# gains where programs are small. An XLA that does not know a flag ends the process: only the pinned one gets it.
+FLAGS = "--xla_cpu_parallel_codegen_split_count=1" if importlib.metadata.version("jaxlib") == "0.7.0" else ""
+
+
+def pytest_configure() -> None:
+    """What has to be so before test modules are imported: some of them compile as they are."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
+    # Imports and tracing make objects by the million, and each collection goes through all of PyTorch's and JAX's
+    # modules.
+    gc.set_threshold(100_000, 50, 100)
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -34,15 +51,3 @@ def quick_compilation(tmp_path_factory):
         yield
         for name, value in before.items():
             jax.config.update(name, value)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def rare_garbage_collections() -> Iterator[None]:
-    """Tracing makes objects by the million, and each collection goes through all of PyTorch's and JAX's modules."""
-    before = gc.get_threshold()
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(100_000, 50, 100)
-    yield
-    gc.set_threshold(*before)
-    gc.unfreeze()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import math
 
@@ -129,6 +130,14 @@ def test_one_run_and_one_gain(monkeypatch):
     assert 0 < found["curve"][0][1] < 10
 
 
+@pytest.fixture
+def short_comparison(monkeypatch):
+    """Of right and wrong factors, five steps in each training; what comes of the whole of them is tested above."""
+    monkeypatch.setattr(scale, "STEPS", 5)
+    monkeypatch.setattr(scale, "_right", functools.cache(scale._right.__wrapped__))  # keeps none of them
+
+
+@pytest.mark.usefixtures("short_comparison")
 def test_the_page_and_the_figure_from_what_is_kept(tmp_path, capsys):
     book, gains = command.books(tmp_path)
     training.train_parts([PART], book, gains, measure=lambda _: 1.0, train_one=lambda _, case: made_up(case))

@@ -15,7 +15,7 @@ import torch
 
 import algoperf_kfac.jax
 import algoperf_kfac.pytorch
-from algoperf_kfac.jax.transform import find_state
+from algoperf_kfac.jax.transform import find_state, move_averages
 from algoperf_kfac.layers import Coverage, LayerSpec
 from tests.contract.models import Model
 
@@ -36,6 +36,9 @@ class Run(Protocol):
             positions: as the optimizer takes them, with numpy arrays inside.
             loss_normalizer: what the loss is divided by, and told the optimizer; None for 1, untold.
         """
+
+    def observe(self, weights: Any = 1.0, positions: Any = None, loss_normalizer: float | None = None) -> None:
+        """As `step`, for what is asked of the factors alone: JAX does without the update, which compiles longer."""
 
     def is_statistics_step(self) -> bool:
         """Whether the coming update takes statistics."""
@@ -70,6 +73,8 @@ class InPyTorch:
             loss = (weights * (self.module(*inputs) - 0.3).square()).sum() / (loss_normalizer or 1.0)
             loss.backward()
         self.optimizer.step()
+
+    observe = step
 
     def is_statistics_step(self) -> bool:
         return self.optimizer.is_statistics_step
@@ -126,6 +131,19 @@ class InJAX:
         self.params, self.state = self._compiled[kind][0](self.params, self.state, *args)
         self.state = self.pacing(self.state, self._steps)
         self._steps += 1
+
+    def observe(self, weights: Any = 1.0, positions: Any = None, loss_normalizer: float | None = None) -> None:
+        assert self.is_statistics_step()
+        options = {"positions": _translate(positions, jnp.asarray, "jax"), "loss_normalizer": loss_normalizer}
+
+        @jax.jit
+        def observed(params: Any, state: Any, *args: Any) -> Any:
+            _, _, statistics = self.optimizer.value_grad_and_statistics(params, *args, **options)
+            return move_averages(state.stacks, statistics, self.optimizer.layers, self.optimizer.config)
+
+        numbers = (jnp.asarray(weights, self._dtype), jnp.asarray(loss_normalizer or 1.0, self._dtype))
+        state = find_state(self.state)
+        self.state = state._replace(stacks=observed(self.params, state, *self._inputs, *numbers))
 
     def _plain(self, params: Any, state: Any, *args: Any) -> Any:
         gradient = jax.grad(lambda p: _loss(self._model.apply(p, *args), *args))(params)

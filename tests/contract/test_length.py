@@ -16,7 +16,7 @@ import algoperf_kfac.jax
 from algoperf_kfac.jax.transform import find_state
 from algoperf_kfac.layers import LayerSpec
 from tests.contract.frameworks import EVERY_STEP, NAMES, Run, start
-from tests.contract.models import convolutional, normal, perceptron
+from tests.contract.models import convolutional, images, normal, perceptron
 
 LENGTH = 0.3
 RMS = {"length": "rms", "length_factor": LENGTH}
@@ -188,7 +188,7 @@ def test_states_of_another_length_are_refused_in_jax(lengths: tuple[str, str]) -
 
 def test_what_jax_keeps() -> None:
     """A zero for every covered parameter, in its place, before and after steps."""
-    run = start("jax", MODELS["convolutional"](), **EVERY_STEP, length="rms")
+    run = start("jax", images(), **EVERY_STEP, length="rms")
     covered = {name for spec in run.coverage().layers for name in (spec.weight, spec.bias)}
     for _ in range(2):
         inner = find_state(run.state)

@@ -183,7 +183,7 @@ def factor(framework: str, fisher: str, x: np.ndarray, weight: np.ndarray, class
             loss_type="softmax_cross_entropy",
             class_dim=class_dim,
         )
-        compute = optimizer.value_grad_and_statistics
+        compute = jax.jit(optimizer.value_grad_and_statistics)
         return np.asarray(compute(params, jnp.asarray(x), rng=jax.random.key(0))[2]["w"].b[0])
     model = nn.Linear(3, 2, bias=False, dtype=torch.float64)
     with torch.no_grad():

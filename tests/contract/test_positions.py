@@ -12,7 +12,7 @@ from tests.contract.frameworks import EVERY_STEP, NAMES, examples, module_of, po
 from tests.contract.models import called_twice, graphs, images, normal, perceptron
 
 APPROXIMATIONS = ("expand", "reduce")
-ONE_STEP = {**EVERY_STEP, "preconditioner": "inverse"}  # which compiles faster
+ONE_STEP = {**EVERY_STEP, "preconditioner": "inverse"}  # which is made faster
 MASK = np.array([[1, 1, 0], [1, 0, 0], [0, 0, 0], [1, 1, 1]], dtype=bool)  # the third example has no position
 WEIGHTS = MASK[:, :, None].astype(float)
 LENGTH_FIRST = WEIGHTS.transpose(1, 0, 2)
@@ -41,7 +41,7 @@ SEQUENCES = [
 def test_sequences(framework: str, approximation: str, given: Any, weights: Any, count: int) -> None:
     """Four examples of three positions; one without a position that counts is no example."""
     run = start(framework, perceptron((3, 4), normal(4, 3, 3)), approximation=approximation, **ONE_STEP)
-    run.step(weights, given, loss_normalizer=1.0)
+    run.observe(weights, given, loss_normalizer=1.0)
     assert examples(run, "l0") == count
 
 
@@ -58,7 +58,7 @@ def test_sequences(framework: str, approximation: str, given: Any, weights: Any,
 )
 def test_which_mask_a_layer_takes(framework: str, given: Any, count: int) -> None:
     run = start(framework, perceptron((3, 4), normal(4, 3, 3)), **ONE_STEP)
-    run.step(1.0, given, loss_normalizer=1.0)
+    run.observe(1.0, given, loss_normalizer=1.0)
     assert examples(run, "l0") == count
 
 
@@ -79,7 +79,7 @@ def test_what_fits_nothing(framework: str, given: Any, message: str) -> None:
     """It was meant for something, and would be ignored."""
     run = start(framework, perceptron((3, 4), normal(4, 3, 3)), **ONE_STEP)
     with pytest.raises(ValueError, match=message):
-        run.step(1.0, given, loss_normalizer=1.0)
+        run.observe(1.0, given, loss_normalizer=1.0)
 
 
 @pytest.mark.parametrize("framework", NAMES)
@@ -87,7 +87,7 @@ def test_a_mask_of_another_kind_of_array(framework: str) -> None:
     """One of numpy is read or refused; it is not taken for no mask."""
     run = start(framework, perceptron((3, 4), normal(4, 3, 3)), **ONE_STEP)
     with contextlib.suppress(TypeError, ValueError):
-        run.step(1.0, module_of(framework).Positions(mask=MASK))
+        run.observe(1.0, module_of(framework).Positions(mask=MASK))
         assert examples(run, "l0") == 3
 
 
@@ -98,7 +98,7 @@ def test_a_mean_over_the_examples_that_count(framework: str, approximation: str)
     found = []
     for weights, normalizer in ((WEIGHTS / 3, None), (WEIGHTS, 5.0)):
         run = start(framework, perceptron((3, 4), normal(4, 3, 3)), approximation=approximation, **ONE_STEP)
-        run.step(weights, positions(MASK), normalizer)
+        run.observe(weights, positions(MASK), normalizer)
         found.append(run.factors()["l0"])
     for ours, theirs in zip(*found, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-12)
@@ -115,7 +115,7 @@ def test_a_mean_over_the_examples_that_count(framework: str, approximation: str)
 )
 def test_the_length_first(framework: str, given: Any, weights: Any, count: int) -> None:
     run = start(framework, perceptron((3, 4), normal(3, 4, 3)), **ONE_STEP)
-    run.step(weights, given, loss_normalizer=1.0)
+    run.observe(weights, given, loss_normalizer=1.0)
     assert examples(run, "l0") == count
 
 
@@ -143,7 +143,7 @@ def counts(run: Any) -> dict[str, float]:
 )
 def test_graphs(framework: str, approximation: str, given: Any, weights: Any, expected: dict[str, int]) -> None:
     run = start(framework, graphs(NODES, EDGES, 3), approximation=approximation, **ONE_STEP)
-    run.step(weights, given, loss_normalizer=1.0)
+    run.observe(weights, given, loss_normalizer=1.0)
     assert counts(run) == expected
 
 
@@ -159,7 +159,7 @@ def test_graphs(framework: str, approximation: str, given: Any, weights: Any, ex
 def test_graphs_by_name(framework: str, given: Any, expected: dict[str, int]) -> None:
     """What no name matches has an example in each row."""
     run = start(framework, graphs(NODES, EDGES, 3), **ONE_STEP)
-    run.step(1.0, given, loss_normalizer=1.0)
+    run.observe(1.0, given, loss_normalizer=1.0)
     assert counts(run) == expected
 
 
@@ -169,7 +169,7 @@ def test_a_row_per_segment_that_the_loss_does_not_use(framework: str, approximat
     """Behind the read-out the mask by gradients still decides: one of two graphs has no target."""
     run = start(framework, graphs([0, 0, 1], [0, 1, 1, 1], 2), approximation=approximation, **ONE_STEP)
     given = [positions("gradient", np.array(ids), 2) for ids in ([0, 0, 1], [0, 1, 1, 1])]
-    run.step([[1.0], [0.0]], given, loss_normalizer=1.0)
+    run.observe([[1.0], [0.0]], given, loss_normalizer=1.0)
     assert counts(run) == {"node": 1, "edge": 1, "head": 1}
 
 
@@ -182,7 +182,7 @@ def test_two_segmentations_that_fit(framework: str, wrapped: Any) -> None:
     run = start(framework, graphs(NODES, edges, 3), **ONE_STEP)
     remedy = r"describe its positions by its name, .*positions=\{'node': \.\.\., \.\.\.\}"
     with pytest.raises(ValueError, match=rf"^layer node has 6 rows .* fits several .*: {remedy}"):
-        run.step(1.0, wrapped(kinds))
+        run.observe(1.0, wrapped(kinds))
 
 
 @pytest.mark.parametrize("framework", NAMES)
@@ -193,7 +193,7 @@ def test_two_segmentations_that_fit_are_told_apart_by_name(framework: str) -> No
         for name, ids in (("node", NODES), ("edge", edges))
     }
     run = start(framework, graphs(NODES, edges, 3), **ONE_STEP)
-    run.step(1.0, kinds, loss_normalizer=1.0)
+    run.observe(1.0, kinds, loss_normalizer=1.0)
     assert counts(run) == {"node": 3, "edge": 3, "head": 3}
 
 
@@ -203,7 +203,7 @@ def test_rows_that_no_segmentation_fits(framework: str) -> None:
     with pytest.raises(
         ValueError, match=r"^layer edge has 7 rows in dimension 0, neither those of segment_ids \(6\) nor one per"
     ):
-        run.step(1.0, [KINDS[0]])
+        run.observe(1.0, [KINDS[0]])
 
 
 @pytest.mark.parametrize("framework", NAMES)
@@ -222,14 +222,14 @@ def test_rows_that_no_segmentation_fits(framework: str) -> None:
 def test_what_is_given_by_name_has_to_fit(framework: str, given: Any, message: str) -> None:
     run = start(framework, perceptron((3, 4), normal(4, 3, 3)), **ONE_STEP)
     with pytest.raises(ValueError, match=message):
-        run.step(1.0, given)
+        run.observe(1.0, given)
 
 
 @pytest.mark.parametrize("framework", NAMES)
 def test_a_convolution_has_its_examples_first(framework: str) -> None:
     """Whatever the other layers do: the same description serves a convolution and what comes behind it."""
     run = start(framework, images(), **ONE_STEP)
-    run.step([[1.0]] * 4 + [[0.0]], positions("gradient", batch_dim=1), loss_normalizer=1.0)
+    run.observe([[1.0]] * 4 + [[0.0]], positions("gradient", batch_dim=1), loss_normalizer=1.0)
     assert {name: examples(run, name) for name in ("conv", "head")} == {"conv": 4, "head": 4}
 
 
@@ -238,14 +238,14 @@ def test_a_convolution_has_its_examples_first(framework: str) -> None:
 def test_calls_of_one_layer_are_positions(framework: str, approximation: str) -> None:
     """Of the same examples: two calls on six rows are six examples, as one call is."""
     run = start(framework, called_twice(), approximation=approximation, **ONE_STEP)
-    run.step(loss_normalizer=1.0)
+    run.observe(loss_normalizer=1.0)
     assert examples(run, "layer") == 6
 
 
 @pytest.mark.parametrize("framework", NAMES)
 def test_an_input_without_examples_is_one(framework: str) -> None:
     run = start(framework, perceptron((3, 2), normal(3)), **ONE_STEP)
-    run.step(loss_normalizer=1.0)
+    run.observe(loss_normalizer=1.0)
     assert examples(run, "l0") == 1
 
 

@@ -83,7 +83,7 @@ def test_approximation_by_kind(framework: str) -> None:
 def test_a_tied_table(framework: str, choice: Any) -> None:
     """It is as linear as the output layer that it is; the vocabulary's side is the identity."""
     run = start(framework, tied(), approximation=choice, **EVERY_STEP)
-    run.step()
+    run.observe()
     expected = choice if isinstance(choice, str) else choice.get("linear", "expand")
     assert found(run) == {
         "table": layer("embedding", 1, 4, 9, (4,), (), bias=False, approximation=expected),

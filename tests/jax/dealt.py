@@ -16,6 +16,8 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "polar": {"scaling": "polar", "length": "rms"},
     "second_moment": {"scaling": "second_moment"},
 }
+# Which layers a device takes depends on their number alone: all numbers under one scaling, two under the others.
+DEVICES = {"power": (2, 4, 8), "polar": (2, 8), "second_moment": (4, 8)}
 
 
 def made(mesh: Any, options: dict[str, Any]) -> KFAC:
@@ -40,11 +42,11 @@ def found() -> dict[str, dict[int, dict[str, Any]]]:
         state = alone.init(params)
         _, with_statistics, _traces = steps(alone)
         params, state = jax.jit(with_statistics)(params, state, *batch())
-        gradient = jax.grad(lambda p: cross_entropy(mlp(p, *batch()), *batch()))(params)
+        gradient = jax.jit(jax.grad(lambda p: cross_entropy(mlp(p, *batch()), *batch())))(params)
         program = jax.jit(alone.transformation.update).lower(gradient, state, params).compile()
         want, flops = program(gradient, state, params), program.cost_analysis()["flops"]
         out[scaling] = {}
-        for devices in (2, 4, 8):
+        for devices in DEVICES[scaling]:
             mesh = batch_mesh(jax.devices()[:devices])
             operands = replicate((gradient, state, params), mesh)
             program = jax.jit(made(mesh, options).transformation.update).lower(*operands).compile()

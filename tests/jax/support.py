@@ -136,26 +136,26 @@ def matrix(layer: dict[str, Any], lead: int = 0, groups: int = 1, linear: bool =
 
 
 def ggn_blocks(
-    apply_fn: Callable[..., Any], params: dict[str, Any], x: Any, loss: str, layer: str, groups: int = 1
-) -> np.ndarray:
-    """(groups, P, P): a top-level layer's block of the GGN of the summed loss, J^T H J; no code of the library.
+    apply_fn: Callable[..., Any], params: dict[str, Any], x: Any, loss: str, layers: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """(1, P, P): top-level layers' blocks of the GGN of the summed loss, J^T H J; no code of the library.
 
     Parameters are ordered as the rows of a matrix (P_out x P_in), the bias as its last column, so that the K-FAC
     approximation is kron(B, A).
     """
 
-    def outputs(own: Any) -> Array:
-        return apply_fn(params | {layer: own}, x).reshape(-1)
-
     @jax.jit
-    def block(own: Any) -> Array:
-        f = apply_fn(params | {layer: own}, x)
-        jacobian = jax.jacrev(outputs)(own)
-        j = matrix(jacobian, 1, groups).reshape(f.size, groups, -1)
+    def blocks(of_layers: Any) -> dict[str, Array]:
+        f = apply_fn(params, x)
         h = jax.hessian(lambda flat: LOSSES[loss](flat.reshape(f.shape)))(f.reshape(-1))
-        return jnp.einsum("mgp,mn,ngq->gpq", j, h, j)
+        found = {}
+        jacobians = jax.jacrev(lambda own: apply_fn(params | own, x).reshape(-1))(of_layers)
+        for name, jacobian in jacobians.items():
+            j = matrix(jacobian, 1).reshape(f.size, 1, -1)
+            found[name] = jnp.einsum("mgp,mn,ngq->gpq", j, h, j)
+        return found
 
-    return np.asarray(block(params[layer]))
+    return jax.device_get(blocks({name: params[name] for name in layers}))
 
 
 def batched(pair: FactorPair) -> tuple[np.ndarray, np.ndarray]:

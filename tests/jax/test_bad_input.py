@@ -207,19 +207,24 @@ def test_a_convolution_counts_examples_first() -> None:
             np.testing.assert_array_equal(a, b)
 
 
+def traced(ours: KFAC, params: Any, *args: Any) -> None:
+    """A step's statistics without computing them: what is wrong shows where they are traced."""
+    jax.eval_shape(ours.value_grad_and_statistics, params, *args)
+
+
 def test_the_fisher_needs_its_arguments() -> None:
     with pytest.raises(ValueError, match="fisher='mc' needs loss_type"):
         optimizer(fisher="mc")
     with pytest.raises(ValueError, match="pass rng="):
-        optimizer(fisher="mc", loss_type="softmax_cross_entropy").value_grad_and_statistics(mlp_params(), *batch())
+        traced(optimizer(fisher="mc", loss_type="softmax_cross_entropy"), mlp_params(), *batch())
     with pytest.raises(ValueError, match=r"loss_type 'hinge'.*known are"):
-        optimizer(fisher="exact", loss_type="hinge").value_grad_and_statistics(mlp_params(), *batch())
+        traced(optimizer(fisher="exact", loss_type="hinge"), mlp_params(), *batch())
     wide = {"w": normal(0, 4, 600)}
     ours = KFAC(
         lambda p, x: x @ p["w"], summed, wide, normal(1, 3, 4), fisher="exact", loss_type="mean_squared_error"
     )
     with pytest.raises(ValueError, match=r"600 outputs of an example.*fisher='mc'"):
-        ours.value_grad_and_statistics(wide, normal(1, 3, 4))
+        traced(ours, wide, normal(1, 3, 4))
 
 
 def test_factors_before_statistics() -> None:

@@ -112,8 +112,7 @@ def _diagonal(apply_fn: Any, params: Any, x: Any, part: str) -> Any:
     return diagonal(params)
 
 
-@pytest.mark.parametrize("approximation", APPROXIMATIONS)
-@pytest.mark.parametrize("model", ["mlp", "cnn"])
+@pytest.mark.parametrize(("model", "approximation"), [("mlp", "expand"), ("cnn", "expand"), ("cnn", "reduce")])
 def test_as_in_pytorch(model: str, approximation: str) -> None:
     """The same weights and batches, the last one smaller and another padded: value, parts and gradient to 1e-9."""
     pair = getattr(test_parity, model)()

@@ -90,10 +90,10 @@ def test_an_optimizer_made_anew_at_each_trace() -> None:
 
 def test_micro_batches_in_multi_steps() -> None:
     """Statistics of micro-batches added up and passed with the last are those of one large batch."""
-    ours, (x, y), k = optimizer(), batch(24), 3
+    params, (x, y), k = mlp_params((4, 3)), batch(24), 3
+    ours = KFAC(mlp, cross_entropy, params, x, y, **OPTIONS)
     multi = optax.MultiSteps(ours.transformation, k)
-    whole, state = ours.init(mlp_params()), multi.init(mlp_params())
-    params = many = mlp_params()
+    whole, state, many = ours.init(params), multi.init(params), params
     compute, update_part = jax.jit(ours.value_grad_and_statistics), jax.jit(multi.update)
     for step in range(2):
         _, gradient, statistics = compute(params, x, y)
@@ -221,8 +221,7 @@ def only(names: set[str], yes: Any = True, no: Any = False) -> Any:
     return {name: jax.tree.map(lambda _, name=name: yes if name in names else no, params[name]) for name in params}
 
 
-@pytest.mark.parametrize("exclude", [(), ("l2",)])
-@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(("exclude", "masked"), [((), True), ((), False), (("l2",), True)])
 def test_other_optimizers_for_other_layers(exclude: tuple[str, ...], masked: bool) -> None:
     """`masked` and `multi_transform` around K-FAC leave the other layers what they were."""
     ours = optimizer(exclude=exclude, learning_rate=0.1)

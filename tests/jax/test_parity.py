@@ -82,7 +82,7 @@ def layer(jax_name: str, torch_name: str, kind: str, bias: str | None = "same") 
 class MLP(fnn.Module):
     @fnn.compact
     def __call__(self, x: Any) -> Any:
-        for size in (6, 7, 5):
+        for size in (6, 5):
             x = jnp.tanh(fnn.Dense(size)(x))
         return fnn.Dense(3, use_bias=False)(x)
 
@@ -91,15 +91,13 @@ def mlp() -> Pair:
     module = nn.Sequential(
         nn.Linear(4, 6),
         nn.Tanh(),
-        nn.Linear(6, 7),
-        nn.Tanh(),
-        nn.Linear(7, 5),
+        nn.Linear(6, 5),
         nn.Tanh(),
         nn.Linear(5, 3, bias=False),
     )
     names: dict[str, tuple[str, str]] = {}
-    for i in range(4):
-        names |= layer(f"Dense_{i}", str(2 * i), "linear", None if i == 3 else "same")
+    for i in range(3):
+        names |= layer(f"Dense_{i}", str(2 * i), "linear", None if i == 2 else "same")
     x = normal(1, 64, 4)
     return Pair(applier(MLP()), initialise(MLP(), x), module, names, x, np.arange(64) % 3)
 
@@ -336,7 +334,7 @@ MODELS = {"mlp": mlp, "cnn": cnn, "attention": attention, "graph": graph, "langu
 
 
 @pytest.mark.parametrize(
-    ("model", "configuration", "approximation"), [("mlp", "polar", "reduce"), ("cnn", "polar-rms", "expand")]
+    ("model", "configuration", "approximation"), [("graph", "polar", "reduce"), ("cnn", "polar-rms", "expand")]
 )
 def test_the_polar(model: str, configuration: str, approximation: str) -> None:
     """Gradients of logits sum to zero over classes but for rounding, which is lifted as all that is small."""
@@ -364,8 +362,7 @@ def test_models(model: str, configuration: str, approximation: str) -> None:
     ("model", "configuration", "approximation"),
     [
         ("graph", "root", "expand"),
-        ("mlp", "root", "reduce"),
-        ("mlp", "floor", "expand"),
+        ("graph", "floor", "expand"),
         ("graph", "following", "expand"),
         ("language-model", "second-moment", "expand"),
         ("attention", "blocks", "expand"),
@@ -376,8 +373,13 @@ def test_other_configurations(model: str, configuration: str, approximation: str
     run(MODELS[model](), INTERVALS | CONFIGURATIONS[configuration] | {"approximation": approximation}, 1e-10)
 
 
+# A model of each kind of rows (vectors, images, tokens with a mask), both configurations, both approximations: what
+# is computed is in test_models, and a precision is one of the parameters, whichever layers they are of.
 @pytest.mark.single
-@pytest.mark.parametrize(("model", "configuration", "approximation"), MODELS_IN_PAIRS[::2] + MODELS_IN_PAIRS[3:4])
+@pytest.mark.parametrize(
+    ("model", "configuration", "approximation"),
+    [("mlp", "inverse", "expand"), ("cnn", "eigen", "expand"), ("language-model", "eigen", "reduce")],
+)
 def test_single_precision(model: str, configuration: str, approximation: str) -> None:
     # Strong damping: rounding of the factors must not be amplified beyond the tolerance.
     preconditioner = CONFIGURATIONS[configuration].get("preconditioner", "eigen")

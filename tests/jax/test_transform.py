@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from algoperf_kfac.jax.stacks import stacks_of
 from algoperf_kfac.jax.statistics import Statistics, add
 from algoperf_kfac.jax.transform import find_state
 from tests.jax.support import assert_equal, factors
-from tests.jax.toys import OPTIONS, batch, cross_entropy, mlp, mlp_params, optimizer, steps, train
+from tests.jax.toys import OPTIONS, Step, batch, cross_entropy, mlp, mlp_params, optimizer, steps, train
 
 
 def assert_same(first: Any, second: Any) -> None:
@@ -38,14 +39,21 @@ def states_of(optimizer: KFAC, state: Any) -> dict[str, LayerState]:
     return layer_states(find_state(state).stacks, optimizer.layers)
 
 
-@pytest.mark.parametrize("scaling", ["power", "second_moment"])
-def test_the_state_is_arrays_alone(scaling: str) -> None:
+@functools.cache
+def compiled(scaling: str) -> tuple[KFAC, tuple[Step, Step]]:
+    """An optimizer and both kinds of step; each is compiled once, whichever tests take them."""
     ours = optimizer(scaling=scaling)
     plain, with_statistics, _ = steps(ours)
+    return ours, (jax.jit(plain), jax.jit(with_statistics))
+
+
+@pytest.mark.parametrize("scaling", ["power", "second_moment"])
+def test_the_state_is_arrays_alone(scaling: str) -> None:
+    ours, (plain, with_statistics) = compiled(scaling)
     params, state = mlp_params(), ours.init(mlp_params())
     before = state
-    params, state = jax.jit(with_statistics)(params, state, *batch())
-    _, state = jax.jit(plain)(params, state, *batch())
+    params, state = with_statistics(params, state, *batch())
+    _, state = plain(params, state, *batch())
     for tree in (before, state):
         leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: leaf is None)
         assert leaves
@@ -108,9 +116,7 @@ def test_the_decay_mask_and_rate() -> None:
 @pytest.mark.parametrize("way", ["flax", "orbax"])
 def test_resume(way: str, scaling: str, tmp_path: Path) -> None:
     """Saved and loaded in mid-interval, training goes on bit for bit."""
-    ours = optimizer(scaling=scaling)
-    plain, with_statistics, _ = steps(ours)
-    run = jax.jit(plain), jax.jit(with_statistics)
+    ours, run = compiled(scaling)
     middle = train(ours, *run, mlp_params(), ours.init(mlp_params()), 0, 7)
     template = (mlp_params(), ours.init(mlp_params()))
     if way == "flax":
@@ -246,8 +252,7 @@ def poisoned(statistics: Any, name: str, value: float) -> Any:
     return statistics | {name: statistics[name]._replace(b=tuple(m * value for m in statistics[name].b))}
 
 
-@pytest.mark.parametrize("preconditioner", ["eigen", "inverse"])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(("value", "preconditioner"), [(np.nan, "eigen"), (np.inf, "inverse")])
 def test_bad_statistics_are_dropped(value: float, preconditioner: str) -> None:
     """They change no average and are counted; the layer goes on with the old ones, and others do not notice."""
     ours = optimizer(preconditioner=preconditioner, refresh_interval=2)

@@ -236,7 +236,7 @@ def test_row(row: str) -> None:
     case = TABLE[row]()
     params = initialise(case.model, case.x, scale=case.gain)
     apply = applier(case.model)
-    exact = {name: ggn_blocks(apply, params, case.x, case.loss, name) for name in case.layers}
+    exact = ggn_blocks(apply, params, case.x, case.loss, case.layers)
     for approximation in ("expand", "reduce"):
         bound = getattr(case, approximation)
         pairs = fisher_factors(apply, params, case.x, case.loss, approximation, positions=case.positions)

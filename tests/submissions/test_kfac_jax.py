@@ -21,6 +21,7 @@ from submissions.kfac_reduce.jax import submission
 
 POINT = {"learning_rate": 0.01, "factor_interval": 2, "refresh_interval": 4, "initial_statistics": 1}
 POINT = namedtuple("Hyperparameters", POINT)(**POINT)
+STOPS = (1, 3)
 
 
 class Net(nn.Module):
@@ -106,14 +107,29 @@ def assert_same(ours, theirs):
         np.testing.assert_array_equal(a, b)
 
 
-def test_the_state_has_its_final_structure_before_the_first_step():
-    workload = Workload()
-    run = begin(workload)
-    before = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), run[2][0])
-    assert isinstance(run[2][0], KFACState)
-    assert set(layer_states(run[2][0].stacks, run[2][1].layers)) == {"first", "extra", "last"}
-    after = train(workload, run, 0, 3)[2][0]
-    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == before
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of seven steps: how it began and ended, and the folder with the checkpoints on its way."""
+    folder, workload = tmp_path_factory.mktemp("checkpoints"), Workload()
+    begun = begin(workload)
+    (*variables, state), last = jax.tree.map(jnp.copy, (*begun[:2], begun[2][0])), 0  # steps donate what they take
+    run = (*variables, (state, begun[2][1]))
+    for stop in STOPS:
+        params, model_state, state = run = train(workload, run, last, stop)
+        content = {"model_params": params, "optimizer_state": state[0], "model_state": model_state}
+        checkpoints.save_checkpoint(folder / str(stop), target=content, step=stop)
+        last = stop
+    return SimpleNamespace(begun=begun, ended=train(workload, run, last, 7), folder=folder)
+
+
+def test_the_state_has_its_final_structure_before_the_first_step(whole):
+    state, training = whole.begun[2]
+    assert isinstance(state, KFACState)
+    assert set(layer_states(state.stacks, training.layers)) == {"first", "extra", "last"}
+    before, after = (
+        jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), run[2][0]) for run in (whole.begun, whole.ended)
+    )
+    assert after == before
 
 
 def test_nothing_of_init_model_fn_stays_traced():
@@ -150,22 +166,17 @@ def test_no_step_is_traced_anew_where_the_model_has_no_state():
     assert workload.num_passes == passes
 
 
-@pytest.mark.parametrize("stop", [1, 3])
-def test_a_run_restored_by_flax_goes_on_bit_for_bit(stop, tmp_path):
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_run_restored_by_flax_goes_on_bit_for_bit(stop, whole):
     """Through the calls AlgoPerf's runner makes, between two statistics steps (0, 2, 4, ...)."""
-    workload = Workload()
-    params, model_state, state = train(workload, begin(workload), 0, stop)
-    content = {"model_params": params, "optimizer_state": state[0], "model_state": model_state}
-    checkpoints.save_checkpoint(tmp_path, target=content, step=stop)
-    whole = train(workload, (params, model_state, state), stop, 7)
-
     workload = Workload()
     params, model_state, state = begin(workload)
     target = {"model_params": params, "optimizer_state": state[0], "model_state": model_state}
-    saved = checkpoints.restore_checkpoint(tmp_path, target=target)
+    saved = checkpoints.restore_checkpoint(whole.folder / str(stop), target=target)
     restored = saved["model_params"], saved["model_state"], (saved["optimizer_state"], state[1])
     resumed = train(workload, restored, stop, 7)
-    assert_same((resumed[0], resumed[1], resumed[2][0]), (whole[0], whole[1], whole[2][0]))
+    params, model_state, state = whole.ended
+    assert_same((resumed[0], resumed[1], resumed[2][0]), (params, model_state, state[0]))
 
 
 def test_refreshes_keep_to_a_share_of_the_time(monkeypatch, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.workloads.helpers import copied_checkout, run_in, table
+from tests.workloads.helpers import arguments, copied_checkout, run_in, table
 
 TOY = '''
 """Plain gradient descent."""
@@ -50,9 +50,16 @@ def finished(checkout):
     space = checkout / "space.json"
     space.write_text('[{"learning_rate": 0.1, "momentum": 0.9}]')
     study = ["workloads.study", "--submissions=toy_sgd", "--workloads=mnist_vit", "--max_global_steps=2"]
+    refused = arguments(
+        checkout / "refused",
+        workload="mnist_vit",
+        submission_path="submissions/toy_sgd/pytorch/submission.py",
+        tuning_ruleset=None,
+        tuning_search_space=space,
+    )
     commands = {
         "trained": [*study, "--jobs=1", "--experiment_dir=trained"],
-        "refused": [*study, "--jobs=1", "--experiment_dir=refused", f"--tuning_search_space={space}"],
+        "refused": ["workloads.run", *refused],  # which a study starts in a process of its own
         "exported": ["submissions", "export", "toy_sgd", "--ruleset=self", "--out=exported"],
         "planned": ["submissions", "plan", "--workload=mnist_vit", "--submission=toy_sgd"],
     }
@@ -63,7 +70,7 @@ def test_it_trains_and_its_hyperparameters_are_checked(checkout, finished):
     assert finished["trained"].returncode == 0, finished["trained"].stderr
     rows = table(checkout / "trained/toy_sgd/study_1/mnist_vit_pytorch/trial_1/eval_measurements.csv")
     assert [row["global_step"] for row in rows] == ["1", "2"]
-    assert finished["refused"].returncode == 1
+    assert finished["refused"].returncode == 2
     assert "unknown hyperparameter 'momentum': known are ['budget_factor', " in finished["refused"].stderr
 
 

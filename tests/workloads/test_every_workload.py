@@ -136,9 +136,10 @@ def test_both_frameworks_see_the_same_batches(name):
 
 def test_jax_state_and_gradients(in_jax):
     """Traced; compiled where the model keeps a state. The tests of each workload compare numbers with PyTorch's."""
-    params, model_state = in_jax.init_model_fn(RNG)
+    rng = RNG.astype(np.uint32)
+    params, model_state = jax.eval_shape(in_jax.init_model_fn, rng)
     assert jax.tree.structure(in_jax.model_params_types) == jax.tree.structure(params)
-    batch, rng = _batch(in_jax), RNG.astype(np.uint32)
+    batch = _batch(in_jax)
 
     def gradient(params, model_state):
         return compute_gradient(in_jax, params, batch, model_state, rng)
@@ -154,6 +155,7 @@ def test_jax_state_and_gradients(in_jax):
     )
     assert jax.tree.structure(kept) == jax.tree.structure(model_state)
     if model_state is not None:
+        params, model_state = in_jax.init_model_fn(RNG)
         found, result = jax.jit(gradient)(params, model_state)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((found, result.loss)))
         pairs = zip(jax.tree.leaves(model_state), jax.tree.leaves(result.new_model_state), strict=True)
@@ -176,9 +178,9 @@ def test_a_variant_differs_from_its_base(name):
         outputs.append(workload.loss_fn(batch["targets"], logits, batch.get("weights"))["summed"].item())
     assert outputs[0] != pytest.approx(outputs[1], rel=1e-6) or not _same(*initial)
     in_jax = registry.load(name, "jax")
-    params, state = in_jax.init_model_fn(RNG)
-    logits = jax.eval_shape(
-        lambda p: in_jax.model_fn(p, _batch(in_jax), state, ForwardPassMode.TRAIN, RNG.astype(np.uint32), True)[0],
-        params,
-    )
-    assert jax.tree.leaves(logits)
+
+    def traced(rng):
+        params, state = in_jax.init_model_fn(rng)
+        return in_jax.model_fn(params, _batch(in_jax), state, ForwardPassMode.TRAIN, rng, True)[0]
+
+    assert jax.tree.leaves(jax.eval_shape(traced, RNG.astype(np.uint32)))
