@@ -32,7 +32,7 @@ class Positions:
     """How the leading dimensions of a layer's input and output are to be read.
 
     Attributes:
-        mask: shape of the leading dimensions (or of the first few of them), 1 where a position counts; or
+        mask: shape of the leading dimensions (or of the first few of them), not zero where a position counts; or
             "gradient": a position counts where its output gradient is not exactly zero in every channel. These
             are the positions b[n, r] = 0 that the loss does not depend on (padding, positions without target),
             found layer by layer from the data. Over several backward passes a position counts if any pass

@@ -20,7 +20,8 @@ def compare(
     layers: Mapping[str, CoveredLayer],
     products: Mapping[str, Product | None],
     gradients: Mapping[str, Tensor],
-    penalised: Collection[int],
+    penalties: Mapping[int, Tensor],
+    hidden: Collection[int],
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Each layer's product beside its weight's gradient; waits for the device once, and only if there are any.
 
@@ -28,7 +29,8 @@ def compare(
         layers: the covered layers.
         products: by layer; None is not compared.
         gradients: of the weights, by layer; those without are not compared.
-        penalised: identities of parameters whose gradient is more than the layer's own: not compared either.
+        penalties: by identity of a weight, the part of its gradient that penalties added.
+        hidden: identities of weights to which penalties added what was not seen: not compared either.
 
     Returns:
         By layer, the relative error; and of the layers where it is more than rounding, the reason to give them up.
@@ -36,12 +38,16 @@ def compare(
     shares, excesses = {}, {}
     for name, product in products.items():
         layer, gradient = layers[name], gradients.get(name)
-        if product is None or gradient is None or product.matrix.is_meta or id(layer.weight) in penalised:
+        if product is None or gradient is None or product.matrix.is_meta or id(layer.weight) in hidden:
             continue
-        wanted = to_matrix(gradient.to(product.matrix), None, layer.spec)
+        wanted, bound = to_matrix(gradient.to(product.matrix), None, layer.spec), product.bound
+        penalty = penalties.get(id(layer.weight))
+        if penalty is not None:
+            added = to_matrix(penalty.to(product.matrix), None, layer.spec)
+            wanted, bound = wanted - added, bound + added.norm()
         difference, norm = product.matrix - wanted, wanted.norm()
         shares[name] = difference.norm() / norm.clamp(min=torch.finfo(norm.dtype).tiny)
-        allowed = MAX_ERROR * norm + ROUNDING * product.eps * product.bound
+        allowed = MAX_ERROR * norm + ROUNDING * product.eps * bound
         excesses[name] = difference.norm() - allowed
     if not shares:
         return {}, {}

@@ -163,12 +163,15 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha:
 def _einsum(equation: object, *operands: object) -> Product | None:
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = tuple(operands[0])
-    if not isinstance(equation, str) or "->" not in equation or equation.count(",") != 1 or len(operands) != 2:
+    if not isinstance(equation, str) or equation.count(",") != 1 or len(operands) != 2:
         return None
     first, second = operands
     if not isinstance(first, Tensor) or not isinstance(second, Tensor):
         return None
-    inputs, _, output = equation.replace(" ", "").partition("->")
+    inputs, said, output = equation.replace(" ", "").partition("->")
+    if not said:  # what is in one place alone, in the order of the alphabet
+        once = sorted(c for c in set(inputs) - {",", "."} if inputs.count(c) == 1)
+        output = "..." * ("..." in inputs) + "".join(once)
     spare = [c for c in string.ascii_letters if c not in equation]
     parts = inputs.split(",")
     hidden = [t.dim() - len(part.replace("...", "")) for t, part in zip((first, second), parts, strict=True)]
@@ -178,6 +181,14 @@ def _einsum(equation: object, *operands: object) -> Product | None:
         part.replace("...", "".join(spare[most - n : most])) for part, n in zip(parts, hidden, strict=True)
     )
     return Product((first, second), (left, right), output.replace("...", "".join(spare[:most])))
+
+
+def _inner(input: Tensor, other: Tensor) -> Product | None:
+    x, w = input.dim(), other.dim()
+    if not x or not w:
+        return None
+    left, right = string.ascii_lowercase[: x - 1], string.ascii_uppercase[1:w]
+    return Product((input, other), (left + "A", right + "A"), left + right)
 
 
 def _tensordot(a: Tensor, b: Tensor, dims: object = 2, out: object = None) -> Product | None:
@@ -206,6 +217,7 @@ PRODUCTS: dict[Function, Callable[..., Product | None]] = {
     **dict.fromkeys(overloads("mv"), _mv),
     **dict.fromkeys(overloads("addmm"), _addmm),
     torch.einsum: _einsum,
+    **dict.fromkeys((torch.inner, Tensor.inner), _inner),
     torch.tensordot: _tensordot,
 }
 

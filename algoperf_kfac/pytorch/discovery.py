@@ -29,7 +29,7 @@ from algoperf_kfac.layers import (
 )
 from algoperf_kfac.pytorch.covered_layer import CoveredLayer
 from algoperf_kfac.pytorch.kinds import Found, Kind, Site
-from algoperf_kfac.pytorch.operations import Operation
+from algoperf_kfac.pytorch.operations import Operation, matrix_sizes
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -205,10 +205,7 @@ def spec_from_shape(
 
     Where the model stores it in another shape or order, `stored` and `layout` say so; see `LayerSpec`.
     """
-    if kind == "conv_transpose":
-        out_dim, in_dim = shape[1], shape[0] // groups * math.prod(shape[2:])
-    else:
-        out_dim, in_dim = shape[0] // groups, math.prod(shape[1:])
+    out_dim, in_dim = matrix_sizes(kind, shape, groups)
     return make_spec(
         name=name,
         kind=kind,

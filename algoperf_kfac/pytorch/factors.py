@@ -62,7 +62,7 @@ class MaskedLayout(Layout):
             if positions.examples_dim < mask.dim():
                 mask = mask.movedim(positions.examples_dim, 0)
             mask = mask.reshape(*mask.shape, *[1] * (len(sizes) - mask.dim())).expand(sizes)
-            mask = mask.reshape(sizes[0], -1).to(dtype)
+            mask = (mask.reshape(sizes[0], -1) != 0).to(dtype)  # weights of a loss count where they are not zero
         assert positions.segment_ids is None or isinstance(positions.segment_ids, Tensor)
         return dataclasses.replace(layout, mask=mask, segment_ids=positions.segment_ids)
 

@@ -102,7 +102,8 @@ def gather(observer: Observer, options: Options, normalizer: Scalar | None) -> G
         recorder.note_loss(observer.scale.gradient)
         recorder.end_group()
     products = {name: recorder.product for name, recorder in counted.items()}
-    errors, too_far = compare(layers.covered, products, observer.gradients, observer.uses.penalised)
+    penalties, hidden = observer.penalties.gradients, observer.uses.penalised
+    errors, too_far = compare(layers.covered, products, observer.gradients, penalties, hidden)
     counted = {name: recorder for name, recorder in counted.items() if name not in too_far}
     factor = observer.scale.factor(counted, options.config, normalizer)
     by_loss = normalizer is None and kind == "empirical"

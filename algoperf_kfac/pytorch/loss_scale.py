@@ -29,10 +29,16 @@ class LossScale:
         self.calls: dict[str, list[Rows]] = {}
         self.gradient: Tensor | None = None
         self._sizes: set[int] = set()  # of dimension 0 of what loss functions took
+        self._first: dict[str, set[int]] = {}  # the same of what layers took
 
     def note_call(self, name: str, rows: Rows) -> None:
         """Remember a call of a layer."""
         self.calls.setdefault(name, []).append(rows)
+        self._first.setdefault(name, set()).update(rows.leading[:1])
+
+    def has_examples(self, name: str, number: int) -> bool:
+        """Whether a layer was called on so many examples, as far as dimension 0 says."""
+        return number in self._first.get(name, ())
 
     def note_loss(self, called: Called) -> None:
         """Remember the sizes of what a loss function took."""

@@ -26,9 +26,11 @@ from algoperf_kfac.pytorch.loss_scale import LossScale
 from algoperf_kfac.pytorch.operations import LOSSES, RULES, Called, Operation, is_mean
 from algoperf_kfac.pytorch.options import Options
 from algoperf_kfac.pytorch.passes import Passes
+from algoperf_kfac.pytorch.penalties import Penalties
 from algoperf_kfac.pytorch.recorder import Recorder
 from algoperf_kfac.pytorch.sights import Sights
 from algoperf_kfac.pytorch.uses import WITHOUT_BIAS, Uses
+from algoperf_kfac.pytorch.views import tensors
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -68,6 +70,7 @@ class Observer:
         hint: why layers are not recorded, as far as that is known, and what to do.
         weights: of the layers seen so far, by name.
         passes: the backward passes.
+        penalties: what functions of parameters add to the gradients of weights that are checked.
     """
 
     def __init__(self, layers: Layers, options: Options) -> None:
@@ -81,6 +84,7 @@ class Observer:
         self.transformed: set[str] = set()
         self.weights: dict[str, Tensor] = {}
         self.passes = Passes(self, options)
+        self.penalties = Penalties(self._counts)
         self._options = options
         self._watches = layers.watches(self) if options.active else []
         self._parallels: dict[int, DistributedDataParallel] = {}
@@ -126,18 +130,44 @@ class Observer:
             for operation in operations:
                 output = self.operation(operation, output)
                 if isinstance(output, Tensor) and output.requires_grad:
-                    spec = self.spec_of(operation.weight, operation.layout)
+                    spec = self._layer_of(operation)
                     if spec is not None:
                         self.note_function(called, operation, spec)
+            self._watch_penalty(called, output)
             return output
         self.uses.views.flatten(called, output)
         self.uses.follow(called, called.run())
+        self._watch_penalty(called, output)
         is_loss = torch.is_grad_enabled() and called.func in LOSSES and output.requires_grad
         if is_loss and not self.uses.sources(output):  # else a penalty: of parameters and constants
             self.scale.note_loss(called)
             if is_mean(called):
                 self._handles.append(arrival_hook(output, self._note_loss))
         return output
+
+    def _watch_penalty(self, called: Called, output: Any) -> None:
+        """See what comes to the weights of layers that are checked through a function of parameters alone."""
+        uses = self.uses
+        results = [t for t in tensors(output) if uses.sources(t) and uses.views.of(t) is None]
+        if not results:
+            return
+        leaves = [leaf for leaf in called.leaves() if uses.sources(leaf)]
+        read = [
+            (leaf, view.param) for leaf in leaves if (view := uses.views.of(leaf)) and self._is_checked(view.param)
+        ]
+        derived = [leaf for leaf in leaves if uses.views.of(leaf) is None]
+        if read and not self.penalties.watch(results, read, derived):
+            uses.penalised |= {id(param) for _, param in read}
+
+    def _is_checked(self, weight: Tensor) -> bool:
+        """Whether the gradient of a weight is compared with what is recorded of its layers."""
+        specs = self.layers.by_weight.get(id(weight), {}).values()
+        return weight.requires_grad and any(self._checks(spec) for spec in specs)
+
+    def _checks(self, spec: LayerSpec) -> bool:
+        """Whether a layer is checked; one that joined later is when it is first seen."""
+        one_pass = self._options.config.fisher == "empirical"
+        return self._options.checks or (one_pass and spec.name not in self.layers.seen)
 
     def _note_transformed(self, called: Called) -> None:
         """A layer, perhaps of the model, runs where it cannot be recorded."""
@@ -184,7 +214,7 @@ class Observer:
                     operation.weight, f"{operation.name} of a nested tensor that is not (N, jagged, P_in)"
                 )
                 return output
-        spec = self.spec_of(operation.weight, operation.layout)
+        spec = self._layer_of(operation)
         if spec is not None and not output.requires_grad and not in_backward():
             self._unrecorded.setdefault(spec.name, self.scale.gradient)
         if not output.requires_grad or not output.numel() or not operation.input.numel():
@@ -217,10 +247,14 @@ class Observer:
     def _is_penalty(self, spec: LayerSpec, operation: Operation) -> bool:
         """Whether a layer that is called with its bias is multiplied by a constant here, as penalties do.
 
-        A spectral norm by power iteration is one. The product is followed, so that it shows if it meets data.
+        A spectral norm by power iteration is one. The product is followed, so that it shows if it meets data. A
+        constant with as many rows as the layer has examples is data itself, of which no gradient is wanted.
         """
         known = spec.name in self.recorders or spec.name in self.layers.seen
-        return known and operation.constant and spec.bias is not None and operation.bias is None
+        if not known or not operation.constant or spec.bias is None or operation.bias is not None:
+            return False
+        x = operation.input
+        return x.dim() < 2 or len(x) == 1 or not self.scale.has_examples(spec.name, len(x))
 
     def _densify(self, operation: Operation) -> bool:
         """Take the rows of a sparse input for dense ones; whether that can be done."""
@@ -316,6 +350,11 @@ class Observer:
         """The covered layer of a weight, or of a part of it; None if there is none."""
         return self.layers.by_weight.get(id(weight), {}).get(layout)
 
+    def _layer_of(self, operation: Operation) -> LayerSpec | None:
+        """The covered layer that an operation applies, if it has one and reads its weight as the matrix it is."""
+        spec = self.spec_of(operation.weight, operation.layout)
+        return spec if spec is not None and operation.is_of(spec) else None
+
     def see(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a function as a part of the model: for a kind, in place of one that torch has fused."""
         self._seeing += 1
@@ -330,9 +369,7 @@ class Observer:
         if spec.name not in self.recorders:
             dtype = torch.promote_types(weight.dtype, torch.float32)
             one_pass = self._options.config.fisher == "empirical"
-            # A layer that joined later is checked when it is first seen.
-            checks = self._options.checks or (one_pass and spec.name not in self.layers.seen)
-            checks = checks and weight.requires_grad  # of a layer with a frozen weight the bias alone may move
+            checks = self._checks(spec) and weight.requires_grad  # else the bias alone may move
             self.recorders[spec.name] = self.layers.recorder(spec, dtype, one_pass=one_pass, checks=checks)
             self.weights[spec.name] = weight
             if checks:
@@ -341,10 +378,14 @@ class Observer:
 
     def _add_gradient(self, name: str, grad: Tensor) -> None:
         """What a backward pass adds to a weight's gradient in this process, all its uses together."""
-        if not self.passes.aside and not self.passes.returned:
+        if self._counts():
             # A copy: the tensor becomes the parameter's .grad, which processes average and callers clip in place.
             grad = grad.detach().clone()
             self.gradients[name] = self.gradients[name] + grad if name in self.gradients else grad
+
+    def _counts(self) -> bool:
+        """Whether the backward pass at hand is one whose gradients the step finds."""
+        return not self.passes.aside and not self.passes.returned
 
     def forget(self, name: str) -> None:
         """Drop what was gathered for a layer."""
@@ -387,5 +428,6 @@ class Observer:
         self.recorders.clear()
         self.weights.clear()
         self.passes.release()
+        self.penalties.release()
         self._parallels.clear()
         self.gradients.clear()

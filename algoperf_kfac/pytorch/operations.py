@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from algoperf_kfac.layers import Layout
+from algoperf_kfac.layers import LayerSpec, Layout
 from algoperf_kfac.positions import BY_GRADIENT, Candidates, Positions, Rows, candidates_for, choose
 from algoperf_kfac.pytorch.geometry import ConvGeometry
 
@@ -115,6 +116,19 @@ class Operation:
     @property
     def is_conv(self) -> bool:
         return self.kind in ("conv", "conv_transpose")
+
+    def is_of(self, spec: LayerSpec) -> bool:
+        """Whether it multiplies by the matrix that the layer has of the weight.
+
+        A convolution, and a linear layer on its patches, do; what reads the same numbers as another matrix
+        (transposed, in other groups, in another shape) does not.
+        """
+        if spec.kind not in PLAIN:
+            return True
+        transposed = "conv_transpose"
+        sizes = matrix_sizes(self.kind, self.shape, self.groups)
+        same = (self.kind == transposed) == (spec.kind == transposed) and self.groups == spec.groups
+        return same and sizes == (spec.out_dim, spec.in_dim)
 
     def rows(self, output: Tensor) -> Rows:
         """The rows of the operation: its output, or its input, without features."""
@@ -226,6 +240,16 @@ class Operation:
             out_size=_numbers(output.shape[-dims:]),
             transposed=self.kind == "conv_transpose",
         )
+
+
+PLAIN = ("linear", "conv", "conv_transpose")
+
+
+def matrix_sizes(kind: str, shape: Sequence[int], groups: int) -> tuple[int, int]:
+    """Output and input features per group, the latter times kernel positions, of a weight of this shape."""
+    if kind == "conv_transpose":
+        return shape[1], shape[0] // groups * math.prod(shape[2:])
+    return shape[0] // groups, math.prod(shape[1:])
 
 
 def _numbers(sizes: Sequence[int]) -> tuple[int, ...]:

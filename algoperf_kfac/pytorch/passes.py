@@ -164,6 +164,7 @@ class Passes:
 
     def _forget(self) -> None:
         self._observer.gradients.clear()
+        self._observer.penalties.gradients.clear()
         for recorder in self._observer.recorders.values():
             recorder.forget_seen()
 

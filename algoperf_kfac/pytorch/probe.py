@@ -171,7 +171,10 @@ def _step(subject: Subject, make_optimizer: Callable[[nn.Module], KFAC], batch_s
         with recorder, saving(model) as captured, capture:
             outputs = [t for t in tensors(subject.outputs(model, batch_size)) if t.requires_grad]
             if not outputs:
-                raise ValueError("the model's outputs do not depend on its parameters")
+                raise ValueError(
+                    "the model's outputs do not depend on its parameters, as far as tensors in them are found: in "
+                    "lists, tuples, mappings and the fields of objects"
+                )
             for tensor in capture.observer.kept_inputs():
                 captured.add(tensor)
             recorded = _recorded_loads(capture.observer.recorders.values())
@@ -277,15 +280,25 @@ def _load(kind: str, input: Tensor, output: Tensor, weight: Tensor) -> Load:
     return Load(examples, positions, products, input.numel(), output.numel(), kernel)
 
 
-def tensors(values: object) -> Iterator[Tensor]:
-    """All tensors in nested lists, tuples and mappings."""
+def tensors(values: object, within: frozenset[int] = frozenset()) -> Iterator[Tensor]:
+    """All tensors in nested lists, tuples, mappings and objects with fields, as models return them.
+
+    Args:
+        values: the outermost.
+        within: identities of the objects that it is a part of, which may refer to one another.
+    """
     if isinstance(values, Tensor):
         yield values
-    elif isinstance(values, Mapping):
-        values = list(values.values())
-    if isinstance(values, list | tuple):
-        for item in values:
-            yield from tensors(item)
+        return
+    items: Iterable[object] = ()
+    if isinstance(values, Mapping):
+        items = values.values()
+    elif isinstance(values, list | tuple):
+        items = values
+    elif hasattr(values, "__dict__") and not isinstance(values, type | nn.Module) and id(values) not in within:
+        items = vars(values).values()
+    for item in list(items):
+        yield from tensors(item, within | {id(values)})
 
 
 def to_device(values: Any, device: torch.device) -> Any:

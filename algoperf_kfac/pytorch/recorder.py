@@ -65,6 +65,11 @@ class Recorder:
         self.loss_gradient: Tensor | None = None
         self.rounding = 0.0
         self.sums = LayerSums()
+        # Calls whose gradient is to come, and that keep what A takes: by identity, with its bytes, oldest first.
+        # Layers may be called thousands of times in a pass, so nothing that a call does goes through all of them.
+        self._waiting: dict[int, tuple[Call, int]] = {}
+        self._waiting_bytes = 0
+        self._any_seen = False
         # Of the group at hand.
         self._a: list[Tensor] | None = None
         self._b: list[Tensor] | None = None
@@ -106,7 +111,7 @@ class Recorder:
 
     def next_forward(self) -> None:
         """A forward pass after a backward pass begins a further micro-batch in the same capture."""
-        if any(call.seen for call in self.calls):
+        if self._any_seen:
             self.end_group()
 
     def input(
@@ -151,17 +156,35 @@ class Recorder:
     def _keep_apart(self, call: Call, x: Tensor) -> None:
         """Keep what A takes of a call until its gradient comes; the oldest ones go into the sums without, where too
         many wait."""
-        waiting = [c for c in self.calls if not c.seen and c.waits]
+        number = len(self._waiting)
         numbers = self.spec.groups * sum(size**2 for size in self.block_sizes[0])
-        if len(waiting) >= MAX_WAITING and x.nbytes < numbers * self.dtype.itemsize:
+        if number >= MAX_WAITING and x.nbytes < numbers * self.dtype.itemsize:
             call.input = x.clone()  # autograd may keep a copy of its own, and the model write to this one
         else:
             self._take(call, x)
-        if len(waiting) >= MAX_WAITING and call.bytes + sum(c.bytes for c in waiting) > WAITING_BYTES:
-            oldest = waiting[0]
+        self._wait(call)
+        if number >= MAX_WAITING and self._waiting_bytes > WAITING_BYTES:
+            oldest = next(iter(self._waiting.values()))[0]
+            self._end_wait(oldest)
             if oldest.input is not None:
                 self._take(oldest, oldest.input)
             self._merge(oldest)
+
+    def _wait(self, call: Call) -> None:
+        self._waiting[id(call)] = call, call.bytes
+        self._waiting_bytes += call.bytes
+
+    def _end_wait(self, call: Call) -> None:
+        _, kept = self._waiting.pop(id(call), (call, 0))
+        self._waiting_bytes -= kept
+
+    def _hold(self, calls: list[Call]) -> None:
+        """Have these calls and no others."""
+        self.calls, self._any_seen = calls, any(call.seen for call in calls)
+        self._waiting, self._waiting_bytes = {}, 0
+        for call in calls:
+            if not call.seen and call.waits:
+                self._wait(call)
 
     def _note_rounding(self, x: Tensor) -> None:
         if x.is_floating_point():
@@ -228,7 +251,8 @@ class Recorder:
                 "of gradients (penalties, create_graph=True) outside of capture()"
             )
         self._take_back(call)
-        call.fired = call.seen = True
+        call.fired = call.seen = self._any_seen = True
+        self._end_wait(call)
         self._note_rounding(grad)
         grad = call.batch_first(grad.to(self.dtype))
         rows = factors.output_rows(grad, self.spec.groups, call.conv)
@@ -280,7 +304,7 @@ class Recorder:
             raise self._two_ways()
         for call in aside:
             call.apart = True
-        self.calls = [call for call in self.calls if not call.apart]
+        self._hold([call for call in self.calls if not call.apart])
 
     def _take_back(self, call: Call) -> None:
         """A gradient for parameters comes to a call that had been left out: one forward pass for both.
@@ -317,7 +341,8 @@ class Recorder:
                 f"layer {self.spec.name}: gradients were cleared inside capture(), between the backward passes of "
                 "one forward pass: open a capture for each pass"
             )
-        self.calls, self.sums, self.product = waiting, LayerSums(), None
+        self._hold(waiting)
+        self.sums, self.product = LayerSums(), None
         self._a, self._b, self._a_count, self._squares, self._reduced = None, None, 0.0, None, []
 
     def end_pass(self) -> None:
@@ -359,7 +384,7 @@ class Recorder:
         waiting = [call for call in self.calls if not call.seen]
         self.calls = [call for call in self.calls if call.seen]
         if not self.calls:
-            self.calls = waiting
+            self._hold(waiting)
             return
         for call in self.calls:
             if call.input is not None:
@@ -371,7 +396,8 @@ class Recorder:
         for calls in by_examples(self.calls).values():
             seen = seen + self._end_calls(calls)
         self._close(seen, sum(by_examples(self.calls)))
-        self.calls, self._reduced = waiting, []
+        self._hold(waiting)
+        self._reduced = []
 
     def _end_calls(self, calls: list[Call]) -> Scalar:
         """Close calls on the same examples; the number of these that count."""

@@ -43,7 +43,8 @@ class Uses:
 
     Attributes:
         missed: by identity of a parameter: the first operation without a rule in which it met data.
-        penalised: identities of parameters that a penalty reads, whose gradient is then more than the layer's own.
+        penalised: identities of parameters that a penalty reads, whose gradient is then more than the layer's own
+            by what nobody sees.
         views: parameters as they are seen through views and copies.
     """
 
@@ -124,9 +125,7 @@ class Uses:
         if not others or self._is_constant(called, read, others, results):
             for result in results:
                 self._derived[result] = everything
-        elif called.name in SUMS and all(leaf.numel() == 1 for leaf in read):
-            self.penalised |= everything
-        else:
+        elif called.name not in SUMS or any(leaf.numel() > 1 for leaf in read):
             for leaf in read:
                 self.miss(leaf, called.name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from algoperf_kfac.pytorch import KFAC, Positions
-from tests.pytorch.toys import assert_same_factors, factors_of, mlp
+from tests.pytorch.toys import assert_same_factors, capture_once, factors_of, mlp
 
 N = 10
 APPROXIMATIONS = pytest.mark.parametrize("approximation", ["expand", "reduce"])
@@ -305,3 +306,21 @@ def test_a_distance_of_weights_is_not_the_loss(distance: Callable[[Tensor, Tenso
 
     got, want = (factors_of(model, lambda m, p=p: loss(m, p)) for p in (1e-9, 0.0))
     assert_same_factors(got, want, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+@pytest.mark.parametrize("readout", ["mean", "sum"])
+def test_weights_of_a_loss_count_where_they_are_not_zero(approximation: str, readout: str) -> None:
+    weights = torch.tensor([[0.5, 2.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [255.0, 1.0, -1.0]])
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(4, 3, 4)
+    found = [
+        capture_once(
+            copy.deepcopy(model),
+            lambda m: (m(x).square().sum(-1) * weights).sum() / 3,
+            capture={"positions": Positions(mask, readout=readout), "loss_normalizer": 3.0},
+            approximation=approximation,
+        ).factors()
+        for mask in (weights, weights != 0, (weights != 0).to(torch.uint8) * 255)
+    ]
+    assert_same_factors(found[0], found[1])
+    assert_same_factors(found[2], found[1])

@@ -29,7 +29,6 @@ SECOND_USES: dict[str, tuple[Use, str]] = {
     "summed": (lambda h, w: h * w.sum(0), "mul"),
     "broadcast": (lambda h, w: (h[:, None] * w).sum(-1), "mul"),
     "multi_dot": (lambda h, w: torch.linalg.multi_dot([h, w, w]), "linalg_multi_dot"),
-    "inner": (lambda h, w: torch.inner(h, w), "inner"),
     "tril": (lambda h, w: h @ torch.tril(w), "matmul"),
     "inverse": (lambda h, w: h @ torch.linalg.inv(w + 3 * torch.eye(D)), "matmul"),
     "gathered": (lambda h, w: h + w[torch.arange(len(h)) % D], "__getitem__"),
@@ -38,6 +37,9 @@ SECOND_USES: dict[str, tuple[Use, str]] = {
 # The parameter itself, through views and copies, in a product with a rule: another call of the layer.
 SECOND_CALLS: dict[str, Use] = {
     "transposed": lambda h, w: h @ w.t(),
+    "inner": lambda h, w: torch.inner(h, w),
+    "einsum without an output": lambda h, w: torch.einsum("ni,oi", h, w),
+    "einsum in the order of the alphabet": lambda h, w: torch.einsum("ni,ai", h, w).T,
     "clone": lambda h, w: F.linear(h, w.clone()),
     "wider": lambda h, w: F.linear(h.double(), w.double()).float(),
     "narrow and back": lambda h, w: F.linear(h, w.to(torch.bfloat16).float()),

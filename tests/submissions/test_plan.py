@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -168,6 +170,30 @@ def test_planning_leaves_torch_as_it_was():
     seen_by()
     assert (torch.Generator, torch.autocast, nn.Parameter.__new__) == before
     assert nn.Linear(2, 2).weight.device.type == "cpu"
+
+
+@dataclasses.dataclass
+class Outputs:
+    """As libraries of models return them, with what refers back to it."""
+
+    logits: torch.Tensor
+    itself: object = None
+
+
+class ReturnsAnObject(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> Outputs:
+        outputs = Outputs(self.head(x))
+        outputs.itself = [outputs]
+        return outputs
+
+
+def test_a_model_that_returns_an_object():
+    subject = Subject(ReturnsAnObject, lambda net, n: net(torch.zeros(n, 4)), BATCH, None)
+    assert sight_optimizer(subject, KFAC).coverage.fraction == 1
 
 
 def test_both_weights_of_an_lstm_see_every_time_step():
