@@ -410,9 +410,9 @@ EXPERIMENTS = (
         seeds=(3030,),
         base=NADAMW_ON_TEXT,
         variants={
-            **{f"NadamW, rate {rate:g}": Variant({"learning_rate": rate}) for rate in (3.5e-3, 1.4e-2)},
-            **{f"expand, rate {rate:g}": _half("kfac_expand", rate) for rate in (1.8e-2, 3.5e-2, 7e-2)},
-            **{f"reduce, rate {rate:g}": _half("kfac_reduce", rate) for rate in (1.1e-2, 2.2e-2, 4.5e-2)},
+            **{f"NadamW, rate {rate:g}": Variant({"learning_rate": rate}) for rate in (3.5e-3, 1.4e-2, 2.8e-2)},
+            **{f"expand, rate {rate:g}": _half("kfac_expand", rate) for rate in (9e-3, 1.8e-2, 3.5e-2, 7e-2)},
+            **{f"reduce, rate {rate:g}": _half("kfac_reduce", rate) for rate in (5.5e-3, 1.1e-2, 2.2e-2, 4.5e-2)},
         },
     ),
 )
