@@ -123,13 +123,18 @@ class Observer:
             output = iter(called.replace(list(output)))
         operations = operations_of(called, self.uses.views)
         if operations:
+            applied = False
             for operation in operations:
                 output = self.operation(operation, output)
                 if isinstance(output, Tensor) and output.requires_grad:
                     spec = self.spec_of(operation.weight, operation.layout)
                     if spec is not None:
                         self.note_function(called, operation, spec)
+                        applied = True
+            if not applied:
+                self.uses.read(called, output)
             return output
+        self.uses.read(called, output)
         self.uses.views.flatten(called, output)
         self.uses.follow(called, called.run())
         is_loss = torch.is_grad_enabled() and called.func in LOSSES and output.requires_grad
