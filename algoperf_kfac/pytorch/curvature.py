@@ -149,7 +149,7 @@ class Curvature:
         if gathered.sights or gathered.obstacles:  # it ran uncompiled
             self._compiled.learn(gathered.sights, gathered.obstacles)
         self.gradient_errors |= gathered.errors
-        self.unchecked = self.unchecked and not gathered.errors
+        self.unchecked = self.unchecked and not (gathered.errors or gathered.penalised)
         self._mistakes.rows(gathered.rows, scaled=gathered.scaled)
         self._mistakes.batch_second(gathered.second)
         self._mistakes.in_parts(gathered.in_parts, scaled=gathered.scaled)
@@ -191,7 +191,8 @@ class Curvature:
                     torch.as_tensor(n, device=state.vanished.device).to(state.vanished.dtype)
                     for n in (s.vanished, s.examples)
                 )
-                state.vanished = vanished / examples.clamp(min=1)
+                share = vanished / examples.clamp(min=1)
+                state.vanished = torch.where(share.isfinite(), share, state.vanished)
         self.pending.forget()
         self._stop_at_unseen(layers.idle(names))
         due = [name for name in self.due(step) if name in layers.seen]

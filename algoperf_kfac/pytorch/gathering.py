@@ -18,13 +18,13 @@ from algoperf_kfac.layers import (
 )
 from algoperf_kfac.positions import check_fits
 from algoperf_kfac.pytorch.checks import compare
-from algoperf_kfac.pytorch.compiled import Tap, Taps
 from algoperf_kfac.pytorch.kinds import AnyRecorder
 from algoperf_kfac.pytorch.observer import TRANSFORMED, Observer
 from algoperf_kfac.pytorch.options import Options
 from algoperf_kfac.pytorch.recorder import Recorder
 from algoperf_kfac.pytorch.sights import Sight
 from algoperf_kfac.pytorch.statistics import Scalar, Statistics
+from algoperf_kfac.pytorch.taps import Tap, Taps
 
 # A backward pass, and no layer before it.
 UNSEEN = (
@@ -48,6 +48,7 @@ class Gathered:
         wrong: layers whose statistics would not be the whole of them, and why.
         backward: whether there was a backward pass.
         rows: examples that each layer with statistics was taken to see.
+        penalised: whether penalties read the weights of all layers with statistics, so that there is no comparing.
         scaled: whether the caller said what the loss was divided by.
         errors: by layer, how far what was captured is from the weight's gradient, relative to it; of a checked
             capture.
@@ -65,6 +66,7 @@ class Gathered:
     wrong: dict[str, str]
     backward: bool
     rows: dict[str, int]
+    penalised: bool
     scaled: bool
     errors: dict[str, float]
     readers: dict[int, str]
@@ -114,6 +116,8 @@ def gather(observer: Observer, options: Options, normalizer: Scalar | None) -> G
         wrong=wrong | too_far,
         backward=observer.passes.seen,
         rows=observer.scale.rows(counted, layers.covered),
+        penalised=bool(counted)
+        and all(id(layers.covered[name].weight) in observer.uses.penalised for name in counted),
         scaled=normalizer is not None,
         errors=errors,
         readers=observer.uses.missed,
@@ -136,20 +140,27 @@ def _take(observer: Observer, taps: Taps) -> None:
     by_layer: dict[str, list[Tap]] = {}
     for tap in taps.taps:
         by_layer.setdefault(tap.spec.name, []).append(tap)
+    shown = {name: ran_uncompiled[name].uses for name in by_layer if name in ran_uncompiled}
+    beside = {
+        tap.number: max(0, use.seen - tap.shown)
+        for name, uses in shown.items()
+        for tap, use in zip(by_layer[name], uses, strict=True)
+    }
+    judged = taps.judged(beside)
     for name, own in by_layer.items():
-        recorder = observer.layers.recorder(own[0].spec, own[0].dtype, one_pass=True, checks=False)
-        shown = ran_uncompiled.pop(name, None)
-        taken = [tap.take(use) for tap, use in zip(own, recorder.uses, strict=True)]
-        if not any(taken):
-            if shown is not None:
-                observer.recorders[name] = shown
+        if not any(tap.number in judged for tap in own):
             continue
+        recorder = observer.layers.recorder(own[0].spec, own[0].dtype, one_pass=True, checks=False)
         observer.passes.seen = True  # torch 2.9 may not ask the mode on the step that compiles
         observer.scale.calls[name] = [tap.sight.rows for tap in own]
-        rest = [None] * len(own) if shown is None else shown.uses
-        if all(
-            was_taken or _add(use, other) for use, other, was_taken in zip(recorder.uses, rest, taken, strict=True)
-        ):
+        complete = True
+        for tap, use, other in zip(own, recorder.uses, shown.get(name, [None] * len(own)), strict=True):
+            if tap.number in judged:
+                tap.take(use, judged[tap.number])
+            else:
+                complete = complete and _add(use, other)
+        ran_uncompiled.pop(name, None)
+        if complete:
             observer.recorders[name] = recorder  # else it misses statistics
     observer.recorders |= ran_uncompiled
 
@@ -222,4 +233,4 @@ def _sights(
     if kind != "empirical":
         return {}, [f"fisher={kind!r}"]
     ordered = {name: recorders[name] for name in observer.scale.by_batch(recorders)}
-    return observer.sights.of(ordered, observer.layers.covered)
+    return observer.sights.of(ordered, observer.layers.covered, observer.uses.readers)

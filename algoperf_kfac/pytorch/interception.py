@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from algoperf_kfac.pytorch.compiled import Taps, leave_uncompiled, tapped
 from algoperf_kfac.pytorch.operations import Called, Function
+from algoperf_kfac.pytorch.taps import Taps, leave_uncompiled, tapped
 
 IN_A_COMPILED_FUNCTION = (
     "capture() inside a function that torch.compile compiled: compile the model (model = torch.compile(model)), "
@@ -85,6 +85,7 @@ class TracedInterceptor(Interceptor):
     def __init__(self, listener: Listener, taps: Taps) -> None:
         super().__init__(listener)
         self._table, self._lookups, self._masks = taps.table, taps.lookups, taps.masks
+        self._readers, self._turned = taps.readers, taps.turned
         leave_uncompiled(TracedInterceptor.__torch_function__)
         self._uncompiled = torch.compiler.disable(listener.called)
 
@@ -93,7 +94,7 @@ class TracedInterceptor(Interceptor):
     ) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_dynamo_compiling():
-            return tapped(self._table, self._lookups, self._masks, func, args, kwargs)
+            return tapped(self._table, self._lookups, self._readers, self._turned, self._masks, func, args, kwargs)
         # What a compiled graph consists of runs without gradients, and asks every mode.
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)

@@ -127,14 +127,19 @@ class Observer:
             output = iter(called.replace(list(output)))
         operations = operations_of(called, self.uses.views)
         if operations:
+            applied = False
             for operation in operations:
                 output = self.operation(operation, output)
                 if isinstance(output, Tensor) and output.requires_grad:
                     spec = self._layer_of(operation)
                     if spec is not None:
                         self.note_function(called, operation, spec)
+                        applied = True
+            if not applied:
+                self.uses.read(called, output)
             self._watch_penalty(called, output)
             return output
+        self.uses.read(called, output)
         self.uses.views.flatten(called, output)
         self.uses.follow(called, called.run())
         self._watch_penalty(called, output)

@@ -10,8 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.positions import Candidates
-from algoperf_kfac.pytorch.compiled import Taps
 from algoperf_kfac.pytorch.pending import Pending
+from algoperf_kfac.pytorch.taps import Taps
 
 
 @dataclasses.dataclass(frozen=True)

@@ -147,10 +147,12 @@ def _move_alike(
     ok = [flag for flag in finite.unbind() for _ in range(per_block)]
     kept = [torch.where(flag, m, average) for flag, m, average in zip(ok, new, old, strict=True)]
     torch._foreach_lerp_(old, kept, [rate for rate in each for _ in range(per_block)])
-    torch._foreach_lerp_([state.examples for state in states], examples, list(each))
+    numbers = torch.stack(examples)
+    counted = torch.where(finite, numbers, torch.stack([state.examples for state in states])).unbind()
+    torch._foreach_lerp_([state.examples for state in states], list(counted), list(each))
     ones = torch.ones_like(rates).unbind()
     torch._foreach_lerp_([state.weight for state in states], list(ones), list(each))
-    dropped = (~finite & (torch.stack(examples) > 0)).to(rates.dtype)
+    dropped = (~finite & (numbers != 0)).to(rates.dtype)
     torch._foreach_add_([state.dropped for state in states], list(dropped.unbind()))
 
 

@@ -99,6 +99,11 @@ class Recorder:
         return self.sums.rows
 
     @property
+    def seen(self) -> int:
+        """Calls whose gradients came back; of closed groups that there were any."""
+        return bool(self.sums.rows) + sum(call.seen for call in self.calls)
+
+    @property
     def is_complete(self) -> bool:
         return not self.missed
 

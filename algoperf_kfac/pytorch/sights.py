@@ -17,7 +17,7 @@ from algoperf_kfac.pytorch.operations import FUNCTIONS, Called, Function, Operat
 # Functions that compiled graphs can take. Saved states know them by their number in this order, from 1 on: further
 # ones come last.
 TAPPED = (*FUNCTIONS, F.embedding)
-MOST_DIMENSIONS = 8  # of the rows of a layer whose sight is saved
+MOST_DIMENSIONS = 7  # of the rows of a layer whose sight is saved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +29,14 @@ class Sight:
         rows: of the call.
         examples: that it was taken to see.
         rounding: the coarsest eps of its input and output gradient.
+        readers: what other operations made of the layer's parameters (penalties), in number of results.
     """
 
     function: Function
     rows: Rows
     examples: int
     rounding: float
+    readers: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +86,17 @@ class Sights:
         self._applied.setdefault(spec.name, []).append(obstacle or Applied(use, called.func, rows))
 
     def of(
-        self, recorders: Mapping[str, AnyRecorder], layers: Mapping[str, CoveredLayer]
+        self,
+        recorders: Mapping[str, AnyRecorder],
+        layers: Mapping[str, CoveredLayer],
+        readers: Mapping[int, int],
     ) -> tuple[dict[str, tuple[Sight, ...]], list[str]]:
         """What compiled graphs have to know of layers, by use, in the order of `recorders`; and what forbids them.
 
         Args:
             recorders: closed, by layer, the one that sees the batch first.
             layers: the covered layers.
+            readers: by identity of a parameter, results of operations that read it and do not apply its layer.
         """
         sights, obstacles = {}, list(self._obstacles)
         for name, recorder in recorders.items():
@@ -108,8 +114,9 @@ class Sights:
                 found = [f"layer {name} is not used in all the ways of a {kind}"]
             obstacles += found
             if applied and not found:
+                others = sum(readers.get(id(param), 0) for param in layers[name].params)
                 sights[name] = tuple(
-                    Sight(applied[use].function, applied[use].rows, one.rows, one.rounding)
+                    Sight(applied[use].function, applied[use].rows, one.rows, one.rounding, others)
                     for use, one in enumerate(recorder.uses)
                 )
         return sights, list(dict.fromkeys(obstacles))
@@ -124,18 +131,19 @@ def to_numbers(turn: int, sight: Sight | None) -> list[int | float]:
     """A sight for a saved state: as many numbers whatever is known, see `checkpoint.to_tensors`.
 
     Args:
-        turn: the layer's among those with sights, from 1 on.
+        turn: the layer's among those with sights, from 1 on; what else is to be said of it, up to 0.
         sight: None if nothing is known.
 
     Returns:
-        Turn, function, examples, whether these come first, the dimensions of the rows, their sizes; and rounding.
+        Turn, function, examples, whether these come first, the dimensions of the rows, their sizes, readers; and
+        rounding.
     """
     if sight is None:
-        return [0] * (5 + MOST_DIMENSIONS) + [0.0]
+        return [turn] + [0] * (5 + MOST_DIMENSIONS) + [0.0]
     rows = sight.rows
     sizes = [*rows.leading, *[0] * (MOST_DIMENSIONS - len(rows.leading))]
     numbers = [turn, TAPPED.index(sight.function) + 1, sight.examples, rows.batch_first, len(rows.leading), *sizes]
-    return [*map(int, numbers), float(sight.rounding)]
+    return [*map(int, numbers), sight.readers, float(sight.rounding)]
 
 
 def is_known(numbers: Sequence[int | float]) -> bool:
@@ -147,7 +155,7 @@ def from_numbers(numbers: Sequence[int | float]) -> Sight:
     """The sight that numbers from `to_numbers` stand for."""
     _, function, examples, batch_first, dimensions, *sizes = (int(n) for n in numbers[:-1])
     rows = Rows(tuple(sizes[:dimensions]), bool(batch_first))
-    return Sight(TAPPED[function - 1], rows, examples, float(numbers[-1]))
+    return Sight(TAPPED[function - 1], rows, examples, float(numbers[-1]), sizes[-1])
 
 
 def obstacle_of(called: Called, operation: Operation, spec: LayerSpec) -> str | None:

@@ -8,6 +8,7 @@ meets data, the parameter has a use that no rule records. Scalars of parameters 
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import torch
 from torch import Tensor
@@ -46,9 +47,12 @@ class Uses:
         penalised: identities of parameters that a penalty reads, whose gradient is then more than the layer's own
             by what nobody sees.
         views: parameters as they are seen through views and copies.
+        readers: by identity of a parameter, what operations that do not apply its layer made of it or of its views,
+            in number of results.
     """
 
     def __init__(self) -> None:
+        self.readers: Counter[int] = Counter()
         self.views = Views()
         self.missed: dict[int, str] = {}
         self.penalised: set[int] = set()
@@ -62,6 +66,14 @@ class Uses:
         if isinstance(value, torch.nn.Parameter):
             return frozenset((id(value),)) if value.requires_grad else NOTHING
         return self._derived.get(value, NOTHING) if isinstance(value, Tensor) else NOTHING
+
+    def read(self, called: Called, output: object) -> None:
+        """Count what an operation made of parameters, where it does not apply their layer."""
+        views = [view for leaf in called.leaves() if (view := self.views.of(leaf)) is not None]
+        if views and torch.is_grad_enabled():
+            results = sum(result.requires_grad for result in tensors(output))
+            for view in views:
+                self.readers[id(view.param)] += results
 
     def miss(self, value: object, what: str) -> None:
         """Remember a use of the parameters in a value that no rule records."""
