@@ -110,13 +110,12 @@ def _tell(layers: Layers, model: TracedModel, notes: Survey, config: KFACConfig)
     elif not layers.covered and (left := [f for f in layers.fallbacks if f.reason not in meant]):
         lost = listed(f"{f.name} ({f.reason})" for f in left)
         warn(f"no layer is covered, every parameter takes the NadamW update: {lost}")
-    fixed = [
-        name for name, layer in layers.covered.items() if notes.calls[layer.spec.weight].keys() <= notes.constant
-    ]
+    fixed = [name for name, layer in layers.covered.items() if notes.reads_nothing_new(layer.spec.weight)]
     if fixed and model.has_data:  # else it closes over its batch
         warn(
             f"{listed(fixed)}: nothing but constants is multiplied by the weight, so that its factors are of these "
-            "and not of a batch. If the product is a weight in its turn, leave it out with exclude=[...]"
+            "and not of a batch. If the product is a weight in its turn, leave it out with exclude=[...]; a number "
+            "that changes from step to step is data if it comes as an array"
         )
 
 

@@ -34,6 +34,7 @@ from algoperf_kfac.jax.sources import (
     Penalised,
     Source,
     as_source,
+    constant_of,
     fuse,
     is_float,
     sources_of,
@@ -109,8 +110,8 @@ class Visitor:
     def without_bias(self, key: Key) -> None:
         """Something reads the output of the operation `key` as it is, no bias added."""
 
-    def constant_input(self, key: Key) -> None:
-        """The operation `key` reads nothing but constants."""
+    def constant_input(self, key: Key, *, given: bool) -> None:
+        """The operation `key` reads nothing but constants, or (`given`) single numbers among the arguments."""
 
     def other_use(self, key: Key, source: Source, what: str, *, computed: bool) -> None:
         """Something without a rule reads a parameter: it meets data there.
@@ -211,10 +212,10 @@ class Interpreter:
         for number, eqn in enumerate(jaxpr.eqns):
             ins = [_value(v, values) for v in eqn.invars]
             in_tags = [CONSTANT if isinstance(v, Literal) else tagged.get(v) for v in eqn.invars]
-            if all(tag in (None, CONSTANT, Held()) for tag in in_tags):
+            if all(tag is None or constant_of([tag]) for tag in in_tags):
                 outs = bind(eqn, ins)
-                if all(in_tags):
-                    tagged |= dict.fromkeys(eqn.outvars, Held() if Held() in in_tags else CONSTANT)
+                if (constant := constant_of(in_tags)) is not None:
+                    tagged |= dict.fromkeys(eqn.outvars, constant)
             elif not self.all_uses and live.isdisjoint(eqn.outvars):
                 outs = bind(eqn, ins)
                 tagged |= {v: tag for v in eqn.outvars if (tag := self._unread(in_tags)) is not None}
@@ -271,8 +272,8 @@ class Interpreter:
         if read.parts:  # one product with several weights side by side: an operation for each
             parts = tuple(((*key, number), part) for number, part in enumerate(read.parts))
         for part_key, part in parts:
-            if tags[read.operand] in (CONSTANT, Held()):
-                self.visitor.constant_input(part_key)
+            if (constant := constant_of([tags[read.operand]])) is not None:
+                self.visitor.constant_input(part_key, given=isinstance(constant, Held) and constant.given)
             out = self.visitor.operation(part_key, part, x, out)
         return [out], [Output(read.use, parts, read.use.out_dims)]
 
@@ -435,10 +436,10 @@ def _value(v: Var | Literal, values: Mapping[Var, Array]) -> Array:
 
 def _function(name: str, tags: Tags, outs: Sequence[Array]) -> Derived | Penalised | None:
     """The outputs as a function of parameters, where no data go into them in a way that would be a use."""
-    read = [tag for tag in tags if tag not in (CONSTANT, Held())]
+    read = [tag for tag in tags if constant_of([tag]) is None]
     sources = frozenset(source for tag in read for source in sources_of(tag))
     pure = all(isinstance(tag, Source | Fused | Derived) for tag in read)
-    if pure and Held() in tags:
+    if pure and any(isinstance(tag, Held) for tag in tags):
         # What is held may be data, closed over: constant is what has the size of the parameters, or of one number.
         sizes = [math.prod(source.shape) for source in sources]
         pure = name in ELEMENTWISE and outs[0].size in (1, *sizes, sum(sizes))

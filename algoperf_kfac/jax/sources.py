@@ -153,7 +153,12 @@ class Held:
     """What a program holds beside parameters and data, or a function of it: floats that it closes over, that are a
     single number, or that come in trees like the parameters (old weights, Fisher information). A constant beside a
     parameter of its size. Random keys are none: noise is data.
+
+    Attributes:
+        given: whether a single number among the arguments is part of it: another one at every step, maybe.
     """
+
+    given: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +204,14 @@ def sources_of(tag: object) -> tuple[Source, ...]:
 def is_data(tag: object) -> bool:
     """Whether a value may be the input of a weighted operation: it is no function of parameters alone."""
     return not sources_of(tag) or (isinstance(tag, Derived) and tag.with_data)
+
+
+def constant_of(tags: Sequence[object]) -> Held | Derived | None:
+    """What is made of constants and of what is held; None unless all values are such."""
+    if not all(tag == CONSTANT or isinstance(tag, Held) for tag in tags):
+        return None
+    held = [tag for tag in tags if isinstance(tag, Held)]
+    return Held(any(tag.given for tag in held)) if held else CONSTANT
 
 
 def is_float(value: object) -> bool:

@@ -211,6 +211,39 @@ def test_weights_of_constants_are_said() -> None:
         made(lambda p, x: x @ (basis @ p["t"]), normal(1, N, D), t=(2, K))
 
 
+RELATIVE = jnp.cos(jnp.arange(N * 2.0).reshape(N, 2))
+
+
+def with_a_time(p: Any, x: Array, t: Array) -> Array:
+    """One time, or noise level, for the whole batch, embedded before anything else."""
+    return jnp.tanh(x @ p["w"] + jnp.stack([jnp.sin(t), t])[None] @ p["e"]) @ p["v"]
+
+
+def with_relative_positions(p: Any, x: Array, t: Array) -> Array:
+    """A bias of each position that a layer makes of constants (Swin v2)."""
+    return jnp.tanh(x @ p["w"] + (RELATIVE @ p["e"]).mean(0) + t) @ p["v"]
+
+
+@pytest.mark.parametrize("apply", [with_a_time, with_relative_positions])
+def test_a_layer_of_constants_is_not_asked_how_many_examples_there_are(apply: Apply) -> None:
+    """It comes first in its model, and sees one row or as many as there are constants."""
+    x, t, c = normal(1, 4, D), jnp.float64(0.3), np.asarray(normal(2, 4, K))
+    params = raw(apply, e=(2, 5), w=(D, 5), v=(5, K))[1]
+    loss = lambda f, *args: jnp.square(f - c).sum(1).mean()  # noqa: E731
+    if apply is with_a_time:  # a number among the arguments is another one at each step
+        optimizer = silent(lambda: KFAC(apply, loss, params, x, t))
+    else:
+        with pytest.warns(UserWarning, match="e: nothing but constants"):
+            optimizer = KFAC(apply, loss, params, x, t)
+    run = jax.jit(lambda: optimizer.value_grad_and_statistics(params, x, t)[2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        statistics = run()
+    gradients = 2 * (np.asarray(apply(params, x, t)) - c)  # of each example's own loss
+    np.testing.assert_allclose(statistics["v"].b[0][0], gradients.T @ gradients, rtol=1e-10)
+    assert float(statistics["v"].examples) == 4
+
+
 def test_a_batch_that_is_closed_over_is_none_of_them() -> None:
     x = normal(1, N, D)
     params = raw(network, a=(D, 5), b=(5,), c=(5, K))[1]
