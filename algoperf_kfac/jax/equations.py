@@ -10,11 +10,15 @@ from jax import Array
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from algoperf_kfac.jax.operations import shape_of
-from algoperf_kfac.jax.sources import Fused, Move, Source
+from algoperf_kfac.jax.sources import Fused, Move, Source, aligned
 from algoperf_kfac.jax.types import Sizes
 
 # Without gradient: whatever these read, no statistics miss it.
 NO_GRADIENT = {"stop_gradient", "round", "floor", "ceil", "sign"}
+
+
+# Changes of shape, whatever they are to a parameter.
+MOVES = {"squeeze", "reshape", "transpose", "rev", "broadcast_in_dim"}
 
 
 def carrying(jaxpr: Jaxpr, wanted: Sequence[bool]) -> set[Var]:
@@ -78,34 +82,8 @@ def moved_dims(eqn: JaxprEqn, dims: Sizes, after: Sizes) -> Sizes | None:
     elif name in ("squeeze", "reshape"):
         given = params.get("dimensions") if name == "reshape" else None  # before the reshape, a transpose
         order = range(len(before)) if given is None else given
-        aligned = _aligned(tuple(before[d] for d in order), after)
-        moved = {order[d]: place for d, place in aligned.items()}
+        kept = aligned(tuple(before[d] for d in order), after)
+        moved = {order[d]: place for d, place in kept.items()}
     places = tuple(moved.get(d, -1) for d in dims)
     whole = all(place >= 0 and before[d] == after[place] for d, place in zip(dims, places, strict=True))
     return places if moved and whole else None
-
-
-def _aligned(before: Sizes, after: Sizes) -> dict[int, int]:
-    """Which dimensions a reshape leaves as they are, and where they are afterwards."""
-    if 0 in before:
-        return {}
-    same: dict[int, int] = {}
-    i = j = 0
-    while i < len(before) and j < len(after):
-        if before[i] == after[j]:
-            same[i] = j
-        elif before[i] == 1:
-            j -= 1
-        elif after[j] == 1:
-            i -= 1
-        else:  # some are joined or cut: up to where both have as many entries
-            left, right = before[i], after[j]
-            while left != right:
-                if left < right:
-                    i += 1
-                    left *= before[i]
-                else:
-                    j += 1
-                    right *= after[j]
-        i, j = i + 1, j + 1
-    return same

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from algoperf_kfac.jax.equations import NO_GRADIENT, bind, carrying, moved_dims, moves_of
+from algoperf_kfac.jax.derived import PRODUCTS, either, function_of, is_penalty, may_multiply
+from algoperf_kfac.jax.equations import MOVES, NO_GRADIENT, bind, carrying, moved_dims, moves_of
 from algoperf_kfac.jax.operations import RULES, Call, Lookup, Rule, is_bias
 from algoperf_kfac.jax.sources import (
     CONSTANT,
@@ -32,6 +33,7 @@ from algoperf_kfac.jax.sources import (
     Fused,
     Held,
     Penalised,
+    Selected,
     Source,
     as_source,
     constant_of,
@@ -62,9 +64,9 @@ _PASS = {
     "pvary",
     "reduce_precision",
 }
-# Element by element: with data of its own size (noise, a mask) a weight stays a weight, until something reads it.
-ELEMENTWISE = {"add", "add_any", "clamp", "div", "max", "min", "mul", "pow", "rem", "select_n", "sub"}
 _SUMS = {"add", "add_any", "sub"}  # of a loss and its penalties
+# Operations that take entries of a table by numbers that are data.
+SELECTIONS = {"gather", "dynamic_slice"}
 # What cannot be followed is taken for a use at once, even without data.
 _OPAQUE = {"while", "pure_callback", "io_callback", "ffi_call", "pallas_call"}
 RETURNED = "the loss"  # in place of an operation's name
@@ -85,7 +87,7 @@ class Output:
     dims: Sizes
 
 
-Tag: TypeAlias = Source | Fused | Output | Derived | Held | Penalised
+Tag: TypeAlias = Source | Fused | Output | Derived | Held | Penalised | Selected
 """What a value is of the parameters; None for data."""
 
 Tags: TypeAlias = Sequence[Tag | None]
@@ -113,7 +115,7 @@ class Visitor:
     def constant_input(self, key: Key, *, given: bool) -> None:
         """The operation `key` reads nothing but constants, or (`given`) single numbers among the arguments."""
 
-    def other_use(self, key: Key, source: Source, what: str, *, computed: bool) -> None:
+    def other_use(self, key: Key, source: Source, what: str, *, computed: bool, product: bool) -> None:
         """Something without a rule reads a parameter: it meets data there.
 
         Args:
@@ -121,6 +123,7 @@ class Visitor:
             source: the parameter.
             what: the operation's name.
             computed: whether it reads a function of the parameter, not the parameter itself.
+            product: whether it may multiply data by it.
         """
 
     def without_gradient(self, source: Source) -> None:
@@ -174,7 +177,7 @@ class Interpreter:
         outs, out_tags = self._evaluate(closed.jaxpr, closed.consts, args, tags, (), wanted)
         for out, tag, is_returned in zip(outs, out_tags, wanted, strict=True):
             # A loss could do anything with a parameter that it is given; a scalar of parameters is a penalty.
-            if is_returned and out.ndim == 0 and _is_penalty(tag):
+            if is_returned and out.ndim == 0 and is_penalty(tag):
                 for source in sources_of(tag):
                     self.visitor.penalty(source)
             elif is_returned:
@@ -262,12 +265,13 @@ class Interpreter:
         (out,) = bind(eqn, ins)
         if any(jnp.issubdtype(t.dtype, jnp.complexfloating) for t in (ins[read.operand], out)):
             for tag in tags:
-                self._missed(key, tag, f"{eqn.primitive.name} of complex numbers")
+                self._missed(key, tag, f"{eqn.primitive.name} of complex numbers", product=True)
             return [out], [None]
-        self._missed(key, tags[read.operand], eqn.primitive.name)
+        self._missed(key, tags[read.operand], eqn.primitive.name, product=True)
         x = ins[read.operand] if read.prepare is None else read.prepare(ins)
         if isinstance(read.use, Lookup):
-            return [self.visitor.lookup(key, read.use, x[..., 0], out)], [None]
+            rows = self.visitor.lookup(key, read.use, x[..., 0], out)
+            return [rows], [Selected(read.use.source) if constant_of([tags[read.operand]]) else None]
         parts: tuple[tuple[Key, Call], ...] = ((key, read.use),)
         if read.parts:  # one product with several weights side by side: an operation for each
             parts = tuple(((*key, number), part) for number, part in enumerate(read.parts))
@@ -288,6 +292,8 @@ class Interpreter:
             for move in moves:
                 tag = tag.moved(move)
             return tag
+        if isinstance(tag, Selected) and name in MOVES:
+            return tag
         if isinstance(tag, Output) and name == "transpose":
             permutation = eqn.params["permutation"]
             return dataclasses.replace(tag, dims=tuple(permutation.index(d) for d in tag.dims))
@@ -304,15 +310,22 @@ class Interpreter:
             return self._unread(tags)
         for one in tags:
             self._without_bias(one)
-        if name not in _OPAQUE and (function := _function(name, tags, outs)) is not None:
+        if name not in _OPAQUE and (function := function_of(name, tags, outs)) is not None:
             return function
+        product = may_multiply(eqn, tags)
         penalties = frozenset[Source]()
         for tag in tags:
-            if name in _SUMS and outs[0].ndim == 0 and _is_penalty(tag):
+            if name in _SUMS and outs[0].ndim == 0 and is_penalty(tag):
                 penalties |= frozenset(sources_of(tag))
+            elif isinstance(tag, Selected) and name in PRODUCTS:
+                self.visitor.other_use(key, tag.source, name, computed=True, product=True)
             else:
-                self._missed(key, tag, name)
-        return Penalised(penalties) if penalties else None
+                self._missed(key, tag, name, product=product)
+        if penalties:
+            return Penalised(penalties)
+        # Of a stack, weights are taken by data; what an embedding's rows become is up to the model.
+        taken = tags[0] if name in SELECTIONS else None
+        return Selected(taken) if isinstance(taken, Source) and len(taken.shape) > 2 else None
 
     def _unread(self, tags: Tags) -> Derived | None:
         """Tell the visitor of the parameters in values that are read without a gradient; what is made of them."""
@@ -325,11 +338,12 @@ class Interpreter:
         for key, _ in tag.parts if isinstance(tag, Output) else ():
             self.visitor.without_bias(key)
 
-    def _missed(self, key: Key, tag: Tag | None, what: str) -> None:
+    def _missed(self, key: Key, tag: Tag | None, what: str, *, product: bool = False) -> None:
         """Tell the visitor of the parameters in a value that something without a rule reads."""
         self._without_bias(tag)
         for source in sources_of(tag):
-            self.visitor.other_use(key, source, what, computed=not isinstance(tag, Source | Fused))
+            computed = not isinstance(tag, Source | Fused)
+            self.visitor.other_use(key, source, what, computed=computed, product=product)
 
     def _bias(self, output: Output, summand: Source | Fused, shape: Sizes) -> bool:
         """Whether the summand is the bias of the operation; tells the visitor, part by part where it is fused."""
@@ -373,14 +387,14 @@ class Interpreter:
         branches = [branch(i, closed) for i, closed in enumerate(eqn.params["branches"])]
         self.visitor.conditional(key)
         outs: list[Array] = lax.switch(ins[0], branches, *ins[1:])
-        return outs, [_either(alternatives) for alternatives in zip(*of_branches, strict=True)]
+        return outs, [either(alternatives) for alternatives in zip(*of_branches, strict=True)]
 
     def _scan(self, eqn: JaxprEqn, ins: list[Array], tags: Tags, key: Key, wanted: Sequence[bool]) -> Evaluated:
         """A loop, again as a loop: parameters come in whole at each turn, or slice by slice."""
         params = eqn.params
         num_consts, num_carry = params["num_consts"], params["num_carry"]
         first_x = num_consts + num_carry
-        inner_tags = self._inside_scan(tags, num_consts, first_x, key)
+        inner_tags = self._inside_scan(tags, num_consts, first_x, key, product=may_multiply(eqn, tags))
         sliced = [tag.name for tag in inner_tags[first_x:] if isinstance(tag, Source)]
         inside = [
             *(True for _ in range(num_carry)),
@@ -408,7 +422,9 @@ class Interpreter:
         )
         return [*carry, *ys], [None] * (len(carry) + len(ys))
 
-    def _inside_scan(self, tags: Tags, num_consts: int, first_x: int, key: Key) -> list[Tag | None]:
+    def _inside_scan(
+        self, tags: Tags, num_consts: int, first_x: int, key: Key, *, product: bool
+    ) -> list[Tag | None]:
         """The tags of a loop's operands within its body. A weight that it carries, or cuts otherwise, is lost.
 
         Args:
@@ -416,6 +432,7 @@ class Interpreter:
             num_consts: number of constants.
             first_x: where what is sliced begins.
             key: of the loop.
+            product: whether it may multiply data by what it carries.
         """
         inner: list[Tag | None] = []
         for position, tag in enumerate(tags):
@@ -425,45 +442,10 @@ class Interpreter:
                 inner.append(dataclasses.replace(tag, scans=tag.scans + 1))
             else:
                 inner.append(None)
-                self._missed(key, tag, "scan")
+                self._missed(key, tag, "scan", product=product)
         return inner
 
 
 def _value(v: Var | Literal, values: Mapping[Var, Array]) -> Array:
     """A value of a program. Its literals may be numbers of Python: of a weak type then, as they are to JAX."""
     return jnp.asarray(v.val) if isinstance(v, Literal) else values[v]
-
-
-def _function(name: str, tags: Tags, outs: Sequence[Array]) -> Derived | Penalised | None:
-    """The outputs as a function of parameters, where no data go into them in a way that would be a use."""
-    read = [tag for tag in tags if constant_of([tag]) is None]
-    sources = frozenset(source for tag in read for source in sources_of(tag))
-    pure = all(isinstance(tag, Source | Fused | Derived) for tag in read)
-    if pure and any(isinstance(tag, Held) for tag in tags):
-        # What is held may be data, closed over: constant is what has the size of the parameters, or of one number.
-        sizes = [math.prod(source.shape) for source in sources]
-        pure = name in ELEMENTWISE and outs[0].size in (1, *sizes, sum(sizes))
-    mixed = any(isinstance(tag, Derived) and tag.with_data for tag in read)
-    if pure:
-        return Derived(sources, mixed)
-    if all(out.ndim == 0 for out in outs):
-        # Multiples of losses with penalties; sums of them are told apart, summand by summand.
-        multiple = len(read) == 1 and (name in ("mul", "neg") or (name == "div" and tags[0] is read[0]))
-        return Penalised(sources) if multiple and sources and not mixed else None
-    # Data of a size that only the weight has: of a scalar or vector nothing could be told.
-    of_its_size = any(len(source.shape) > 1 and math.prod(source.shape) == outs[0].size for source in sources)
-    if name in ELEMENTWISE and of_its_size and not any(isinstance(tag, Penalised) for tag in read):
-        return Derived(sources, with_data=True)
-    return None
-
-
-def _is_penalty(tag: Tag | None) -> bool:
-    """Whether a scalar may be added to a loss without a use of its parameters: no data met them before."""
-    return not (isinstance(tag, Derived) and tag.with_data)
-
-
-def _either(tags: Tags) -> Derived | None:
-    """What one of several values is of the parameters."""
-    sources = frozenset(source for tag in tags for source in sources_of(tag))
-    # As of data: what the branches return besides is not known.
-    return Derived(sources, with_data=True) if sources else None

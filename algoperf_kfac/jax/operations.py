@@ -166,11 +166,13 @@ def read_dot_general(eqn: JaxprEqn, tags: Sequence[object]) -> Read | None:
     for position in (1, 0):
         tag, other = tags[position], 1 - position
         weight = as_source(tag)
-        if weight is None or not is_data(tags[other]) or weight.is_broadcast:
+        if weight is None or not is_data(tags[other]):
             continue
         call = _linear(
             weight, shape_of(eqn.invars[position]), shape_of(eqn.invars[other]), eqn, weight_is_rhs=position == 1
         )
+        if call is None:
+            continue
         if not isinstance(tag, Fused):
             return Read(call, other)
         parts = split_call(call, tag)
@@ -178,7 +180,13 @@ def read_dot_general(eqn: JaxprEqn, tags: Sequence[object]) -> Read | None:
     return None
 
 
-def _linear(weight: Source, weight_shape: Sizes, x_shape: Sizes, eqn: JaxprEqn, *, weight_is_rhs: bool) -> Call:
+def _linear(
+    weight: Source, weight_shape: Sizes, x_shape: Sizes, eqn: JaxprEqn, *, weight_is_rhs: bool
+) -> Call | None:
+    """The product as a linear layer; None where the weight is repeated, but for once per example.
+
+    What runs over repetitions of the weight beside the input's own dimension (a batch of the product) is examples.
+    """
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
     if weight_is_rhs:
         x_contract, w_contract, x_batch, w_batch = lhs_contract, rhs_contract, lhs_batch, rhs_batch
@@ -187,28 +195,41 @@ def _linear(weight: Source, weight_shape: Sizes, x_shape: Sizes, eqn: JaxprEqn, 
     # In the weight's order, so that features are numbered as the weight stores them.
     pairs = sorted(zip(w_contract, x_contract, strict=True))
     w_contract, x_contract = tuple(w for w, _ in pairs), tuple(x for _, x in pairs)
-    x_free = tuple(d for d in range(len(x_shape)) if d not in (*x_contract, *x_batch))
-    w_free = tuple(d for d in range(len(weight_shape)) if d not in (*w_contract, *w_batch))
+    dims = tuple(range(len(weight_shape)))
+    if weight.is_broadcast:
+        once = weight.once()
+        if once is None:
+            return None
+        weight, dims = once
+        if any(d not in (*dims, *w_batch) for d in range(len(weight_shape))):
+            return None
+    repeated = tuple(x for x, w in zip(x_batch, w_batch, strict=True) if w not in dims)
+    x_rows = tuple(d for d in range(len(x_shape)) if d not in (*x_contract, *x_batch) or d in repeated)
+    x_free = tuple(d for d in x_rows if d not in repeated)
+    x_groups, w_batch = (
+        tuple(d for d in x_batch if d not in repeated),
+        tuple(d for d in w_batch if d in dims),
+    )
+    w_free = tuple(d for d in sorted(dims) if d not in (*w_contract, *w_batch))
     groups = math.prod(weight_shape[d] for d in w_batch)
     view = WeightView(
         weight,
-        (*range(weight.scans), *(weight.scans + d for d in (*w_batch, *w_free, *w_contract))),
+        (*range(weight.scans), *(weight.scans + dims.index(d) for d in (*w_batch, *w_free, *w_contract))),
         groups * math.prod(weight.scanned_sizes),
         math.prod(weight_shape[d] for d in w_free),
         math.prod(weight_shape[d] for d in w_contract),
     )
     # The output has the batch dimensions, then the free ones of either operand, the left one's first.
-    batch = tuple(range(len(x_batch)))
-    first, second = len(batch), len(batch) + (len(x_free) if weight_is_rhs else len(w_free))
+    first, second = len(x_batch), len(x_batch) + (len(x_free) if weight_is_rhs else len(w_free))
     x_start, w_start = (first, second) if weight_is_rhs else (second, first)
-    x_out, w_out = range(x_start, x_start + len(x_free)), range(w_start, w_start + len(w_free))
+    places = dict(zip((*x_batch, *x_free), (*range(first), *range(x_start, x_start + len(x_free))), strict=True))
     return Call(
         "linear",
         view,
-        tuple(x_shape[d] for d in x_free),
+        tuple(x_shape[d] for d in x_rows),
         groups,
-        (*x_free, *x_batch, *x_contract),
-        (*x_out, *batch, *w_out),
+        (*x_rows, *x_groups, *x_contract),
+        (*(places[d] for d in (*x_rows, *x_groups)), *range(w_start, w_start + len(w_free))),
     )
 
 

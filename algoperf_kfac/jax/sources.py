@@ -112,6 +112,38 @@ class Source:
             for move in self.moves
         )
 
+    def once(self) -> tuple[Source, Sizes] | None:
+        """The same without repetitions, and where its dimensions are among those of the operand at hand.
+
+        None unless whole dimensions are all that the moves after the first repetition leave or add.
+        """
+        first = next((i for i, move in enumerate(self.moves) if move.kind == "broadcast"), len(self.moves))
+        whole = dataclasses.replace(self, moves=self.moves[:first])
+        before = whole.seen_shape
+        places = {dim: dim for dim in range(len(before))}  # where each dimension of the whole is by now
+        for number, move in enumerate(self.moves[first:], first):
+            shape = dataclasses.replace(self, moves=self.moves[:number]).seen_shape
+            if move.kind == "broadcast":
+                moved = dict(enumerate(move.argument))
+            elif move.kind == "transpose":
+                moved = {dim: place for place, dim in enumerate(move.argument)}
+            elif move.kind == "reshape":
+                moved = aligned(shape, move.argument)
+            else:
+                return None
+            after = dataclasses.replace(self, moves=self.moves[: number + 1]).seen_shape
+            places = {
+                dim: moved[place]
+                for dim, place in places.items()
+                if place in moved and after[moved[place]] == before[dim]
+            }
+            if any(size > 1 for dim, size in enumerate(before) if dim not in places):
+                return None
+        if any(places.get(dim) != dim for dim in range(self.scans)):
+            return None
+        kept = whole.moved(Move("reshape", tuple(before[dim] for dim in places)))
+        return kept, tuple(place - self.scans for place in list(places.values())[self.scans :])
+
     @property
     def is_broadcast(self) -> bool:
         return any(move.kind == "broadcast" for move in self.moves)
@@ -172,6 +204,17 @@ class Penalised:
     sources: frozenset[Source]
 
 
+@dataclasses.dataclass(frozen=True)
+class Selected:
+    """Parts of a parameter, taken by number. Data, but for a product that multiplies by them as they are.
+
+    Attributes:
+        source: the parameter.
+    """
+
+    source: Source
+
+
 CONSTANT = Derived()
 
 
@@ -226,3 +269,29 @@ def hollow(shape: Sizes) -> np.ndarray:
 
 def inverse_permutation(permutation: Sequence[int]) -> Sizes:
     return tuple(int(i) for i in np.argsort(permutation))
+
+
+def aligned(before: Sizes, after: Sizes) -> dict[int, int]:
+    """Which dimensions a reshape leaves as they are, and where they are afterwards."""
+    if 0 in before:
+        return {}
+    same: dict[int, int] = {}
+    i = j = 0
+    while i < len(before) and j < len(after):
+        if before[i] == after[j]:
+            same[i] = j
+        elif before[i] == 1:
+            j -= 1
+        elif after[j] == 1:
+            i -= 1
+        else:  # some are joined or cut: up to where both have as many entries
+            left, right = before[i], after[j]
+            while left != right:
+                if left < right:
+                    i += 1
+                    left *= before[i]
+                else:
+                    j += 1
+                    right *= after[j]
+        i, j = i + 1, j + 1
+    return same

@@ -103,6 +103,7 @@ class Survey(Visitor):
         bare: operations whose output something reads as it is.
         other_uses: parameter -> the primitives without a rule that read it, in order; and whether they read a
             function of it.
+        products: parameters that something without a rule multiplies by, or may.
         stopped: parameters that something reads through which no gradient goes.
         penalised: parameters that the loss depends on apart from what the model computes with them.
         rounding: weight -> the coarsest eps among the dtypes of its operations' inputs and outputs.
@@ -119,6 +120,7 @@ class Survey(Visitor):
         self.added: dict[Key, set[Source]] = {}
         self.bare: set[Key] = set()
         self.other_uses: dict[str, dict[str, bool]] = {}
+        self.products: set[str] = set()
         self.stopped: set[str] = set()
         self.penalised: set[str] = set()
         self.rounding: dict[str, float] = {}
@@ -158,8 +160,10 @@ class Survey(Visitor):
         """Operation -> its bias: a parameter that all that read its output add, so that both have one gradient."""
         return {key: next(iter(s)) for key, s in self.added.items() if len(s) == 1 and key not in self.bare}
 
-    def other_use(self, key: Key, source: Source, what: str, *, computed: bool) -> None:
+    def other_use(self, key: Key, source: Source, what: str, *, computed: bool, product: bool) -> None:
         self.other_uses.setdefault(source.name, {}).setdefault(what, computed)
+        if product:
+            self.products.add(source.name)
 
     def without_gradient(self, source: Source) -> None:
         self.stopped.add(source.name)

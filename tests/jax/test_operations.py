@@ -52,6 +52,14 @@ def per_example(p: Any, x: Array) -> Array:
     return jax.vmap(one)(x)
 
 
+def repeated_weights(p: Any, x: Array) -> Array:
+    """A weight for each example, all of them one, as what maps over examples spells it."""
+    n = len(x)
+    x = jnp.tanh(x @ jnp.broadcast_to(p["a"], (n, *p["a"].shape)) + p["b"])
+    x = jnp.tanh(jnp.einsum("nri,nij->nrj", x, jnp.tile(p["c"], (n, 1, 1))))
+    return jnp.einsum("noi,nri->nro", jnp.repeat(p["d"][None], n, 0).swapaxes(1, 2), x)
+
+
 def to_half(p: Any, x: Array) -> Array:
     return (x.astype(jnp.float32) @ p["w"].astype(jnp.float32)).astype(jnp.float64) + p["b"]
 
@@ -139,6 +147,10 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, str | None], set[str]]] = {
         lambda: raw(lambda p, x: jnp.einsum("oi,nir->nor", p["w"], x) + p["b"][:, None],
                     normal(1, 2, 4, 3), w=(5, 4), b=(5,)),
         {"w": "b"}, set(),
+    ),
+    "raw-weights-repeated": (
+        lambda: raw(repeated_weights, normal(1, 2, 3, 4), a=(4, 3), b=(3,), c=(3, 5), d=(5, 2)),
+        {"a": "b", "c": None, "d": None}, set(),
     ),
     "raw-grouped-einsum": (
         lambda: raw(lambda p, x: jnp.einsum("ngi,goi->ngo", x, p["w"]) + p["b"],
