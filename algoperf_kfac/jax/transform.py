@@ -21,7 +21,7 @@ from algoperf_kfac.jax.mistakes import Mistakes
 from algoperf_kfac.jax.nadamw import nesterov
 from algoperf_kfac.jax.preconditioner import LayerState
 from algoperf_kfac.jax.promotion import with_promotion
-from algoperf_kfac.jax.refresh import refresh_due
+from algoperf_kfac.jax.refresh import States, refresh_due
 from algoperf_kfac.jax.scalings import scaling_of
 from algoperf_kfac.jax.sources import Source
 from algoperf_kfac.jax.stacks import Stack, Stacks, check_members, members_of, select, stack_trees, stacks_of
@@ -87,6 +87,15 @@ def scale_by_kfac(
     scaling = scaling_of(config)
     said = mistakes or layers.mistakes
 
+    @functools.cache
+    def refreshed(names: frozenset[str]) -> Callable[[States, Array, Array | None], States]:
+        """Refreshes the layers of these names.
+
+        One program that is kept: outside of `jit` the loops of `refresh_due` would be compiled anew at every step.
+        """
+        stacks = stacks_of(layers.only(names))
+        return jax.jit(lambda states, count, pace: refresh_due(states, stacks, count, scaling, mesh, pace))
+
     def new_states(stack: Stack) -> LayerState:
         """Of layers that are alike at the beginning."""
         layer = stack.layers[0]
@@ -138,7 +147,7 @@ def scale_by_kfac(
             idle = _idle(statistics, idle)
             check_known(layers, {*statistics, *idle})
             states = move_averages(states, statistics, here, config)
-            states = refresh_due(dict(states), stacks, state.steps, scaling, mesh, pace)
+            states = refreshed(frozenset(here.covered))(dict(states), state.steps, pace)
         count = state.steps + 1
         gradients = trained(updates, state.mu)
         mu, momenta = nesterov(gradients, trained(state.mu, state.mu), count, beta1)
