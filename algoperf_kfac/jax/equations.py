@@ -56,7 +56,7 @@ def moves_of(eqn: JaxprEqn, tag: Source | Fused, shape: Sizes) -> tuple[Move, ..
     def transpose(permutation: Iterable[int]) -> Move:
         return Move("transpose", (*whole, *(scans + d for d in permutation)))
 
-    if name == "squeeze":
+    if name == "squeeze" or (name == "slice" and shape == shape_of(eqn.invars[0])):
         return (reshape,)
     if name == "reshape":
         order = params.get("dimensions")
@@ -74,7 +74,10 @@ def moves_of(eqn: JaxprEqn, tag: Source | Fused, shape: Sizes) -> tuple[Move, ..
 
 
 def moved_dims(eqn: JaxprEqn, dims: Sizes, after: Sizes) -> Sizes | None:
-    """Where some dimensions are after a change of shape that leaves them whole; None after anything else."""
+    """Where some dimensions are after a change of shape that leaves them whole; None after anything else.
+
+    One of size 1 may be gone afterwards.
+    """
     name, params, before = eqn.primitive.name, eqn.params, shape_of(eqn.invars[0])
     moved: dict[int, int] = {}
     if name == "broadcast_in_dim":
@@ -84,6 +87,9 @@ def moved_dims(eqn: JaxprEqn, dims: Sizes, after: Sizes) -> Sizes | None:
         order = range(len(before)) if given is None else given
         kept = aligned(tuple(before[d] for d in order), after)
         moved = {order[d]: place for d, place in kept.items()}
+        dims = tuple(d for d in dims if d in moved or before[d] > 1)
+    elif name == "slice" and before == after:  # of [..., 0], where that is all there is
+        return dims
     places = tuple(moved.get(d, -1) for d in dims)
     whole = all(place >= 0 and before[d] == after[place] for d, place in zip(dims, places, strict=True))
     return places if moved and whole else None

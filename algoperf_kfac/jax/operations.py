@@ -313,9 +313,11 @@ def is_bias(source: Source, call: Call, dims: Sizes, shape: Sizes) -> bool:
     if size != call.view.groups * call.view.out_dim:
         return False
     value = source.apply(np.arange(size).reshape(source.shape))
-    if scans != call.view.source.scans or value.ndim != scans + len(shape):
+    if scans != call.view.source.scans or value.ndim not in (scans, scans + len(shape)):
         return False
-    value = np.broadcast_to(value, (*value.shape[:scans], *shape))  # as additions do of themselves
+    # As additions do of themselves, with single numbers too; a batch without examples has the biases of others.
+    value = value.reshape(*value.shape, *[1] * (scans + len(shape) - value.ndim))
+    value = np.broadcast_to(value, (*value.shape[:scans], *(max(size, 1) for size in shape)))
     dims = tuple(scans + d for d in dims)
     others = [d for d in range(scans, value.ndim) if d not in dims]
     if any(value.strides[d] != 0 and value.shape[d] != 1 for d in others):

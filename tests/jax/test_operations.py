@@ -52,6 +52,12 @@ def per_example(p: Any, x: Array) -> Array:
     return jax.vmap(one)(x)
 
 
+def single_outputs(p: Any, x: Array) -> tuple[Array, Array, Array]:
+    """Dimensions of size 1 that are indexed away before the bias, or never there."""
+    x = jnp.tanh((p["a"].T @ x[..., None])[..., 0] + p["b"])
+    return x @ p["c"] + p["d"], (x @ p["e"])[:, 0] + p["f"], x @ p["g"][0] + p["h"]
+
+
 def repeated_weights(p: Any, x: Array) -> Array:
     """A weight for each example, all of them one, as what maps over examples spells it."""
     n = len(x)
@@ -147,6 +153,11 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, str | None], set[str]]] = {
         lambda: raw(lambda p, x: jnp.einsum("oi,nir->nor", p["w"], x) + p["b"][:, None],
                     normal(1, 2, 4, 3), w=(5, 4), b=(5,)),
         {"w": "b"}, set(),
+    ),
+    "raw-single-outputs": (
+        lambda: raw(single_outputs, normal(1, 3, 4), a=(4, 5), b=(5,), c=(5,), d=(), e=(5, 1), f=(), g=(1, 5),
+                    h=()),
+        {"a": "b", "c": "d", "e": "f", "g": "h"}, set(),
     ),
     "raw-weights-repeated": (
         lambda: raw(repeated_weights, normal(1, 2, 3, 4), a=(4, 3), b=(3,), c=(3, 5), d=(5, 2)),
