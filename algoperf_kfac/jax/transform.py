@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh
@@ -343,7 +344,7 @@ def find_state(state: Tree) -> KFACState:
     """The `KFACState` inside the state of a chain.
 
     Raises:
-        ValueError: if there is none, or more than one.
+        ValueError: if there is none, or more than one, or one of several members or devices.
     """
     leaves = jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, KFACState) or _is_restored(s))
     if any(map(_is_restored, leaves)):
@@ -352,4 +353,10 @@ def find_state(state: Tree) -> KFACState:
     if len(found) != 1:
         remedy = ": hand over one of them, of optax.multi_transform state.inner_states[label]" if found else ""
         raise ValueError(f"the optimizer state holds {len(found)} states of K-FAC, not one{remedy}")
+    if members := np.shape(found[0].steps):
+        raise ValueError(
+            f"the optimizer state is {' x '.join(map(str, members))} states, as jax.vmap over an ensemble and "
+            f"jax.pmap have them: look at one, jax.tree.map(lambda leaf: leaf[{', '.join('0' for _ in members)}], "
+            "state)"
+        )
     return found[0]
