@@ -15,6 +15,7 @@ from algoperf_kfac.jax.sources import (
     Fused,
     Held,
     Penalised,
+    Selected,
     Source,
     constant_of,
     sources_of,
@@ -24,6 +25,8 @@ from algoperf_kfac.jax.sources import (
 ELEMENTWISE = {"add", "add_any", "clamp", "div", "max", "min", "mul", "pow", "rem", "select_n", "sub"}
 # What makes a weight of what it reads, even if that is a function of a parameter: a slice of it, a sum.
 PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general", "triangular_solve"}
+# Operations that take entries of a table by numbers that are data.
+SELECTIONS = {"gather", "dynamic_slice"}
 # Whose programs cannot be looked into.
 _KERNELS = {"pallas_call", "ffi_call", "pure_callback", "io_callback"}
 
@@ -63,28 +66,38 @@ def either(tags: Sequence[object]) -> Derived | None:
     return Derived(sources, with_data=True) if sources else None
 
 
-def may_multiply(eqn: JaxprEqn, tags: Sequence[object]) -> bool:
+def may_multiply(eqn: JaxprEqn) -> bool:
     """Whether an equation without a rule, or one in it, may be a product that a parameter is the weight of.
 
-    Scales and what is added are no weights, whatever their shape.
+    Scales and what is added are no weights, whatever their shape; but a filter of a spectrum is one.
     """
-    if _holds_product(eqn):
-        return True
-    if eqn.primitive.name != "mul":
-        return False
-    out = eqn.outvars[0].aval
-    return jnp.issubdtype(getattr(out, "dtype", jnp.int32), jnp.complexfloating) or _is_spelt_out(eqn, tags)
+    dtype = getattr(eqn.outvars[0].aval, "dtype", jnp.int32) if eqn.outvars else jnp.int32
+    return (eqn.primitive.name == "mul" and jnp.issubdtype(dtype, jnp.complexfloating)) or _holds_product(eqn)
 
 
-def _is_spelt_out(eqn: JaxprEqn, tags: Sequence[object]) -> bool:
-    """Whether data (N, D, 1) meet a weight (D, K) element by element, for a sum over D to follow."""
+def read_later(eqn: JaxprEqn, tags: Sequence[object]) -> Selected | None:
+    """The output of an equation that makes a product together with one that reads it."""
+    name, source = eqn.primitive.name, next(iter(sources_of(tags[0])), None)
+    # Of a stack, weights are taken by data; what an embedding's rows become is up to the model.
+    if name in SELECTIONS and source is not None and len(source.shape) > 2:
+        return Selected(source, name)
+    if name != "mul":
+        return None
     shapes = [shape_of(v) for v in eqn.invars]
-    for (weight, tag), data in zip(zip(shapes, tags, strict=True), shapes[::-1], strict=True):
-        pairs = list(zip(weight, data, strict=False))
-        shared, spread = any(min(p) > 1 for p in pairs), any(w > 1 and d == 1 for w, d in pairs)
-        if sources_of(tag) and shared and spread:
-            return True
-    return False
+    for tag, weight, data in zip(tags, shapes, shapes[::-1], strict=True):
+        pairs = dict(enumerate(zip(weight, data, strict=False)))
+        shared = frozenset(dim for dim, pair in pairs.items() if min(pair) > 1)
+        # Data (N, D, 1) and a weight (D, K), element by element: a product if a sum over D follows.
+        if sources_of(tag) and any(w > 1 == d for w, d in pairs.values()):
+            return Selected(sources_of(tag)[0], name, shared)
+    return None
+
+
+def completes(eqn: JaxprEqn, tag: Selected) -> bool:
+    """Whether an equation makes a product of what it reads."""
+    if eqn.primitive.name == "reduce_sum":
+        return not tag.shared.isdisjoint(eqn.params["axes"])
+    return not tag.shared and eqn.primitive.name in PRODUCTS
 
 
 def _holds_product(eqn: JaxprEqn) -> bool:

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.errors import check_patterns, listed, warn
-from algoperf_kfac.jax.derived import ELEMENTWISE
+from algoperf_kfac.jax.derived import ELEMENTWISE, SELECTIONS
 from algoperf_kfac.jax.growth import grown_dims
-from algoperf_kfac.jax.interpreter import SELECTIONS, Key
+from algoperf_kfac.jax.interpreter import Key
 from algoperf_kfac.jax.kinds import KINDS, kind_for
 from algoperf_kfac.jax.layer_book import CoveredLayer, Layers, check_dtypes, check_real, paths
 from algoperf_kfac.jax.operations import Call

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from algoperf_kfac.jax.derived import PRODUCTS, either, function_of, is_penalty, may_multiply
+from algoperf_kfac.jax.derived import completes, either, function_of, is_penalty, may_multiply, read_later
 from algoperf_kfac.jax.equations import MOVES, NO_GRADIENT, bind, carrying, moved_dims, moves_of
 from algoperf_kfac.jax.operations import RULES, Call, Lookup, Rule, is_bias
 from algoperf_kfac.jax.repetition import repeated_after
@@ -67,8 +67,6 @@ _PASS = {
     "reduce_precision",
 }
 _SUMS = {"add", "add_any", "sub"}  # of a loss and its penalties
-# Operations that take entries of a table by numbers that are data.
-SELECTIONS = {"gather", "dynamic_slice"}
 # What cannot be followed is taken for a use at once, even without data.
 _OPAQUE = {"while", "pure_callback", "io_callback", "ffi_call", "pallas_call"}
 RETURNED = "the loss"  # in place of an operation's name
@@ -276,7 +274,8 @@ class Interpreter:
         x = ins[read.operand] if read.prepare is None else read.prepare(ins)
         if isinstance(read.use, Lookup):
             rows = self.visitor.lookup(key, read.use, x[..., 0], out)
-            return [rows], [Selected(read.use.source) if constant_of([tags[read.operand]]) else None]
+            taken = Selected(read.use.source, eqn.primitive.name)
+            return [rows], [taken if constant_of([tags[read.operand]]) else None]
         parts: tuple[tuple[Key, Call], ...] = ((key, read.use),)
         if read.parts:  # one product with several weights side by side: an operation for each
             parts = tuple(((*key, number), part) for number, part in enumerate(read.parts))
@@ -299,7 +298,7 @@ class Interpreter:
             for move in moves:
                 tag = tag.moved(move)
             return tag
-        if isinstance(tag, Selected) and name in MOVES:
+        if isinstance(tag, Selected) and name in MOVES and not tag.shared:
             return tag
         if isinstance(tag, Output) and (dims := moved_dims(eqn, tag.dims, tuple(outs[0].shape))) is not None:
             return dataclasses.replace(tag, dims=dims)
@@ -318,20 +317,18 @@ class Interpreter:
             if isinstance(function, Derived) and not function.with_data:
                 return dataclasses.replace(function, repeated=repeated_after(eqn, tags))
             return function
-        product = may_multiply(eqn, tags)
+        product = may_multiply(eqn)
         penalties = frozenset[Source]()
         for tag in tags:
             if name in _SUMS and outs[0].ndim == 0 and is_penalty(tag):
                 penalties |= frozenset(sources_of(tag))
-            elif isinstance(tag, Selected) and name in PRODUCTS:
-                self.visitor.other_use(key, tag.source, name, computed=True, product=True)
+            elif isinstance(tag, Selected) and completes(eqn, tag):
+                self.visitor.other_use(
+                    key, tag.source, tag.what if tag.shared else name, computed=True, product=True
+                )
             else:
                 self._missed(key, tag, name, product=product)
-        if penalties:
-            return Penalised(penalties)
-        # Of a stack, weights are taken by data; what an embedding's rows become is up to the model.
-        taken = tags[0] if name in SELECTIONS else None
-        return Selected(taken) if isinstance(taken, Source) and len(taken.shape) > 2 else None
+        return Penalised(penalties) if penalties else read_later(eqn, tags)
 
     def _unread(self, tags: Tags) -> Derived | None:
         """Tell the visitor of the parameters in values that are read without a gradient; what is made of them."""
@@ -400,7 +397,7 @@ class Interpreter:
         params = eqn.params
         num_consts, num_carry = params["num_consts"], params["num_carry"]
         first_x = num_consts + num_carry
-        inner_tags = self._inside_scan(tags, num_consts, first_x, key, product=may_multiply(eqn, tags))
+        inner_tags = self._inside_scan(tags, num_consts, first_x, key, product=may_multiply(eqn))
         sliced = [tag.name for tag in inner_tags[first_x:] if isinstance(tag, Source)]
         inside = [
             *(True for _ in range(num_carry)),
@@ -448,7 +445,8 @@ class Interpreter:
                 inner.append(dataclasses.replace(tag, scans=tag.scans + 1))
             else:
                 inner.append(None)
-                self._missed(key, tag, "scan", product=product)
+                matrices = any(source.is_matrix for source in sources_of(tag))  # a vector carried is a state
+                self._missed(key, tag, "scan", product=product and matrices)
         return inner
 
 

@@ -145,6 +145,11 @@ class Source:
         return kept, tuple(place - self.scans for place in list(places.values())[self.scans :])
 
     @property
+    def is_matrix(self) -> bool:
+        """Whether the parameter is no vector."""
+        return sum(size > 1 for size in self.shape) > 1
+
+    @property
     def is_broadcast(self) -> bool:
         return any(move.kind == "broadcast" for move in self.moves)
 
@@ -208,13 +213,18 @@ class Penalised:
 
 @dataclasses.dataclass(frozen=True)
 class Selected:
-    """Parts of a parameter, taken by number. Data, but for a product that multiplies by them as they are.
+    """Data, but for an operation that makes a weight of the parameter in them: a product that multiplies by parts
+    that were taken by number, a sum over what data were multiplied by.
 
     Attributes:
         source: the parameter.
+        what: the operation that made them of it.
+        shared: dimensions that such a sum runs over; none for parts.
     """
 
     source: Source
+    what: str
+    shared: frozenset[int] = frozenset()
 
 
 CONSTANT = Derived()

@@ -291,21 +291,37 @@ UNREADABLE: dict[str, tuple[Use, str]] = {
 
 @pytest.mark.parametrize("case", UNREADABLE)
 def test_a_product_without_a_rule_is_said_beside_other_layers(case: str) -> None:
-    """However it is spelt; what is left to NadamW by design is not said: tables, positions, scales, biases."""
+    """However it is spelt; what is left to NadamW by design is not: tables, positions, scales, biases, rates of
+    decay (Mamba), the states that loops begin with."""
     use, words = UNREADABLE[case]
 
     def apply(p: Any, x: Array, e: Array, ids: Array) -> Array:
         x = x + p["table"][ids] + p["places"][jnp.arange(5)] + p["added"]
+        x = x + jnp.tanh(x[..., None] * jnp.exp(p["decay"])).sum(-1)
+        x = x + lax.scan(lambda c, _: (jnp.tanh(c @ e), None), jnp.tile(p["state"], (2, 1)), None, 2)[0][:, None]
         x = (x @ p["v"]).reshape(2, 5, 2, D // 2) * p["scale"]
         return use(x.reshape(-1, D), p["w"], e)
 
     shapes = {"w": (D, D), "v": (D, D), "table": (7, D), "places": (5, D), "added": (5, D), "scale": (2, D // 2)}
+    shapes |= {"decay": (D, 2), "state": (1, D)}
     params = {name: normal(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
     with pytest.warns(UserWarning, match=f"left to NadamW: w .*{words}") as said:
         optimizer = KFAC(apply, wavy, params, normal(8, 2, 5, D), normal(9, D, D), jnp.arange(10).reshape(2, 5) % 7)
     assert [layer.name for layer in optimizer.coverage().layers] == ["v"]
     assert len(said) == 1
     assert not any(f"{name} (" in str(said[0].message) for name in shapes.keys() - {"w"})
+
+
+def test_matrices_taken_from_a_stack_are_weights() -> None:
+    """A number for each row says which of them it takes; of tables, as of codebooks, rows are embeddings."""
+
+    def apply(p: Any, x: Array, ids: Array) -> Array:
+        x = x @ p["v"] + p["tables"][0][ids] + p["tables"][ids % 2, ids]
+        return jnp.einsum("nd,ndk->nk", x, p["stack"][ids])
+
+    params = {"v": normal(0, D, D), "stack": normal(1, 3, D, D), "tables": normal(2, 2, 3, D)}
+    with pytest.warns(UserWarning, match=r"left to NadamW: stack \(dot_general reads a function of it, .*?\)\."):
+        KFAC(apply, wavy, params, normal(3, 5, D), jnp.arange(5) % 3)
 
 
 def test_a_square_table_that_is_also_a_layer() -> None:
