@@ -66,8 +66,8 @@ def value_grad_and_statistics(
         count and to which example they belong: a mask, "gradient", a `Positions`, a sequence of them of which a
         layer takes the first that fits, or a mapping from patterns of layer names to one of those.
         `loss_normalizer` is what the summed loss was divided by, by default the "n_valid_examples" of a mapping or
-        else the number of examples, as the layer sees them that is called first. `rng` is the key for fisher="mc",
-        `loss_mask` the mask of its labels.
+        else the number of examples, as the layer sees them that is the first to read data. `rng` is the key for
+        fisher="mc", `loss_mask` the mask of its labels.
 
     Raises:
         MissingStatisticsError: (the function) naming layers whose output does not reach the loss, or that ten

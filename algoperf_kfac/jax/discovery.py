@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.errors import check_patterns, listed, warn
+from algoperf_kfac.jax.derived import ELEMENTWISE, SELECTIONS
 from algoperf_kfac.jax.growth import grown_dims
-from algoperf_kfac.jax.interpreter import ELEMENTWISE, Key
+from algoperf_kfac.jax.interpreter import Key
 from algoperf_kfac.jax.kinds import KINDS, kind_for
 from algoperf_kfac.jax.layer_book import CoveredLayer, Layers, check_dtypes, check_real, paths
 from algoperf_kfac.jax.operations import Call
@@ -35,10 +36,6 @@ from algoperf_kfac.layers import (
 )
 
 EMPTY = "empty"
-# What makes a weight of what it reads, even if that is a function of a parameter: a slice of it, a sum.
-PRODUCTS = ("dot_general", "conv_general_dilated")
-# Operations that take entries of a table by numbers that are data.
-SELECTIONS = {"gather", "dynamic_slice"}
 
 
 @with_promotion
@@ -100,9 +97,8 @@ def _tell(layers: Layers, model: TracedModel, notes: Survey, config: KFACConfig)
         notes: what reads its parameters.
         config: the configuration.
     """
-    meant = {EXCLUDED, EMPTY, too_large(config)}
-    products = {name for name, uses in notes.other_uses.items() if any(uses.get(p) for p in PRODUCTS)}
-    read = notes.calls.keys() | products
+    meant = {EXCLUDED, EMPTY, EMBEDDING, STOPPED, too_large(config)}
+    read = notes.calls.keys() | notes.products
     weights = [f for f in layers.fallbacks if f.name in read and f.reason not in meant and len(f.shape) > 1]
     if weights:
         lost = listed(f"{f.name} ({f.reason})" for f in weights)
@@ -110,13 +106,12 @@ def _tell(layers: Layers, model: TracedModel, notes: Survey, config: KFACConfig)
     elif not layers.covered and (left := [f for f in layers.fallbacks if f.reason not in meant]):
         lost = listed(f"{f.name} ({f.reason})" for f in left)
         warn(f"no layer is covered, every parameter takes the NadamW update: {lost}")
-    fixed = [
-        name for name, layer in layers.covered.items() if notes.calls[layer.spec.weight].keys() <= notes.constant
-    ]
+    fixed = [name for name, layer in layers.covered.items() if notes.reads_nothing_new(layer.spec.weight)]
     if fixed and model.has_data:  # else it closes over its batch
         warn(
             f"{listed(fixed)}: nothing but constants is multiplied by the weight, so that its factors are of these "
-            "and not of a batch. If the product is a weight in its turn, leave it out with exclude=[...]"
+            "and not of a batch. If the product is a weight in its turn, leave it out with exclude=[...]; a number "
+            "that changes from step to step is data if it comes as an array"
         )
 
 
@@ -247,7 +242,8 @@ class _Discovery:
             return f"not differentiable ({dtype.name})"
         uses = notes.other_uses.get(name, {})
         # Of more dimensions it is a stack of weights, of which one is taken.
-        if name in notes.lookups or (uses and len(shape) == 2 and uses.keys() <= SELECTIONS):
+        selected = name in notes.lookups or (uses and len(shape) == 2 and uses.keys() <= SELECTIONS)
+        if selected and name not in notes.products:
             return EMBEDDING
         if owners := self._added_to(name):
             return also_read_by(next(iter(uses))) if uses else SHARED_BIAS if len(owners) > 1 else PARTIAL_BIAS

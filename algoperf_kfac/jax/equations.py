@@ -10,11 +10,15 @@ from jax import Array
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from algoperf_kfac.jax.operations import shape_of
-from algoperf_kfac.jax.sources import Fused, Move, Source
+from algoperf_kfac.jax.sources import Fused, Move, Source, aligned
 from algoperf_kfac.jax.types import Sizes
 
 # Without gradient: whatever these read, no statistics miss it.
 NO_GRADIENT = {"stop_gradient", "round", "floor", "ceil", "sign"}
+
+
+# Changes of shape, whatever they are to a parameter.
+MOVES = {"squeeze", "reshape", "transpose", "rev", "broadcast_in_dim"}
 
 
 def carrying(jaxpr: Jaxpr, wanted: Sequence[bool]) -> set[Var]:
@@ -52,7 +56,7 @@ def moves_of(eqn: JaxprEqn, tag: Source | Fused, shape: Sizes) -> tuple[Move, ..
     def transpose(permutation: Iterable[int]) -> Move:
         return Move("transpose", (*whole, *(scans + d for d in permutation)))
 
-    if name == "squeeze":
+    if name == "squeeze" or (name == "slice" and shape == shape_of(eqn.invars[0])):
         return (reshape,)
     if name == "reshape":
         order = params.get("dimensions")
@@ -69,43 +73,30 @@ def moves_of(eqn: JaxprEqn, tag: Source | Fused, shape: Sizes) -> tuple[Move, ..
     return ()
 
 
-def moved_dims(eqn: JaxprEqn, dims: Sizes, after: Sizes) -> Sizes | None:
-    """Where some dimensions are after a change of shape that leaves them whole; None after anything else."""
+def kept_dims(eqn: JaxprEqn, after: Sizes) -> dict[int, int]:
+    """Which dimensions a change of shape leaves whole, and where they are then; none after anything else."""
     name, params, before = eqn.primitive.name, eqn.params, shape_of(eqn.invars[0])
     moved: dict[int, int] = {}
     if name == "broadcast_in_dim":
         moved = dict(enumerate(params["broadcast_dimensions"]))
+    elif name == "transpose":
+        moved = {dim: place for place, dim in enumerate(params["permutation"])}
     elif name in ("squeeze", "reshape"):
         given = params.get("dimensions") if name == "reshape" else None  # before the reshape, a transpose
         order = range(len(before)) if given is None else given
-        aligned = _aligned(tuple(before[d] for d in order), after)
-        moved = {order[d]: place for d, place in aligned.items()}
-    places = tuple(moved.get(d, -1) for d in dims)
-    whole = all(place >= 0 and before[d] == after[place] for d, place in zip(dims, places, strict=True))
-    return places if moved and whole else None
+        moved = {order[d]: place for d, place in aligned(tuple(before[d] for d in order), after).items()}
+    elif name == "slice" and before == after:  # of [..., 0], where that is all there is
+        moved = {dim: dim for dim in range(len(before))}
+    return {dim: place for dim, place in moved.items() if before[dim] == after[place]}
 
 
-def _aligned(before: Sizes, after: Sizes) -> dict[int, int]:
-    """Which dimensions a reshape leaves as they are, and where they are afterwards."""
-    if 0 in before:
-        return {}
-    same: dict[int, int] = {}
-    i = j = 0
-    while i < len(before) and j < len(after):
-        if before[i] == after[j]:
-            same[i] = j
-        elif before[i] == 1:
-            j -= 1
-        elif after[j] == 1:
-            i -= 1
-        else:  # some are joined or cut: up to where both have as many entries
-            left, right = before[i], after[j]
-            while left != right:
-                if left < right:
-                    i += 1
-                    left *= before[i]
-                else:
-                    j += 1
-                    right *= after[j]
-        i, j = i + 1, j + 1
-    return same
+def moved_dims(eqn: JaxprEqn, dims: Sizes, after: Sizes) -> Sizes | None:
+    """Where some dimensions are after a change of shape that leaves them whole; None after anything else.
+
+    One of size 1 may be gone afterwards.
+    """
+    kept = kept_dims(eqn, after)
+    if eqn.primitive.name in ("squeeze", "reshape"):
+        before = shape_of(eqn.invars[0])
+        dims = tuple(dim for dim in dims if dim in kept or before[dim] > 1)
+    return tuple(kept[dim] for dim in dims) if kept and kept.keys() >= set(dims) else None

@@ -137,7 +137,8 @@ class Reading:
             if 1 < mask.ndim > positions.examples_dim:
                 mask = jnp.moveaxis(mask, positions.examples_dim, 0)
             mask = mask.reshape(*mask.shape, *[1] * (len(sizes) - mask.ndim))
-            mask = jnp.broadcast_to(mask, sizes).reshape(sizes[0], layout.positions).astype(dtype)
+            # Weights of examples are no multiplicities of rows: whatever is not zero counts as one.
+            mask = jnp.broadcast_to(mask, sizes).reshape(sizes[0], layout.positions).astype(bool).astype(dtype)
         ids = positions.segment_ids
         return cls(layout, mask, None if ids is None else jnp.asarray(ids))
 

@@ -24,18 +24,23 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from algoperf_kfac.jax.equations import NO_GRADIENT, bind, carrying, moved_dims, moves_of
+from algoperf_kfac.jax.derived import completes, either, function_of, is_penalty, may_multiply, read_later
+from algoperf_kfac.jax.equations import MOVES, NO_GRADIENT, bind, carrying, moved_dims, moves_of
 from algoperf_kfac.jax.operations import RULES, Call, Lookup, Rule, is_bias
+from algoperf_kfac.jax.repetition import repeated_after
 from algoperf_kfac.jax.sources import (
     CONSTANT,
     Derived,
     Fused,
     Held,
     Penalised,
+    Selected,
     Source,
     as_source,
+    constant_of,
     fuse,
     is_float,
+    repeated_dims,
     sources_of,
 )
 from algoperf_kfac.jax.types import Sizes, Tree
@@ -61,8 +66,6 @@ _PASS = {
     "pvary",
     "reduce_precision",
 }
-# Element by element: with data of its own size (noise, a mask) a weight stays a weight, until something reads it.
-ELEMENTWISE = {"add", "add_any", "clamp", "div", "max", "min", "mul", "pow", "rem", "select_n", "sub"}
 _SUMS = {"add", "add_any", "sub"}  # of a loss and its penalties
 # What cannot be followed is taken for a use at once, even without data.
 _OPAQUE = {"while", "pure_callback", "io_callback", "ffi_call", "pallas_call"}
@@ -84,7 +87,7 @@ class Output:
     dims: Sizes
 
 
-Tag: TypeAlias = Source | Fused | Output | Derived | Held | Penalised
+Tag: TypeAlias = Source | Fused | Output | Derived | Held | Penalised | Selected
 """What a value is of the parameters; None for data."""
 
 Tags: TypeAlias = Sequence[Tag | None]
@@ -109,10 +112,11 @@ class Visitor:
     def without_bias(self, key: Key) -> None:
         """Something reads the output of the operation `key` as it is, no bias added."""
 
-    def constant_input(self, key: Key) -> None:
-        """The operation `key` reads nothing but constants."""
+    def constant_input(self, key: Key, *, given: bool) -> None:
+        """The operation `key` reads nothing but constants; single numbers among the arguments or functions of
+        parameters, too, which may be others at every step (`given`)."""
 
-    def other_use(self, key: Key, source: Source, what: str, *, computed: bool) -> None:
+    def other_use(self, key: Key, source: Source, what: str, *, computed: bool, product: bool) -> None:
         """Something without a rule reads a parameter: it meets data there.
 
         Args:
@@ -120,6 +124,7 @@ class Visitor:
             source: the parameter.
             what: the operation's name.
             computed: whether it reads a function of the parameter, not the parameter itself.
+            product: whether it may multiply data by it.
         """
 
     def without_gradient(self, source: Source) -> None:
@@ -173,7 +178,7 @@ class Interpreter:
         outs, out_tags = self._evaluate(closed.jaxpr, closed.consts, args, tags, (), wanted)
         for out, tag, is_returned in zip(outs, out_tags, wanted, strict=True):
             # A loss could do anything with a parameter that it is given; a scalar of parameters is a penalty.
-            if is_returned and out.ndim == 0 and _is_penalty(tag):
+            if is_returned and out.ndim == 0 and is_penalty(tag):
                 for source in sources_of(tag):
                     self.visitor.penalty(source)
             elif is_returned:
@@ -211,10 +216,10 @@ class Interpreter:
         for number, eqn in enumerate(jaxpr.eqns):
             ins = [_value(v, values) for v in eqn.invars]
             in_tags = [CONSTANT if isinstance(v, Literal) else tagged.get(v) for v in eqn.invars]
-            if all(tag in (None, CONSTANT, Held()) for tag in in_tags):
+            if all(tag is None or constant_of([tag]) for tag in in_tags):
                 outs = bind(eqn, ins)
-                if all(in_tags):
-                    tagged |= dict.fromkeys(eqn.outvars, Held() if Held() in in_tags else CONSTANT)
+                if (constant := constant_of(in_tags)) is not None:
+                    tagged |= dict.fromkeys(eqn.outvars, constant)
             elif not self.all_uses and live.isdisjoint(eqn.outvars):
                 outs = bind(eqn, ins)
                 tagged |= {v: tag for v in eqn.outvars if (tag := self._unread(in_tags)) is not None}
@@ -261,18 +266,24 @@ class Interpreter:
         (out,) = bind(eqn, ins)
         if any(jnp.issubdtype(t.dtype, jnp.complexfloating) for t in (ins[read.operand], out)):
             for tag in tags:
-                self._missed(key, tag, f"{eqn.primitive.name} of complex numbers")
+                self._missed(key, tag, f"{eqn.primitive.name} of complex numbers", product=True)
             return [out], [None]
-        self._missed(key, tags[read.operand], eqn.primitive.name)
+        queries = bool(repeated_dims(tags[read.operand]))
+        name = f"{eqn.primitive.name} (as its input)" if queries else eqn.primitive.name
+        self._missed(key, tags[read.operand], name, product=not queries)
         x = ins[read.operand] if read.prepare is None else read.prepare(ins)
         if isinstance(read.use, Lookup):
-            return [self.visitor.lookup(key, read.use, x[..., 0], out)], [None]
+            rows = self.visitor.lookup(key, read.use, x[..., 0], out)
+            taken = Selected(read.use.source, eqn.primitive.name)
+            return [rows], [taken if constant_of([tags[read.operand]]) else None]
         parts: tuple[tuple[Key, Call], ...] = ((key, read.use),)
         if read.parts:  # one product with several weights side by side: an operation for each
             parts = tuple(((*key, number), part) for number, part in enumerate(read.parts))
         for part_key, part in parts:
-            if tags[read.operand] in (CONSTANT, Held()):
-                self.visitor.constant_input(part_key)
+            constant = constant_of([tags[read.operand]])
+            if constant is not None or queries:
+                given = queries or (isinstance(constant, Held) and constant.given)
+                self.visitor.constant_input(part_key, given=given)
             out = self.visitor.operation(part_key, part, x, out)
         return [out], [Output(read.use, parts, read.use.out_dims)]
 
@@ -287,9 +298,8 @@ class Interpreter:
             for move in moves:
                 tag = tag.moved(move)
             return tag
-        if isinstance(tag, Output) and name == "transpose":
-            permutation = eqn.params["permutation"]
-            return dataclasses.replace(tag, dims=tuple(permutation.index(d) for d in tag.dims))
+        if isinstance(tag, Selected) and name in MOVES and not tag.shared:
+            return tag
         if isinstance(tag, Output) and (dims := moved_dims(eqn, tag.dims, tuple(outs[0].shape))) is not None:
             return dataclasses.replace(tag, dims=dims)
         if name in ("add", "add_any"):
@@ -303,15 +313,22 @@ class Interpreter:
             return self._unread(tags)
         for one in tags:
             self._without_bias(one)
-        if name not in _OPAQUE and (function := _function(name, tags, outs)) is not None:
+        if name not in _OPAQUE and (function := function_of(name, tags, outs)) is not None:
+            if isinstance(function, Derived) and not function.with_data:
+                return dataclasses.replace(function, repeated=repeated_after(eqn, tags))
             return function
+        product = may_multiply(eqn)
         penalties = frozenset[Source]()
         for tag in tags:
-            if name in _SUMS and outs[0].ndim == 0 and _is_penalty(tag):
+            if name in _SUMS and outs[0].ndim == 0 and is_penalty(tag):
                 penalties |= frozenset(sources_of(tag))
+            elif isinstance(tag, Selected) and completes(eqn, tag):
+                self.visitor.other_use(
+                    key, tag.source, tag.what if tag.shared else name, computed=True, product=True
+                )
             else:
-                self._missed(key, tag, name)
-        return Penalised(penalties) if penalties else None
+                self._missed(key, tag, name, product=product)
+        return Penalised(penalties) if penalties else read_later(eqn, tags)
 
     def _unread(self, tags: Tags) -> Derived | None:
         """Tell the visitor of the parameters in values that are read without a gradient; what is made of them."""
@@ -324,11 +341,12 @@ class Interpreter:
         for key, _ in tag.parts if isinstance(tag, Output) else ():
             self.visitor.without_bias(key)
 
-    def _missed(self, key: Key, tag: Tag | None, what: str) -> None:
+    def _missed(self, key: Key, tag: Tag | None, what: str, *, product: bool = False) -> None:
         """Tell the visitor of the parameters in a value that something without a rule reads."""
         self._without_bias(tag)
         for source in sources_of(tag):
-            self.visitor.other_use(key, source, what, computed=not isinstance(tag, Source | Fused))
+            computed = not isinstance(tag, Source | Fused)
+            self.visitor.other_use(key, source, what, computed=computed, product=product)
 
     def _bias(self, output: Output, summand: Source | Fused, shape: Sizes) -> bool:
         """Whether the summand is the bias of the operation; tells the visitor, part by part where it is fused."""
@@ -372,14 +390,14 @@ class Interpreter:
         branches = [branch(i, closed) for i, closed in enumerate(eqn.params["branches"])]
         self.visitor.conditional(key)
         outs: list[Array] = lax.switch(ins[0], branches, *ins[1:])
-        return outs, [_either(alternatives) for alternatives in zip(*of_branches, strict=True)]
+        return outs, [either(alternatives) for alternatives in zip(*of_branches, strict=True)]
 
     def _scan(self, eqn: JaxprEqn, ins: list[Array], tags: Tags, key: Key, wanted: Sequence[bool]) -> Evaluated:
         """A loop, again as a loop: parameters come in whole at each turn, or slice by slice."""
         params = eqn.params
         num_consts, num_carry = params["num_consts"], params["num_carry"]
         first_x = num_consts + num_carry
-        inner_tags = self._inside_scan(tags, num_consts, first_x, key)
+        inner_tags = self._inside_scan(tags, num_consts, first_x, key, product=may_multiply(eqn))
         sliced = [tag.name for tag in inner_tags[first_x:] if isinstance(tag, Source)]
         inside = [
             *(True for _ in range(num_carry)),
@@ -407,7 +425,9 @@ class Interpreter:
         )
         return [*carry, *ys], [None] * (len(carry) + len(ys))
 
-    def _inside_scan(self, tags: Tags, num_consts: int, first_x: int, key: Key) -> list[Tag | None]:
+    def _inside_scan(
+        self, tags: Tags, num_consts: int, first_x: int, key: Key, *, product: bool
+    ) -> list[Tag | None]:
         """The tags of a loop's operands within its body. A weight that it carries, or cuts otherwise, is lost.
 
         Args:
@@ -415,6 +435,7 @@ class Interpreter:
             num_consts: number of constants.
             first_x: where what is sliced begins.
             key: of the loop.
+            product: whether it may multiply data by what it carries.
         """
         inner: list[Tag | None] = []
         for position, tag in enumerate(tags):
@@ -424,45 +445,11 @@ class Interpreter:
                 inner.append(dataclasses.replace(tag, scans=tag.scans + 1))
             else:
                 inner.append(None)
-                self._missed(key, tag, "scan")
+                matrices = any(source.is_matrix for source in sources_of(tag))  # a vector carried is a state
+                self._missed(key, tag, "scan", product=product and matrices)
         return inner
 
 
 def _value(v: Var | Literal, values: Mapping[Var, Array]) -> Array:
     """A value of a program. Its literals may be numbers of Python: of a weak type then, as they are to JAX."""
     return jnp.asarray(v.val) if isinstance(v, Literal) else values[v]
-
-
-def _function(name: str, tags: Tags, outs: Sequence[Array]) -> Derived | Penalised | None:
-    """The outputs as a function of parameters, where no data go into them in a way that would be a use."""
-    read = [tag for tag in tags if tag not in (CONSTANT, Held())]
-    sources = frozenset(source for tag in read for source in sources_of(tag))
-    pure = all(isinstance(tag, Source | Fused | Derived) for tag in read)
-    if pure and Held() in tags:
-        # What is held may be data, closed over: constant is what has the size of the parameters, or of one number.
-        sizes = [math.prod(source.shape) for source in sources]
-        pure = name in ELEMENTWISE and outs[0].size in (1, *sizes, sum(sizes))
-    mixed = any(isinstance(tag, Derived) and tag.with_data for tag in read)
-    if pure:
-        return Derived(sources, mixed)
-    if all(out.ndim == 0 for out in outs):
-        # Multiples of losses with penalties; sums of them are told apart, summand by summand.
-        multiple = len(read) == 1 and (name in ("mul", "neg") or (name == "div" and tags[0] is read[0]))
-        return Penalised(sources) if multiple and sources and not mixed else None
-    # Data of a size that only the weight has: of a scalar or vector nothing could be told.
-    of_its_size = any(len(source.shape) > 1 and math.prod(source.shape) == outs[0].size for source in sources)
-    if name in ELEMENTWISE and of_its_size and not any(isinstance(tag, Penalised) for tag in read):
-        return Derived(sources, with_data=True)
-    return None
-
-
-def _is_penalty(tag: Tag | None) -> bool:
-    """Whether a scalar may be added to a loss without a use of its parameters: no data met them before."""
-    return not (isinstance(tag, Derived) and tag.with_data)
-
-
-def _either(tags: Tags) -> Derived | None:
-    """What one of several values is of the parameters."""
-    sources = frozenset(source for tag in tags for source in sources_of(tag))
-    # As of data: what the branches return besides is not known.
-    return Derived(sources, with_data=True) if sources else None

@@ -20,7 +20,7 @@ from jax.core import ShapedArray
 from jax.extend.core import JaxprEqn, Literal, Var
 
 from algoperf_kfac.jax.geometry import ConvGeometry
-from algoperf_kfac.jax.sources import Fused, Source, as_source, inverse_permutation, is_data
+from algoperf_kfac.jax.sources import Fused, Source, as_source, inverse_permutation, is_data, repeated_dims
 from algoperf_kfac.jax.types import Sizes
 from algoperf_kfac.positions import Rows
 
@@ -166,11 +166,15 @@ def read_dot_general(eqn: JaxprEqn, tags: Sequence[object]) -> Read | None:
     for position in (1, 0):
         tag, other = tags[position], 1 - position
         weight = as_source(tag)
-        if weight is None or not is_data(tags[other]) or weight.is_broadcast:
+        queries = repeated_dims(tags[other])
+        if weight is None or not (is_data(tags[other]) or queries):
             continue
         call = _linear(
             weight, shape_of(eqn.invars[position]), shape_of(eqn.invars[other]), eqn, weight_is_rhs=position == 1
         )
+        # Repeated beside examples, a function of parameters is an input like others; else the product is a weight.
+        if call is None or (queries and (weight.is_broadcast or queries.isdisjoint(_rows_of(eqn, other)))):
+            continue
         if not isinstance(tag, Fused):
             return Read(call, other)
         parts = split_call(call, tag)
@@ -178,7 +182,27 @@ def read_dot_general(eqn: JaxprEqn, tags: Sequence[object]) -> Read | None:
     return None
 
 
-def _linear(weight: Source, weight_shape: Sizes, x_shape: Sizes, eqn: JaxprEqn, *, weight_is_rhs: bool) -> Call:
+def _rows_of(eqn: JaxprEqn, operand: int) -> set[int]:
+    """The dimensions of an operand of a product that the other one has no part in."""
+    contract, batch = eqn.params["dimension_numbers"]
+    return set(range(len(shape_of(eqn.invars[operand])))).difference(contract[operand], batch[operand])
+
+
+def _once(weight: Source, ndim: int, batch: Sequence[int]) -> tuple[Source, Sizes] | None:
+    """The weight without repetitions, and where its dimensions are; None if these are not all of a batch."""
+    if not weight.is_broadcast:
+        return weight, tuple(range(ndim))
+    once = weight.once()
+    return once if once is not None and {*once[1], *batch} >= set(range(ndim)) else None
+
+
+def _linear(
+    weight: Source, weight_shape: Sizes, x_shape: Sizes, eqn: JaxprEqn, *, weight_is_rhs: bool
+) -> Call | None:
+    """The product as a linear layer; None where the weight is repeated, but for once per example.
+
+    What runs over repetitions of the weight beside the input's own dimension (a batch of the product) is examples.
+    """
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
     if weight_is_rhs:
         x_contract, w_contract, x_batch, w_batch = lhs_contract, rhs_contract, lhs_batch, rhs_batch
@@ -187,28 +211,34 @@ def _linear(weight: Source, weight_shape: Sizes, x_shape: Sizes, eqn: JaxprEqn, 
     # In the weight's order, so that features are numbered as the weight stores them.
     pairs = sorted(zip(w_contract, x_contract, strict=True))
     w_contract, x_contract = tuple(w for w, _ in pairs), tuple(x for _, x in pairs)
-    x_free = tuple(d for d in range(len(x_shape)) if d not in (*x_contract, *x_batch))
-    w_free = tuple(d for d in range(len(weight_shape)) if d not in (*w_contract, *w_batch))
+    once = _once(weight, len(weight_shape), w_batch)
+    if once is None:
+        return None
+    weight, dims = once
+    repeated = tuple(x for x, w in zip(x_batch, w_batch, strict=True) if w not in dims)
+    x_rows = tuple(d for d in range(len(x_shape)) if d not in (*x_contract, *x_batch) or d in repeated)
+    x_free = tuple(d for d in x_rows if d not in repeated)
+    x_groups, w_batch = tuple(d for d in x_batch if d not in repeated), tuple(d for d in w_batch if d in dims)
+    w_free = tuple(d for d in sorted(dims) if d not in (*w_contract, *w_batch))
     groups = math.prod(weight_shape[d] for d in w_batch)
     view = WeightView(
         weight,
-        (*range(weight.scans), *(weight.scans + d for d in (*w_batch, *w_free, *w_contract))),
+        (*range(weight.scans), *(weight.scans + dims.index(d) for d in (*w_batch, *w_free, *w_contract))),
         groups * math.prod(weight.scanned_sizes),
         math.prod(weight_shape[d] for d in w_free),
         math.prod(weight_shape[d] for d in w_contract),
     )
     # The output has the batch dimensions, then the free ones of either operand, the left one's first.
-    batch = tuple(range(len(x_batch)))
-    first, second = len(batch), len(batch) + (len(x_free) if weight_is_rhs else len(w_free))
+    first, second = len(x_batch), len(x_batch) + (len(x_free) if weight_is_rhs else len(w_free))
     x_start, w_start = (first, second) if weight_is_rhs else (second, first)
-    x_out, w_out = range(x_start, x_start + len(x_free)), range(w_start, w_start + len(w_free))
+    places = dict(zip((*x_batch, *x_free), (*range(first), *range(x_start, x_start + len(x_free))), strict=True))
     return Call(
         "linear",
         view,
-        tuple(x_shape[d] for d in x_free),
+        tuple(x_shape[d] for d in x_rows),
         groups,
-        (*x_free, *x_batch, *x_contract),
-        (*x_out, *batch, *w_out),
+        (*x_rows, *x_groups, *x_contract),
+        (*(places[d] for d in (*x_rows, *x_groups)), *range(w_start, w_start + len(w_free))),
     )
 
 
@@ -292,9 +322,11 @@ def is_bias(source: Source, call: Call, dims: Sizes, shape: Sizes) -> bool:
     if size != call.view.groups * call.view.out_dim:
         return False
     value = source.apply(np.arange(size).reshape(source.shape))
-    if scans != call.view.source.scans or value.ndim != scans + len(shape):
+    if scans != call.view.source.scans or value.ndim not in (scans, scans + len(shape)):
         return False
-    value = np.broadcast_to(value, (*value.shape[:scans], *shape))  # as additions do of themselves
+    # As additions do of themselves, with single numbers too; a batch without examples has the biases of others.
+    value = value.reshape(*value.shape, *[1] * (scans + len(shape) - value.ndim))
+    value = np.broadcast_to(value, (*value.shape[:scans], *(max(size, 1) for size in shape)))
     dims = tuple(scans + d for d in dims)
     others = [d for d in range(scans, value.ndim) if d not in dims]
     if any(value.strides[d] != 0 and value.shape[d] != 1 for d in others):

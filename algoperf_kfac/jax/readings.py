@@ -19,6 +19,7 @@ from algoperf_kfac.layers import also_read_by
 from algoperf_kfac.positions import Candidates, Rows, candidates_for, check_fits, choose
 from algoperf_kfac.subset import RowLimit
 
+EMPTY = "The batch has 0 examples: leave such a step out, update(...) included"
 NOT_CALLED = "The model does not call them with these arguments: leave them out with exclude=[...]"
 
 Readings: TypeAlias = dict[str, dict[Key, Reading]]
@@ -69,10 +70,14 @@ def read_calls(
         limit: `KFACConfig.row_limit`.
 
     Raises:
+        MissingStatisticsError: naming layers that see no examples.
         ValueError: naming a layer that the positions do not fit, or positions that fit no layer.
     """
     uses = {name: kind_of(layer.spec).counted(notes.uses(layer.spec.weight)) for name, layer in layers.items()}
     rows = {name: rows_of(layer, uses[name]) for name, layer in layers.items()}
+    empty = [name for name, own in rows.items() if any(0 in one.leading for one in own.values())]
+    if empty:
+        raise errors.missing_statistics(dict.fromkeys(empty, "its inputs"), len(layers), EMPTY)
     check_fits(
         positions,
         {name: [*own.values()] for name, own in rows.items()},

@@ -112,6 +112,43 @@ class Source:
             for move in self.moves
         )
 
+    def once(self) -> tuple[Source, Sizes] | None:
+        """The same without repetitions, and where its dimensions are among those of the operand at hand.
+
+        None unless whole dimensions are all that the moves after the first repetition leave or add.
+        """
+        first = next((i for i, move in enumerate(self.moves) if move.kind == "broadcast"), len(self.moves))
+        whole = dataclasses.replace(self, moves=self.moves[:first])
+        before = whole.seen_shape
+        places = {dim: dim for dim in range(len(before))}  # where each dimension of the whole is by now
+        for number, move in enumerate(self.moves[first:], first):
+            shape = dataclasses.replace(self, moves=self.moves[:number]).seen_shape
+            if move.kind == "broadcast":
+                moved = dict(enumerate(move.argument))
+            elif move.kind == "transpose":
+                moved = {dim: place for place, dim in enumerate(move.argument)}
+            elif move.kind == "reshape":
+                moved = aligned(shape, move.argument)
+            else:
+                return None
+            after = dataclasses.replace(self, moves=self.moves[: number + 1]).seen_shape
+            places = {
+                dim: moved[place]
+                for dim, place in places.items()
+                if place in moved and after[moved[place]] == before[dim]
+            }
+            if any(size > 1 for dim, size in enumerate(before) if dim not in places):
+                return None
+        if any(places.get(dim) != dim for dim in range(self.scans)):
+            return None
+        kept = whole.moved(Move("reshape", tuple(before[dim] for dim in places)))
+        return kept, tuple(place - self.scans for place in list(places.values())[self.scans :])
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the parameter is no vector."""
+        return sum(size > 1 for size in self.shape) > 1
+
     @property
     def is_broadcast(self) -> bool:
         return any(move.kind == "broadcast" for move in self.moves)
@@ -142,10 +179,12 @@ class Derived:
     Attributes:
         sources: the parameters; empty for a constant.
         with_data: whether data of the weight's own size went into it, element by element: noise, a mask.
+        repeated: dimensions along which it is known to repeat itself, beside examples.
     """
 
     sources: frozenset[Source] = frozenset()
     with_data: bool = False
+    repeated: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +192,12 @@ class Held:
     """What a program holds beside parameters and data, or a function of it: floats that it closes over, that are a
     single number, or that come in trees like the parameters (old weights, Fisher information). A constant beside a
     parameter of its size. Random keys are none: noise is data.
+
+    Attributes:
+        given: whether a single number among the arguments is part of it: another one at every step, maybe.
     """
+
+    given: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +209,22 @@ class Penalised:
     """
 
     sources: frozenset[Source]
+
+
+@dataclasses.dataclass(frozen=True)
+class Selected:
+    """Data, but for an operation that makes a weight of the parameter in them: a product that multiplies by parts
+    that were taken by number, a sum over what data were multiplied by.
+
+    Attributes:
+        source: the parameter.
+        what: the operation that made them of it.
+        shared: dimensions that such a sum runs over; none for parts.
+    """
+
+    source: Source
+    what: str
+    shared: frozenset[int] = frozenset()
 
 
 CONSTANT = Derived()
@@ -201,6 +261,21 @@ def is_data(tag: object) -> bool:
     return not sources_of(tag) or (isinstance(tag, Derived) and tag.with_data)
 
 
+def constant_of(tags: Sequence[object]) -> Held | Derived | None:
+    """What is made of constants and of what is held; None unless all values are such."""
+    if not all(tag == CONSTANT or isinstance(tag, Held) for tag in tags):
+        return None
+    held = [tag for tag in tags if isinstance(tag, Held)]
+    return Held(any(tag.given for tag in held)) if held else CONSTANT
+
+
+def repeated_dims(tag: object) -> frozenset[int]:
+    """The dimensions along which a function of parameters is known to repeat itself."""
+    if isinstance(tag, Source) and tag.is_broadcast and (once := tag.once()) is not None:
+        return frozenset(range(len(tag.seen_shape) - tag.scans)).difference(once[1])
+    return tag.repeated if isinstance(tag, Derived) else frozenset()
+
+
 def is_float(value: object) -> bool:
     """Whether a number or an array is floating."""
     return isinstance(value, float) or jnp.issubdtype(getattr(value, "dtype", jnp.int32), jnp.floating)
@@ -213,3 +288,29 @@ def hollow(shape: Sizes) -> np.ndarray:
 
 def inverse_permutation(permutation: Sequence[int]) -> Sizes:
     return tuple(int(i) for i in np.argsort(permutation))
+
+
+def aligned(before: Sizes, after: Sizes) -> dict[int, int]:
+    """Which dimensions a reshape leaves as they are, and where they are afterwards."""
+    if 0 in before:
+        return {}
+    same: dict[int, int] = {}
+    i = j = 0
+    while i < len(before) and j < len(after):
+        if before[i] == after[j]:
+            same[i] = j
+        elif before[i] == 1:
+            j -= 1
+        elif after[j] == 1:
+            i -= 1
+        else:  # some are joined or cut: up to where both have as many entries
+            left, right = before[i], after[j]
+            while left != right:
+                if left < right:
+                    i += 1
+                    left *= before[i]
+                else:
+                    j += 1
+                    right *= after[j]
+        i, j = i + 1, j + 1
+    return same

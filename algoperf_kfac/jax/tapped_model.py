@@ -71,7 +71,13 @@ class TappedModel:
         self.penalised = frozenset(notes.penalised)
         # How a layer's first call is read stands for all.
         self._first = {name: next(iter(calls.values())) for name, calls in self._readings.items()}
+        read = {name: first for name, first in self._first.items() if not self._reads_constants(name)}
+        self._of_batch = read or self._first  # a model that closes over its batch reads nothing else
         self._reached: set[str] = set()
+
+    def _reads_constants(self, name: str) -> bool:
+        """Whether a layer sees no data: constants, learned queries, one number for the whole batch (a time)."""
+        return self._notes.reads_constants(self._layers[name].spec.weight)
 
     def zeros(self) -> dict[str, Sums]:
         """What the layers collect, at the start of a backward pass."""
@@ -101,13 +107,12 @@ class TappedModel:
         }
 
     def _num_examples(self, sums: AllSums) -> Array | float:
-        """How many examples the batch has that count, as the layer sees them that is called first.
+        """How many examples the batch has that count, as the layer sees them that is the first to read data.
 
         In layers that see other numbers (experts, windows, nodes) the loss was averaged over no other number.
         """
         number: Array | float = 1.0
-        for name in reversed(self._layers):
-            first = self._first[name]
+        for name, first in reversed(self._of_batch.items()):
             if first.layout.ragged:
                 counted = (sums[name].counts > 0).any(0).sum()
                 number = jnp.where(counted > 0, counted, number)  # in a branch that is not taken there are none
@@ -120,7 +125,7 @@ class TappedModel:
         return {key: reading.layout for calls in self._readings.values() for key, reading in calls.items()}
 
     def numbers(self) -> dict[str, int]:
-        """How many examples each layer sees, whether they count or not, in the order of the first calls.
+        """How many examples each layer of data sees, whether they count or not, in the order of the first calls.
 
         Where that changes nothing but the scale of B (tokens of experts, with expand) a layer is left out.
         """
@@ -131,7 +136,7 @@ class TappedModel:
         }
         return {
             name: first.total
-            for number, (name, first) in enumerate(self._first.items())
+            for number, (name, first) in enumerate(self._of_batch.items())
             if not number or name not in free
         }
 
@@ -142,8 +147,8 @@ class TappedModel:
         """
         shapes = self.model.shapes_returned
         seen = {}
-        for name, layer in self._layers.items():
-            key, first = next(iter(self._readings[name].items()))
+        for name, first in self._of_batch.items():
+            layer, key = self._layers[name], next(iter(self._readings[name]))
             rows = self._kind_of(layer.spec).counted(self._notes.uses(layer.spec.weight))[key].rows
             if rows.batch_first or len(rows.leading) < 2 or first.layout.ragged or first.layout.batch_dim:
                 continue
@@ -158,9 +163,9 @@ class TappedModel:
         Outputs that have as many in another dimension (time-major ones, pairs) say nothing, nor do layers whose
         rows are known to belong to examples.
         """
-        shapes, seen = self.model.shapes_returned, {name: first.total for name, first in self._first.items()}
+        shapes, seen = self.model.shapes_returned, {name: first.total for name, first in self._of_batch.items()}
         returned = {shape[0] for shape in shapes}
-        known = any(first.layout.ragged or first.layout.batch_dim for first in self._first.values())
+        known = any(first.layout.ragged or first.layout.batch_dim for first in self._of_batch.values())
         if not seen or known or len(returned) != 1 or min(seen.values()) <= min(returned):
             return None
         name, rows = next(iter(seen.items()))
@@ -174,7 +179,8 @@ class TappedModel:
         shapes = self.model.shapes_returned
         batch = {shape[0] for shape in shapes}
         found, sizes = {}, set[int]()
-        for name, layer in self._layers.items():
+        for name in self._of_batch:
+            layer = self._layers[name]
             uses = self._kind_of(layer.spec).counted(self._notes.uses(layer.spec.weight))
             sizes |= {n for use in uses.values() for n in (*use.rows.leading, math.prod(use.rows.leading))}
             calls = [((use.rows.leading or (1,))[0], self._notes.times(key)) for key, use in uses.items()]

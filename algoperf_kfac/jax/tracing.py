@@ -98,11 +98,12 @@ class Survey(Visitor):
     Attributes:
         names, all_uses: the same.
         calls, lookups: weight -> the operations that read it, in order.
-        constant: operations that read nothing but constants.
+        constant: operations that read nothing but constants, and whether these may be others at every step.
         added: operation -> the parameters that are added to its output as a bias would be.
         bare: operations whose output something reads as it is.
         other_uses: parameter -> the primitives without a rule that read it, in order; and whether they read a
             function of it.
+        products: parameters that something without a rule multiplies by, or may.
         stopped: parameters that something reads through which no gradient goes.
         penalised: parameters that the loss depends on apart from what the model computes with them.
         rounding: weight -> the coarsest eps among the dtypes of its operations' inputs and outputs.
@@ -115,10 +116,11 @@ class Survey(Visitor):
         self.all_uses = all_uses
         self.calls: dict[str, dict[Key, Call]] = {}
         self.lookups: dict[str, dict[Key, Lookup]] = {}
-        self.constant: set[Key] = set()
+        self.constant: dict[Key, bool] = {}
         self.added: dict[Key, set[Source]] = {}
         self.bare: set[Key] = set()
         self.other_uses: dict[str, dict[str, bool]] = {}
+        self.products: set[str] = set()
         self.stopped: set[str] = set()
         self.penalised: set[str] = set()
         self.rounding: dict[str, float] = {}
@@ -142,16 +144,26 @@ class Survey(Visitor):
     def without_bias(self, key: Key) -> None:
         self.bare.add(key)
 
-    def constant_input(self, key: Key) -> None:
-        self.constant.add(key)
+    def constant_input(self, key: Key, *, given: bool) -> None:
+        self.constant[key] = given
+
+    def reads_constants(self, weight: str) -> bool:
+        """Whether nothing but constants is multiplied by a weight."""
+        return self.calls[weight].keys() <= self.constant.keys()
+
+    def reads_nothing_new(self, weight: str) -> bool:
+        """Whether these constants are the same at every step, too."""
+        return self.reads_constants(weight) and not any(self.constant[key] for key in self.calls[weight])
 
     @property
     def biases(self) -> dict[Key, Source]:
         """Operation -> its bias: a parameter that all that read its output add, so that both have one gradient."""
         return {key: next(iter(s)) for key, s in self.added.items() if len(s) == 1 and key not in self.bare}
 
-    def other_use(self, key: Key, source: Source, what: str, *, computed: bool) -> None:
+    def other_use(self, key: Key, source: Source, what: str, *, computed: bool, product: bool) -> None:
         self.other_uses.setdefault(source.name, {}).setdefault(what, computed)
+        if product:
+            self.products.add(source.name)
 
     def without_gradient(self, source: Source) -> None:
         self.stopped.add(source.name)
@@ -254,7 +266,7 @@ def _held(params: Tree, args: Sequence[Tree]) -> list[Held | None]:
     tags: list[Held | None] = []
     for node in jax.tree.leaves(tuple(args), is_leaf=alike):
         leaves, like = [leaf for leaf in jax.tree.leaves(node) if is_array(leaf)], alike(node)
-        tags += [Held() if is_float(leaf) and (like or np.ndim(leaf) == 0) else None for leaf in leaves]
+        tags += [Held(not like) if is_float(leaf) and (like or np.ndim(leaf) == 0) else None for leaf in leaves]
     return tags
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh
@@ -21,7 +22,7 @@ from algoperf_kfac.jax.mistakes import Mistakes
 from algoperf_kfac.jax.nadamw import nesterov
 from algoperf_kfac.jax.preconditioner import LayerState
 from algoperf_kfac.jax.promotion import with_promotion
-from algoperf_kfac.jax.refresh import refresh_due
+from algoperf_kfac.jax.refresh import States, refresh_due
 from algoperf_kfac.jax.scalings import scaling_of
 from algoperf_kfac.jax.sources import Source
 from algoperf_kfac.jax.stacks import Stack, Stacks, check_members, members_of, select, stack_trees, stacks_of
@@ -87,6 +88,15 @@ def scale_by_kfac(
     scaling = scaling_of(config)
     said = mistakes or layers.mistakes
 
+    @functools.cache
+    def refreshed(names: frozenset[str]) -> Callable[[States, Array, Array | None], States]:
+        """Refreshes the layers of these names.
+
+        One program that is kept: outside of `jit` the loops of `refresh_due` would be compiled anew at every step.
+        """
+        stacks = stacks_of(layers.only(names))
+        return jax.jit(lambda states, count, pace: refresh_due(states, stacks, count, scaling, mesh, pace))
+
     def new_states(stack: Stack) -> LayerState:
         """Of layers that are alike at the beginning."""
         layer = stack.layers[0]
@@ -138,7 +148,7 @@ def scale_by_kfac(
             idle = _idle(statistics, idle)
             check_known(layers, {*statistics, *idle})
             states = move_averages(states, statistics, here, config)
-            states = refresh_due(dict(states), stacks, state.steps, scaling, mesh, pace)
+            states = refreshed(frozenset(here.covered))(dict(states), state.steps, pace)
         count = state.steps + 1
         gradients = trained(updates, state.mu)
         mu, momenta = nesterov(gradients, trained(state.mu, state.mu), count, beta1)
@@ -334,7 +344,7 @@ def find_state(state: Tree) -> KFACState:
     """The `KFACState` inside the state of a chain.
 
     Raises:
-        ValueError: if there is none, or more than one.
+        ValueError: if there is none, or more than one, or one of several members or devices.
     """
     leaves = jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, KFACState) or _is_restored(s))
     if any(map(_is_restored, leaves)):
@@ -343,4 +353,10 @@ def find_state(state: Tree) -> KFACState:
     if len(found) != 1:
         remedy = ": hand over one of them, of optax.multi_transform state.inner_states[label]" if found else ""
         raise ValueError(f"the optimizer state holds {len(found)} states of K-FAC, not one{remedy}")
+    if members := np.shape(found[0].steps):
+        raise ValueError(
+            f"the optimizer state is {' x '.join(map(str, members))} states, as jax.vmap over an ensemble and "
+            f"jax.pmap have them: look at one, jax.tree.map(lambda leaf: leaf[{', '.join('0' for _ in members)}], "
+            "state)"
+        )
     return found[0]

@@ -23,6 +23,23 @@ def summed(f: Any, *args: Any) -> Array:
     return sum(leaf.sum() for leaf in jax.tree.leaves(f))
 
 
+@pytest.mark.parametrize("apply", [mlp, lambda p, x, y: jax.vmap(lambda x: mlp(p, x))(x)])
+def test_a_batch_without_examples(apply: Any) -> None:
+    x, y = batch()
+    ours = KFAC(apply, summed, mlp_params(), x, y)
+    with pytest.raises(MissingStatisticsError, match=r"The batch has 0 examples: leave such a step out"):
+        ours.value_grad_and_statistics(mlp_params(), x[:0], y[:0])
+
+
+def test_states_of_an_ensemble_are_looked_at_one_by_one() -> None:
+    ours = optimizer()
+    states = jax.vmap(ours.init)(jax.tree.map(lambda t: jnp.stack([t, t]), mlp_params()))
+    for look in (ours.metrics, ours.summary, ours.factors):
+        with pytest.raises(ValueError, match=r"is 2 states, .*look at one, jax.tree.map\(lambda leaf: leaf\[0\]"):
+            look(states)
+    assert ours.metrics(jax.tree.map(lambda leaf: leaf[0], states))["steps"] == 0
+
+
 def test_nothing_to_cover_is_nadamw() -> None:
     """As in PyTorch: coverage 0, every parameter takes the NadamW update, both kinds of step run."""
 

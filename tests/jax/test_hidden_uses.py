@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 
 from algoperf_kfac.jax import KFAC
 from tests.jax import naive
@@ -256,6 +257,71 @@ def test_the_only_use(use: Use, reason: str) -> None:
     params, args = build(use)[1:]
     (fallback,) = KFAC(lambda p, x, e: use(x, p["w"], e), wavy, params, *args).coverage().fallbacks
     assert reason in fallback.reason
+
+
+@jax.custom_jvp
+def squashed(x: Array, w: Array) -> Array:
+    return jnp.tanh(x @ w)
+
+
+squashed.defjvp(lambda xw, d: (squashed(*xw), (1 - squashed(*xw) ** 2) * (d[0] @ xw[1] + xw[0] @ d[1])))
+
+
+def in_shards(x: Array, w: Array, e: Array) -> Array:
+    mesh = jax.make_mesh((1,), ("d",))
+    spec = PartitionSpec("d")
+    return jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec)(x, w)
+
+
+# Products without a rule: by the words that the warning has of them.
+UNREADABLE: dict[str, tuple[Use, str]] = {
+    "custom-vjp": (lambda x, w, e: opaque(x, w), "read by custom_vjp_call"),
+    "custom-jvp": (lambda x, w, e: squashed(x, w), "read by custom_jvp_call"),
+    "in-shards": (in_shards, "read by shard_map"),
+    "spelt-out": (lambda x, w, e: (x[..., None] * w).sum(1), "read by mul"),
+    "solved": (lambda x, w, e: jnp.linalg.solve(w + 5 * jnp.eye(D), x.T).T, "solve reads a function of it"),
+    "filtered": (lambda x, w, e: jnp.fft.irfft(jnp.fft.rfft(x) * jnp.fft.rfft(w[0])), "mul reads a function"),
+    "on-the-left": (
+        lambda x, w, e: lax.conv_general_dilated(w[None], x[:, :, None], (1,), "VALID")[0].T, "read by conv_general"
+    ),
+    "rows-by-number": (lambda x, w, e: x @ w[jnp.arange(D)], "dot_general reads a function of it"),
+    "carried": (lambda x, w, e: lax.scan(lambda c, _: (c @ (x.T @ x), None), w, None, 2)[0][:2], "read by scan"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_a_product_without_a_rule_is_said_beside_other_layers(case: str) -> None:
+    """However it is spelt; what is left to NadamW by design is not: tables, positions, scales, biases, rates of
+    decay (Mamba), the states that loops begin with."""
+    use, words = UNREADABLE[case]
+
+    def apply(p: Any, x: Array, e: Array, ids: Array) -> Array:
+        x = x + p["table"][ids] + p["places"][jnp.arange(5)] + p["added"]
+        x = x + jnp.tanh(x[..., None] * jnp.exp(p["decay"])).sum(-1)
+        x = x + lax.scan(lambda c, _: (jnp.tanh(c @ e), None), jnp.tile(p["state"], (2, 1)), None, 2)[0][:, None]
+        x = (x @ p["v"]).reshape(2, 5, 2, D // 2) * p["scale"]
+        return use(x.reshape(-1, D), p["w"], e)
+
+    shapes = {"w": (D, D), "v": (D, D), "table": (7, D), "places": (5, D), "added": (5, D), "scale": (2, D // 2)}
+    shapes |= {"decay": (D, 2), "state": (1, D)}
+    params = {name: normal(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
+    with pytest.warns(UserWarning, match=f"left to NadamW: w .*{words}") as said:
+        optimizer = KFAC(apply, wavy, params, normal(8, 2, 5, D), normal(9, D, D), jnp.arange(10).reshape(2, 5) % 7)
+    assert [layer.name for layer in optimizer.coverage().layers] == ["v"]
+    assert len(said) == 1
+    assert not any(f"{name} (" in str(said[0].message) for name in shapes.keys() - {"w"})
+
+
+def test_matrices_taken_from_a_stack_are_weights() -> None:
+    """A number for each row says which of them it takes; of tables, as of codebooks, rows are embeddings."""
+
+    def apply(p: Any, x: Array, ids: Array) -> Array:
+        x = x @ p["v"] + p["tables"][0][ids] + p["tables"][ids % 2, ids]
+        return jnp.einsum("nd,ndk->nk", x, p["stack"][ids])
+
+    params = {"v": normal(0, D, D), "stack": normal(1, 3, D, D), "tables": normal(2, 2, 3, D)}
+    with pytest.warns(UserWarning, match=r"left to NadamW: stack \(dot_general reads a function of it, .*?\)\."):
+        KFAC(apply, wavy, params, normal(3, 5, D), jnp.arange(5) % 3)
 
 
 def test_a_square_table_that_is_also_a_layer() -> None:

@@ -52,6 +52,31 @@ def per_example(p: Any, x: Array) -> Array:
     return jax.vmap(one)(x)
 
 
+def single_outputs(p: Any, x: Array) -> tuple[Array, Array, Array]:
+    """Dimensions of size 1 that are indexed away before the bias, or never there."""
+    x = jnp.tanh((p["a"].T @ x[..., None])[..., 0] + p["b"])
+    return x @ p["c"] + p["d"], (x @ p["e"])[:, 0] + p["f"], x @ p["g"][0] + p["h"]
+
+
+def learned_queries(p: Any, x: Array) -> Array:
+    """A parameter beside every example, normalised, and in a second block what the first one made of it."""
+    z = jnp.broadcast_to(p["latents"], (len(x), *p["latents"].shape))
+    for _ in range(2):
+        h = z - z.mean(-1, keepdims=True)
+        h = h * lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + 1e-6) * p["scale"]
+        scores = (h @ p["q"] + p["b"]) @ (x @ p["k"]).mT
+        z = z + jnp.tanh(scores) @ x
+    return z
+
+
+def repeated_weights(p: Any, x: Array) -> Array:
+    """A weight for each example, all of them one, as what maps over examples spells it."""
+    n = len(x)
+    x = jnp.tanh(x @ jnp.broadcast_to(p["a"], (n, *p["a"].shape)) + p["b"])
+    x = jnp.tanh(jnp.einsum("nri,nij->nrj", x, jnp.tile(p["c"], (n, 1, 1))))
+    return jnp.einsum("noi,nri->nro", jnp.repeat(p["d"][None], n, 0).swapaxes(1, 2), x)
+
+
 def to_half(p: Any, x: Array) -> Array:
     return (x.astype(jnp.float32) @ p["w"].astype(jnp.float32)).astype(jnp.float64) + p["b"]
 
@@ -139,6 +164,19 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, str | None], set[str]]] = {
         lambda: raw(lambda p, x: jnp.einsum("oi,nir->nor", p["w"], x) + p["b"][:, None],
                     normal(1, 2, 4, 3), w=(5, 4), b=(5,)),
         {"w": "b"}, set(),
+    ),
+    "raw-single-outputs": (
+        lambda: raw(single_outputs, normal(1, 3, 4), a=(4, 5), b=(5,), c=(5,), d=(), e=(5, 1), f=(), g=(1, 5),
+                    h=()),
+        {"a": "b", "c": "d", "e": "f", "g": "h"}, set(),
+    ),
+    "learned-queries": (
+        lambda: raw(learned_queries, normal(1, 3, 5, 4), latents=(2, 4), scale=(4,), q=(4, 4), b=(4,), k=(4, 4)),
+        {"q": "b", "k": None}, {"latents", "scale"},
+    ),
+    "raw-weights-repeated": (
+        lambda: raw(repeated_weights, normal(1, 2, 3, 4), a=(4, 3), b=(3,), c=(3, 5), d=(5, 2)),
+        {"a": "b", "c": None, "d": None}, set(),
     ),
     "raw-grouped-einsum": (
         lambda: raw(lambda p, x: jnp.einsum("ngi,goi->ngo", x, p["w"]) + p["b"],

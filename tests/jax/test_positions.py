@@ -27,10 +27,15 @@ def split(rows: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("approximation", ["expand", "reduce"])
 @pytest.mark.parametrize(
-    "kind", ["mask", "boolean", "gradient", "length-first", "length-first-segments", "conv", "conv-many-offsets"]
+    "kind",
+    [
+        *("mask", "boolean", "weights", "bytes", "gradient"),
+        *("length-first", "length-first-segments", "conv", "conv-many-offsets"),
+    ],
 )
 def test_masks(kind: str, approximation: str) -> None:
-    """Masked positions count neither in R nor in the sums; an example without positions is no example."""
+    """Masked positions count neither in R nor in the sums, others once whatever number stands for them; an example
+    without positions is no example."""
     mask = MASK
     if kind.startswith("conv"):
         kernel = (3,) if kind == "conv" else (70,)  # above MAX_WINDOWS patches are built after all
@@ -42,9 +47,10 @@ def test_masks(kind: str, approximation: str) -> None:
         module, x = nn.Dense(3), normal(1, 4, 4, 2)
     weights = jnp.asarray(mask.T if kind.startswith("length-first") else mask)
     positions = {
-        "mask": weights, "boolean": weights > 0, "gradient": Positions("gradient"), "conv": weights,
+        "mask": weights, "boolean": weights > 0, "weights": weights * jnp.array([0.5, 2, 1, 3]),
+        "bytes": (255 * weights).astype(jnp.uint8), "gradient": Positions("gradient"), "conv": weights,
         "conv-many-offsets": weights, "length-first": Positions(mask=weights, batch_dim=1),
-        "length-first-segments": Positions(weights, np.broadcast_to(np.arange(4), (4, 4)), 4),
+        "length-first-segments": Positions(3 * weights, np.broadcast_to(np.arange(4), (4, 4)), 4),
     }[kind]  # fmt: skip
 
     def loss(f: Array, *args: Any) -> Array:
@@ -77,8 +83,9 @@ def test_segments(approximation: str, readout: str) -> None:
     args = normal(4, 6, 4), normal(5, 7, 2)
     options = {"num_segments": 3, "readout": readout}
     positions = [
-        Positions(mask=jnp.asarray(mask), segment_ids=nodes, **options), Positions(segment_ids=edges, **options)
-    ]  # fmt: skip
+        Positions(mask=jnp.asarray(0.5 * mask), segment_ids=nodes, **options),
+        Positions(segment_ids=edges, **options),
+    ]
     recorded = {name: calls[0] for name, calls in naive.record(apply, wavy, params, *args).items()}
     pairs = factors(apply, wavy, params, *args, positions=positions, approximation=approximation)
     for name, ids, keep in (

@@ -211,6 +211,44 @@ def test_weights_of_constants_are_said() -> None:
         made(lambda p, x: x @ (basis @ p["t"]), normal(1, N, D), t=(2, K))
 
 
+RELATIVE = jnp.cos(jnp.arange(N * 2.0).reshape(N, 2))
+
+
+def with_a_time(p: Any, x: Array, t: Array) -> Array:
+    """One time, or noise level, for the whole batch, embedded before anything else."""
+    return jnp.tanh(x @ p["w"] + jnp.stack([jnp.sin(t), t])[None] @ p["e"]) @ p["v"]
+
+
+def with_relative_positions(p: Any, x: Array, t: Array) -> Array:
+    """A bias of each position that a layer makes of constants (Swin v2)."""
+    return jnp.tanh(x @ p["w"] + (RELATIVE @ p["e"]).mean(0) + t) @ p["v"]
+
+
+def with_a_token(p: Any, x: Array, t: Array) -> Array:
+    """A learned token, repeated over positions that are no examples."""
+    return jnp.tanh(x @ p["w"] + (jnp.broadcast_to(p["s"], (7, 2)) @ p["e"]).mean(0) + t) @ p["v"]
+
+
+@pytest.mark.parametrize("apply", [with_a_time, with_relative_positions, with_a_token])
+def test_a_layer_of_constants_is_not_asked_how_many_examples_there_are(apply: Apply) -> None:
+    """It comes first in its model, and sees one row or as many as there are constants."""
+    x, t, c = normal(1, 4, D), jnp.float64(0.3), np.asarray(normal(2, 4, K))
+    params = raw(apply, e=(2, 5), w=(D, 5), v=(5, K), s=(2,))[1]
+    loss = lambda f, *args: jnp.square(f - c).sum(1).mean()  # noqa: E731
+    if apply is not with_relative_positions:  # parameters, and numbers among the arguments, do not stay the same
+        optimizer = silent(lambda: KFAC(apply, loss, params, x, t))
+    else:
+        with pytest.warns(UserWarning, match="e: nothing but constants"):
+            optimizer = KFAC(apply, loss, params, x, t)
+    run = jax.jit(lambda: optimizer.value_grad_and_statistics(params, x, t)[2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        statistics = run()
+    gradients = 2 * (np.asarray(apply(params, x, t)) - c)  # of each example's own loss
+    np.testing.assert_allclose(statistics["v"].b[0][0], gradients.T @ gradients, rtol=1e-10)
+    assert float(statistics["v"].examples) == 4
+
+
 def test_a_batch_that_is_closed_over_is_none_of_them() -> None:
     x = normal(1, N, D)
     params = raw(network, a=(D, 5), b=(5,), c=(5, K))[1]

@@ -16,9 +16,10 @@ import pytest
 from jax import Array
 from orbax import checkpoint
 
-from algoperf_kfac.jax import KFAC, kfac, layer_states, scale_by_kfac
+from algoperf_kfac.jax import KFAC, kfac, layer_states, scale_by_kfac, transform
 from algoperf_kfac.jax.directions import _lengthened, _ratio_to
 from algoperf_kfac.jax.preconditioner import LayerState, update_statistics
+from algoperf_kfac.jax.refresh import refresh_due
 from algoperf_kfac.jax.stacks import stacks_of
 from algoperf_kfac.jax.statistics import Statistics, add
 from algoperf_kfac.jax.transform import find_state
@@ -72,6 +73,31 @@ def test_float32_parameters_keep_their_type_in_wide_mode() -> None:
     new_params, new_state = jax.jit(with_statistics)(params, state, x.astype(jnp.float32), y)
     assert {t.dtype for t in jax.tree.leaves(new_params)} == {jnp.dtype("float32")}
     assert [t.dtype for t in jax.tree.leaves(new_state)] == [t.dtype for t in jax.tree.leaves(state)]
+
+
+def test_refreshes_are_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside of jit, too, where loops over functions made anew would be compiled at every step."""
+    made = []
+    monkeypatch.setattr(transform, "refresh_due", lambda *args: made.append(args) or refresh_due(*args))
+    ours = optimizer()
+    state = ours.init(mlp_params())
+    for _ in range(2):
+        jax.make_jaxpr(lambda state: steps(ours)[1](mlp_params(), state, *batch()))(state)
+    assert len(made) == 1
+
+
+def test_differentiating_through_a_step_with_statistics() -> None:
+    """Statistics are given without gradients, as docs/library.md has it: then the step's own gradient is there."""
+    ours, (x, y) = optimizer(), batch()
+    state = ours.init(mlp_params())
+
+    def after(x: Array) -> Array:
+        _, gradient, statistics = ours.value_grad_and_statistics(mlp_params(), x, y)
+        statistics = jax.lax.stop_gradient(statistics)
+        updates, _ = ours.update(gradient, state, mlp_params(), statistics=statistics)
+        return cross_entropy(mlp(optax.apply_updates(mlp_params(), updates), x), x, y)
+
+    assert jax.eval_shape(jax.grad(after), x).shape == x.shape
 
 
 def test_inside_a_chain() -> None:
