@@ -58,8 +58,8 @@ NADAMW_ON_TEXT = {
 }
 
 
-def _half(submission: str, rate: float) -> Variant:
-    return Variant({"learning_rate": rate}, submission, share=0.5, inherits=False)
+def _part(submission: str, rate: float, share: float) -> Variant:
+    return Variant({"learning_rate": rate}, submission, share=share, inherits=False)
 
 
 EXPERIMENTS = (
@@ -411,8 +411,26 @@ EXPERIMENTS = (
         base=NADAMW_ON_TEXT,
         variants={
             **{f"NadamW, rate {rate:g}": Variant({"learning_rate": rate}) for rate in (3.5e-3, 1.4e-2, 2.8e-2)},
-            **{f"expand, rate {rate:g}": _half("kfac_expand", rate) for rate in (9e-3, 1.8e-2, 3.5e-2, 7e-2)},
-            **{f"reduce, rate {rate:g}": _half("kfac_reduce", rate) for rate in (5.5e-3, 1.1e-2, 2.2e-2, 4.5e-2)},
+            **{f"expand, rate {rate:g}": _part("kfac_expand", rate, 0.5) for rate in (9e-3, 1.8e-2, 3.5e-2, 7e-2)},
+            **{
+                f"reduce, rate {rate:g}": _part("kfac_reduce", rate, 0.5)
+                for rate in (5.5e-3, 1.1e-2, 2.2e-2, 4.5e-2)
+            },
+        },
+    ),
+    Experiment(
+        name="thrice",
+        change="The same at the best of four rates on either side, K-FAC at half and at two thirds of the steps.",
+        submission="nadamw",
+        workloads=("bible_lm",),
+        horizon=3.0,
+        seeds=(3031, 3032, 3033),
+        base={**NADAMW_ON_TEXT, "learning_rate": 1.4e-2},
+        variants={
+            "expand": _part("kfac_expand", 1.8e-2, 1 / 2),
+            "expand, two thirds": _part("kfac_expand", 1.8e-2, 2 / 3),
+            "reduce": _part("kfac_reduce", 1.1e-2, 1 / 2),
+            "reduce, two thirds": _part("kfac_reduce", 1.1e-2, 2 / 3),
         },
     ),
 )
