@@ -15,6 +15,7 @@ from algoperf_kfac.jax.checks import in_short
 from algoperf_kfac.jax.discovery import discover
 from algoperf_kfac.jax.monitoring import FactorPair
 from algoperf_kfac.jax.pacing import Pacing
+from algoperf_kfac.jax.tracing import check_takes
 from algoperf_kfac.jax.transform import Mask, Schedule, kfac
 from algoperf_kfac.jax.types import ApplyFn, LossFn, LossTypeLike, Tree
 from algoperf_kfac.layers import Coverage
@@ -64,7 +65,7 @@ class KFAC:
         **hyperparameters: fields of `KFACConfig`.
 
     Raises:
-        TypeError: if `apply_fn` is a module instead of a function.
+        TypeError: if `apply_fn` is a module instead of a function, or one of both functions takes other arguments.
         ValueError: for a hyperparameter out of range or parameters of mixed precision.
     """
 
@@ -89,6 +90,7 @@ class KFAC:
                 raise ValueError("learning_rate is a schedule and schedule= another: give one of them")
             schedule = cast("Schedule", hyperparameters.pop("learning_rate"))
         self.config = KFACConfig.updated(config, hyperparameters)
+        check_takes("loss_fn(outputs, *args)", loss_fn, len(args))
         self.layers = discover(apply_fn, params, *args, config=self.config, exclude=exclude, has_aux=has_aux)
         self._apply_fn, self._loss_fn, self._has_aux = apply_fn, loss_fn, has_aux
         self._mesh = mesh

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import re
 import sys
@@ -206,7 +207,7 @@ def trace(
             are not bound yet: one device each.
 
     Raises:
-        TypeError: if `apply_fn` is a module instead of a function of parameters.
+        TypeError: if `apply_fn` is a module instead of a function of parameters, or takes other arguments.
     """
     if not callable(apply_fn) or _is_module(apply_fn):
         raise TypeError(
@@ -214,6 +215,7 @@ def trace(
             "module pass `lambda params, x: module.apply({'params': params}, x)`, for others (nnx, equinox) split "
             "the module into parameters and a function first"
         )
+    check_takes("apply_fn(params, *args)", apply_fn, len(args))
     leaves, tree = jax.tree.flatten(tuple(args))
 
     def apply(params: Tree, arrays: Sequence[Array]) -> Tree:
@@ -292,6 +294,26 @@ def _is_module(apply_fn: Callable[..., object]) -> bool:
     libraries = (sys.modules.get(name) for name in ("flax.linen", "flax.nnx", "equinox", "haiku"))
     modules = tuple(library.Module for library in libraries if library is not None)
     return hasattr(apply_fn, "apply") or isinstance(apply_fn, modules)
+
+
+def check_takes(call: str, function: Callable[..., object], count: int) -> None:
+    """Whether a function can be called with its first argument and so many others.
+
+    Raises:
+        TypeError: if it cannot.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some that are built in have none
+        return
+    try:
+        signature.bind(*range(1 + count))
+    except TypeError as error:
+        name = call.partition("(")[0]
+        raise TypeError(
+            f"{call} with {count} arguments behind the first: {error}. apply_fn and loss_fn both get all arguments "
+            f"that are given behind the parameters, used or not: let {name} take them"
+        ) from None
 
 
 def named_leaves(params: Tree, is_leaf: Callable[[object], bool] | None = None) -> dict[str, Leaf]:

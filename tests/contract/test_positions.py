@@ -20,6 +20,7 @@ SEQUENCES = [
     pytest.param(None, 1.0, 4, id="all"),
     pytest.param(MASK, 1.0, 3, id="mask"),
     pytest.param(positions(MASK.astype(float)), 1.0, 3, id="mask-of-numbers"),
+    pytest.param(positions(MASK * np.array([0.5, 255.0, -1.0])), 1.0, 3, id="mask-of-weights"),
     pytest.param(positions(MASK[:, 0]), 1.0, 3, id="mask-of-examples"),
     pytest.param("gradient", WEIGHTS, 3, id="gradient"),
     pytest.param({"l*": "gradient"}, WEIGHTS, 3, id="gradient-by-name"),

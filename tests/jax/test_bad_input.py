@@ -79,6 +79,16 @@ def test_an_nnx_module_in_place_of_a_function() -> None:
         KFAC(module, summed, nnx.state(module), normal(1, 3, 4))
 
 
+def test_functions_of_other_arguments() -> None:
+    """Both get all of them: hardly anybody's first loop has that right."""
+    x, y = batch()
+    with pytest.raises(TypeError, match=r"apply_fn\(params, \*args\) with 2 .* too many .* let apply_fn take them"):
+        KFAC(lambda params, x: mlp(params, x, y), cross_entropy, mlp_params(), x, y)
+    with pytest.raises(TypeError, match=r"loss_fn\(outputs, \*args\) with 2 .* let loss_fn take them"):
+        KFAC(mlp, lambda outputs, y: cross_entropy(outputs, x, y), mlp_params(), x, y)
+    assert KFAC(lambda *args: mlp(*args), cross_entropy, mlp_params(), x, y).coverage().fraction == 1
+
+
 def test_mixed_precision_of_parameters() -> None:
     params = mlp_params()
     params["l1"]["b"] = params["l1"]["b"].astype(jnp.float32)
