@@ -101,8 +101,8 @@ def metrics(state: Tree, layers: Layers, config: KFACConfig | None = None) -> di
     unseen = [name for name, own in numbers.items() if not own["taken"] and own["idle"] >= NEVER_SEEN]
     if unseen:
         raise never_seen(unseen, len(numbers))
-    if config is not None:
-        check_statistics(int(inner.steps), took, config)
+    if config is not None or not any(took.values()):  # without any, whatever the intervals are
+        check_statistics(int(inner.steps), took, config or KFACConfig())
     at_work = sum(layers.covered[name].spec.num_parameters for name, count in took.items() if count)
     out = {
         "steps": float(inner.steps),

@@ -20,8 +20,9 @@ from jax.sharding import Mesh
 from algoperf_kfac import cadence
 from algoperf_kfac.jax.decompositions import Decomposed, decompose, eigh, follow, inverse
 from algoperf_kfac.jax.preconditioner import Blocks, LayerState, corrected, damping_terms, mean_eigenvalue
+from algoperf_kfac.jax.reductions import take
 from algoperf_kfac.jax.scalings import Scaling
-from algoperf_kfac.jax.stacks import Stack, broadcast
+from algoperf_kfac.jax.stacks import Stack, choose
 from algoperf_kfac.jax.types import Tree
 
 # What a refresh changes of a state.
@@ -81,9 +82,9 @@ def refresh_due(
         current = {key: dataclasses.replace(state, **written[key]) for key, state in states.items()}
         members, wanted = {}, {}
         for key, state in current.items():
-            rows = windows[key].rows[i]
-            members[key] = jax.tree.map(lambda leaf, rows=rows: leaf[rows], state)
-            wanted[key] = windows[key].valid[i] & (due[key][rows] | (i == turn))
+            rows, valid = windows[key].of_turn(i)
+            members[key] = jax.tree.map(lambda leaf, rows=rows: take(leaf, rows), state)
+            wanted[key] = valid & (take(due[key], rows) | (i == turn))
         new = refresh(members, wanted, levels, scaling, mesh)
         return {key: windows[key].put_back(i, _written(current[key]), _written(new[key])) for key in states}
 
@@ -115,8 +116,13 @@ class _Windows(NamedTuple):
 
     def put_back(self, turn: Array, whole: Tree, of_turn: Tree) -> Tree:
         """Arrays over all layers with those of one turn in their places."""
-        slots, inside = self.slots[turn], self.inside[turn]
-        return jax.tree.map(lambda old, new: jnp.where(broadcast(inside, old), new[slots], old), whole, of_turn)
+        slots, inside = (lax.dynamic_index_in_dim(of_all, turn, keepdims=False) for of_all in self[2:])
+        return jax.tree.map(lambda old, new: choose(inside, take(new, slots), old), whole, of_turn)
+
+    def of_turn(self, turn: Array) -> tuple[Array, Array]:
+        """Rows of one turn, and whether they are valid."""
+        rows, valid = (lax.dynamic_index_in_dim(of_all, turn, keepdims=False) for of_all in self[:2])
+        return rows, valid
 
 
 def _windows(stack: Stack, cycle: int, turns: int) -> _Windows:
@@ -324,7 +330,7 @@ def _install(
 
 
 def _select(chosen: Array, new: Blocks, old: Blocks) -> Blocks:
-    return tuple(jnp.where(chosen, n, o) for n, o in zip(new, old, strict=True))
+    return tuple(lax.select(chosen, n, o) for n, o in zip(new, old, strict=True))
 
 
 def _rotated_diagonal(m: Array, basis: Array, damping: Array) -> Array:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 from algoperf_kfac.config import KFACConfig
@@ -205,7 +205,12 @@ def broadcast(flags: Array, like: Array) -> Array:
     return flags.reshape(flags.shape + (1,) * (like.ndim - flags.ndim))
 
 
+def choose(flags: Array, new: Array, old: Array) -> Array:
+    """The entries of `new` for which flags, (layers,), are set, else those of `old`; see `reductions`."""
+    return lax.select(lax.broadcast_in_dim(flags, old.shape, (0,)), new, old)
+
+
 def select(chosen: Array, new: LayerState, old: LayerState) -> LayerState:
     """The new state of some layers of a stack, (layers,), and the old one of the others."""
-    state: LayerState = jax.tree.map(lambda n, o: jnp.where(broadcast(chosen, n), n, o), new, old)
+    state: LayerState = jax.tree.map(lambda n, o: choose(chosen, n, o), new, old)
     return state

@@ -21,7 +21,7 @@ from jax import Array, lax
 from orbax import checkpoint
 
 from algoperf_kfac.errors import MissingStatisticsError
-from algoperf_kfac.jax import KFAC, KFACConfig, add, discover, from_orbax, kfac, layer_states
+from algoperf_kfac.jax import KFAC, KFACConfig, add, discover, from_orbax, kfac, layer_states, metrics
 from algoperf_kfac.jax.transform import find_state
 from algoperf_kfac.layers import NEVER_SEEN
 from tests.jax.models import check, wavy
@@ -118,6 +118,14 @@ def test_statistics_that_multi_steps_drops() -> None:
     _, state = train(ours, jax.jit(plain), jax.jit(with_statistics), mlp_params(), multi.init(mlp_params()), 0, 40)
     with pytest.warns(UserWarning, match=r"of the 10 updates so far 6 .* came with 0.*MultiSteps.*step // k"):
         assert ours.metrics(state)["statistics_steps"] == 0
+
+
+def test_a_loop_that_never_passes_statistics_shows_in_the_metrics() -> None:
+    """Without the configuration, too, which a training state does not have."""
+    ours, params = optimizer(), mlp_params()
+    _, state = jax.jit(ours.transformation.update)(params, ours.transformation.init(params), params)
+    with pytest.warns(UserWarning, match=r"of the 1 updates so far 1 .* came with 0"):
+        assert metrics(state, ours.layers)["coverage"] == 0
 
 
 # States and layers ------------------------------------------------------------------------------------------------
