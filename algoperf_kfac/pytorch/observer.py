@@ -92,6 +92,7 @@ class Observer:
         self._handles: list[RemovableHandle] = []
         # By layer that ran without gradients, as activation checkpointing has it: what the latest loss got.
         self._unrecorded: dict[str, Tensor | None] = {}
+        self._noted: set[str] = set()  # layers whose weights' gradients are summed
         self._seeing = 0  # functions that a kind of layers runs in place of a fused one
 
     @property
@@ -153,16 +154,29 @@ class Observer:
     def _watch_penalty(self, called: Called, output: Any) -> None:
         """See what comes to the weights of layers that are checked through a function of parameters alone."""
         uses = self.uses
-        results = [t for t in tensors(output) if uses.sources(t) and uses.views.of(t) is None]
+        results = [t for t in tensors(output) if uses.sources(t) and (called.in_place or uses.views.of(t) is None)]
         if not results:
             return
         leaves = [leaf for leaf in called.leaves() if uses.sources(leaf)]
-        read = [
-            (leaf, view.param) for leaf in leaves if (view := uses.views.of(leaf)) and self._is_checked(view.param)
-        ]
+        if called.in_place:  # what it was before is gone, and with it where its gradient came from
+            uses.penalised |= {source for leaf in leaves for source in uses.sources(leaf)}
+            return
+        views = [(leaf, view.param) for leaf in leaves if (view := uses.views.of(leaf))]
+        read = [(leaf, param) for leaf, param in views if self._is_checked(param)]
+        # A table that is the output layer, too, is found when the capture is over, and compared all the same.
+        uses.penalised |= {id(param) for _, param in views} - {id(param) for _, param in read}
         derived = [leaf for leaf in leaves if uses.views.of(leaf) is None]
         if read and not self.penalties.watch(results, read, derived):
             uses.penalised |= {id(param) for _, param in read}
+        for _, param in read:
+            for spec in self.layers.by_weight[id(param)].values():
+                self._note_gradient(spec.name, param)
+
+    def _note_gradient(self, name: str, weight: Tensor) -> None:
+        """Sum what comes to a weight, from the first that the capture shows of it on: a penalty may come first."""
+        if name not in self._noted:
+            self._noted.add(name)
+            self._handles.append(first_hook(weight, lambda grad: self._add_gradient(name, grad)))
 
     def _is_checked(self, weight: Tensor) -> bool:
         """Whether the gradient of a weight is compared with what is recorded of its layers."""
@@ -378,7 +392,7 @@ class Observer:
             self.recorders[spec.name] = self.layers.recorder(spec, dtype, one_pass=one_pass, checks=checks)
             self.weights[spec.name] = weight
             if checks:
-                self._handles.append(first_hook(weight, lambda grad: self._add_gradient(spec.name, grad)))
+                self._note_gradient(spec.name, weight)
         return self.recorders[spec.name]
 
     def _add_gradient(self, name: str, grad: Tensor) -> None:
@@ -436,3 +450,4 @@ class Observer:
         self.penalties.release()
         self._parallels.clear()
         self.gradients.clear()
+        self._noted.clear()

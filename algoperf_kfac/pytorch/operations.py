@@ -19,6 +19,9 @@ from algoperf_kfac.pytorch.geometry import ConvGeometry
 # Sparse inputs are made dense up to so many numbers.
 MAX_DENSE_ELEMENTS = 2**28
 
+# What `+=` and its like call.
+IN_PLACE = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__imod__", "__ifloordiv__"})
+
 Function = Callable[..., Any]
 Sizes = int | Sequence[int]
 
@@ -45,6 +48,11 @@ class Called:
         if name != "__get__":
             return str(name)
         return str(getattr(getattr(self.func, "__self__", None), "__name__", name))
+
+    @property
+    def in_place(self) -> bool:
+        """Whether it writes to its first argument, by its name."""
+        return (self.name.endswith("_") and not self.name.endswith("__")) or self.name in IN_PLACE
 
     def run(self) -> Any:
         """What the function returns."""

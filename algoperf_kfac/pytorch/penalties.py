@@ -108,7 +108,8 @@ def _way(tensor: Tensor, param: Tensor) -> list[Node] | None:
         way.append(node)
         if getattr(node, "variable", None) is param:
             return way
-        if len(node.next_functions) != 1:
+        # Rows and chunks are outputs of one node, which wants the gradients of all.
+        if len(node.next_functions) != 1 or len(node._input_metadata) != 1:
             return None
         node = node.next_functions[0][0]
     return None

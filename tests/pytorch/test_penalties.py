@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from algoperf_kfac.pytorch import KFAC
 from tests.pytorch.toys import assert_same_factors, capture_once, covered, reasons
@@ -102,6 +103,67 @@ def test_a_call_on_data_without_the_bias_is_no_penalty(loss: str) -> None:
             model, lambda m: F.mse_loss(m(x), wanted) + losses[loss](F.linear(more, m[0].weight))
         )
     assert not covered(optimizer)
+
+
+L2: Callable[[nn.Module], Tensor] = lambda m: 1e-3 * sum(p.square().sum() for p in m.parameters())  # noqa: E731
+# Where it is not seen what a penalty adds, weights are not compared, and layers stay.
+UNSEEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "rows": lambda w: torch.stack([row.norm() for row in w]).sum(),
+    "some rows": lambda w: w.unbind()[1].square().sum() + w.chunk(3)[0].abs().sum() + w.split(2)[2].square().sum(),
+    "a copy in place": lambda w: w.clone().sub_(1.0).pow_(2).sum(),
+    "a product in place": lambda w: (w * 2).add_(w).square().sum(),
+    "a flat copy in place": lambda w: w.clone().view(-1).mul_(2).square().sum(),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_a_penalty_whose_gradient_is_not_seen(name: str) -> None:
+    model, x = network(), torch.randn(16, D)
+    optimizer = capture_once(
+        model, lambda m: m(x).square().sum(1).mean() + sum(UNSEEN[name](m[k].weight) for k in (0, 2))
+    )
+    assert covered(optimizer) == {"0", "2"}
+
+
+class Language(nn.Module):
+    """A tied table, whose layer is found at the end of the first capture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.body = nn.Embedding(7, D), nn.Linear(D, D)
+        self.head = nn.Linear(D, 7, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(self.table(ids))))
+
+
+def test_a_penalty_on_a_tied_table() -> None:
+    ids = torch.randint(7, (5, 4))
+    optimizer = capture_once(Language(), lambda m: F.cross_entropy(m(ids).flatten(0, 1), ids.flatten()) + L2(m))
+    assert optimizer.coverage().fraction == 1
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_penalty_beside_checkpoints(reentrant: bool) -> None:
+    """Where these run their layers again after the penalty's gradient has come."""
+    model, x = network(), torch.randn(8, D, requires_grad=True)
+    optimizer = capture_once(
+        model, lambda m: checkpoint(m, x, use_reentrant=reentrant).square().sum(1).mean() + L2(m)
+    )
+    assert covered(optimizer) == {"0", "2"}
+    assert optimizer.metrics()["0/gradient_error"] < 1e-5
+
+
+def test_a_penalty_that_goes_backward_first() -> None:
+    model, x = network(), torch.randn(8, D)
+    optimizer = KFAC(model)
+    with optimizer.capture():
+        L2(model).backward()
+        model(x).square().sum(1).mean().backward()
+    optimizer.step()
+    assert covered(optimizer) == {"0", "2"}
+    assert optimizer.metrics()["2/gradient_error"] < 1e-5
 
 
 class Tied(nn.Module):
