@@ -188,14 +188,6 @@ def _rows_of(eqn: JaxprEqn, operand: int) -> set[int]:
     return set(range(len(shape_of(eqn.invars[operand])))).difference(contract[operand], batch[operand])
 
 
-def _once(weight: Source, ndim: int, batch: Sequence[int]) -> tuple[Source, Sizes] | None:
-    """The weight without repetitions, and where its dimensions are; None if these are not all of a batch."""
-    if not weight.is_broadcast:
-        return weight, tuple(range(ndim))
-    once = weight.once()
-    return once if once is not None and {*once[1], *batch} >= set(range(ndim)) else None
-
-
 def _linear(
     weight: Source, weight_shape: Sizes, x_shape: Sizes, eqn: JaxprEqn, *, weight_is_rhs: bool
 ) -> Call | None:
@@ -211,14 +203,21 @@ def _linear(
     # In the weight's order, so that features are numbered as the weight stores them.
     pairs = sorted(zip(w_contract, x_contract, strict=True))
     w_contract, x_contract = tuple(w for w, _ in pairs), tuple(x for _, x in pairs)
-    once = _once(weight, len(weight_shape), w_batch)
-    if once is None:
-        return None
-    weight, dims = once
+    dims = tuple(range(len(weight_shape)))
+    if weight.is_broadcast:
+        once = weight.once()
+        if once is None:
+            return None
+        weight, dims = once
+        if any(d not in (*dims, *w_batch) for d in range(len(weight_shape))):
+            return None
     repeated = tuple(x for x, w in zip(x_batch, w_batch, strict=True) if w not in dims)
     x_rows = tuple(d for d in range(len(x_shape)) if d not in (*x_contract, *x_batch) or d in repeated)
     x_free = tuple(d for d in x_rows if d not in repeated)
-    x_groups, w_batch = tuple(d for d in x_batch if d not in repeated), tuple(d for d in w_batch if d in dims)
+    x_groups, w_batch = (
+        tuple(d for d in x_batch if d not in repeated),
+        tuple(d for d in w_batch if d in dims),
+    )
     w_free = tuple(d for d in sorted(dims) if d not in (*w_contract, *w_batch))
     groups = math.prod(weight_shape[d] for d in w_batch)
     view = WeightView(
