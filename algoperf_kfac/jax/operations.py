@@ -20,7 +20,7 @@ from jax.core import ShapedArray
 from jax.extend.core import JaxprEqn, Literal, Var
 
 from algoperf_kfac.jax.geometry import ConvGeometry
-from algoperf_kfac.jax.sources import Fused, Source, as_source, inverse_permutation, is_data, repeated_dims
+from algoperf_kfac.jax.sources import Fused, Source, as_source, inverse_permutation, is_data
 from algoperf_kfac.jax.types import Sizes
 from algoperf_kfac.positions import Rows
 
@@ -166,26 +166,18 @@ def read_dot_general(eqn: JaxprEqn, tags: Sequence[object]) -> Read | None:
     for position in (1, 0):
         tag, other = tags[position], 1 - position
         weight = as_source(tag)
-        queries = repeated_dims(tags[other])
-        if weight is None or not (is_data(tags[other]) or queries):
+        if weight is None or not is_data(tags[other]):
             continue
         call = _linear(
             weight, shape_of(eqn.invars[position]), shape_of(eqn.invars[other]), eqn, weight_is_rhs=position == 1
         )
-        # Repeated beside examples, a function of parameters is an input like others; else the product is a weight.
-        if call is None or (queries and (weight.is_broadcast or queries.isdisjoint(_rows_of(eqn, other)))):
+        if call is None:
             continue
         if not isinstance(tag, Fused):
             return Read(call, other)
         parts = split_call(call, tag)
         return None if parts is None else Read(call, other, parts)
     return None
-
-
-def _rows_of(eqn: JaxprEqn, operand: int) -> set[int]:
-    """The dimensions of an operand of a product that the other one has no part in."""
-    contract, batch = eqn.params["dimension_numbers"]
-    return set(range(len(shape_of(eqn.invars[operand])))).difference(contract[operand], batch[operand])
 
 
 def _linear(

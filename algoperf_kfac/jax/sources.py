@@ -179,12 +179,10 @@ class Derived:
     Attributes:
         sources: the parameters; empty for a constant.
         with_data: whether data of the weight's own size went into it, element by element: noise, a mask.
-        repeated: dimensions along which it is known to repeat itself, beside examples.
     """
 
     sources: frozenset[Source] = frozenset()
     with_data: bool = False
-    repeated: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,13 +265,6 @@ def constant_of(tags: Sequence[object]) -> Held | Derived | None:
         return None
     held = [tag for tag in tags if isinstance(tag, Held)]
     return Held(any(tag.given for tag in held)) if held else CONSTANT
-
-
-def repeated_dims(tag: object) -> frozenset[int]:
-    """The dimensions along which a function of parameters is known to repeat itself."""
-    if isinstance(tag, Source) and tag.is_broadcast and (once := tag.once()) is not None:
-        return frozenset(range(len(tag.seen_shape) - tag.scans)).difference(once[1])
-    return tag.repeated if isinstance(tag, Derived) else frozenset()
 
 
 def is_float(value: object) -> bool:
