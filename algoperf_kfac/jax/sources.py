@@ -145,11 +145,6 @@ class Source:
         return kept, tuple(place - self.scans for place in list(places.values())[self.scans :])
 
     @property
-    def is_matrix(self) -> bool:
-        """Whether the parameter is no vector."""
-        return sum(size > 1 for size in self.shape) > 1
-
-    @property
     def is_broadcast(self) -> bool:
         return any(move.kind == "broadcast" for move in self.moves)
 
