@@ -73,30 +73,23 @@ def moves_of(eqn: JaxprEqn, tag: Source | Fused, shape: Sizes) -> tuple[Move, ..
     return ()
 
 
-def kept_dims(eqn: JaxprEqn, after: Sizes) -> dict[int, int]:
-    """Which dimensions a change of shape leaves whole, and where they are then; none after anything else."""
-    name, params, before = eqn.primitive.name, eqn.params, shape_of(eqn.invars[0])
-    moved: dict[int, int] = {}
-    if name == "broadcast_in_dim":
-        moved = dict(enumerate(params["broadcast_dimensions"]))
-    elif name == "transpose":
-        moved = {dim: place for place, dim in enumerate(params["permutation"])}
-    elif name in ("squeeze", "reshape"):
-        given = params.get("dimensions") if name == "reshape" else None  # before the reshape, a transpose
-        order = range(len(before)) if given is None else given
-        moved = {order[d]: place for d, place in aligned(tuple(before[d] for d in order), after).items()}
-    elif name == "slice" and before == after:  # of [..., 0], where that is all there is
-        moved = {dim: dim for dim in range(len(before))}
-    return {dim: place for dim, place in moved.items() if before[dim] == after[place]}
-
-
 def moved_dims(eqn: JaxprEqn, dims: Sizes, after: Sizes) -> Sizes | None:
     """Where some dimensions are after a change of shape that leaves them whole; None after anything else.
 
     One of size 1 may be gone afterwards.
     """
-    kept = kept_dims(eqn, after)
-    if eqn.primitive.name in ("squeeze", "reshape"):
-        before = shape_of(eqn.invars[0])
-        dims = tuple(dim for dim in dims if dim in kept or before[dim] > 1)
-    return tuple(kept[dim] for dim in dims) if kept and kept.keys() >= set(dims) else None
+    name, params, before = eqn.primitive.name, eqn.params, shape_of(eqn.invars[0])
+    moved: dict[int, int] = {}
+    if name == "broadcast_in_dim":
+        moved = dict(enumerate(params["broadcast_dimensions"]))
+    elif name in ("squeeze", "reshape"):
+        given = params.get("dimensions") if name == "reshape" else None  # before the reshape, a transpose
+        order = range(len(before)) if given is None else given
+        kept = aligned(tuple(before[d] for d in order), after)
+        moved = {order[d]: place for d, place in kept.items()}
+        dims = tuple(d for d in dims if d in moved or before[d] > 1)
+    elif name == "slice" and before == after:  # of [..., 0], where that is all there is
+        return dims
+    places = tuple(moved.get(d, -1) for d in dims)
+    whole = all(place >= 0 and before[d] == after[place] for d, place in zip(dims, places, strict=True))
+    return places if moved and whole else None

@@ -27,7 +27,6 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from algoperf_kfac.jax.derived import completes, either, function_of, is_penalty, may_multiply, read_later
 from algoperf_kfac.jax.equations import MOVES, NO_GRADIENT, bind, carrying, moved_dims, moves_of
 from algoperf_kfac.jax.operations import RULES, Call, Lookup, Rule, is_bias
-from algoperf_kfac.jax.repetition import repeated_after
 from algoperf_kfac.jax.sources import (
     CONSTANT,
     Derived,
@@ -40,7 +39,6 @@ from algoperf_kfac.jax.sources import (
     constant_of,
     fuse,
     is_float,
-    repeated_dims,
     sources_of,
 )
 from algoperf_kfac.jax.types import Sizes, Tree
@@ -113,8 +111,7 @@ class Visitor:
         """Something reads the output of the operation `key` as it is, no bias added."""
 
     def constant_input(self, key: Key, *, given: bool) -> None:
-        """The operation `key` reads nothing but constants; single numbers among the arguments or functions of
-        parameters, too, which may be others at every step (`given`)."""
+        """The operation `key` reads nothing but constants, or (`given`) single numbers among the arguments."""
 
     def other_use(self, key: Key, source: Source, what: str, *, computed: bool, product: bool) -> None:
         """Something without a rule reads a parameter: it meets data there.
@@ -268,9 +265,7 @@ class Interpreter:
             for tag in tags:
                 self._missed(key, tag, f"{eqn.primitive.name} of complex numbers", product=True)
             return [out], [None]
-        queries = bool(repeated_dims(tags[read.operand]))
-        name = f"{eqn.primitive.name} (as its input)" if queries else eqn.primitive.name
-        self._missed(key, tags[read.operand], name, product=not queries)
+        self._missed(key, tags[read.operand], eqn.primitive.name, product=True)
         x = ins[read.operand] if read.prepare is None else read.prepare(ins)
         if isinstance(read.use, Lookup):
             rows = self.visitor.lookup(key, read.use, x[..., 0], out)
@@ -280,10 +275,8 @@ class Interpreter:
         if read.parts:  # one product with several weights side by side: an operation for each
             parts = tuple(((*key, number), part) for number, part in enumerate(read.parts))
         for part_key, part in parts:
-            constant = constant_of([tags[read.operand]])
-            if constant is not None or queries:
-                given = queries or (isinstance(constant, Held) and constant.given)
-                self.visitor.constant_input(part_key, given=given)
+            if (constant := constant_of([tags[read.operand]])) is not None:
+                self.visitor.constant_input(part_key, given=isinstance(constant, Held) and constant.given)
             out = self.visitor.operation(part_key, part, x, out)
         return [out], [Output(read.use, parts, read.use.out_dims)]
 
@@ -300,6 +293,9 @@ class Interpreter:
             return tag
         if isinstance(tag, Selected) and name in MOVES and not tag.shared:
             return tag
+        if isinstance(tag, Output) and name == "transpose":
+            permutation = eqn.params["permutation"]
+            return dataclasses.replace(tag, dims=tuple(permutation.index(d) for d in tag.dims))
         if isinstance(tag, Output) and (dims := moved_dims(eqn, tag.dims, tuple(outs[0].shape))) is not None:
             return dataclasses.replace(tag, dims=dims)
         if name in ("add", "add_any"):
@@ -314,8 +310,6 @@ class Interpreter:
         for one in tags:
             self._without_bias(one)
         if name not in _OPAQUE and (function := function_of(name, tags, outs)) is not None:
-            if isinstance(function, Derived) and not function.with_data:
-                return dataclasses.replace(function, repeated=repeated_after(eqn, tags))
             return function
         product = may_multiply(eqn)
         penalties = frozenset[Source]()
@@ -397,7 +391,12 @@ class Interpreter:
         params = eqn.params
         num_consts, num_carry = params["num_consts"], params["num_carry"]
         first_x = num_consts + num_carry
-        inner_tags = self._inside_scan(tags, num_consts, first_x, key, product=may_multiply(eqn))
+        program = params["jaxpr"].jaxpr
+        kept = [
+            before is after
+            for before, after in zip(program.invars[num_consts:first_x], program.outvars[:num_carry], strict=True)
+        ]
+        inner_tags = self._inside_scan(tags, num_consts, first_x, key, kept if may_multiply(eqn) else [])
         sliced = [tag.name for tag in inner_tags[first_x:] if isinstance(tag, Source)]
         inside = [
             *(True for _ in range(num_carry)),
@@ -426,7 +425,7 @@ class Interpreter:
         return [*carry, *ys], [None] * (len(carry) + len(ys))
 
     def _inside_scan(
-        self, tags: Tags, num_consts: int, first_x: int, key: Key, *, product: bool
+        self, tags: Tags, num_consts: int, first_x: int, key: Key, kept: Sequence[bool]
     ) -> list[Tag | None]:
         """The tags of a loop's operands within its body. A weight that it carries, or cuts otherwise, is lost.
 
@@ -435,7 +434,8 @@ class Interpreter:
             num_consts: number of constants.
             first_x: where what is sliced begins.
             key: of the loop.
-            product: whether it may multiply data by what it carries.
+            kept: of what is carried, whether it stays as it is, where the loop may multiply data by it; what
+                changes from turn to turn is a state, learned at its beginning.
         """
         inner: list[Tag | None] = []
         for position, tag in enumerate(tags):
@@ -445,8 +445,8 @@ class Interpreter:
                 inner.append(dataclasses.replace(tag, scans=tag.scans + 1))
             else:
                 inner.append(None)
-                matrices = any(source.is_matrix for source in sources_of(tag))  # a vector carried is a state
-                self._missed(key, tag, "scan", product=product and matrices)
+                carried = num_consts <= position < first_x
+                self._missed(key, tag, "scan", product=carried and any(kept[position - num_consts :][:1]))
         return inner
 
 

@@ -20,7 +20,7 @@ from jax.core import ShapedArray
 from jax.extend.core import JaxprEqn, Literal, Var
 
 from algoperf_kfac.jax.geometry import ConvGeometry
-from algoperf_kfac.jax.sources import Fused, Source, as_source, inverse_permutation, is_data, repeated_dims
+from algoperf_kfac.jax.sources import Fused, Source, as_source, inverse_permutation, is_data
 from algoperf_kfac.jax.types import Sizes
 from algoperf_kfac.positions import Rows
 
@@ -166,34 +166,18 @@ def read_dot_general(eqn: JaxprEqn, tags: Sequence[object]) -> Read | None:
     for position in (1, 0):
         tag, other = tags[position], 1 - position
         weight = as_source(tag)
-        queries = repeated_dims(tags[other])
-        if weight is None or not (is_data(tags[other]) or queries):
+        if weight is None or not is_data(tags[other]):
             continue
         call = _linear(
             weight, shape_of(eqn.invars[position]), shape_of(eqn.invars[other]), eqn, weight_is_rhs=position == 1
         )
-        # Repeated beside examples, a function of parameters is an input like others; else the product is a weight.
-        if call is None or (queries and (weight.is_broadcast or queries.isdisjoint(_rows_of(eqn, other)))):
+        if call is None:
             continue
         if not isinstance(tag, Fused):
             return Read(call, other)
         parts = split_call(call, tag)
         return None if parts is None else Read(call, other, parts)
     return None
-
-
-def _rows_of(eqn: JaxprEqn, operand: int) -> set[int]:
-    """The dimensions of an operand of a product that the other one has no part in."""
-    contract, batch = eqn.params["dimension_numbers"]
-    return set(range(len(shape_of(eqn.invars[operand])))).difference(contract[operand], batch[operand])
-
-
-def _once(weight: Source, ndim: int, batch: Sequence[int]) -> tuple[Source, Sizes] | None:
-    """The weight without repetitions, and where its dimensions are; None if these are not all of a batch."""
-    if not weight.is_broadcast:
-        return weight, tuple(range(ndim))
-    once = weight.once()
-    return once if once is not None and {*once[1], *batch} >= set(range(ndim)) else None
 
 
 def _linear(
@@ -211,14 +195,21 @@ def _linear(
     # In the weight's order, so that features are numbered as the weight stores them.
     pairs = sorted(zip(w_contract, x_contract, strict=True))
     w_contract, x_contract = tuple(w for w, _ in pairs), tuple(x for _, x in pairs)
-    once = _once(weight, len(weight_shape), w_batch)
-    if once is None:
-        return None
-    weight, dims = once
+    dims = tuple(range(len(weight_shape)))
+    if weight.is_broadcast:
+        once = weight.once()
+        if once is None:
+            return None
+        weight, dims = once
+        if any(d not in (*dims, *w_batch) for d in range(len(weight_shape))):
+            return None
     repeated = tuple(x for x, w in zip(x_batch, w_batch, strict=True) if w not in dims)
     x_rows = tuple(d for d in range(len(x_shape)) if d not in (*x_contract, *x_batch) or d in repeated)
     x_free = tuple(d for d in x_rows if d not in repeated)
-    x_groups, w_batch = tuple(d for d in x_batch if d not in repeated), tuple(d for d in w_batch if d in dims)
+    x_groups, w_batch = (
+        tuple(d for d in x_batch if d not in repeated),
+        tuple(d for d in w_batch if d in dims),
+    )
     w_free = tuple(d for d in sorted(dims) if d not in (*w_contract, *w_batch))
     groups = math.prod(weight_shape[d] for d in w_batch)
     view = WeightView(

@@ -145,11 +145,6 @@ class Source:
         return kept, tuple(place - self.scans for place in list(places.values())[self.scans :])
 
     @property
-    def is_matrix(self) -> bool:
-        """Whether the parameter is no vector."""
-        return sum(size > 1 for size in self.shape) > 1
-
-    @property
     def is_broadcast(self) -> bool:
         return any(move.kind == "broadcast" for move in self.moves)
 
@@ -179,12 +174,10 @@ class Derived:
     Attributes:
         sources: the parameters; empty for a constant.
         with_data: whether data of the weight's own size went into it, element by element: noise, a mask.
-        repeated: dimensions along which it is known to repeat itself, beside examples.
     """
 
     sources: frozenset[Source] = frozenset()
     with_data: bool = False
-    repeated: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,13 +260,6 @@ def constant_of(tags: Sequence[object]) -> Held | Derived | None:
         return None
     held = [tag for tag in tags if isinstance(tag, Held)]
     return Held(any(tag.given for tag in held)) if held else CONSTANT
-
-
-def repeated_dims(tag: object) -> frozenset[int]:
-    """The dimensions along which a function of parameters is known to repeat itself."""
-    if isinstance(tag, Source) and tag.is_broadcast and (once := tag.once()) is not None:
-        return frozenset(range(len(tag.seen_shape) - tag.scans)).difference(once[1])
-    return tag.repeated if isinstance(tag, Derived) else frozenset()
 
 
 def is_float(value: object) -> bool:

@@ -76,7 +76,7 @@ class TappedModel:
         self._reached: set[str] = set()
 
     def _reads_constants(self, name: str) -> bool:
-        """Whether a layer sees no data: constants, learned queries, one number for the whole batch (a time)."""
+        """Whether a layer sees no examples: constants, or one number for the whole batch (a noise level)."""
         return self._notes.reads_constants(self._layers[name].spec.weight)
 
     def zeros(self) -> dict[str, Sums]:

@@ -303,7 +303,7 @@ def check_takes(call: str, function: Callable[..., object], count: int) -> None:
         TypeError: if it cannot.
     """
     try:
-        signature = inspect.signature(function)
+        signature = inspect.signature(function, follow_wrapped=False)
     except (TypeError, ValueError):  # some that are built in have none
         return
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -86,6 +87,12 @@ def test_functions_of_other_arguments() -> None:
         KFAC(lambda params, x: mlp(params, x, y), cross_entropy, mlp_params(), x, y)
     with pytest.raises(TypeError, match=r"loss_fn\(outputs, \*args\) with 2 .* let loss_fn take them"):
         KFAC(mlp, lambda outputs, y: cross_entropy(outputs, x, y), mlp_params(), x, y)
+
+    @functools.wraps(mlp)
+    def takes_all(params: Any, x: Array, y: Array) -> Array:
+        return mlp(params, x)
+
+    assert KFAC(takes_all, cross_entropy, mlp_params(), x, y).coverage().fraction == 1
     assert KFAC(lambda *args: mlp(*args), cross_entropy, mlp_params(), x, y).coverage().fraction == 1
 
 

@@ -285,7 +285,9 @@ UNREADABLE: dict[str, tuple[Use, str]] = {
         lambda x, w, e: lax.conv_general_dilated(w[None], x[:, :, None], (1,), "VALID")[0].T, "read by conv_general"
     ),
     "rows-by-number": (lambda x, w, e: x @ w[jnp.arange(D)], "dot_general reads a function of it"),
-    "carried": (lambda x, w, e: lax.scan(lambda c, _: (c @ (x.T @ x), None), w, None, 2)[0][:2], "read by scan"),
+    "carried": (
+        lambda x, w, e: lax.scan(lambda c, _: ((c[0] @ c[1], c[1]), None), (x, w), None, 2)[0][0], "read by scan"
+    ),
 }  # fmt: skip
 
 
@@ -298,12 +300,12 @@ def test_a_product_without_a_rule_is_said_beside_other_layers(case: str) -> None
     def apply(p: Any, x: Array, e: Array, ids: Array) -> Array:
         x = x + p["table"][ids] + p["places"][jnp.arange(5)] + p["added"]
         x = x + jnp.tanh(x[..., None] * jnp.exp(p["decay"])).sum(-1)
-        x = x + lax.scan(lambda c, _: (jnp.tanh(c @ e), None), jnp.tile(p["state"], (2, 1)), None, 2)[0][:, None]
+        x = x + lax.scan(lambda c, _: (jnp.tanh(c @ e), None), p["state"], None, 2)[0][:, None]
         x = (x @ p["v"]).reshape(2, 5, 2, D // 2) * p["scale"]
         return use(x.reshape(-1, D), p["w"], e)
 
     shapes = {"w": (D, D), "v": (D, D), "table": (7, D), "places": (5, D), "added": (5, D), "scale": (2, D // 2)}
-    shapes |= {"decay": (D, 2), "state": (1, D)}
+    shapes |= {"decay": (D, 2), "state": (2, D)}
     params = {name: normal(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
     with pytest.warns(UserWarning, match=f"left to NadamW: w .*{words}") as said:
         optimizer = KFAC(apply, wavy, params, normal(8, 2, 5, D), normal(9, D, D), jnp.arange(10).reshape(2, 5) % 7)

@@ -58,17 +58,6 @@ def single_outputs(p: Any, x: Array) -> tuple[Array, Array, Array]:
     return x @ p["c"] + p["d"], (x @ p["e"])[:, 0] + p["f"], x @ p["g"][0] + p["h"]
 
 
-def learned_queries(p: Any, x: Array) -> Array:
-    """A parameter beside every example, normalised, and in a second block what the first one made of it."""
-    z = jnp.broadcast_to(p["latents"], (len(x), *p["latents"].shape))
-    for _ in range(2):
-        h = z - z.mean(-1, keepdims=True)
-        h = h * lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + 1e-6) * p["scale"]
-        scores = (h @ p["q"] + p["b"]) @ (x @ p["k"]).mT
-        z = z + jnp.tanh(scores) @ x
-    return z
-
-
 def repeated_weights(p: Any, x: Array) -> Array:
     """A weight for each example, all of them one, as what maps over examples spells it."""
     n = len(x)
@@ -169,10 +158,6 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, str | None], set[str]]] = {
         lambda: raw(single_outputs, normal(1, 3, 4), a=(4, 5), b=(5,), c=(5,), d=(), e=(5, 1), f=(), g=(1, 5),
                     h=()),
         {"a": "b", "c": "d", "e": "f", "g": "h"}, set(),
-    ),
-    "learned-queries": (
-        lambda: raw(learned_queries, normal(1, 3, 5, 4), latents=(2, 4), scale=(4,), q=(4, 4), b=(4,), k=(4, 4)),
-        {"q": "b", "k": None}, {"latents", "scale"},
     ),
     "raw-weights-repeated": (
         lambda: raw(repeated_weights, normal(1, 2, 3, 4), a=(4, 3), b=(3,), c=(3, 5), d=(5, 2)),
