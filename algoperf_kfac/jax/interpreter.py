@@ -391,12 +391,7 @@ class Interpreter:
         params = eqn.params
         num_consts, num_carry = params["num_consts"], params["num_carry"]
         first_x = num_consts + num_carry
-        program = params["jaxpr"].jaxpr
-        kept = [
-            before is after
-            for before, after in zip(program.invars[num_consts:first_x], program.outvars[:num_carry], strict=True)
-        ]
-        inner_tags = self._inside_scan(tags, num_consts, first_x, key, kept if may_multiply(eqn) else [])
+        inner_tags = self._inside_scan(tags, num_consts, first_x, key, product=may_multiply(eqn))
         sliced = [tag.name for tag in inner_tags[first_x:] if isinstance(tag, Source)]
         inside = [
             *(True for _ in range(num_carry)),
@@ -425,17 +420,17 @@ class Interpreter:
         return [*carry, *ys], [None] * (len(carry) + len(ys))
 
     def _inside_scan(
-        self, tags: Tags, num_consts: int, first_x: int, key: Key, kept: Sequence[bool]
+        self, tags: Tags, num_consts: int, first_x: int, key: Key, *, product: bool
     ) -> list[Tag | None]:
-        """The tags of a loop's operands within its body. A weight that it carries, or cuts otherwise, is lost.
+        """The tags of a loop's operands within its body. A weight that it cuts otherwise is lost.
 
         Args:
             tags: of the constants, the carry, and what is sliced.
             num_consts: number of constants.
             first_x: where what is sliced begins.
             key: of the loop.
-            kept: of what is carried, whether it stays as it is, where the loop may multiply data by it; what
-                changes from turn to turn is a state, learned at its beginning.
+            product: whether it may multiply data by a slice. What it carries is a state, learned at its beginning:
+                JAX takes what stays the same for a constant.
         """
         inner: list[Tag | None] = []
         for position, tag in enumerate(tags):
@@ -445,8 +440,8 @@ class Interpreter:
                 inner.append(dataclasses.replace(tag, scans=tag.scans + 1))
             else:
                 inner.append(None)
-                carried = num_consts <= position < first_x
-                self._missed(key, tag, "scan", product=carried and any(kept[position - num_consts :][:1]))
+                matrices = position >= first_x and any(len(source.shape) > 2 for source in sources_of(tag))
+                self._missed(key, tag, "scan", product=product and matrices)
         return inner
 
 

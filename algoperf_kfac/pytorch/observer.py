@@ -30,7 +30,7 @@ from algoperf_kfac.pytorch.penalties import Penalties
 from algoperf_kfac.pytorch.recorder import Recorder
 from algoperf_kfac.pytorch.sights import Sights
 from algoperf_kfac.pytorch.uses import WITHOUT_BIAS, Uses
-from algoperf_kfac.pytorch.views import tensors
+from algoperf_kfac.pytorch.views import JOINS, tensors
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -158,10 +158,12 @@ class Observer:
         if not results:
             return
         leaves = [leaf for leaf in called.leaves() if uses.sources(leaf)]
-        if called.in_place:  # what it was before is gone, and with it where its gradient came from
+        views = [(leaf, view.param) for leaf in leaves if (view := uses.views.of(leaf))]
+        # What it was before is gone, and with it where its gradient came from; weights that are put together may be
+        # taken apart again, and be the layers' own.
+        if called.in_place or (views and called.name in JOINS):
             uses.penalised |= {source for leaf in leaves for source in uses.sources(leaf)}
             return
-        views = [(leaf, view.param) for leaf in leaves if (view := uses.views.of(leaf))]
         read = [(leaf, param) for leaf, param in views if self._is_checked(param)]
         # A table that is the output layer, too, is found when the capture is over, and compared all the same.
         uses.penalised |= {id(param) for _, param in views} - {id(param) for _, param in read}

@@ -285,9 +285,6 @@ UNREADABLE: dict[str, tuple[Use, str]] = {
         lambda x, w, e: lax.conv_general_dilated(w[None], x[:, :, None], (1,), "VALID")[0].T, "read by conv_general"
     ),
     "rows-by-number": (lambda x, w, e: x @ w[jnp.arange(D)], "dot_general reads a function of it"),
-    "carried": (
-        lambda x, w, e: lax.scan(lambda c, _: ((c[0] @ c[1], c[1]), None), (x, w), None, 2)[0][0], "read by scan"
-    ),
 }  # fmt: skip
 
 
