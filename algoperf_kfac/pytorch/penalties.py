@@ -102,6 +102,8 @@ def _way(tensor: Tensor, param: Tensor) -> list[Node] | None:
     there is more to it."""
     if tensor is param:
         return [torch.autograd.graph.get_gradient_edge(param).node]
+    if tensor._backward_hooks:  # may change what comes to the view
+        return None
     way: list[Node] = []
     node: Node = tensor.grad_fn
     while node is not None:

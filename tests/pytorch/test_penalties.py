@@ -106,12 +106,20 @@ def test_a_call_on_data_without_the_bias_is_no_penalty(loss: str) -> None:
 
 
 L2: Callable[[nn.Module], Tensor] = lambda m: 1e-3 * sum(p.square().sum() for p in m.parameters())  # noqa: E731
+
+
+def doubled(view: Tensor) -> Tensor:
+    view.register_hook(lambda grad: 2 * grad)
+    return view
+
+
 # Where it is not seen what a penalty adds, weights are not compared, and layers stay.
 UNSEEN: dict[str, Callable[[Tensor], Tensor]] = {
     "rows": lambda w: torch.stack([row.norm() for row in w]).sum(),
     "some rows": lambda w: w.unbind()[1].square().sum() + w.chunk(3)[0].abs().sum() + w.split(2)[2].square().sum(),
     "a copy in place": lambda w: w.clone().sub_(1.0).pow_(2).sum(),
     "a product in place": lambda w: (w * 2).add_(w).square().sum(),
+    "a hook on a view": lambda w: doubled(w.view(-1)).square().sum(),
     "a flat copy in place": lambda w: w.clone().view(-1).mul_(2).square().sum(),
 }
 
