@@ -432,5 +432,8 @@ EXPERIMENTS = (
             "reduce": _part("kfac_reduce", 1.1e-2, 1 / 2),
             "reduce, two thirds": _part("kfac_reduce", 1.1e-2, 2 / 3),
         },
+        verdict="In half of NadamW's steps both K-FACs end a little higher, in all seeds (.006 to .028 nats of "
+        "1.44); in two thirds expand ends lower in all, reduce in two of three. Within these both are as low as "
+        "NadamW at its end after .57 of its steps: half is missed by a seventh.",
     ),
 )
