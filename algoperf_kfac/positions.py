@@ -299,13 +299,14 @@ def _check_list(pattern: str, given: Sequence[Positions], rows: Mapping[str, Seq
     )
 
 
-def other_rows(rows: Mapping[str, int], argument: str, *, scaled: bool) -> str | None:
+def other_rows(rows: Mapping[str, int], argument: str, *, scaled: bool, calls: int = 1) -> str | None:
     """What to say of layers whose number of examples is not that of the batch; None where all agree.
 
     Args:
         rows: how many examples each layer sees, the first one first: its are those of the batch.
         argument: how positions are given, with `{}` for them.
         scaled: whether the caller said what the loss was divided by.
+        calls: how often the first one is called on its examples, where that may as well be parts of the batch.
     """
     first, examples = next(iter(rows.items()), ("", 0))
     others = {name: number for name, number in rows.items() if number != examples}
@@ -314,11 +315,15 @@ def other_rows(rows: Mapping[str, int], argument: str, *, scaled: bool) -> str |
     parts = listed(f"{name} ({number})" for name, number in others.items())
     scale = "Each" if scaled else f"B is scaled by {examples} throughout, and each"
     way_out = argument.format("positions={'pattern': Positions(segment_ids=..., num_segments=...)}")
+    of_parts = (
+        f". {first} is called {calls} times: where each call has examples of its own (chunks of tokens, a loop "
+        f"over parts of the batch), say what the loss is divided by: {argument.format('loss_normalizer=...')}"
+    )
     return (
         f"the batch has {examples} examples, as {first} sees them, and other layers have other numbers of rows in "
         f"dimension 0: {parts}. {scale} row counts as an example of its own in these layers; if several belong "
         f"together (windows, packed batches), say so: {way_out}; where the sequence comes first: "
-        "Positions(batch_dim=1)"
+        f"Positions(batch_dim=1){of_parts if calls > 1 and not scaled else ''}"
     )
 
 

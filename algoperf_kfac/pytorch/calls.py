@@ -34,6 +34,7 @@ class Call:
     seen: bool = False  # or in any
     aside: bool = False  # a gradient with respect to inputs alone went through it
     apart: bool = False  # and it was left out, until a gradient for parameters comes
+    part: int = 0  # of a batch that was taken in parts: which one it sees
 
     @property
     def waits(self) -> bool:
@@ -62,11 +63,14 @@ class Call:
         return t.unsqueeze(0) if t.dim() == 1 else self.layout.batch_first(t)
 
 
-def by_examples(calls: list[Call]) -> dict[int, list[Call]]:
-    """Calls by their number of examples."""
-    sets: dict[int, list[Call]] = {}
+Examples = tuple[int, int]  # which calls see the same: the part of the batch, and how many
+
+
+def by_examples(calls: list[Call]) -> dict[Examples, list[Call]]:
+    """Calls by the examples they see."""
+    sets: dict[Examples, list[Call]] = {}
     for call in calls:
-        sets.setdefault(call.layout.num_examples, []).append(call)
+        sets.setdefault((call.part, call.layout.num_examples), []).append(call)
     return sets
 
 

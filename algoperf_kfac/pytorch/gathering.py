@@ -48,6 +48,7 @@ class Gathered:
         wrong: layers whose statistics would not be the whole of them, and why.
         backward: whether there was a backward pass.
         rows: examples that each layer with statistics was taken to see.
+        calls: how often the first of these was called on the same examples, as far as it was taken to be.
         penalised: whether penalties read the weights of all layers with statistics, so that there is no comparing.
         scaled: whether the caller said what the loss was divided by.
         errors: by layer, how far what was captured is from the weight's gradient, relative to it; of a checked
@@ -66,6 +67,7 @@ class Gathered:
     wrong: dict[str, str]
     backward: bool
     rows: dict[str, int]
+    calls: int
     penalised: bool
     scaled: bool
     errors: dict[str, float]
@@ -100,7 +102,8 @@ def gather(observer: Observer, options: Options, normalizer: Scalar | None) -> G
     missing, wrong = _incomplete(observer)
     _check_passes(observer, kind, missing.values())
     counted = {n: r for n, r in observer.recorders.items() if n not in missing and n not in wrong}
-    for recorder in counted.values():
+    for name, recorder in counted.items():
+        observer.scale.take_parts(name, recorder)
         recorder.note_loss(observer.scale.gradient)
         recorder.end_group()
     products = {name: recorder.product for name, recorder in counted.items()}
@@ -110,12 +113,14 @@ def gather(observer: Observer, options: Options, normalizer: Scalar | None) -> G
     factor = observer.scale.factor(counted, options.config, normalizer)
     by_loss = normalizer is None and kind == "empirical"
     sights, obstacles = ({}, []) if taps is not None else _sights(observer, kind, counted)
+    rows = observer.scale.rows(counted, layers.covered)
     return Gathered(
         statistics={name: recorder.statistics(factor, by_loss=by_loss) for name, recorder in counted.items()},
         missing=missing,
         wrong=wrong | too_far,
         backward=observer.passes.seen,
-        rows=observer.scale.rows(counted, layers.covered),
+        rows=rows,
+        calls=max((observer.scale.calls_on_the_same(name) for name in list(rows)[:1]), default=1),
         penalised=bool(counted)
         and all(id(layers.covered[name].weight) in observer.uses.penalised for name in counted),
         scaled=normalizer is not None,

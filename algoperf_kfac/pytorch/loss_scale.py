@@ -12,6 +12,7 @@ from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.positions import Rows
 from algoperf_kfac.pytorch.covered_layer import CoveredLayer
 from algoperf_kfac.pytorch.kinds import AnyRecorder
+from algoperf_kfac.pytorch.loss_parts import LossParts, Slices
 from algoperf_kfac.pytorch.operations import Called
 from algoperf_kfac.pytorch.statistics import Scalar
 
@@ -23,11 +24,14 @@ class LossScale:
         calls: by layer, the rows of its calls.
         gradient: what the mean of a loss function got in the latest backward pass, of several the largest; None if
             unknown.
+        parts: of the batch, where loss functions took it part by part.
     """
 
     def __init__(self) -> None:
         self.calls: dict[str, list[Rows]] = {}
         self.gradient: Tensor | None = None
+        self.parts = LossParts()
+        self._in_parts: dict[str, list[Slices]] = {}  # by layer that saw the batch in parts
         self._sizes: set[int] = set()  # of dimension 0 of what loss functions took
         self._first: dict[str, set[int]] = {}  # the same of what layers took
 
@@ -40,10 +44,20 @@ class LossScale:
         """Whether a layer was called on so many examples, as far as dimension 0 says."""
         return number in self._first.get(name, ())
 
-    def note_loss(self, called: Called) -> None:
-        """Remember the sizes of what a loss function took."""
+    def note_loss(self, called: Called) -> Slices | None:
+        """Remember the sizes of what a loss function took; of which targets, where it may be a part of them."""
         inputs_and_targets = [leaf for leaf in called.leaves() if isinstance(leaf, Tensor)][:2]
         self._sizes |= {tensor.shape[0] for tensor in inputs_and_targets if tensor.ndim}
+        return next(map(self.parts.note, inputs_and_targets[1:]), None)
+
+    def take_parts(self, name: str, recorder: AnyRecorder) -> None:
+        """See whether a layer's calls since the latest backward pass are those on the parts of a batch."""
+        for use in recorder.uses:
+            parts = next((parts for parts in self.parts.found if use.take_parts(parts.rows)), None)
+            if parts is not None:
+                # A loss on parts of the batch, for layers that see these: for all others it is one on the whole.
+                self._sizes = self._sizes - set(parts.rows) | {sum(parts.rows)}
+                self._in_parts.setdefault(name, []).append(parts)
 
     def note_gradient(self, gradient: Tensor) -> None:
         """Remember the gradient that the mean of a loss function gets."""
@@ -67,6 +81,8 @@ class LossScale:
         scale = normalizer
         if scale is None:
             scale = next((recorders[name].examples for name in self.by_batch(recorders)), 1.0)
+            parts = next(iter(self._in_parts.values()), [])
+            scale = scale / parts[0].means if parts else scale
         return scale * scale
 
     def by_batch(self, recorders: Mapping[str, AnyRecorder]) -> list[str]:
@@ -82,8 +98,9 @@ class LossScale:
         return not self._row_counts(name).isdisjoint(self._sizes)
 
     def _row_counts(self, name: str) -> set[int]:
-        """Of each call of a layer, the sizes of its rows, and how many these are."""
-        return {size for rows in self.calls.get(name, ()) for size in (*rows.leading, math.prod(rows.leading))}
+        """Of each call of a layer, the sizes of its rows, and how many these are; of all where it sees parts."""
+        sizes = {size for rows in self.calls.get(name, ()) for size in (*rows.leading, math.prod(rows.leading))}
+        return sizes | {sum(parts.rows) for parts in self._in_parts.get(name, ())}
 
     def rows(self, recorders: Mapping[str, AnyRecorder], layers: Mapping[str, CoveredLayer]) -> dict[str, int]:
         """Examples that each layer was taken to see, the one that sees the batch first.
@@ -101,6 +118,10 @@ class LossScale:
             for number, name in enumerate(self.by_batch(recorders))
             if not number or not by_row(name)
         }
+
+    def calls_on_the_same(self, name: str) -> int:
+        """How many calls of a layer were taken to see the same examples, for nothing but their equal number."""
+        return 1 if name in self._in_parts else len(self.calls.get(name, ()))
 
     def in_parts(self, recorders: Iterable[str]) -> dict[str, tuple[int, int]]:
         """Layers with several calls that have as many rows together as the loss, where no layer sees all of these.

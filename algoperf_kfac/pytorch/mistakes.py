@@ -100,14 +100,15 @@ class Mistakes:
                 "side by side need nothing"
             )
 
-    def rows(self, rows: Mapping[str, int], *, scaled: bool) -> None:
+    def rows(self, rows: Mapping[str, int], calls: int, *, scaled: bool) -> None:
         """Layers whose number of examples is not that of the batch.
 
         Args:
             rows: how many examples each layer sees, the first one first.
+            calls: how often the first one was called on them.
             scaled: whether the caller said what the loss was divided by.
         """
-        message = other_rows(rows, "capture({})", scaled=scaled)
+        message = other_rows(rows, "capture({})", scaled=scaled, calls=calls)
         if message is not None and "rows" not in self._named:
             self._named.add("rows")
             warn(message)

@@ -22,6 +22,7 @@ from algoperf_kfac.pytorch.contractions import operations_of
 from algoperf_kfac.pytorch.hooks import apart_from_checkpoints, arrival_hook, first_hook, in_backward, output_hook
 from algoperf_kfac.pytorch.interception import Interceptor
 from algoperf_kfac.pytorch.kinds import AnyRecorder
+from algoperf_kfac.pytorch.loss_parts import Slices
 from algoperf_kfac.pytorch.loss_scale import LossScale
 from algoperf_kfac.pytorch.operations import LOSSES, RULES, Called, Operation, is_mean
 from algoperf_kfac.pytorch.options import Options
@@ -146,9 +147,9 @@ class Observer:
         self._watch_penalty(called, output)
         is_loss = torch.is_grad_enabled() and called.func in LOSSES and output.requires_grad
         if is_loss and not self.uses.sources(output):  # else a penalty: of parameters and constants
-            self.scale.note_loss(called)
+            part_of = self.scale.note_loss(called)
             if is_mean(called):
-                self._handles.append(arrival_hook(output, self._note_loss))
+                self._handles.append(arrival_hook(output, functools.partial(self._note_loss, part_of)))
         return output
 
     def _watch_penalty(self, called: Called, output: Any) -> None:
@@ -216,10 +217,13 @@ class Observer:
             rows = self.scale.calls[spec.name][-1]
             self.sights.note(called, operation, spec, use, rows, fused=self._seeing > 0)
 
-    def _note_loss(self, gradient: Tensor | None) -> None:
-        """The gradient that the mean of a loss function gets."""
-        if not self.passes.aside and gradient is not None:
-            self.scale.note_gradient(gradient)
+    def _note_loss(self, part_of: Slices | None, gradient: Tensor | None) -> None:
+        """The gradient that the mean of a loss function gets, perhaps one over a part of the targets."""
+        if self.passes.aside or gradient is None:
+            return
+        self.scale.note_gradient(gradient)
+        if part_of is not None:
+            part_of.note_gradient(gradient)
 
     def operation(self, operation: Operation, output: Tensor) -> Tensor:
         """Record a weighted operation; returns the output to hand on in its place.
@@ -335,7 +339,9 @@ class Observer:
     def _next_forward(self, recorder: Recorder, loss_gradient: Tensor | None) -> None:
         """A further forward pass begins for a layer, after one whose loss got a gradient."""
         recorder.note_loss(loss_gradient)
-        recorder.next_forward()
+        if recorder.has_seen:
+            self.scale.take_parts(recorder.spec.name, recorder)
+            recorder.end_group()
 
     def _gradient_hook(
         self,
@@ -448,6 +454,7 @@ class Observer:
         self._handles.clear()
         self.recorders.clear()
         self.weights.clear()
+        self.scale.parts.end_pass()
         self.passes.release()
         self.penalties.release()
         self._parallels.clear()

@@ -215,7 +215,8 @@ class KFAC(torch.optim.Optimizer):
 
         - loss averaged over n: nothing, or n for tokens.
         - gradient accumulation, a capture per micro-batch, each loss divided by N: N. (Micro-batches of one
-          size in a single capture, each mean divided by their number: nothing.)
+          size in a single capture, each mean divided by their number: nothing.) With one backward pass for all
+          micro-batches their targets have to be slices of one tensor.
         - DistributedDataParallel, each of W processes calling backward on its own mean: nothing, as on one
           process; DDP averages parameter gradients only, and output gradients never leave the process.
         - AlgoPerf's convention, loss = all_reduce(summed) / all_reduce(n_valid) with the all_reduce of

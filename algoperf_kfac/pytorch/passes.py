@@ -102,6 +102,7 @@ class Passes:
                 self.seen = True
                 self._given = [w for w in self._observer.weights.values() if w.grad is not None]
                 if not within:
+                    self._observer.scale.parts.end_pass()
                     self._options.after_backward()
             self.aside, self.returned, self._running = outer
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from algoperf_kfac.layers import OUTPUT_GRADIENTS, LayerSpec, gradients_of_calls
 from algoperf_kfac.positions import Positions, Rows
 from algoperf_kfac.pytorch import factors
-from algoperf_kfac.pytorch.calls import Call, by_examples, counts_of, sum_of
+from algoperf_kfac.pytorch.calls import Call, Examples, by_examples, counts_of, sum_of
 from algoperf_kfac.pytorch.factors import MaskedLayout
 from algoperf_kfac.pytorch.geometry import ConvGeometry
 from algoperf_kfac.pytorch.operations import Operation
@@ -35,8 +35,8 @@ class Recorder:
     """Gathers one layer's statistics over its calls in a capture.
 
     Sums over a part of the rows (`Subset`) are scaled to stand for those over all; examples are counted.
-    Calls of one forward pass on equally many examples see the same examples, and their positions count together.
-    Other numbers of examples are other examples.
+    Calls of one forward pass on equally many examples see the same examples, and their positions count together,
+    unless they are known to see parts of a batch. Other numbers of examples are other examples.
 
     Args:
         spec: the layer.
@@ -76,7 +76,7 @@ class Recorder:
         self._a_count: Scalar = 0.0
         self._squares: Tensor | None = None  # (groups, blocks of B), where vanishing sums are watched
         # Gradient sums (and squares) of passes whose counts are not known yet.
-        self._reduced: list[tuple[int, Tensor, Tensor | None]] = []
+        self._reduced: list[tuple[Examples, Tensor, Tensor | None]] = []
 
     @property
     def uses(self) -> tuple[Recorder, ...]:
@@ -114,10 +114,30 @@ class Recorder:
         lost = sum(not call.seen and not self._kept_apart(call) for call in self.calls)
         return gradients_of_calls(lost, len(self.calls)) if lost else ""
 
-    def next_forward(self) -> None:
-        """A forward pass after a backward pass begins a further micro-batch in the same capture."""
-        if self._any_seen:
-            self.end_group()
+    @property
+    def has_seen(self) -> bool:
+        """Whether a backward pass reached the calls at hand: what follows is a further micro-batch's."""
+        return self._any_seen
+
+    def take_parts(self, parts: Sequence[int]) -> bool:
+        """Take the calls at hand for those on the parts of a batch, one or several on each; whether they are.
+
+        Args:
+            parts: the rows that the loss function had of each, in order.
+        """
+        calls = [call for call in self.calls if call.seen]
+        each, rest = divmod(len(calls), len(parts))
+        if not each or rest or not self.one_pass:  # else gradients are summed as they come
+            return False
+        numbered = [(number // each, call) for number, call in enumerate(calls)]
+        for number, call in numbered:
+            layout = call.layout
+            sizes = layout.num_examples, layout.num_examples * layout.positions
+            if layout.segment_ids is not None or parts[number] not in sizes:
+                return False
+        for number, call in numbered:
+            call.part = number
+        return True
 
     def input(
         self,
@@ -357,22 +377,22 @@ class Recorder:
         """
         fired = [call for call in self.calls if call.fired]
         if self.spec.reduces_outputs:
-            for number, calls in by_examples(fired).items():
+            for examples, calls in by_examples(fired).items():
                 grads = sum_of(call.grad_sums for call in calls)
                 squares = sum_of(call.grad_squares for call in calls) if self.spec.watches_sums else None
                 for call in calls:
                     call.grad_sums = call.grad_squares = None
                 of_sum = calls[0].layout.readout == "sum"
                 if of_sum and any(call.input is not None or not call.seen for call in self.calls):
-                    self._reduced.append((number, grads, squares))
+                    self._reduced.append((examples, grads, squares))
                 else:
-                    self._reduce_outputs(number, grads, squares)
+                    self._reduce_outputs(examples, grads, squares)
         for call in fired:
             call.fired = False
 
-    def _reduce_outputs(self, number: int, grads: Tensor, squares: Tensor | None) -> None:
+    def _reduce_outputs(self, examples: Examples, grads: Tensor, squares: Tensor | None) -> None:
         """Add the outer products of each example's gradient sums, or of its means, to those of the group."""
-        calls = by_examples(self.calls)[number]
+        calls = by_examples(self.calls)[examples]
         part = calls[0].outputs
         if calls[0].layout.readout == "sum":
             counts = counts_of(calls, grads)[part.slice].clamp(min=1)[:, None, None]
@@ -400,7 +420,7 @@ class Recorder:
         seen: Scalar = 0.0
         for calls in by_examples(self.calls).values():
             seen = seen + self._end_calls(calls)
-        self._close(seen, sum(by_examples(self.calls)))
+        self._close(seen, sum(number for _, number in by_examples(self.calls)))
         self._hold(waiting)
         self._reduced = []
 

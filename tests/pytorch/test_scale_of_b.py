@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from algoperf_kfac.pytorch import KFAC, Positions
+from algoperf_kfac.pytorch import KFAC, FactorPair, Positions
 from tests.pytorch.toys import assert_same_factors, capture_once, factors_of, mlp
 
 N = 10
@@ -324,3 +326,109 @@ def test_weights_of_a_loss_count_where_they_are_not_zero(approximation: str, rea
     ]
     assert_same_factors(found[0], found[1])
     assert_same_factors(found[2], found[1])
+
+
+class Chunked(nn.Module):
+    """A language model whose loss is taken of so many parts of the tokens at a time; None: of all at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 11, bias=False)
+
+    def loss(self, x: Tensor, y: Tensor, chunks: int | None, *, forget: bool = False) -> Tensor:
+        def of_part(h: Tensor, labels: Tensor) -> Tensor:
+            return F.cross_entropy(self.head(self.norm(h)), labels, reduction="sum")
+
+        h = torch.tanh(self.body(x)).flatten(0, 1)
+        if chunks is None:
+            return of_part(h, y.flatten()) / y.numel()
+        parts = zip(h.chunk(chunks), y.flatten().chunk(chunks), strict=True)
+        run = functools.partial(checkpoint, of_part, use_reentrant=False) if forget else of_part
+        return sum(run(*part) for part in parts) / y.numel()
+
+
+@APPROXIMATIONS
+@pytest.mark.parametrize("forget", [False, True])
+@pytest.mark.parametrize("chunks", [3, 5, 12])
+def test_a_head_that_takes_its_tokens_in_chunks(approximation: str, chunks: int, forget: bool) -> None:
+    """It sees the tokens it sees at once; the last of five chunks is a smaller one."""
+    model, x, y = Chunked(), torch.randn(4, 6, 5), torch.randint(11, (4, 6))
+    options = {"approximation": approximation}
+    with pytest.warns(UserWarning, match=r"the batch has 4 examples, as body sees them.*head \(24\)"):
+        want = factors_of(model, lambda m: m.loss(x, y, None), **options)
+    with pytest.warns(UserWarning, match=r"the batch has 4 examples, as body sees them.*head \(24\)"):
+        got = factors_of(model, lambda m: m.loss(x, y, chunks, forget=forget), **options)
+    assert_same_factors(got, want)
+
+
+def dense_factors(model: nn.Sequential, x: Tensor, y: Tensor) -> dict[str, FactorPair]:
+    """Of two linear layers that are called once for each example, with a tanh in between."""
+    hidden = torch.tanh(model[0](x)).detach()
+    inner = model[0](x).detach().requires_grad_()
+    outer = model[2](torch.tanh(inner))
+    gradients = torch.autograd.grad(F.cross_entropy(outer, y, reduction="sum"), (inner, outer))
+    found = {}
+    for name, inputs, g in zip(("0", "2"), (x, hidden), gradients, strict=True):
+        a = torch.cat([inputs, torch.ones(len(x), 1)], dim=1)
+        found[name] = FactorPair(a.T @ a / len(x), g.T @ g / len(x))
+    return found
+
+
+@APPROXIMATIONS
+@pytest.mark.parametrize("parts", [[5, 5], [4, 4, 2], [1] * 10])
+def test_parts_of_a_batch_with_one_backward_pass(
+    approximation: str, parts: list[int], recwarn: pytest.WarningsRecorder
+) -> None:
+    """Each part has examples of its own, though calls on equally many rows otherwise see the same."""
+    model, x, y = mlp(6, 5, 3), torch.randn(N, 6), torch.randint(3, (N,))
+
+    def loss(m: nn.Module) -> Tensor:
+        found = zip(x.split(parts), y.split(parts), strict=True)
+        return sum(F.cross_entropy(m(rows), labels) * len(labels) for rows, labels in found) / N
+
+    got = factors_of(model, loss, approximation=approximation)
+    assert_same_factors(got, dense_factors(model, x, y))
+    assert not [w for w in recwarn if "K-FAC" in str(w.message)]
+
+
+@APPROXIMATIONS
+def test_parts_in_each_of_several_passes(approximation: str) -> None:
+    """Two micro-batches with a backward pass each, of two parts each, in one capture."""
+    model, x, y = mlp(6, 5, 3), torch.randn(8, 6), torch.randint(3, (8,))
+    optimizer = KFAC(model, approximation=approximation)
+    want = dense_factors(model, x, y)
+    with optimizer.capture(loss_normalizer=8):
+        for rows, labels in zip(x.split(4), y.split(4), strict=True):
+            parts = zip(rows.split(2), labels.split(2), strict=True)
+            (sum(F.cross_entropy(model(a), b, reduction="sum") for a, b in parts) / 8).backward()
+    optimizer.step()
+    assert_same_factors(optimizer.factors(reduction="mean"), want)
+
+
+def test_chunks_that_do_not_show_are_named_with_what_they_may_be() -> None:
+    """Targets made anew for each chunk tell nothing: the number that B is scaled by is said to be one call's."""
+    model, x, y = Chunked(), torch.randn(4, 6, 5), torch.randint(11, (4, 6))
+
+    def loss(m: Chunked) -> Tensor:
+        parts = zip(torch.tanh(m.body(x)).flatten(0, 1).chunk(3), y.flatten().chunk(3), strict=True)
+        return sum(F.cross_entropy(m.head(h), labels.clone(), reduction="sum") for h, labels in parts) / 24
+
+    with pytest.warns(
+        UserWarning, match=r"as head sees them.*head is called 3 times: where each call has examples"
+    ):
+        factors_of(model, loss)
+
+
+def test_time_steps_are_no_parts(recwarn: pytest.WarningsRecorder) -> None:
+    """Targets of steps are columns, or rows where time comes first: calls see the same examples."""
+    model, x, y = mlp(6, 5, 3), torch.randn(N, 4, 6), torch.randint(3, (N, 4))
+    first = y.T.contiguous()
+
+    def loss(m: nn.Module, targets: list[Tensor]) -> Tensor:
+        return sum(F.cross_entropy(m(x[:, t]), target) for t, target in enumerate(targets))
+
+    want = factors_of(model, lambda m: 4 * F.cross_entropy(m(x).flatten(0, 1), y.flatten()))
+    for targets in (list(y.unbind(1)), list(first), [row.clone() for row in first]):
+        got = factors_of(model, lambda m, targets=targets: loss(m, targets))
+        assert_same_factors(got, want)
+    assert not [w for w in recwarn if "K-FAC" in str(w.message)]
