@@ -19,10 +19,12 @@ REST = "what no operation with a rule has read so far of a parameter that is rea
 BIAS_APART = "bias that is read apart from its weight"
 BIAS_OF_SHARED = "bias of a layer whose weight other modules share"
 EMBEDDING = "embedding: its inputs are one-hot, A would be a diagonal of counts"
+NORMALISATION = "normalisation"  # of which module follows
 UNREAD = "no operation with a rule reads it"
 SHARED_BIAS = "bias that several layers share"
 PARTIAL_BIAS = "bias of a layer whose output is read without it, too"
 WITHOUT_ELEMENTS = "its weight has no elements"
+SCRIPTED = "in a torch.jit program, of which no operation is seen: torch.compile takes its place"
 STOPPED = "its gradient is stopped before it is read"
 
 # What a layer may miss.

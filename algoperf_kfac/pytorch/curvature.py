@@ -177,6 +177,7 @@ class Curvature:
             RuntimeError: on every process, if they read a weight in different ways.
         """
         layers, mine = self._layers, self.pending.statistics
+        captured = self.pending.captured
         names = self._agree_on_layers(step)
         shared = [mine[n] if n in mine else layers.no_statistics(n) for n in names]
         self._processes.close()
@@ -194,6 +195,8 @@ class Curvature:
                 share = vanished / examples.clamp(min=1)
                 state.vanished = torch.where(share.isfinite(), share, state.vanished)
         self.pending.forget()
+        if not layers.covered and not layers.left:  # what left was named
+            self._mistakes.uncovered(layers.fallbacks, self._config, captured=captured)
         self._stop_at_unseen(layers.idle(names))
         due = [name for name in self.due(step) if name in layers.seen]
         if due:

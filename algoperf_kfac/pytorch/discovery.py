@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from algoperf_kfac.config import KFACConfig
@@ -15,7 +16,9 @@ from algoperf_kfac.layers import (
     BIAS_OF_SHARED,
     EMBEDDING,
     EXCLUDED,
+    NORMALISATION,
     RAW,
+    SCRIPTED,
     SHARED_BIAS,
     WITHOUT_ELEMENTS,
     FallbackSpec,
@@ -134,7 +137,7 @@ def _reason(module: nn.Module, key: str, found: Found) -> str:
     """Why a parameter of a module is not covered: a class derived from torch's own may have further ones."""
     plain = getattr(nn, type(module).__name__, None) is type(module)
     own = plain or re.match(r"(.*_)?(weight|bias)(_|$)", key)
-    return found.reason if own or found.reason == EXCLUDED else RAW
+    return found.reason if own or found.reason in (EXCLUDED, SCRIPTED) else RAW
 
 
 def _shared(names: list[str]) -> str:
@@ -145,6 +148,8 @@ def _shared(names: list[str]) -> str:
 def _cover(site: Site, splits: Mapping[str, int], kinds: Sequence[Kind]) -> Found:
     """The covered layers of a module."""
     module, name = site.module, type(site.module).__name__
+    if isinstance(module, torch.jit.ScriptModule):
+        return Found([], SCRIPTED)
     if isinstance(module, nn.Linear):
         return _cover_weight(site, "linear", 1, splits)
     if isinstance(module, CONVOLUTIONS):
@@ -158,7 +163,7 @@ def _cover(site: Site, splits: Mapping[str, int], kinds: Sequence[Kind]) -> Foun
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return Found([], EMBEDDING)
     if isinstance(module, NORMALISATIONS):
-        return Found([], f"normalisation ({name})")
+        return Found([], f"{NORMALISATION} ({name})")
     return Found([], RAW)
 
 

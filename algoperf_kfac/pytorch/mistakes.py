@@ -8,8 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from algoperf_kfac import judging
+from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.errors import listed, warn
-from algoperf_kfac.layers import inputs_of_gone
+from algoperf_kfac.layers import (
+    EMBEDDING,
+    EXCLUDED,
+    NORMALISATION,
+    WITHOUT_ELEMENTS,
+    FallbackSpec,
+    inputs_of_gone,
+    too_large,
+)
 from algoperf_kfac.positions import in_parts, other_rows
 
 TIMES_ASKED = 3
@@ -99,6 +108,24 @@ class Mistakes:
                 "models drift apart: say KFAC(model, process_group=torch.distributed.group.WORLD). Models trained "
                 "side by side need nothing"
             )
+
+    def uncovered(self, fallbacks: Sequence[FallbackSpec], config: KFACConfig, *, captured: bool) -> None:
+        """No layer is covered after a statistics step, though the model has matrices that nobody left out.
+
+        Args:
+            fallbacks: the parameters.
+            config: the configuration.
+            captured: whether the step had a capture.
+        """
+        meant = {EXCLUDED, EMBEDDING, WITHOUT_ELEMENTS, too_large(config)}
+        others = [f for f in fallbacks if f.reason not in meant and not f.reason.startswith(NORMALISATION)]
+        matrices = [f for f in others if sum(size > 1 for size in f.shape) > 1]
+        if not matrices or "uncovered" in self._named:
+            return
+        self._named.add("uncovered")
+        left = listed(f"{f.name} ({f.reason})" for f in matrices)
+        inside = "" if captured else ". Run the forward and the backward pass inside capture() on every step"
+        warn(f"no layer is covered, every parameter takes the NadamW update: {left}{inside}")
 
     def rows(self, rows: Mapping[str, int], calls: int, *, scaled: bool) -> None:
         """Layers whose number of examples is not that of the batch.

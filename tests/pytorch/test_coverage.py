@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from algoperf_kfac.pytorch import KFAC
 from tests.pytorch.toys import (
@@ -115,3 +118,62 @@ def test_cut_factors_train(large_factor: str, preconditioner: str, scaling: str)
     assert losses[-1] < 0.9 * losses[0]
     assert_finite(model, optimizer)
     assert optimizer.metrics()["failures"] == 0
+
+
+class Matrix(nn.Module):
+    """A raw matrix that is read as `how` says."""
+
+    def __init__(self, how: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.matrix, self.how = nn.Parameter(torch.randn(5, 3)), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.how(x, self.matrix)
+
+
+def spelt_out(x: Tensor, w: Tensor) -> Tensor:
+    return (x.unsqueeze(2) * w).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (
+            lambda: torch.jit.script(mlp(5, 4, 3)),
+            r"0.weight \(in a torch.jit program.*torch.compile takes its place",
+        ),
+        (lambda: torch.jit.trace(mlp(5, 4, 3), vectors()[0]), r"2.weight \(in a torch.jit program"),
+        (lambda: Matrix(spelt_out), r"matrix \(read by mul, which has no rule\)$"),
+    ],
+)
+def test_that_no_layer_is_covered_is_said(make: Callable[[], nn.Module], reason: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch.jit is old
+        model = make()
+    optimizer = KFAC(model)
+    with pytest.warns(UserWarning, match=f"no layer is covered, every parameter takes the NadamW update.*{reason}"):
+        train(model, optimizer, [vectors()])
+
+
+def test_raw_matrices_without_a_capture_are_said() -> None:
+    """No layer is known that would miss its statistics, and none will ever be."""
+    model, (x, y) = Matrix(torch.matmul), vectors()
+    optimizer = KFAC(model)
+    F.cross_entropy(model(x), y).backward()
+    with pytest.warns(UserWarning, match=r"no layer is covered.*matrix \(raw parameter.*inside capture\(\)"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        (mlp(5, 4, 3), {"exclude": ["*"]}),
+        (nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 3).requires_grad_(False)), {}),
+        (Matrix(torch.matmul), {}),
+    ],
+)
+def test_what_is_left_out_on_purpose_is_not_said(
+    model: nn.Module, options: dict[str, Any], recwarn: pytest.WarningsRecorder
+) -> None:
+    train(model, KFAC(model, **options), [vectors()])
+    assert not [w for w in recwarn if "no layer" in str(w.message)]
