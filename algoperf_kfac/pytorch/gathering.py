@@ -51,6 +51,7 @@ class Gathered:
         calls: how often the first of these was called on the same examples, as far as it was taken to be.
         penalised: whether penalties read the weights of all layers with statistics, so that there is no comparing.
         scaled: whether the caller said what the loss was divided by.
+        loss_gradient: what the mean of a loss function got in the latest backward pass, None if unknown.
         errors: by layer, how far what was captured is from the weight's gradient, relative to it; of a checked
             capture.
         readers: by identity of a parameter: the operation without a rule in which it met data.
@@ -70,6 +71,7 @@ class Gathered:
     calls: int
     penalised: bool
     scaled: bool
+    loss_gradient: Tensor | None
     errors: dict[str, float]
     readers: dict[int, str]
     strangers: list[Tensor]
@@ -124,6 +126,7 @@ def gather(observer: Observer, options: Options, normalizer: Scalar | None) -> G
         penalised=bool(counted)
         and all(id(layers.covered[name].weight) in observer.uses.penalised for name in counted),
         scaled=normalizer is not None,
+        loss_gradient=observer.scale.gradient if kind == "empirical" else None,
         errors=errors,
         readers=observer.uses.missed,
         strangers=observer.strangers,

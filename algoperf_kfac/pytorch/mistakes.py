@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -26,6 +27,8 @@ TIMES_ASKED = 3
 # factor are multiples, rounded once more. And how many numbers tell.
 MULTIPLE = 0.01
 ENOUGH = 64
+# From here on a power of two that a loss is multiplied by is taken for that of a GradScaler, which begins at 2^16.
+SCALED = 1024.0
 
 
 class Mistakes:
@@ -39,10 +42,12 @@ class Mistakes:
     # On the class: states that were pickled before have none.
     _own_gradient: tuple[Tensor, Tensor] | None = None  # a weight, and what was its gradient
     _gradients_compared = 0
+    _losses_asked = 0
 
     def __init__(self, model: nn.Module, params: Mapping[str, Tensor]) -> None:
         self._model = model
         self._gradients_asked = 0
+        self._losses_asked = 0
         self._named: set[str] = set()
         self._left_out: dict[str, Tensor] = {}
         self._thawed: set[str] = set()  # those named so far
@@ -67,6 +72,24 @@ class Mistakes:
                 "there are gradients already that no capture() saw: statistics will be those of a part of the "
                 "step's batch. With gradient accumulation put each micro-batch into a capture of its own, and give "
                 "the number of examples of the whole step: capture(loss_normalizer=N)"
+            )
+
+    def loss_scaled(self, gradient: Tensor | None, *, scaled: bool) -> None:
+        """A loss that a GradScaler multiplies, where nobody said what the loss was divided by.
+
+        Args:
+            gradient: what the mean of a loss function got, if that is known.
+            scaled: whether the caller said what the loss was divided by.
+        """
+        if gradient is None or gradient.is_meta or scaled or self._losses_asked >= TIMES_ASKED:
+            return
+        self._losses_asked += 1  # asking waits for the device
+        factor = abs(float(gradient))
+        if SCALED <= factor < math.inf and math.frexp(factor)[0] == 0.5:
+            self._losses_asked = TIMES_ASKED
+            warn(
+                f"the loss was multiplied by {factor:.0f} before backward(), and B is that of the loss times as "
+                "much. With a GradScaler say so: capture(loss_normalizer=len(x) / scaler.get_scale())"
             )
 
     def gradient_after(self, weights: Iterable[Tensor]) -> None:

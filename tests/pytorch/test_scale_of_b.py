@@ -432,3 +432,25 @@ def test_time_steps_are_no_parts(recwarn: pytest.WarningsRecorder) -> None:
         got = factors_of(model, lambda m, targets=targets: loss(m, targets))
         assert_same_factors(got, want)
     assert not [w for w in recwarn if "K-FAC" in str(w.message)]
+
+
+def test_a_grad_scaler_that_nobody_spoke_of_is_named(recwarn: pytest.WarningsRecorder) -> None:
+    """B is that of the loss as it is multiplied; with the normalizer that the warning asks for, of the loss."""
+    model, x, y = mlp(6, 5, 3), torch.randn(N, 6), torch.randint(3, (N,))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scale = scaler.scale(torch.ones(()))
+    want = dense_factors(model, x, y)
+
+    def factors(loss: Callable[[nn.Module], Tensor], **capture: float) -> dict[str, FactorPair]:
+        return factors_of(model, loss, capture=capture)
+
+    def scaled(m: nn.Module) -> Tensor:
+        return scaler.scale(F.cross_entropy(m(x), y))
+
+    with pytest.warns(UserWarning, match=r"multiplied by 65536.*len\(x\) / scaler.get_scale\(\)"):
+        got = factors(scaled)
+    assert_same_factors(got, {name: FactorPair(a, b * scale**2) for name, (a, b) in want.items()})
+    recwarn.clear()
+    assert_same_factors(factors(scaled, loss_normalizer=N / scale.item()), want)
+    factors(lambda m: 100 * F.cross_entropy(m(x), y) + 5000 * F.mse_loss(m(x), x[:, :3]))
+    assert not [w for w in recwarn if "K-FAC" in str(w.message)]
