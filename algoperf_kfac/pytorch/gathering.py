@@ -52,6 +52,7 @@ class Gathered:
         penalised: whether penalties read the weights of all layers with statistics, so that there is no comparing.
         scaled: whether the caller said what the loss was divided by.
         loss_gradient: what the mean of a loss function got in the latest backward pass, None if unknown.
+        sum_gradient: what the sum of one got, where none was a mean.
         errors: by layer, how far what was captured is from the weight's gradient, relative to it; of a checked
             capture.
         readers: by identity of a parameter: the operation without a rule in which it met data.
@@ -72,6 +73,7 @@ class Gathered:
     penalised: bool
     scaled: bool
     loss_gradient: Tensor | None
+    sum_gradient: Tensor | None
     errors: dict[str, float]
     readers: dict[int, str]
     strangers: list[Tensor]
@@ -127,6 +129,7 @@ def gather(observer: Observer, options: Options, normalizer: Scalar | None) -> G
         and all(id(layers.covered[name].weight) in observer.uses.penalised for name in counted),
         scaled=normalizer is not None,
         loss_gradient=observer.scale.gradient if kind == "empirical" else None,
+        sum_gradient=observer.scale.summed if kind == "empirical" and observer.scale.gradient is None else None,
         errors=errors,
         readers=observer.uses.missed,
         strangers=observer.strangers,

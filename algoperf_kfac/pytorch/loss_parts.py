@@ -75,12 +75,17 @@ class LossParts:
 
     def end_pass(self) -> None:
         """A backward pass is over: targets that follow are another forward pass's."""
-        for slices in self._of_pass.values():
+        closed = self._latest  # passes may be many, and what has one slice is no part
+        for slices in closed:
             slices.whole = None
-        self._closed += self._of_pass.values()
+        self._closed += closed
         self._of_pass.clear()
 
     @property
     def found(self) -> list[Slices]:
         """All that are parts, the latest first."""
-        return [slices for slices in (*self._of_pass.values(), *reversed(self._closed)) if slices.are_parts]
+        return [*self._latest, *reversed(self._closed)]
+
+    @property
+    def _latest(self) -> list[Slices]:
+        return [slices for slices in self._of_pass.values() if slices.are_parts]

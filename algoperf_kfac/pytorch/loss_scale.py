@@ -24,12 +24,14 @@ class LossScale:
         calls: by layer, the rows of its calls.
         gradient: what the mean of a loss function got in the latest backward pass, of several the largest; None if
             unknown.
+        summed: the same of loss functions that sum over several rows, over all passes.
         parts: of the batch, where loss functions took it part by part.
     """
 
     def __init__(self) -> None:
         self.calls: dict[str, list[Rows]] = {}
         self.gradient: Tensor | None = None
+        self.summed: Tensor | None = None
         self.parts = LossParts()
         self._in_parts: dict[str, list[Slices]] = {}  # by layer that saw the batch in parts
         self._sizes: set[int] = set()  # of dimension 0 of what loss functions took
@@ -61,9 +63,11 @@ class LossScale:
 
     def note_gradient(self, gradient: Tensor) -> None:
         """Remember the gradient that the mean of a loss function gets."""
-        gradient = gradient.detach()
-        before = self.gradient
-        self.gradient = gradient if before is None else torch.maximum(before, gradient)
+        self.gradient = _largest(self.gradient, gradient)
+
+    def note_sum(self, gradient: Tensor) -> None:
+        """Remember the gradient that the sum of a loss function gets."""
+        self.summed = _largest(self.summed, gradient)
 
     def factor(self, recorders: Mapping[str, AnyRecorder], config: KFACConfig, normalizer: Scalar | None) -> Scalar:
         """What squares of output gradients are multiplied by to belong to the per-example loss.
@@ -146,3 +150,8 @@ class LossScale:
                 if second in self._sizes and elsewhere and recorder.rows == first and not rows.batch_first:
                     found[name] = (first, second)
         return found
+
+
+def _largest(before: Tensor | None, gradient: Tensor) -> Tensor:
+    gradient = gradient.detach()
+    return gradient if before is None else torch.maximum(before, gradient)

@@ -74,23 +74,34 @@ class Mistakes:
                 "the number of examples of the whole step: capture(loss_normalizer=N)"
             )
 
-    def loss_scaled(self, gradient: Tensor | None, *, scaled: bool) -> None:
-        """A loss that a GradScaler multiplies, where nobody said what the loss was divided by.
+    def loss_scaled(self, mean: Tensor | None, total: Tensor | None, *, scaled: bool) -> None:
+        """A loss that is no mean over examples, where nobody said what it was divided by.
+
+        A GradScaler multiplies it, or it is a sum that nothing divides.
 
         Args:
-            gradient: what the mean of a loss function got, if that is known.
+            mean: what the mean of a loss function got, if that is known.
+            total: what the sum of one got, if that is known and none was a mean.
             scaled: whether the caller said what the loss was divided by.
         """
+        gradient = total if mean is None else mean
         if gradient is None or gradient.is_meta or scaled or self._losses_asked >= TIMES_ASKED:
             return
         self._losses_asked += 1  # asking waits for the device
         factor = abs(float(gradient))
         if SCALED <= factor < math.inf and math.frexp(factor)[0] == 0.5:
-            self._losses_asked = TIMES_ASKED
             warn(
                 f"the loss was multiplied by {factor:.0f} before backward(), and B is that of the loss times as "
                 "much. With a GradScaler say so: capture(loss_normalizer=len(x) / scaler.get_scale())"
             )
+        elif mean is None and factor == 1:
+            warn(
+                "the loss is a sum over examples that nothing was divided by before backward(), and B is scaled as "
+                "that of a mean: say capture(loss_normalizer=1)"
+            )
+        else:
+            return
+        self._losses_asked = TIMES_ASKED
 
     def gradient_after(self, weights: Iterable[Tensor]) -> None:
         """Remember what backward passes of this process made of one of the gradients."""

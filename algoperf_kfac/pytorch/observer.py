@@ -24,7 +24,7 @@ from algoperf_kfac.pytorch.interception import Interceptor
 from algoperf_kfac.pytorch.kinds import AnyRecorder
 from algoperf_kfac.pytorch.loss_parts import Slices
 from algoperf_kfac.pytorch.loss_scale import LossScale
-from algoperf_kfac.pytorch.operations import LOSSES, RULES, Called, Operation, is_mean
+from algoperf_kfac.pytorch.operations import LOSSES, RULES, Called, Operation, is_mean, sums_rows
 from algoperf_kfac.pytorch.options import Options
 from algoperf_kfac.pytorch.passes import Passes
 from algoperf_kfac.pytorch.penalties import Penalties
@@ -150,6 +150,8 @@ class Observer:
             part_of = self.scale.note_loss(called)
             if is_mean(called):
                 self._handles.append(arrival_hook(output, functools.partial(self._note_loss, part_of)))
+            elif sums_rows(called):
+                self._handles.append(arrival_hook(output, self._note_sum))
         return output
 
     def _watch_penalty(self, called: Called, output: Any) -> None:
@@ -224,6 +226,11 @@ class Observer:
         self.scale.note_gradient(gradient)
         if part_of is not None:
             part_of.note_gradient(gradient)
+
+    def _note_sum(self, gradient: Tensor | None) -> None:
+        """The gradient that the sum of a loss function gets."""
+        if not self.passes.aside and gradient is not None:
+            self.scale.note_sum(gradient)
 
     def operation(self, operation: Operation, output: Tensor) -> Tensor:
         """Record a weighted operation; returns the output to hand on in its place.

@@ -370,3 +370,10 @@ LOSSES: frozenset[Function] = frozenset(
 def is_mean(called: Called) -> bool:
     """Whether a loss function of `LOSSES` was asked for its mean."""
     return called.kwargs.get("reduction", "mean") in ("mean", "batchmean")
+
+
+def sums_rows(called: Called) -> bool:
+    """Whether a loss function of `LOSSES` was asked for the sum over several rows."""
+    outputs = next((leaf for leaf in called.leaves() if isinstance(leaf, Tensor)), None)
+    several = outputs is not None and outputs.ndim > 0 and outputs.shape[0] > 1
+    return several and called.kwargs.get("reduction") == "sum"

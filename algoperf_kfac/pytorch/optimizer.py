@@ -213,7 +213,7 @@ class KFAC(torch.optim.Optimizer):
 
         What to pass, with n examples (or tokens, if the loss is a mean over tokens) here and N in the whole step:
 
-        - loss averaged over n: nothing, or n for tokens.
+        - loss averaged over n: nothing, or n for tokens. Loss summed over n: 1.
         - gradient accumulation, a capture per micro-batch, each loss divided by N: N. (Micro-batches of one
           size in a single capture, each mean divided by their number: nothing.) With one backward pass for all
           micro-batches their targets have to be slices of one tensor.

@@ -454,3 +454,22 @@ def test_a_grad_scaler_that_nobody_spoke_of_is_named(recwarn: pytest.WarningsRec
     assert_same_factors(factors(scaled, loss_normalizer=N / scale.item()), want)
     factors(lambda m: 100 * F.cross_entropy(m(x), y) + 5000 * F.mse_loss(m(x), x[:, :3]))
     assert not [w for w in recwarn if "K-FAC" in str(w.message)]
+
+
+def test_a_loss_that_is_a_sum_is_named(recwarn: pytest.WarningsRecorder) -> None:
+    """As in variational autoencoders; one that is divided, or the only example's, is as it should be."""
+    model, x, y = mlp(6, 5, 3), torch.randn(N, 6), torch.randint(3, (N,))
+    want = dense_factors(model, x, y)
+
+    def total(m: nn.Module) -> Tensor:
+        return F.cross_entropy(m(x), y, reduction="sum")
+
+    with pytest.warns(UserWarning, match=r"the loss is a sum over examples.*loss_normalizer=1\)"):
+        got = factors_of(model, lambda m: total(m) + m[0].weight.square().sum())
+    assert_same_factors(got, {name: FactorPair(a, b * N**2) for name, (a, b) in want.items()})
+    recwarn.clear()
+    assert_same_factors(factors_of(model, total, capture={"loss_normalizer": 1}), want)
+    assert_same_factors(factors_of(model, lambda m: total(m) / N), want)
+    factors_of(model, lambda m: F.cross_entropy(m(x[:1]), y[:1], reduction="sum"))
+    factors_of(model, lambda m: F.cross_entropy(m(x), y) + F.mse_loss(m(x), x[:, :3], reduction="sum"))
+    assert not [w for w in recwarn if "K-FAC" in str(w.message)]
