@@ -327,6 +327,26 @@ def other_rows(rows: Mapping[str, int], argument: str, *, scaled: bool, calls: i
     )
 
 
+def more_rows(name: str, rows: int, whole: str, number: int, argument: str) -> str:
+    """What to say where all layers see more rows than there are examples, it seems.
+
+    Args:
+        name: a layer.
+        rows: those it sees.
+        whole: what has fewer.
+        number: how many these are.
+        argument: how to say what rows are, with `{}` for it.
+    """
+    ids, by_gradient = "positions=Positions(segment_ids=..., num_segments=...)", 'positions="gradient"'
+    normalizer = f"loss_normalizer={number}"
+    return (
+        f"layer {name} sees {rows} rows, and {whole} {number}, fewer than any layer: each row counts as an example "
+        f"of its own, and B is scaled by {rows}. If several belong together (frames, windows, nodes of a graph), "
+        f"say so: {argument.format(ids)}; else say what the summed loss was divided by: "
+        f"{argument.format(normalizer)}, and where rows have no part in the loss (a mask), {by_gradient}"
+    )
+
+
 def in_parts(found: Mapping[str, tuple[int, int]], whole: str, remedy: str, argument: str) -> str:
     """What to say of layers that see the batch in parts, one call after the other, it seems.
 

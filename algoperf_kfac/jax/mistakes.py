@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from algoperf_kfac import judging
 from algoperf_kfac.errors import MissingStatisticsError, listed, missing_statistics, warn
 from algoperf_kfac.layers import NEVER_SEEN, not_its_gradient
-from algoperf_kfac.positions import in_parts, other_rows
+from algoperf_kfac.positions import in_parts, more_rows, other_rows
 
 
 class Mistakes:
@@ -61,14 +61,7 @@ class Mistakes:
         """
         if found is not None and not scaled:
             name, rows, returned = found
-            self._say(
-                "more rows",
-                f"layer {name} sees {rows} rows, and the model's outputs have {returned}, fewer than any layer: "
-                f"each row counts as an example of its own, and B is scaled by {rows}. If several belong together "
-                "(frames, windows, nodes of a graph), say so: positions=Positions(segment_ids=..., "
-                "num_segments=...); else say what the summed loss was divided by: "
-                f"loss_normalizer={returned}",
-            )
+            self._say("more rows", more_rows(name, rows, "the model's outputs have", returned, "{}"))
 
     def in_parts(self, found: Mapping[str, tuple[int, int]], *, scaled: bool) -> None:
         """Layers that see the batch in parts, one call after the other, it seems.

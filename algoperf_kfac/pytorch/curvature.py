@@ -153,6 +153,7 @@ class Curvature:
         self._mistakes.loss_scaled(gathered.loss_gradient, gathered.sum_gradient, scaled=gathered.scaled)
         self._mistakes.rows(gathered.rows, gathered.calls, scaled=gathered.scaled)
         self._mistakes.batch_second(gathered.second)
+        self._mistakes.more_rows(gathered.more_rows, scaled=gathered.scaled)
         self._mistakes.in_parts(gathered.in_parts, scaled=gathered.scaled)
 
     def _check_earlier(self, gathered: Gathered) -> None:

@@ -59,6 +59,7 @@ class Gathered:
         strangers: parameters with a gradient that operations with a rule read, and the optimizer does not have.
         hint: why layers have no statistics, as far as that is known, and what to do.
         second: by layer whose second dimension alone is as long as what the loss function took: both sizes.
+        more_rows: a layer, its rows and the fewer ones of the loss function, where no layer sees as few.
         in_parts: layers whose calls have the rows of the loss function together: how many calls, and rows.
         sights: of a capture that ran uncompiled, what compiled graphs need to know of each use of its layers.
         obstacles: why compiled graphs could not have taken all of it.
@@ -79,6 +80,7 @@ class Gathered:
     strangers: list[Tensor]
     hint: str
     second: dict[str, tuple[int, int]]
+    more_rows: tuple[str, int, int] | None
     in_parts: dict[str, tuple[int, int]]
     sights: dict[str, tuple[Sight, ...]]
     obstacles: list[str]
@@ -135,6 +137,7 @@ def gather(observer: Observer, options: Options, normalizer: Scalar | None) -> G
         strangers=observer.strangers,
         hint=_hint(observer, missing),
         second=observer.scale.batch_second(counted),
+        more_rows=observer.scale.more_rows(counted),
         in_parts=observer.scale.in_parts(counted),
         sights=sights,
         obstacles=obstacles,

@@ -13,7 +13,7 @@ from algoperf_kfac.positions import Rows
 from algoperf_kfac.pytorch.covered_layer import CoveredLayer
 from algoperf_kfac.pytorch.kinds import AnyRecorder
 from algoperf_kfac.pytorch.loss_parts import LossParts, Slices
-from algoperf_kfac.pytorch.operations import Called
+from algoperf_kfac.pytorch.operations import BY_EXAMPLE, Called
 from algoperf_kfac.pytorch.statistics import Scalar
 
 
@@ -35,6 +35,7 @@ class LossScale:
         self.parts = LossParts()
         self._in_parts: dict[str, list[Slices]] = {}  # by layer that saw the batch in parts
         self._sizes: set[int] = set()  # of dimension 0 of what loss functions took
+        self._targets: set[int] = set()  # of those whose rows are examples, dimension 0 of their targets
         self._first: dict[str, set[int]] = {}  # the same of what layers took
 
     def note_call(self, name: str, rows: Rows) -> None:
@@ -50,6 +51,8 @@ class LossScale:
         """Remember the sizes of what a loss function took; of which targets, where it may be a part of them."""
         inputs_and_targets = [leaf for leaf in called.leaves() if isinstance(leaf, Tensor)][:2]
         self._sizes |= {tensor.shape[0] for tensor in inputs_and_targets if tensor.ndim}
+        if called.func in BY_EXAMPLE:
+            self._targets |= {target.shape[0] for target in inputs_and_targets[1:] if target.ndim}
         return next(map(self.parts.note, inputs_and_targets[1:]), None)
 
     def take_parts(self, name: str, recorder: AnyRecorder) -> None:
@@ -126,6 +129,15 @@ class LossScale:
     def calls_on_the_same(self, name: str) -> int:
         """How many calls of a layer were taken to see the same examples, for nothing but their equal number."""
         return 1 if name in self._in_parts else len(self.calls.get(name, ()))
+
+    def more_rows(self, recorders: Mapping[str, AnyRecorder]) -> tuple[str, int, int] | None:
+        """Where all layers see more rows than the loss function: the first layer, its rows and the fewer ones."""
+        seen = {name: recorder.rows for name, recorder in recorders.items()}
+        if not seen or len(self._targets) != 1 or any(map(self._sees_the_batch, self.calls)):
+            return None
+        (number,) = self._targets
+        name, rows = next(iter(seen.items()))
+        return (name, rows, number) if min(seen.values()) > number > 0 else None
 
     def in_parts(self, recorders: Iterable[str]) -> dict[str, tuple[int, int]]:
         """Layers with several calls that have as many rows together as the loss, where no layer sees all of these.

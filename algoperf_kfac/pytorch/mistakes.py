@@ -20,7 +20,7 @@ from algoperf_kfac.layers import (
     inputs_of_gone,
     too_large,
 )
-from algoperf_kfac.positions import in_parts, other_rows
+from algoperf_kfac.positions import in_parts, more_rows, other_rows
 
 TIMES_ASKED = 3
 # How far from any multiple of itself a gradient may be at the step, relative to its length: clipping and a scaler's
@@ -189,6 +189,19 @@ class Mistakes:
             f"the loss function has {second} rows (so in {len(sizes)} layers). Where the sequence comes first, "
             "say capture(positions=Positions(batch_dim=1)), for all layers or by layer name"
         )
+
+    def more_rows(self, found: tuple[str, int, int] | None, *, scaled: bool) -> None:
+        """All layers see more rows than the loss function has.
+
+        Args:
+            found: a layer, its rows and those of the loss function.
+            scaled: whether the caller said what the loss was divided by.
+        """
+        if found is None or scaled or "more rows" in self._named:
+            return
+        self._named.add("more rows")
+        name, rows, number = found
+        warn(more_rows(name, rows, "the loss function has", number, "capture({})"))
 
     def in_parts(self, found: Mapping[str, tuple[int, int]], *, scaled: bool) -> None:
         """Layers that see the batch in parts, one call after the other, it seems.

@@ -366,6 +366,15 @@ LOSSES: frozenset[Function] = frozenset(
     }
 )
 
+# Those of them whose rows are examples. Errors are also taken of moments and correlations, with features for rows.
+BY_EXAMPLE = LOSSES & {
+    F.cross_entropy,
+    F.nll_loss,
+    F.binary_cross_entropy,
+    F.binary_cross_entropy_with_logits,
+    F.ctc_loss,
+}
+
 
 def is_mean(called: Called) -> bool:
     """Whether a loss function of `LOSSES` was asked for its mean."""

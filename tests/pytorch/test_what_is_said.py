@@ -387,3 +387,36 @@ def test_a_batch_that_was_given_up_before_its_backward_pass_is_no_mistake() -> N
         model(x).square().mean().backward()
     optimizer.step()
     assert set(optimizer.factors()) == {"0", "2"}
+
+
+def test_more_rows_than_the_loss_has_are_named(recwarn: pytest.WarningsRecorder) -> None:
+    """Frames that are flattened from the first layer on, and nodes of which the loss reads some: B is scaled by
+    all rows, which is no mean over the examples. What is asked for puts it right."""
+    model, x, y = mlp(6, 8, 3).double(), torch.randn(4, 5, 6).double(), torch.randint(3, (4,))
+    rows, mask = x.flatten(0, 1), torch.arange(20) % 4 == 0
+    labels = torch.randint(3, (20,))
+
+    def frames(m: nn.Module) -> Tensor:
+        return F.cross_entropy(m(rows).unflatten(0, (4, 5)).mean(1), y)
+
+    def nodes(m: nn.Module) -> Tensor:
+        return F.cross_entropy(m(rows)[mask], labels[mask])
+
+    for loss, number in ((frames, 4), (nodes, 5)):
+        said = rf"layer 0 sees 20 rows, and the loss function has {number}, fewer.*B is scaled by 20"
+        with pytest.warns(UserWarning, match=said):
+            factors_of(model, loss)
+    recwarn.clear()
+    ids = Positions(segment_ids=torch.arange(4).repeat_interleave(5), num_segments=4)
+    for approximation in ("expand", "reduce"):
+        options = {"approximation": approximation}
+        got = factors_of(model, frames, capture={"positions": ids}, **options)
+        want = factors_of(model, lambda m: F.cross_entropy(m(x).mean(1), y), **options)
+        assert_same_factors(got, want)
+        given = {"positions": "gradient", "loss_normalizer": 5}
+        got = factors_of(model, nodes, capture=given, **options)
+        want = factors_of(model, lambda m: F.cross_entropy(m(rows[mask]), labels[mask]), **options)
+        assert_same_factors(got, want)
+    # Correlations of features have features for rows.
+    factors_of(model, lambda m: F.mse_loss(m(rows).T @ m(rows), torch.eye(3).double()))
+    assert not [w for w in recwarn if "K-FAC" in str(w.message)]
