@@ -80,10 +80,13 @@ def classes_last(
     is_ctc = loss_type_of(loss_type) is LossType.CTC_LOSS
     if isinstance(outputs, Tensor):
         return outputs.movedim(class_dim, -1)
-    if not is_ctc or len(outputs) != 2:
+    is_sequence = isinstance(outputs, tuple | list)
+    if not (is_ctc and is_sequence and len(outputs) == 2):
+        number = f" of {len(outputs)}" if is_sequence else ""
         raise ValueError(
-            f"outputs are a {type(outputs).__name__} of {len(outputs)}: only CTC takes a pair (logits, paddings). "
-            "For a model with several heads call backward_fisher once for each"
+            f"outputs are a {type(outputs).__name__}{number}: a loss takes one tensor, and only CTC takes a pair "
+            "(logits, paddings). Of an object give the logits; for a model with several heads call backward_fisher "
+            "once for each. fit_factors takes a module that returns the logits of one"
         )
     return outputs
 

@@ -127,8 +127,12 @@ class LossScale:
         }
 
     def calls_on_the_same(self, name: str) -> int:
-        """How many calls of a layer were taken to see the same examples, for nothing but their equal number."""
-        return 1 if name in self._in_parts else len(self.calls.get(name, ()))
+        """How many calls of a layer were taken to see the same examples, for nothing but their equal number.
+
+        One, where some have other numbers: these were taken to see others.
+        """
+        sizes = [rows.leading[:1] for rows in self.calls.get(name, ())]
+        return len(sizes) if name not in self._in_parts and len(set(sizes)) == 1 else 1
 
     def more_rows(self, recorders: Mapping[str, AnyRecorder]) -> tuple[str, int, int] | None:
         """Where all layers see more rows than the loss function: the first layer, its rows and the fewer ones."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from algoperf_kfac.errors import MissingStatisticsError
 from algoperf_kfac.pytorch import KFAC, Positions
+from algoperf_kfac.pytorch.evidence import fit_factors
 from tests.pytorch.toys import assert_same_factors, covered, factors_of, mlp
 
 
@@ -420,3 +422,31 @@ def test_more_rows_than_the_loss_has_are_named(recwarn: pytest.WarningsRecorder)
     # Correlations of features have features for rows.
     factors_of(model, lambda m: F.mse_loss(m(rows).T @ m(rows), torch.eye(3).double()))
     assert not [w for w in recwarn if "K-FAC" in str(w.message)]
+
+
+class Returns(nn.Module):
+    """A linear layer with what a library may return around its logits."""
+
+    def __init__(self, around: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.layer, self.around = nn.Linear(5, 3), around
+
+    def forward(self, x: Tensor) -> object:
+        return self.around(self.layer(x))
+
+
+@pytest.mark.parametrize(
+    ("around", "said"),
+    [
+        (lambda logits: SimpleNamespace(logits=logits), "a SimpleNamespace: a loss takes one tensor"),
+        (lambda logits: {"logits": logits}, "a dict: a loss takes one tensor"),
+        (lambda logits: (logits, logits), "a tuple of 2: a loss takes one tensor"),
+    ],
+)
+def test_outputs_that_are_no_logits_are_refused(around: Callable[[Tensor], object], said: str) -> None:
+    model, x, y = Returns(around), torch.randn(4, 5), torch.randint(3, (4,))
+    with pytest.raises(ValueError, match=f"{said}.*fit_factors takes a module that returns the logits of one"):
+        fit_factors(model, [(x, y)], "softmax_cross_entropy")
+    optimizer = KFAC(model, fisher="mc")
+    with pytest.raises(ValueError, match=f"{said}.*Of an object give the logits"), optimizer.capture() as capture:
+        capture.backward_fisher(model(x), "softmax_cross_entropy")
