@@ -33,6 +33,7 @@ class LossScale:
         self.gradient: Tensor | None = None
         self.summed: Tensor | None = None
         self.parts = LossParts()
+        self._constants: dict[str, int] = {}  # by layer, calls whose inputs no gradient goes through
         self._in_parts: dict[str, list[Slices]] = {}  # by layer that saw the batch in parts
         self._sizes: set[int] = set()  # of dimension 0 of what loss functions took
         self._targets: set[int] = set()  # of those whose rows are examples, dimension 0 of their targets
@@ -42,6 +43,15 @@ class LossScale:
         """Remember a call of a layer."""
         self.calls.setdefault(name, []).append(rows)
         self._first.setdefault(name, set()).update(rows.leading[:1])
+
+    def note_input(self, name: str, x: Tensor) -> None:
+        """Remember whether a call of a layer reads data, or what other layers made of it."""
+        self._constants[name] = self._constants.get(name, 0) + (not x.requires_grad)
+
+    def _carries_on(self, parts: Slices) -> bool:
+        """Whether parts are steps of a recurrence: its first state is a constant, those that follow are not."""
+        repeated = [number for name, number in self._constants.items() if len(self.calls.get(name, ())) > 1]
+        return any(0 < number < len(parts.rows) for number in repeated)
 
     def has_examples(self, name: str, number: int) -> bool:
         """Whether a layer was called on so many examples, as far as dimension 0 says."""
@@ -58,7 +68,8 @@ class LossScale:
     def take_parts(self, name: str, recorder: AnyRecorder) -> None:
         """See whether a layer's calls since the latest backward pass are those on the parts of a batch."""
         for use in recorder.uses:
-            parts = next((parts for parts in self.parts.found if use.take_parts(parts.rows)), None)
+            found = (parts for parts in self.parts.found if not self._carries_on(parts))
+            parts = next((parts for parts in found if use.take_parts(parts.rows)), None)
             if parts is not None:
                 # A loss on parts of the batch, for layers that see these: for all others it is one on the whole.
                 self._sizes = self._sizes - set(parts.rows) | {sum(parts.rows)}

@@ -324,6 +324,7 @@ class Observer:
         again = in_backward()
         if not again:
             self._unrecorded.pop(recorder.spec.name, None)
+            self.scale.note_input(recorder.spec.name, operation.input)
             self._next_forward(recorder, self.scale.gradient)
         operation = operation.as_computed(output.dtype)
         geometry, rows = operation.geometry(output), operation.rows(output)

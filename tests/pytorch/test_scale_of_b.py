@@ -473,3 +473,27 @@ def test_a_loss_that_is_a_sum_is_named(recwarn: pytest.WarningsRecorder) -> None
     factors_of(model, lambda m: F.cross_entropy(m(x[:1]), y[:1], reduction="sum"))
     factors_of(model, lambda m: F.cross_entropy(m(x), y) + F.mse_loss(m(x), x[:, :3], reduction="sum"))
     assert not [w for w in recwarn if "K-FAC" in str(w.message)]
+
+
+class Steps(nn.Module):
+    """A recurrent network on one sequence, with a loss at each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.state, self.head = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, labels: list[Tensor]) -> Tensor:
+        h, total = torch.zeros(1, 5), torch.zeros(())
+        for step, label in zip(x.split(1), labels, strict=True):
+            h = torch.tanh(self.inner(step) + self.state(h))
+            total = total + F.cross_entropy(self.head(h), label)
+        return total
+
+
+@APPROXIMATIONS
+def test_steps_that_carry_a_state_are_no_parts(approximation: str) -> None:
+    """Slices of one sequence's labels look like parts of a batch, but its states depend on those before."""
+    model, x, y = Steps(), torch.randn(4, 4), torch.randint(3, (4,))
+    want = factors_of(model, lambda m: m(x, [label.clone() for label in y.split(1)]), approximation=approximation)
+    got = factors_of(model, lambda m: m(x, list(y.split(1))), approximation=approximation)
+    assert_same_factors(got, want)
