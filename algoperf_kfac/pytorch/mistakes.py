@@ -42,12 +42,12 @@ class Mistakes:
     # On the class: states that were pickled before have none.
     _own_gradient: tuple[Tensor, Tensor] | None = None  # a weight, and what was its gradient
     _gradients_compared = 0
-    _losses_asked = 0
+    _loss_asked = False
 
     def __init__(self, model: nn.Module, params: Mapping[str, Tensor]) -> None:
         self._model = model
         self._gradients_asked = 0
-        self._losses_asked = 0
+        self._loss_asked = False
         self._named: set[str] = set()
         self._left_out: dict[str, Tensor] = {}
         self._thawed: set[str] = set()  # those named so far
@@ -85,9 +85,9 @@ class Mistakes:
             scaled: whether the caller said what the loss was divided by.
         """
         gradient = total if mean is None else mean
-        if gradient is None or gradient.is_meta or scaled or self._losses_asked >= TIMES_ASKED:
+        if gradient is None or gradient.is_meta or scaled or self._loss_asked:
             return
-        self._losses_asked += 1  # asking waits for the device
+        self._loss_asked = True  # asking waits for the device
         factor = abs(float(gradient))
         if SCALED <= factor < math.inf and math.frexp(factor)[0] == 0.5:
             warn(
@@ -99,9 +99,6 @@ class Mistakes:
                 "the loss is a sum over examples that nothing was divided by before backward(), and B is scaled as "
                 "that of a mean: say capture(loss_normalizer=1)"
             )
-        else:
-            return
-        self._losses_asked = TIMES_ASKED
 
     def gradient_after(self, weights: Iterable[Tensor]) -> None:
         """Remember what backward passes of this process made of one of the gradients."""
