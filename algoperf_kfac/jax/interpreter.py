@@ -21,6 +21,7 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
@@ -204,7 +205,7 @@ class Interpreter:
             key: of the operation that it is nested in.
             wanted: of its outputs, which a gradient comes back from.
         """
-        values: dict[Var, Array] = dict(zip(jaxpr.constvars, consts, strict=True))
+        values: dict[Var, Array] = {v: _on_device(c) for v, c in zip(jaxpr.constvars, consts, strict=True)}
         values |= dict(zip(jaxpr.invars, args, strict=True))
         tagged: dict[Var, Tag] = {v: Held() for v, c in zip(jaxpr.constvars, consts, strict=True) if is_float(c)}
         tagged |= {v: t for v, t in zip(jaxpr.invars, tags, strict=True) if t is not None}
@@ -443,6 +444,12 @@ class Interpreter:
                 matrices = position >= first_x and any(len(source.shape) > 2 for source in sources_of(tag))
                 self._missed(key, tag, "scan", product=product and matrices)
         return inner
+
+
+def _on_device(const: Array | np.ndarray) -> Array:
+    """A constant of a program as JAX hands it on: `jax.make_jaxpr` keeps the small ones as NumPy's, which no traced
+    number indexes, as derivatives written by hand may do (`custom_vjp`)."""
+    return jnp.asarray(const) if isinstance(const, np.ndarray) else const
 
 
 def _value(v: Var | Literal, values: Mapping[Var, Array]) -> Array:

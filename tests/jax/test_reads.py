@@ -407,3 +407,35 @@ def test_a_dropped_layer_of_a_stack_stays_where_it_is(weight_decay: float) -> No
     for name in ("w", "b"):
         np.testing.assert_array_equal(before[name][1], now[name][1])
         assert (np.asarray(before[name][0]) != np.asarray(now[name][0])).any()
+
+
+# Constants within the program.
+
+
+@jax.custom_vjp
+def by_table(h: Array, table: Array) -> Array:
+    """As an ODE's solution at given times: its derivative, written by hand, takes entries in a loop."""
+    return h * table.sum()
+
+
+def by_table_backward(table: Array, g: Array) -> tuple[Array, Array]:
+    total = lax.fori_loop(0, len(table), lambda i, total: total + table[i], jnp.zeros(()))
+    return g * total, jnp.zeros_like(table)
+
+
+by_table.defvjp(lambda h, table: (by_table(h, table), table), by_table_backward)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_constants_reach_derivatives_written_by_hand_as_arrays(compiled: bool) -> None:
+    """`jax.make_jaxpr` keeps them as NumPy's, which no traced number indexes."""
+
+    def apply(p: Any, x: Array) -> Array:
+        return by_table(jnp.tanh(x @ p["w"]), jnp.array([0.25, 1.5])) @ p["v"]
+
+    x = normal(1, N, D)
+    optimizer, params = made(apply, x, w=(D, 5), v=(5, K))
+    run = optimizer.value_grad_and_statistics
+    _, gradient, _ = (jax.jit(run) if compiled else run)(params, x)
+    twin = jax.grad(lambda p: wavy(1.75 * jnp.tanh(x @ p["w"]) @ p["v"]))(params)
+    jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, rtol=1e-10, atol=1e-12), gradient, twin)
