@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array
 from jax.core import ShapedArray
 from jax.extend.core import JaxprEqn, Literal, Var
+from jax.lax import GatherScatterMode
 
 from algoperf_kfac.jax.geometry import ConvGeometry
 from algoperf_kfac.jax.sources import Fused, Source, as_source, inverse_permutation, is_data
@@ -119,10 +120,12 @@ class Lookup:
     Attributes:
         source: the table, (V, P).
         leading: sizes of the dimensions over examples and positions.
+        filled: whether numbers that the table does not have (V, as taps see them) stand for rows of a constant.
     """
 
     source: Source
     leading: Sizes
+    filled: bool = False
 
     @property
     def rows(self) -> Rows:
@@ -267,16 +270,33 @@ def read_conv(eqn: JaxprEqn, tags: Sequence[object]) -> Read | None:
 
 
 def read_gather(eqn: JaxprEqn, tags: Sequence[object]) -> Read | None:
-    """Whole rows of a table that is read as it is stored."""
+    """Whole rows of a table that is read as it is stored, also one by one under `jax.vmap`: those keep a dimension
+    of size 1 each, and have a second number that says where in the row they begin."""
     source, table, numbers = tags[0], shape_of(eqn.invars[0]), eqn.params["dimension_numbers"]
     if not isinstance(source, Source) or source.moves or source.scans:
         return None
-    out = shape_of(eqn.outvars[0])
+    out, mode = shape_of(eqn.outvars[0]), eqn.params["mode"]
+    kept = 2 - len(numbers.collapsed_slice_dims)
     whole_rows = len(table) == 2 and tuple(eqn.params["slice_sizes"]) == (1, table[1])
-    rows_last = tuple(numbers.offset_dims) == (len(out) - 1,)
-    if not whole_rows or not rows_last or tuple(numbers.start_index_map) != (0,):
+    rows_last = tuple(numbers.offset_dims) == tuple(range(len(out) - kept, len(out)))
+    if not whole_rows or not rows_last or numbers.operand_batching_dims:
         return None
-    return Read(Lookup(source, out[:-1]), 1)
+    # A whole row begins nowhere else than at 0, where it is not filled in place of that.
+    starts = tuple(numbers.start_index_map)
+    if starts != (0,) and (starts != (0, 1) or mode == GatherScatterMode.FILL_OR_DROP):
+        return None
+
+    def read_numbers(ins: Sequence[Array]) -> Array:
+        rows = jnp.asarray(ins[1])[..., 0]
+        if mode == GatherScatterMode.CLIP:
+            rows = jnp.clip(rows, 0, table[0] - 1)
+        elif mode == GatherScatterMode.FILL_OR_DROP:
+            rows = jnp.where((rows >= 0) & (rows < table[0]), rows, table[0])
+        return rows.reshape(*out[:-1], 1)
+
+    fill = eqn.params["fill_value"]
+    filled = mode == GatherScatterMode.FILL_OR_DROP and fill is not None and bool(np.isfinite(fill))
+    return Read(Lookup(source, out[:-1], filled), 1, prepare=read_numbers)
 
 
 RULES: Mapping[str, Rule] = {
