@@ -27,7 +27,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from algoperf_kfac.jax.derived import completes, either, function_of, is_penalty, may_multiply, read_later
 from algoperf_kfac.jax.equations import MOVES, NO_GRADIENT, bind, carrying, moved_dims, moves_of
-from algoperf_kfac.jax.operations import RULES, Call, Lookup, Rule, is_bias
+from algoperf_kfac.jax.operations import RULES, Call, Lookup, Rule, bias_of
 from algoperf_kfac.jax.sources import (
     CONSTANT,
     Derived,
@@ -106,7 +106,7 @@ class Visitor:
         return out
 
     def bias(self, key: Key, call: Call, source: Source) -> None:
-        """A parameter is added to the output of the operation `key` as a bias would be."""
+        """A parameter is added to the output of the operation `key` as a bias would be; see `bias_of`."""
 
     def without_bias(self, key: Key) -> None:
         """Something reads the output of the operation `key` as it is, no bias added."""
@@ -346,9 +346,10 @@ class Interpreter:
     def _bias(self, output: Output, summand: Source | Fused, shape: Sizes) -> bool:
         """Whether the summand is the bias of the operation; tells the visitor, part by part where it is fused."""
         whole = as_source(summand)
-        if whole is None or not is_bias(whole, output.call, output.dims, shape):
+        stored = None if whole is None else bias_of(whole, output.call, output.dims, shape)
+        if stored is None or (isinstance(summand, Fused) and stored.moves):
             return False
-        biases = summand.parts if isinstance(summand, Fused) else (summand,)
+        biases = summand.parts if isinstance(summand, Fused) else (stored,)
         sizes = [call.view.groups * call.view.out_dim for _, call in output.parts]
         if [math.prod(bias.shape) for bias in biases] != sizes:
             return False

@@ -320,8 +320,10 @@ def split_call(call: Call, fused: Fused) -> tuple[Call, ...] | None:
     return tuple(calls)
 
 
-def is_bias(source: Source, call: Call, dims: Sizes, shape: Sizes) -> bool:
-    """Whether adding `source` to the output of `call` adds its entries to the layer's output features in order.
+def bias_of(source: Source, call: Call, dims: Sizes, shape: Sizes) -> Source | None:
+    """How a bias is stored: as what its entries are the layer's output features in order, groups first.
+
+    None unless adding `source` to the output of `call` adds each of them to one output feature.
 
     Args:
         source: the other summand.
@@ -331,18 +333,23 @@ def is_bias(source: Source, call: Call, dims: Sizes, shape: Sizes) -> bool:
     """
     size, scans = math.prod(source.shape), source.scans
     if size != call.view.groups * call.view.out_dim:
-        return False
+        return None
     value = source.apply(np.arange(size).reshape(source.shape))
     if scans != call.view.source.scans or value.ndim not in (scans, scans + len(shape)):
-        return False
+        return None
     # As additions do of themselves, with single numbers too; a batch without examples has the biases of others.
     value = value.reshape(*value.shape, *[1] * (scans + len(shape) - value.ndim))
     value = np.broadcast_to(value, (*value.shape[:scans], *(max(size, 1) for size in shape)))
     dims = tuple(scans + d for d in dims)
     others = [d for d in range(scans, value.ndim) if d not in dims]
     if any(value.strides[d] != 0 and value.shape[d] != 1 for d in others):
-        return False
+        return None
     corner = value.transpose(*range(scans), *dims, *others)
     for _ in others:
         corner = corner[..., 0]
-    return bool((corner.reshape(-1) == np.arange(size)).all())
+    # As it lies, or in the order in which its groups or layers are taken from it (`jax.vmap` and scans of axis 1).
+    for stored in (dataclasses.replace(source, moves=()), source.once_only()):
+        order = stored.apply(np.arange(size).reshape(source.shape)).reshape(-1)
+        if (corner.reshape(-1) == order).all():
+            return stored
+    return None

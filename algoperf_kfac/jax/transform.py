@@ -24,7 +24,6 @@ from algoperf_kfac.jax.preconditioner import LayerState
 from algoperf_kfac.jax.promotion import with_promotion
 from algoperf_kfac.jax.refresh import States, refresh_due
 from algoperf_kfac.jax.scalings import scaling_of
-from algoperf_kfac.jax.sources import Source
 from algoperf_kfac.jax.stacks import Stack, Stacks, check_members, members_of, select, stack_trees, stacks_of
 from algoperf_kfac.jax.statistics import Gathered, Statistics
 from algoperf_kfac.jax.tracing import named_leaves
@@ -269,17 +268,14 @@ def _absent(layers: Layers, updates: Tree) -> dict[str, Array]:
         return {}
     leaves = named_leaves(updates)
     return {
-        name: _all_zero([jnp.asarray(leaves[p]) for p in layers.parameters_of([name])], layer.view.source)
+        name: _all_zero([jnp.asarray(leaves[p]) for p in layers.parameters_of([name])], layer.scans)
         for name, layer in layers.covered.items()
         if layer.conditional
     }
 
 
-def _all_zero(leaves: Sequence[Array], weight: Source) -> Array:
+def _all_zero(leaves: Sequence[Array], scans: int) -> Array:
     """Whether all entries of the parameters of a layer are zero, slice by slice where it has a layer in each."""
-    scans = weight.scans if weight.keeps_slices else 0
-    if any(leaf.shape[:scans] != weight.shape[:scans] for leaf in leaves):
-        scans = 0
     return ~jnp.stack([jnp.any(leaf != 0, axis=tuple(range(scans, leaf.ndim))) for leaf in leaves]).any(0)
 
 
