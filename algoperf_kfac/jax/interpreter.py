@@ -47,8 +47,8 @@ from algoperf_kfac.jax.types import Sizes, Tree
 Key: TypeAlias = tuple[int, ...]
 """Where an operation stands: its number in the program, after those of the operations it is nested in."""
 
-_CALLS = {"jit", "pjit", "closed_call", "core_call"}
-_REMAT = {"checkpoint", "remat", "remat2"}
+CALLS = {"jit", "pjit", "closed_call", "core_call"}
+REMAT = {"checkpoint", "remat", "remat2"}
 _PASS = {
     "convert_element_type",
     "copy",
@@ -237,11 +237,11 @@ class Interpreter:
     def _equation(self, eqn: JaxprEqn, ins: list[Array], tags: Tags, key: Key, wanted: Sequence[bool]) -> Evaluated:
         """One equation with at least one tagged input, and a gradient from at least one output."""
         name = eqn.primitive.name
-        if name in _CALLS:
+        if name in CALLS:
             inner = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
             return self._enter(inner, ins, tags, key, wanted)
         if any(sources_of(tag) for tag in tags):
-            if name in _REMAT:
+            if name in REMAT:
                 return self._remat(eqn, ins, tags, key, wanted)
             if name == "scan":
                 return self._scan(eqn, ins, tags, key, wanted)
