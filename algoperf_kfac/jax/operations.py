@@ -288,6 +288,8 @@ def read_gather(eqn: JaxprEqn, tags: Sequence[object]) -> Read | None:
 
     def read_numbers(ins: Sequence[Array]) -> Array:
         rows = jnp.asarray(ins[1])[..., 0]
+        if rows.dtype.itemsize < 4:  # in which the table's size may have no place
+            rows = rows.astype(jnp.int32)
         if mode == GatherScatterMode.CLIP:
             rows = jnp.clip(rows, 0, table[0] - 1)
         elif mode == GatherScatterMode.FILL_OR_DROP:

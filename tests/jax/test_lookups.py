@@ -46,6 +46,11 @@ CASES: dict[str, tuple[Array, Look, np.ndarray]] = {
         at("fill", fill_value=0.5),
         ONE_HOT[np.minimum(OUTSIDE, V - 1)] * (np.asarray(OUTSIDE) < V)[..., None],
     ),
+    "of few bits": (
+        INSIDE.astype(jnp.uint8),
+        lambda table, tokens: table.at[tokens].get(mode="fill", fill_value=0.5),
+        ONE_HOT[INSIDE],
+    ),
     "filled with nothing": (INSIDE, at("fill"), ONE_HOT[INSIDE]),
 }
 
