@@ -251,7 +251,7 @@ class _Discovery:
         for operation, computed in uses.items():
             if computed:
                 return computed_before(operation)
-        if len(shape) <= 1 and (uses or name not in notes.stopped) and uses.keys() <= ELEMENTWISE:
+        if len(shape) <= 1 and uses and uses.keys() <= ELEMENTWISE:
             return "scale or bias outside a layer with a rule (normalisation, query scaling)"
         if uses:
             return no_rule(next(iter(uses)))
