@@ -57,6 +57,7 @@ def run(flags: FlagValues) -> list[Outcome]:
     registry.check(workload_name)
     backend = _backend(framework)
     workload = registry.load(workload_name, framework)
+    submissions.check_framework(flags.submission_path, framework)
     submission = submissions.load(flags.submission_path)
     batch_size = submissions.batch_size(submission, workload_name, backend.device_count())
     eval_batch_size = workload.eval_batch_size

@@ -160,7 +160,7 @@ class _Places:
     def put_back(self, matrices: Array, leaves: list[Array]) -> None:
         """Write matrices (layers, groups, P_out, P_in) into the leaves."""
         for layer, place, matrix in zip(self._layers, self._places, matrices, strict=True):
-            for position, part in zip(place, layer.view.from_matrix(matrix, layer.bias_shape), strict=True):
+            for position, part in zip(place, layer.parameters(matrix), strict=True):
                 if position is not None and part is not None:
                     leaves[position] = part.astype(leaves[position].dtype)
 

@@ -16,6 +16,7 @@ from algoperf_kfac.jax.kinds import KINDS, kind_for
 from algoperf_kfac.jax.layer_book import CoveredLayer, Layers, check_dtypes, check_real, paths
 from algoperf_kfac.jax.operations import Call
 from algoperf_kfac.jax.promotion import with_promotion
+from algoperf_kfac.jax.sources import Source
 from algoperf_kfac.jax.tracing import Survey, TracedModel, named_leaves, trace
 from algoperf_kfac.jax.trained import dtype_of
 from algoperf_kfac.jax.types import ApplyFn, Sizes, Tree
@@ -151,7 +152,7 @@ class _Discovery:
             if layer is None:
                 reasons[weight] = reason or too_large(self._config)
                 if weight in self._biases and reasons[weight] != EXCLUDED:
-                    reasons[self._biases[weight]] = reasons[weight]  # one layer, one reason
+                    reasons[self._biases[weight].name] = reasons[weight]  # one layer, one reason
             else:
                 covered[layer.spec.name] = layer
                 taken |= {layer.spec.weight, layer.spec.bias or layer.spec.weight}
@@ -185,14 +186,14 @@ class _Discovery:
         uses = self._notes.uses(weight)
         kind = kind_for(uses)
         bias = self._biases.get(weight) if kind.has_bias else None
-        if bias is not None and self._excluded(bias):
+        if bias is not None and self._excluded(bias.name):
             bias = None
         name = self._name_of(weight)
         spec = make_spec(
             name=weight if name in covered else name,
             kind=kind.name_of(uses),
             weight=weight,
-            bias=bias,
+            bias=None if bias is None else bias.name,
             weight_shape=shape,
             groups=view.groups,
             in_dim=view.in_dim,
@@ -205,7 +206,7 @@ class _Discovery:
         return CoveredLayer(
             spec=spec,
             view=view,
-            bias_shape=None if bias is None else self._shapes[bias][0],
+            bias=bias,
             slices=kind.slices(view),
             calls=tuple(call.leading for call in calls.values()),
             examples=tuple(
@@ -250,7 +251,7 @@ class _Discovery:
         for operation, computed in uses.items():
             if computed:
                 return computed_before(operation)
-        if len(shape) <= 1 and (uses or name not in notes.stopped) and uses.keys() <= ELEMENTWISE:
+        if len(shape) <= 1 and uses and uses.keys() <= ELEMENTWISE:
             return "scale or bias outside a layer with a rule (normalisation, query scaling)"
         if uses:
             return no_rule(next(iter(uses)))
@@ -267,20 +268,20 @@ def _is_matrix(shape: Sizes) -> bool:
     return sum(size > 1 for size in shape) > 1
 
 
-def _biases(notes: Survey) -> dict[str, str]:
+def _biases(notes: Survey) -> dict[str, Source]:
     """Weight -> its bias, where every call adds the same one and nothing else reads it, or the output before."""
     biases = notes.biases
     owners: dict[str, set[str]] = {}
-    of_weight: dict[str, set[str | None]] = {}
+    of_weight: dict[str, set[Source | None]] = {}
     for weight, calls in notes.calls.items():
         for key in calls:
             source = biases.get(key)
-            of_weight.setdefault(weight, set()).add(None if source is None else source.name)
+            of_weight.setdefault(weight, set()).add(source)
             if source is not None:
                 owners.setdefault(source.name, set()).add(weight)
     return {
-        weight: name
-        for weight, names in of_weight.items()
-        if len(names) == 1 and (name := next(iter(names))) is not None
-        if len(owners[name]) == 1 and name not in notes.other_uses and name not in notes.calls
+        weight: bias
+        for weight, stored in of_weight.items()
+        if len(stored) == 1 and (bias := next(iter(stored))) is not None
+        if len(owners[bias.name]) == 1 and bias.name not in notes.other_uses and bias.name not in notes.calls
     }

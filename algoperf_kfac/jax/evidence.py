@@ -99,7 +99,7 @@ def fit_factors(
     Args:
         apply_fn: function of (params, *args) to the outputs, one array.
         params: parameters.
-        loader: batches, pytrees of arrays.
+        loader: batches, pytrees of arrays; of torch's tensors, too, as its DataLoader gives them.
         loss_type: see `algoperf_kfac.evidence.Likelihood`.
         config: a configuration, of which approximation, fisher, fisher_samples, max_factor_dim and large_factor
             count; keyword arguments override its fields. Without either, the exact Fisher.
@@ -123,7 +123,8 @@ def fit_factors(
     counts: list[_Counts] = []
     layers: Layers | None = None
     step: _Step | None = None
-    for batch in batches_of(loader):
+    for given in batches_of(loader):
+        batch = jax.tree.map(_as_array, given)
         if layers is None or step is None:
             args = _example(batch, split).args
             layers = discover(apply_fn, params, *args, config=config, exclude=exclude)
@@ -172,6 +173,12 @@ _Step: TypeAlias = Callable[[Tree, Any, Array], tuple[_Sums, _Counts]]
 def _added(first: _Sums, second: _Sums) -> _Sums:
     diagonals = {name: total + second.diagonals[name] for name, total in first.diagonals.items()}
     return _Sums(add(first.statistics, second.statistics), diagonals)
+
+
+def _as_array(leaf: Any) -> Any:
+    """A leaf of a batch as JAX takes it: what others call a tensor becomes NumPy's array."""
+    ours = isinstance(leaf, Array | np.ndarray | np.generic)
+    return np.asarray(leaf) if hasattr(leaf, "__array__") and not ours else leaf
 
 
 def _example(batch: Any, split: Split | None) -> Example:
@@ -243,6 +250,11 @@ def summed_loss(outputs: Array, loss_type: LossType, example: Example) -> _Count
         if targets.ndim == f.ndim:
             losses = optax.softmax_cross_entropy(f, targets)
         else:
+            if not jnp.issubdtype(targets.dtype, jnp.integer):
+                raise ValueError(
+                    f"targets of shape {targets.shape} are {targets.dtype.name}: numbers of classes are integers, "
+                    f"and probabilities of classes have the outputs' shape {f.shape}"
+                )
             losses = optax.softmax_cross_entropy_with_integer_labels(f, targets)
     elif loss_type is LossType.SIGMOID_CROSS_ENTROPY:
         losses = optax.sigmoid_binary_cross_entropy(f, targets.astype(f.dtype))

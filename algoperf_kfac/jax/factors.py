@@ -181,6 +181,11 @@ class Reading:
             return self
         return dataclasses.replace(self, mask=any_nonzero(rows, 2).astype(rows.dtype))
 
+    def where(self, counts: Array) -> Reading:
+        """The same, of the positions (N, R) only those that `counts` says."""
+        mask = counts if self.mask is None else self.mask * counts
+        return dataclasses.replace(self, mask=mask)
+
     def for_gradients(self) -> Reading:
         """The same for output gradients: where they are the mask themselves, it would take nothing from them."""
         return dataclasses.replace(self, mask=None) if self.layout.by_gradient else self

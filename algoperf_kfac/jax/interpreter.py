@@ -21,12 +21,13 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from algoperf_kfac.jax.derived import completes, either, function_of, is_penalty, may_multiply, read_later
 from algoperf_kfac.jax.equations import MOVES, NO_GRADIENT, bind, carrying, moved_dims, moves_of
-from algoperf_kfac.jax.operations import RULES, Call, Lookup, Rule, is_bias
+from algoperf_kfac.jax.operations import RULES, Call, Lookup, Rule, bias_of
 from algoperf_kfac.jax.sources import (
     CONSTANT,
     Derived,
@@ -46,8 +47,8 @@ from algoperf_kfac.jax.types import Sizes, Tree
 Key: TypeAlias = tuple[int, ...]
 """Where an operation stands: its number in the program, after those of the operations it is nested in."""
 
-_CALLS = {"jit", "pjit", "closed_call", "core_call"}
-_REMAT = {"checkpoint", "remat", "remat2"}
+CALLS = {"jit", "pjit", "closed_call", "core_call"}
+REMAT = {"checkpoint", "remat", "remat2"}
 _PASS = {
     "convert_element_type",
     "copy",
@@ -105,7 +106,7 @@ class Visitor:
         return out
 
     def bias(self, key: Key, call: Call, source: Source) -> None:
-        """A parameter is added to the output of the operation `key` as a bias would be."""
+        """A parameter is added to the output of the operation `key` as a bias would be; see `bias_of`."""
 
     def without_bias(self, key: Key) -> None:
         """Something reads the output of the operation `key` as it is, no bias added."""
@@ -204,7 +205,7 @@ class Interpreter:
             key: of the operation that it is nested in.
             wanted: of its outputs, which a gradient comes back from.
         """
-        values: dict[Var, Array] = dict(zip(jaxpr.constvars, consts, strict=True))
+        values: dict[Var, Array] = {v: _on_device(c) for v, c in zip(jaxpr.constvars, consts, strict=True)}
         values |= dict(zip(jaxpr.invars, args, strict=True))
         tagged: dict[Var, Tag] = {v: Held() for v, c in zip(jaxpr.constvars, consts, strict=True) if is_float(c)}
         tagged |= {v: t for v, t in zip(jaxpr.invars, tags, strict=True) if t is not None}
@@ -236,11 +237,11 @@ class Interpreter:
     def _equation(self, eqn: JaxprEqn, ins: list[Array], tags: Tags, key: Key, wanted: Sequence[bool]) -> Evaluated:
         """One equation with at least one tagged input, and a gradient from at least one output."""
         name = eqn.primitive.name
-        if name in _CALLS:
+        if name in CALLS:
             inner = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
             return self._enter(inner, ins, tags, key, wanted)
         if any(sources_of(tag) for tag in tags):
-            if name in _REMAT:
+            if name in REMAT:
                 return self._remat(eqn, ins, tags, key, wanted)
             if name == "scan":
                 return self._scan(eqn, ins, tags, key, wanted)
@@ -345,9 +346,10 @@ class Interpreter:
     def _bias(self, output: Output, summand: Source | Fused, shape: Sizes) -> bool:
         """Whether the summand is the bias of the operation; tells the visitor, part by part where it is fused."""
         whole = as_source(summand)
-        if whole is None or not is_bias(whole, output.call, output.dims, shape):
+        stored = None if whole is None else bias_of(whole, output.call, output.dims, shape)
+        if stored is None or (isinstance(summand, Fused) and stored.moves):
             return False
-        biases = summand.parts if isinstance(summand, Fused) else (summand,)
+        biases = summand.parts if isinstance(summand, Fused) else (stored,)
         sizes = [call.view.groups * call.view.out_dim for _, call in output.parts]
         if [math.prod(bias.shape) for bias in biases] != sizes:
             return False
@@ -443,6 +445,12 @@ class Interpreter:
                 matrices = position >= first_x and any(len(source.shape) > 2 for source in sources_of(tag))
                 self._missed(key, tag, "scan", product=product and matrices)
         return inner
+
+
+def _on_device(const: Array | np.ndarray) -> Array:
+    """A constant of a program as JAX hands it on: `jax.make_jaxpr` keeps the small ones as NumPy's, which no traced
+    number indexes, as derivatives written by hand may do (`custom_vjp`)."""
+    return jnp.asarray(const) if isinstance(const, np.ndarray) else const
 
 
 def _value(v: Var | Literal, values: Mapping[Var, Array]) -> Array:

@@ -15,6 +15,7 @@ from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.errors import listed
 from algoperf_kfac.jax.mistakes import Mistakes
 from algoperf_kfac.jax.operations import WeightView
+from algoperf_kfac.jax.sources import Source
 from algoperf_kfac.jax.tracing import Leaf, named_leaves
 from algoperf_kfac.jax.trained import dtype_of
 from algoperf_kfac.jax.types import Sizes, Tree
@@ -28,7 +29,7 @@ class CoveredLayer:
     Attributes:
         spec: the layer.
         view: its weight's matrices.
-        bias_shape: as the bias is stored, None without one.
+        bias: how the bias is stored, None without one; see `operations.bias_of`.
         slices: number of layers that one parameter holds, a slice for each (`nn.scan` over layers); 1 if none.
         calls: leading dimensions of the input at each call, of the example arguments.
         examples: of each use that counts, the number of leading dimensions, and which of them runs over examples.
@@ -39,7 +40,7 @@ class CoveredLayer:
 
     spec: LayerSpec
     view: WeightView
-    bias_shape: Sizes | None
+    bias: Source | None
     slices: int
     calls: tuple[Sizes, ...]
     examples: tuple[tuple[int, int], ...]
@@ -51,10 +52,27 @@ class CoveredLayer:
         """See `KFACConfig.noise_level`; rounding of the factors themselves is part of it."""
         return config.noise_level(max(self.rounding, float(jnp.finfo(self.dtype).eps)))
 
+    @property
+    def bias_shape(self) -> Sizes | None:
+        """The shape of the bias as its entries follow the output features, None without one."""
+        return None if self.bias is None else self.bias.seen_shape
+
+    @property
+    def scans(self) -> int:
+        """How many leading dimensions of its parameters run over layers; 0 where they stand elsewhere."""
+        weight, own = self.view.source, [s for s in (self.view.source, self.bias) if s is not None]
+        alike = all(s.keeps_slices and s.shape[: weight.scans] == weight.shape[: weight.scans] for s in own)
+        return weight.scans if alike else 0
+
     def matrix(self, weight: Array, bias: Array | None) -> Array:
         """Parameters, gradients or momenta as (groups, P_out, P_in [+ 1]) in the dtype of the factors."""
-        wide = None if bias is None else bias.astype(self.dtype)
+        wide = None if bias is None or self.bias is None else self.bias.apply(bias.astype(self.dtype))
         return self.view.to_matrix(weight.astype(self.dtype), wide)
+
+    def parameters(self, matrix: Array) -> tuple[Array, Array | None]:
+        """The inverse of `matrix`: weight and bias in the shapes the model stores."""
+        weight, bias = self.view.from_matrix(matrix, self.bias_shape)
+        return weight, None if bias is None or self.bias is None else self.bias.invert(bias)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array
 from jax.core import ShapedArray
 from jax.extend.core import JaxprEqn, Literal, Var
+from jax.lax import GatherScatterMode
 
 from algoperf_kfac.jax.geometry import ConvGeometry
 from algoperf_kfac.jax.sources import Fused, Source, as_source, inverse_permutation, is_data
@@ -119,10 +120,12 @@ class Lookup:
     Attributes:
         source: the table, (V, P).
         leading: sizes of the dimensions over examples and positions.
+        filled: whether numbers that the table does not have (V, as taps see them) stand for rows of a constant.
     """
 
     source: Source
     leading: Sizes
+    filled: bool = False
 
     @property
     def rows(self) -> Rows:
@@ -267,16 +270,35 @@ def read_conv(eqn: JaxprEqn, tags: Sequence[object]) -> Read | None:
 
 
 def read_gather(eqn: JaxprEqn, tags: Sequence[object]) -> Read | None:
-    """Whole rows of a table that is read as it is stored."""
+    """Whole rows of a table that is read as it is stored, also one by one under `jax.vmap`: those keep a dimension
+    of size 1 each, and have a second number that says where in the row they begin."""
     source, table, numbers = tags[0], shape_of(eqn.invars[0]), eqn.params["dimension_numbers"]
     if not isinstance(source, Source) or source.moves or source.scans:
         return None
-    out = shape_of(eqn.outvars[0])
+    out, mode = shape_of(eqn.outvars[0]), eqn.params["mode"]
+    kept = 2 - len(numbers.collapsed_slice_dims)
     whole_rows = len(table) == 2 and tuple(eqn.params["slice_sizes"]) == (1, table[1])
-    rows_last = tuple(numbers.offset_dims) == (len(out) - 1,)
-    if not whole_rows or not rows_last or tuple(numbers.start_index_map) != (0,):
+    rows_last = tuple(numbers.offset_dims) == tuple(range(len(out) - kept, len(out)))
+    if not whole_rows or not rows_last or numbers.operand_batching_dims:
         return None
-    return Read(Lookup(source, out[:-1]), 1)
+    # A whole row begins nowhere else than at 0, where it is not filled in place of that.
+    starts = tuple(numbers.start_index_map)
+    if starts != (0,) and (starts != (0, 1) or mode == GatherScatterMode.FILL_OR_DROP):
+        return None
+
+    def read_numbers(ins: Sequence[Array]) -> Array:
+        rows = jnp.asarray(ins[1])[..., 0]
+        if rows.dtype.itemsize < 4:  # in which the table's size may have no place
+            rows = rows.astype(jnp.int32)
+        if mode == GatherScatterMode.CLIP:
+            rows = jnp.clip(rows, 0, table[0] - 1)
+        elif mode == GatherScatterMode.FILL_OR_DROP:
+            rows = jnp.where((rows >= 0) & (rows < table[0]), rows, table[0])
+        return rows.reshape(*out[:-1], 1)
+
+    fill = eqn.params["fill_value"]
+    filled = mode == GatherScatterMode.FILL_OR_DROP and fill is not None and bool(np.isfinite(fill))
+    return Read(Lookup(source, out[:-1], filled), 1, prepare=read_numbers)
 
 
 RULES: Mapping[str, Rule] = {
@@ -300,8 +322,10 @@ def split_call(call: Call, fused: Fused) -> tuple[Call, ...] | None:
     return tuple(calls)
 
 
-def is_bias(source: Source, call: Call, dims: Sizes, shape: Sizes) -> bool:
-    """Whether adding `source` to the output of `call` adds its entries to the layer's output features in order.
+def bias_of(source: Source, call: Call, dims: Sizes, shape: Sizes) -> Source | None:
+    """How a bias is stored: as what its entries are the layer's output features in order, groups first.
+
+    None unless adding `source` to the output of `call` adds each of them to one output feature.
 
     Args:
         source: the other summand.
@@ -311,18 +335,23 @@ def is_bias(source: Source, call: Call, dims: Sizes, shape: Sizes) -> bool:
     """
     size, scans = math.prod(source.shape), source.scans
     if size != call.view.groups * call.view.out_dim:
-        return False
+        return None
     value = source.apply(np.arange(size).reshape(source.shape))
     if scans != call.view.source.scans or value.ndim not in (scans, scans + len(shape)):
-        return False
+        return None
     # As additions do of themselves, with single numbers too; a batch without examples has the biases of others.
     value = value.reshape(*value.shape, *[1] * (scans + len(shape) - value.ndim))
     value = np.broadcast_to(value, (*value.shape[:scans], *(max(size, 1) for size in shape)))
     dims = tuple(scans + d for d in dims)
     others = [d for d in range(scans, value.ndim) if d not in dims]
     if any(value.strides[d] != 0 and value.shape[d] != 1 for d in others):
-        return False
+        return None
     corner = value.transpose(*range(scans), *dims, *others)
     for _ in others:
         corner = corner[..., 0]
-    return bool((corner.reshape(-1) == np.arange(size)).all())
+    # As it lies, or in the order in which its groups or layers are taken from it (`jax.vmap` and scans of axis 1).
+    for stored in (dataclasses.replace(source, moves=()), source.once_only()):
+        order = stored.apply(np.arange(size).reshape(source.shape)).reshape(-1)
+        if (corner.reshape(-1) == order).all():
+            return stored
+    return None

@@ -37,6 +37,7 @@ def called_layers(layers: Mapping[str, CoveredLayer], notes: Survey) -> dict[str
     biases = notes.biases
     for name, layer in layers.items():
         weight, bias = layer.spec.weight, layer.spec.bias
+        stored = None if layer.bias is None else layer.bias.moves
         reader = next((next(iter(notes.other_uses[p])) for p in (weight, bias) if p in notes.other_uses), None)
         if name not in called and weight in notes.lookups:
             reader = reader or "lookups alone"
@@ -44,6 +45,8 @@ def called_layers(layers: Mapping[str, CoveredLayer], notes: Survey) -> dict[str
             source = biases.get(key)
             if bias is not None and (source is None or source.name != bias):
                 reader = reader or "a call without its bias"
+            elif bias is not None and source is not None and source.moves != stored:
+                reader = reader or "a call with its bias in another order"
             if (call.view.groups, call.view.out_dim) != (layer.view.groups, layer.view.out_dim):
                 reader = reader or "a call in another layout"
         if reader is not None:

@@ -112,14 +112,18 @@ class Source:
             for move in self.moves
         )
 
+    def once_only(self) -> Source:
+        """The same before it was repeated for the first time."""
+        first = next((i for i, move in enumerate(self.moves) if move.kind == "broadcast"), len(self.moves))
+        return dataclasses.replace(self, moves=self.moves[:first])
+
     def once(self) -> tuple[Source, Sizes] | None:
         """The same without repetitions, and where its dimensions are among those of the operand at hand.
 
         None unless whole dimensions are all that the moves after the first repetition leave or add.
         """
-        first = next((i for i, move in enumerate(self.moves) if move.kind == "broadcast"), len(self.moves))
-        whole = dataclasses.replace(self, moves=self.moves[:first])
-        before = whole.seen_shape
+        whole = self.once_only()
+        first, before = len(whole.moves), whole.seen_shape
         places = {dim: dim for dim in range(len(before))}  # where each dimension of the whole is by now
         for number, move in enumerate(self.moves[first:], first):
             shape = dataclasses.replace(self, moves=self.moves[:number]).seen_shape

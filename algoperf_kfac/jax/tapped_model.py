@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from algoperf_kfac import errors
@@ -71,13 +72,26 @@ class TappedModel:
         self.penalised = frozenset(notes.penalised)
         # How a layer's first call is read stands for all.
         self._first = {name: next(iter(calls.values())) for name, calls in self._readings.items()}
-        read = {name: first for name, first in self._first.items() if not self._reads_constants(name)}
+        read = {name: first for name, first in self._first.items() if self._reads_data(name)}
         self._of_batch = read or self._first  # a model that closes over its batch reads nothing else
+        self._places = {name: self._places_of_data(name) for name in self._first}
         self._reached: set[str] = set()
 
-    def _reads_constants(self, name: str) -> bool:
-        """Whether a layer sees no examples: constants, or one number for the whole batch (a noise level)."""
-        return self._notes.reads_constants(self._layers[name].spec.weight)
+    def _reads_data(self, name: str) -> bool:
+        """Whether a layer sees examples, not only constants or one number for the whole batch (a noise level)."""
+        return any(map(self._notes.reads_data, self._notes.calls[self._layers[name].spec.weight]))
+
+    def _places_of_data(self, name: str) -> np.ndarray:
+        """Which of a layer's examples are the batch's: all but those of calls on constants, as in f(x) - f(0), or
+        on a tangent that is the same for all examples. All of them in a layer that reads nothing else."""
+        calls = self._readings[name]
+        of_data = {reading.place for key, reading in calls.items() if self._notes.reads_data(key)}
+        places = np.concatenate([
+            reading.place + np.arange(reading.layout.num_examples)
+            for reading in {reading.place: reading for reading in calls.values()}.values()
+            if not of_data or reading.place in of_data
+        ])  # fmt: skip
+        return places
 
     def zeros(self) -> dict[str, Sums]:
         """What the layers collect, at the start of a backward pass."""
@@ -114,10 +128,10 @@ class TappedModel:
         number: Array | float = 1.0
         for name, first in reversed(self._of_batch.items()):
             if first.layout.ragged:
-                counted = (sums[name].counts > 0).any(0).sum()
+                counted = (sums[name].counts > 0).any(0)[self._places[name]].sum()
                 number = jnp.where(counted > 0, counted, number)  # in a branch that is not taken there are none
             else:
-                number = float(first.total)
+                number = float(len(self._places[name]))
         return number
 
     def layouts(self) -> dict[Key, Layout]:
@@ -135,8 +149,8 @@ class TappedModel:
             if layer.spec.approximation == "expand" and self._kind_of(layer.spec).by_row
         }
         return {
-            name: first.total
-            for number, (name, first) in enumerate(self._of_batch.items())
+            name: len(self._places[name])
+            for number, name in enumerate(self._of_batch)
             if not number or name not in free
         }
 
@@ -163,7 +177,7 @@ class TappedModel:
         Outputs that have as many in another dimension (time-major ones, pairs) say nothing, nor do layers whose
         rows are known to belong to examples.
         """
-        shapes, seen = self.model.shapes_returned, {name: first.total for name, first in self._of_batch.items()}
+        shapes, seen = self.model.shapes_returned, {name: len(self._places[name]) for name in self._of_batch}
         returned = {shape[0] for shape in shapes}
         known = any(first.layout.ragged or first.layout.batch_dim for first in self._of_batch.values())
         if not seen or known or len(returned) != 1 or min(seen.values()) <= min(returned):

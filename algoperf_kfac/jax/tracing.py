@@ -17,6 +17,7 @@ from jax import Array
 from jax.extend.core import ClosedJaxpr
 
 from algoperf_kfac.jax import kinds
+from algoperf_kfac.jax.dependence import is_within, without_data
 from algoperf_kfac.jax.interpreter import Interpreter, Key, Visitor
 from algoperf_kfac.jax.operations import Call, Lookup
 from algoperf_kfac.jax.sources import Held, Source, is_float
@@ -79,12 +80,13 @@ class TracedModel:
     def survey(self) -> Survey:
         """What reads the parameters."""
         names = [tag.name for tag in self.tags if isinstance(tag, Source)]
-        notes = Survey(names)
+        dataless = without_data(self.program.jaxpr, [tag is None for tag in self.tags])
+        notes = Survey(names, dataless)
         self.show(notes)
         if notes.stopped <= notes.calls.keys() | notes.lookups.keys() | notes.other_uses.keys():
             return notes
         # A layer none of whose outputs reaches the loss is hardly meant: then all reads count, and it is missed.
-        every = Survey(names, all_uses=True)
+        every = Survey(names, dataless, all_uses=True)
         self.show(every, all_uses=True)
         return every if every.calls.keys() - notes.calls.keys() else notes
 
@@ -94,10 +96,11 @@ class Survey(Visitor):
 
     Args:
         names: of the parameters.
+        dataless: operations that read no data, see `dependence`.
         all_uses: whether it is shown operations from which no gradient comes, too.
 
     Attributes:
-        names, all_uses: the same.
+        names, dataless, all_uses: the same.
         calls, lookups: weight -> the operations that read it, in order.
         constant: operations that read nothing but constants, and whether these may be others at every step.
         added: operation -> the parameters that are added to its output as a bias would be.
@@ -112,8 +115,11 @@ class Survey(Visitor):
         loops: operations in which others run several times, and how often.
     """
 
-    def __init__(self, names: Iterable[str], *, all_uses: bool = False) -> None:
+    def __init__(
+        self, names: Iterable[str], dataless: frozenset[Key] = frozenset(), *, all_uses: bool = False
+    ) -> None:
         self.names = tuple(names)
+        self.dataless = dataless
         self.all_uses = all_uses
         self.calls: dict[str, dict[Key, Call]] = {}
         self.lookups: dict[str, dict[Key, Lookup]] = {}
@@ -151,6 +157,10 @@ class Survey(Visitor):
     def reads_constants(self, weight: str) -> bool:
         """Whether nothing but constants is multiplied by a weight."""
         return self.calls[weight].keys() <= self.constant.keys()
+
+    def reads_data(self, key: Key) -> bool:
+        """Whether an operation sees examples: data, or what other operations made of them."""
+        return not is_within(key, self.dataless)
 
     def reads_nothing_new(self, weight: str) -> bool:
         """Whether these constants are the same at every step, too."""

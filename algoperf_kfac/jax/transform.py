@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,6 @@ from algoperf_kfac.jax.preconditioner import LayerState
 from algoperf_kfac.jax.promotion import with_promotion
 from algoperf_kfac.jax.refresh import States, refresh_due
 from algoperf_kfac.jax.scalings import scaling_of
-from algoperf_kfac.jax.sources import Source
 from algoperf_kfac.jax.stacks import Stack, Stacks, check_members, members_of, select, stack_trees, stacks_of
 from algoperf_kfac.jax.statistics import Gathered, Statistics
 from algoperf_kfac.jax.tracing import named_leaves
@@ -33,6 +32,8 @@ from algoperf_kfac.jax.types import Tree
 
 Schedule: TypeAlias = Callable[[Array], Array]
 """An optax schedule."""
+
+Program = TypeVar("Program")
 
 Mask: TypeAlias = Tree | Callable[[Tree], Tree] | None
 """What optax.add_decayed_weights takes."""
@@ -65,6 +66,21 @@ class KFACState(NamedTuple):
     stand_ins: Array
 
 
+def _kept_by_names(make: Callable[[frozenset[str]], Program]) -> Callable[[frozenset[str]], Program]:
+    """A function of names that makes each program once.
+
+    Not by `functools.cache`, of which a closure cannot be pickled by cloudpickle, as those of optax can.
+    """
+    kept: dict[frozenset[str], Program] = {}
+
+    def program(names: frozenset[str]) -> Program:
+        if names not in kept:
+            kept[names] = make(names)
+        return kept[names]
+
+    return program
+
+
 def scale_by_kfac(
     layers: Layers, config: KFACConfig, mesh: Mesh | None = None, mistakes: Mistakes | None = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -88,7 +104,7 @@ def scale_by_kfac(
     scaling = scaling_of(config)
     said = mistakes or layers.mistakes
 
-    @functools.cache
+    @_kept_by_names
     def refreshed(names: frozenset[str]) -> Callable[[States, Array, Array | None], States]:
         """Refreshes the layers of these names.
 
@@ -104,13 +120,21 @@ def scale_by_kfac(
         states: LayerState = jax.tree.map(lambda leaf: jnp.tile(leaf, (len(stack.layers), *[1] * leaf.ndim)), one)
         return states
 
+    @_kept_by_names
+    def beginning(names: frozenset[str]) -> Callable[[], States]:
+        """The states of the layers of these names at the beginning.
+
+        One program: one by one each kind of array is compiled for itself, for seconds.
+        """
+        stacks = stacks_of(layers.only(names))
+        return jax.jit(lambda: {key: new_states(stack) for key, stack in stacks.items()})
+
     def init(params: Tree) -> KFACState:
         check_params(layers, params)
         check_real(named_leaves(params))
         here = layers.within(params)
         stacks = stacks_of(here)
-        # In one program: one by one each kind of array is compiled for itself, for seconds.
-        states = jax.jit(lambda: {key: new_states(stack) for key, stack in stacks.items()})()
+        states = beginning(frozenset(here.covered))()
         zeros = functools.partial(jax.tree.map, zeros_like)
         nothing = jax.tree.map(lambda leaf: jnp.zeros((), dtype_of(leaf)), params)
         nu = put_in(zeros(params), nothing, here.without_second_moment(config))
@@ -269,17 +293,14 @@ def _absent(layers: Layers, updates: Tree) -> dict[str, Array]:
         return {}
     leaves = named_leaves(updates)
     return {
-        name: _all_zero([jnp.asarray(leaves[p]) for p in layers.parameters_of([name])], layer.view.source)
+        name: _all_zero([jnp.asarray(leaves[p]) for p in layers.parameters_of([name])], layer.scans)
         for name, layer in layers.covered.items()
         if layer.conditional
     }
 
 
-def _all_zero(leaves: Sequence[Array], weight: Source) -> Array:
+def _all_zero(leaves: Sequence[Array], scans: int) -> Array:
     """Whether all entries of the parameters of a layer are zero, slice by slice where it has a layer in each."""
-    scans = weight.scans if weight.keeps_slices else 0
-    if any(leaf.shape[:scans] != weight.shape[:scans] for leaf in leaves):
-        scans = 0
     return ~jnp.stack([jnp.any(leaf != 0, axis=tuple(range(scans, leaf.ndim))) for leaf in leaves]).any(0)
 
 

@@ -275,3 +275,22 @@ def test_decays_without_a_place() -> None:
         set_weight_decay(DecayState({"w": jnp.zeros(())}), {("v",): 0.1})
     with pytest.raises(ValueError, match=r"decays: 'v' is no parameter"):
         prior_gradient(params, {("v",): 0.1})
+
+
+# Loaders as they come.
+
+
+def test_a_loader_of_torch() -> None:
+    apply_fn, params, x, y = mixed()
+    data = torch.utils.data.TensorDataset(torch.tensor(np.asarray(x)), torch.tensor(y))
+    values = [
+        evidence(fit_factors(apply_fn, params, loader, "softmax_cross_entropy"), 1.0).value
+        for loader in (torch.utils.data.DataLoader(data, 4), [(x[:4], y[:4]), (x[4:], y[4:])])
+    ]
+    assert values[0] == values[1]
+
+
+def test_numbers_of_classes_that_are_no_integers() -> None:
+    apply_fn, params, x, y = mixed()
+    with pytest.raises(ValueError, match=r"targets of shape \(6,\) are float64: .*outputs' shape \(6, 3\)"):
+        fit_factors(apply_fn, params, [(x, y.astype(float))], "softmax_cross_entropy")

@@ -235,6 +235,16 @@ def test_an_unused_layer_is_listed() -> None:
     assert reasons == {"dead": "no operation with a rule reads it"}
 
 
+def test_an_unused_vector_is_no_scale() -> None:
+    """Of a layer that the model lost, its bias says so, too."""
+    apply, params, args = raw(
+        lambda p, x: x @ p["w"] * p["scale"], normal(1, 3, 4), w=(4, 3), scale=(3,), dead=(3,)
+    )
+    reasons = {f.name: f.reason for f in KFAC(apply, wavy, params, *args).coverage().fallbacks}
+    assert reasons["dead"] == "no operation with a rule reads it"
+    assert reasons["scale"].startswith("scale or bias")
+
+
 # What is not covered says why -------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ import pytest
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from algoperf_kfac.jax import KFAC
+from algoperf_kfac.jax import KFAC, Positions
 from algoperf_kfac.jax.transform import find_state
 from algoperf_kfac.layers import PARTIAL_BIAS, SHARED_BIAS
 from tests.jax.models import Apply, check, raw, wavy
@@ -219,18 +219,27 @@ def with_a_time(p: Any, x: Array, t: Array) -> Array:
     return jnp.tanh(x @ p["w"] + jnp.stack([jnp.sin(t), t])[None] @ p["e"]) @ p["v"]
 
 
+def with_a_time_that_layers_read(p: Any, x: Array, t: Array) -> Array:
+    """The same through two layers, as in diffusion models."""
+    time = jnp.tanh(jnp.stack([jnp.sin(t), t])[None] @ p["e"]) @ p["u"]
+    return jnp.tanh(x @ p["w"] + time) @ p["v"]
+
+
 def with_relative_positions(p: Any, x: Array, t: Array) -> Array:
     """A bias of each position that a layer makes of constants (Swin v2)."""
     return jnp.tanh(x @ p["w"] + (RELATIVE @ p["e"]).mean(0) + t) @ p["v"]
 
 
-@pytest.mark.parametrize("apply", [with_a_time, with_relative_positions])
+@pytest.mark.parametrize("apply", [with_a_time, with_a_time_that_layers_read, with_relative_positions])
 def test_a_layer_of_constants_is_not_asked_how_many_examples_there_are(apply: Apply) -> None:
     """It comes first in its model, and sees one row or as many as there are constants."""
     x, t, c = normal(1, 4, D), jnp.float64(0.3), np.asarray(normal(2, 4, K))
-    params = raw(apply, e=(2, 5), w=(D, 5), v=(5, K))[1]
+    shapes = {"e": (2, 5), "w": (D, 5), "v": (5, K)} | (
+        {"u": (5, 5)} if apply is with_a_time_that_layers_read else {}
+    )
+    params = raw(apply, **shapes)[1]
     loss = lambda f, *args: jnp.square(f - c).sum(1).mean()  # noqa: E731
-    if apply is with_a_time:  # a number among the arguments is another one at each step
+    if apply is not with_relative_positions:  # a number among the arguments is another one at each step
         optimizer = silent(lambda: KFAC(apply, loss, params, x, t))
     else:
         with pytest.warns(UserWarning, match="e: nothing but constants"):
@@ -407,3 +416,68 @@ def test_a_dropped_layer_of_a_stack_stays_where_it_is(weight_decay: float) -> No
     for name in ("w", "b"):
         np.testing.assert_array_equal(before[name][1], now[name][1])
         assert (np.asarray(before[name][0]) != np.asarray(now[name][0])).any()
+
+
+# Constants within the program.
+
+
+@jax.custom_vjp
+def by_table(h: Array, table: Array) -> Array:
+    """As an ODE's solution at given times: its derivative, written by hand, takes entries in a loop."""
+    return h * table.sum()
+
+
+def by_table_backward(table: Array, g: Array) -> tuple[Array, Array]:
+    total = lax.fori_loop(0, len(table), lambda i, total: total + table[i], jnp.zeros(()))
+    return g * total, jnp.zeros_like(table)
+
+
+by_table.defvjp(lambda h, table: (by_table(h, table), table), by_table_backward)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_constants_reach_derivatives_written_by_hand_as_arrays(compiled: bool) -> None:
+    """`jax.make_jaxpr` keeps them as NumPy's, which no traced number indexes."""
+
+    def apply(p: Any, x: Array) -> Array:
+        return by_table(jnp.tanh(x @ p["w"]), jnp.array([0.25, 1.5])) @ p["v"]
+
+    x = normal(1, N, D)
+    optimizer, params = made(apply, x, w=(D, 5), v=(5, K))
+    run = optimizer.value_grad_and_statistics
+    _, gradient, _ = (jax.jit(run) if compiled else run)(params, x)
+    twin = jax.grad(lambda p: wavy(1.75 * jnp.tanh(x @ p["w"]) @ p["v"]))(params)
+    jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, rtol=1e-10, atol=1e-12), gradient, twin)
+
+
+# Calls on constants beside calls on data.
+
+
+def difference(p: Any, x: Array) -> Array:
+    """Zero at zero."""
+    return network(p, x) - network(p, jnp.zeros(D))
+
+
+def slope(p: Any, x: Array) -> Array:
+    """The derivative along one direction, as a PINN has it; the direction is the same for all examples."""
+    along = jnp.zeros(D).at[0].set(1.0)
+    return jax.vmap(lambda x: jax.jvp(lambda x: network(p, x), (x,), (along,))[1])(x)
+
+
+@pytest.mark.parametrize("positions", [None, Positions("gradient")], ids=["all", "gradient"])
+@pytest.mark.parametrize("apply", [difference, slope])
+def test_a_call_on_constants_is_none_of_the_batchs_examples(apply: Apply, positions: Positions | None) -> None:
+    """It has one row, which changes nothing about what the loss was divided by; and no warning asks for more."""
+    x = normal(1, N, D)
+    params = raw(network, a=(D, 5), b=(5,), c=(5, K))[1]
+    mean = lambda f, x: jnp.square(f).sum() / N  # noqa: E731
+    optimizer = silent(lambda: KFAC(apply, mean, params, x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run = jax.jit(lambda: optimizer.value_grad_and_statistics(params, x, positions=positions)[2])
+        statistics = run()
+    # Of each example's own loss, at the last layer's outputs: of `difference` one more row, at zero.
+    gradients = 2 * np.asarray(apply(params, x))
+    if apply is difference:
+        gradients = np.concatenate([gradients, -gradients.sum(0, keepdims=True)])
+    np.testing.assert_allclose(statistics["c"].b[0][0], gradients.T @ gradients, rtol=1e-10)

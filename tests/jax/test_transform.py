@@ -86,6 +86,31 @@ def test_refreshes_are_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(made) == 1
 
 
+def test_fresh_states_are_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many states as one likes (seeds, templates of checkpoints), in arrays of their own."""
+    made, init_layer = [], transform.preconditioner.init_layer
+    monkeypatch.setattr(
+        transform.preconditioner, "init_layer", lambda *args: made.append(args) or init_layer(*args)
+    )
+    ours = optimizer()
+    first, second = ours.init(mlp_params()), ours.init(mlp_params())
+    assert len(made) == len(find_state(first).stacks)
+    pointers = [{t.unsafe_buffer_pointer() for t in jax.tree.leaves(state)} for state in (first, second)]
+    assert pointers[0].isdisjoint(pointers[1])
+
+
+def test_an_optimizer_goes_to_other_processes() -> None:
+    """By cloudpickle, as ray, joblib and submitit send what optax makes."""
+    cloudpickle = pytest.importorskip("cloudpickle")
+    ours, params = optimizer(), mlp_params()
+    ours.init(params)
+    updates = []
+    for one in (ours, cloudpickle.loads(cloudpickle.dumps(ours))):
+        _, gradient, statistics = one.value_grad_and_statistics(params, *batch())
+        updates.append(one.update(gradient, one.init(params), params, statistics=statistics)[0])
+    jax.tree.map(np.testing.assert_array_equal, *updates)
+
+
 def test_differentiating_through_a_step_with_statistics() -> None:
     """Statistics are given without gradients, as docs/library.md has it: then the step's own gradient is there."""
     ours, (x, y) = optimizer(), batch()

@@ -185,6 +185,48 @@ def test_stacked_layers(kind: str, approximation: str) -> None:
         assert_equal(pair, (np.stack([p.A for p in parts]), np.stack([p.B for p in parts])))
 
 
+class Behind(nn.Module):
+    """Layers stacked along a dimension of their parameters that is not the first: of biases the last."""
+
+    vmap: bool
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        if not self.vmap:
+            scan = nn.scan(Block, variable_axes={"params": 1}, split_rngs={"params": True}, length=3)
+            return scan(name="blocks")(x, None)[0]
+        kind = nn.vmap(nn.Dense, variable_axes={"params": 1}, split_rngs={"params": True}, in_axes=1, out_axes=1)
+        return kind(3, name="dense")(x)  # as many outputs as layers: shapes do not tell
+
+
+@pytest.mark.parametrize("vmap", [False, True])
+def test_biases_of_layers_stacked_behind_are_in_their_layers(vmap: bool) -> None:
+    """Factors, check and updates are those of the same layers stacked in front."""
+    apply, behind, (x,) = of(Behind(vmap), normal(1, 2, 3, 2, 4) if vmap else normal(1, 2, 3, 4))
+    front = jax.tree.map(lambda t: jnp.moveaxis(t, 1, 0), behind)
+    module = nn.vmap(nn.Dense, variable_axes={"params": 0}, in_axes=1, out_axes=1)(3, name="dense")
+
+    def twin(params: Any, x: Array) -> Array:
+        if vmap:
+            return module.apply({"params": params["dense"]}, x)
+        return applier(Layers())(params, x)
+
+    updates = []
+    for function, params in ((apply, behind), (twin, front)):
+        optimizer = KFAC(function, wavy, params, x, learning_rate=1.0, weight_decay=0.0, factor_interval=1)
+        assert optimizer.coverage().fraction == 1
+        assert max(optimizer.check(params, x).values()) < 1e-10
+        _, gradient, statistics = optimizer.value_grad_and_statistics(params, x)
+        update, state = optimizer.update(gradient, optimizer.init(params), params, statistics=statistics)
+        updates.append((update, optimizer.factors(state)))
+    (of_behind, pairs), (of_front, expected) = updates
+    assert pairs.keys() == expected.keys()
+    for name in pairs:
+        assert_equal(pairs[name], expected[name])
+    moved = jax.tree.map(lambda t: jnp.moveaxis(t, 1, 0), of_behind)
+    jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, rtol=1e-8, atol=1e-10), moved, of_front)
+
+
 @pytest.mark.parametrize("approximation", ["expand", "reduce"])
 def test_branches(approximation: str) -> None:
     """The branch that is taken has the factors of the plain computation; the other one has none, and waits."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 
 from commands import atomic
-from tests.workloads.helpers import arguments, metrics, start
+from submissions import registry as submissions
+from tests.workloads.helpers import NADAMW, arguments, metrics, start
 from workloads import demo, registry, run, study
+from workloads.runner import submission
 
 TRIAL = "e/bible_lm_pytorch/trial_1"
 FUNCTIONS = "init_optimizer_state = update_params = data_selection = lambda *a, **k: None\n"
@@ -86,6 +89,20 @@ def test_submission_file(tmp_path, capsys):
     path = tmp_path / "wrong.py"
     path.write_text("def f(:\n")
     _refused(capsys, arguments(tmp_path, submission_path=path), "SyntaxError")
+
+
+@pytest.mark.parametrize(("given", "of"), [("jax", "pytorch"), ("pytorch", "jax")])
+def test_a_submission_for_another_framework(tmp_path, capsys, given, of):
+    path = Path(NADAMW).parents[1] / of / "submission.py"
+    refused = arguments(tmp_path, framework=given, submission_path=path)
+    _refused(capsys, refused, f"is for {of}", f"not for {given}", f"--framework={of}")
+    assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize("framework", ["pytorch", "jax"])
+def test_every_submission_is_one_for_its_framework(framework):
+    for name in submissions.names_in(framework):
+        submission.check_framework(str(submissions.path_of(name, framework)), framework)
 
 
 def test_batch_sizes(tmp_path, capsys, monkeypatch):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +17,9 @@ from types import ModuleType
 from commands.errors import UserError
 from submissions.common.api import DataSelection, InitOptimizerState, PrepareForEval, UpdateParams
 from submissions.common.packages import MissingPackage
+
+# What a file imports of a framework, as words in the names of packages and modules.
+_WORDS = {"pytorch": {"torch", "pytorch"}, "jax": {"jax", "flax", "optax"}}
 
 REQUIRED = ("init_optimizer_state", "update_params", "data_selection", "get_batch_size")
 
@@ -55,6 +60,31 @@ def load(path: str) -> Submission:
         get_eval_batch_size=getattr(module, "get_eval_batch_size", None),
         needs_train_state="train_state" in inspect.signature(module.update_params).parameters,
     )
+
+
+def check_framework(path: str, framework: str) -> None:
+    """Raises UserError if a submission's file imports from another framework than it is to run in, and not from it.
+
+    A file that says nothing of either, or that cannot be read, is left to `load`.
+    """
+    try:
+        tree = ast.parse(Path(path).read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return
+    names = [
+        name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in (getattr(node, "module", None), *(alias.name for alias in node.names))
+        if name
+    ]
+    words = {word for name in names for word in re.split(r"[._]", name)}
+    found = sorted(name for name, own in _WORDS.items() if not words.isdisjoint(own))
+    if found and framework not in found:
+        raise UserError(
+            f"The submission {path} is for {found[0]}, by what it imports, and not for {framework}: give "
+            f"--framework={found[0]}, or the file of a submission for {framework}."
+        )
 
 
 def batch_size(submission: Submission, workload_name: str, devices: int) -> int:

@@ -175,9 +175,16 @@ def _lookup_backward(static: Tap, residuals: Residuals, gradient: Array) -> Cota
 
 
 def _lookup_sums(static: Tap, tokens: Array, reading: Reading, sums: TiedSums, gradient: Array) -> TiedSums:
-    spec = static.spec
-    rows = reading.rows(gradient.astype(static.dtype)[..., None, :])
+    spec, lookup = static.spec, static.use
+    assert isinstance(lookup, Lookup)
+    inside = (tokens < spec.out_dim)[..., None, None]
+    rows = gradient.astype(static.dtype)[..., None, :]
+    if lookup.filled:  # by a constant, whose gradient is none of the table's
+        rows = jnp.where(inside, rows, 0)
+    rows = reading.rows(rows)
     reading = reading.of_gradients(rows)
+    if lookup.filled and not reading.layout.by_gradient:
+        reading = reading.where(reading.rows(inside)[:, :, 0, 0].astype(static.dtype))
     zeros = jax.tree.map(jnp.zeros_like, sums)
     counts = reading.placed(reading.counts(rows))[None]
     numbers = reading.batch_first(tokens, tokens.ndim).reshape(rows.shape[0], -1)
