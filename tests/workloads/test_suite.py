@@ -217,7 +217,7 @@ def test_jax_and_held_out_variants_race_what_was_found_in_pytorch_on_the_base(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--suite=official"], "Unknown suite 'official'. Known: embedded."),
+        (["--suite=official"], "Unknown suite 'official'. Known: embedded, shorter_horizons."),
         (["--submissions=adam"], "there is no submission 'adam' in pytorch; known: "),
         (["--workloads=mnist"], "Unknown workload 'mnist'. Known: "),
         (["--framework=tf"], "Unknown framework 'tf'. Known: pytorch, jax."),
