@@ -98,9 +98,11 @@ def _given(notes: Mapping[str, object]) -> list[str]:
         return []
     seeds = notes["study_seeds"]
     raced_on = ", ".join(map(str, seeds)) if isinstance(seeds, list) else seeds
+    shorter = notes.get("points_at_shorter_horizons")
+    further = f" and {shorter} more at shorter horizons" if shorter else ""
     return [
-        f"Each submission was given {notes['points_tuned']} points of its own space on every base workload, "
-        f"trained on seed {notes['tuning_seed']}, the horizon among the tuned values; its best "
+        f"Each submission was given {notes['points_tuned']} points of its own space{further} on every base "
+        f"workload, trained on seed {notes['tuning_seed']}, the horizon among the tuned values; its best "
         f"{notes['points_raced']} were raced on the seeds {raced_on}, "
         f"{notes['processes_at_a_time']} processes on {notes['cores']} cores. Held-out variants race the best "
         "point of their base workload, and JAX the points found in PyTorch."

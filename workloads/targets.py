@@ -191,7 +191,8 @@ def _prepare_repeat(plan: Plan, submission: str, workload: str, folder: Path) ->
 
 def _best_point(plan: Plan, submission: str, base: str) -> choice.Tuned:
     folder = plan.folder(submission, suite.TUNING_SEED, base)
-    trials = suite.tuned_trials(folder, plan.space(submission), POINTS)
+    points = tuning.read_points(str(plan.space(submission)), POINTS)
+    trials = suite.tuned_trials(folder, [as_mapping(point) for point in points])
     return choice.ranking(trials, lower_is_better=facts.task(base).lower_is_better, by_steps=False)[0]
 
 

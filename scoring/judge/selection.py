@@ -10,6 +10,7 @@ from scoring.judge.rules import Rules
 from scoring.read.logs import Logs
 
 BASELINES = ("nadamw", "baseline", "prize_qualification_baseline", "nadamw_baselinev05")
+REMEDY = "name a data file with --benchmark"
 
 
 def select(rules: Rules, workloads: str, logs: Logs) -> Rules:
@@ -18,8 +19,11 @@ def select(rules: Rules, workloads: str, logs: Logs) -> Rules:
     ``present`` are all workloads that occur and have a target, but for held-out variants, which only decide credit.
 
     Raises:
-      UserError: a name is unknown, or the version has no qualification set.
+      UserError: a name is unknown, no workload has a target, or the version has no qualification set.
     """
+    there = set(logs.trials["workload"])
+    if not rules.targets:
+        raise UserError(f"no workload of these logs has a target ({', '.join(sorted(there))}): {REMEDY}")
     if workloads == "base":
         return rules
     if workloads == "qualification":
@@ -27,10 +31,9 @@ def select(rules: Rules, workloads: str, logs: Logs) -> Rules:
             raise UserError("these workloads have no qualification set: name workloads, or --workloads=present")
         return rules.restricted(rules.qualification)
     if workloads == "present":
-        there = set(logs.trials["workload"]) - set(rules.held_out) - set(rules.unscored)
-        names = [name for name in rules.targets if name in there]
+        names = [name for name in rules.targets if name in there - set(rules.held_out) - set(rules.unscored)]
         if not names:
-            raise UserError("no workload that occurs has a target: name a data file with --benchmark")
+            raise UserError(f"no workload of these logs is scored ({', '.join(sorted(there))}): {REMEDY}")
     else:
         names = [name.strip() for name in workloads.split(",") if name.strip()]
     # A workload of our own, known from meta_data only, may be scored beside the official ones.

@@ -74,6 +74,19 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "docs/scoring.md" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("workloads", ["base", "present", "ours"])
+def test_logs_of_which_no_workload_is_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], workloads: str
+) -> None:
+    logs = write_official(tmp_path / "logs", {"baseline": {"ogbg": [900.0] * 3}}, "0.6")
+    for folder in list(logs.glob("baseline/*/ogbg_*")):
+        for meta in folder.rglob("meta_data_*.json"):
+            meta.unlink()
+        folder.rename(folder.with_name(folder.name.replace("ogbg", "ours")))
+    assert main(["leaderboard", str(logs), f"--workloads={workloads}"]) == 2
+    assert "no workload of these logs has a target (ours): name a data file with" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import lzma
 import os
@@ -15,8 +16,8 @@ import pytest
 import scoring
 from tests.workloads.fake_training import Trainer
 from workloads import archive, registry, study
-from workloads.runner import jobs
-from workloads.studies import choice, facts, suite, suite_run
+from workloads.runner import jobs, tuning
+from workloads.studies import choice, facts, points, suite, suite_run
 
 # By steps: points 2 (10), 4 (20), 1 (30), 3 (never).
 POINTS = [{"learning_rate": value} for value in (0.03, 0.1, 0.001, 0.05)]
@@ -65,6 +66,60 @@ def test_the_best_points_of_each_are_the_trials_of_its_studies(trainer, space, t
     said = capsys.readouterr().out
     assert "16 trials to run, 2 at a time: about" in said
     assert "1 of 2 trials" not in said.replace("2 of 2 trials reached", "")
+
+
+RANGES = {
+    "learning_rate": {"min": 0.02, "max": 0.2, "scaling": "log"},
+    "horizon_factor": {"feasible_points": [0.35, 0.5, 0.75, 1.0]},
+}
+
+
+def test_further_points_go_on_with_the_sequence_at_shorter_horizons(tmp_path):
+    path = tmp_path / "space.json"
+    path.write_text(json.dumps(RANGES))
+    further = points.Further(4, (0.25, 0.17))
+    found = points.of(path, 8, further)
+    plain = tuning.draw(RANGES, 12)
+    assert found[:8] == plain[:8] == points.of(path, 8, None)
+    assert [one["learning_rate"] for one in found] == [one["learning_rate"] for one in plain]
+    assert {one["horizon_factor"] for one in found[8:]} == {0.25, 0.17}
+    assert points.space_of(path, further)["horizon_factor"]["feasible_points"] == [0.17, 0.25, 0.35, 0.5, 0.75, 1.0]
+    assert points.space_of(path, None) == RANGES
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        [{"learning_rate": 0.1}] * 7,
+        {"learning_rate": RANGES["learning_rate"]},
+        {**RANGES, "horizon_factor": {"feasible_points": [1.0]}},
+    ],
+)
+def test_where_no_horizon_is_chosen_the_space_goes_on_as_it_is(tmp_path, space):
+    path = tmp_path / "space.json"
+    path.write_text(json.dumps(space))
+    further = points.Further(2, (0.25,))
+    assert points.of(path, 3, further) == (space[:5] if isinstance(space, list) else tuning.draw(space, 5))
+    assert points.space_of(path, further) == space
+
+
+def test_a_suite_tuned_before_there_were_further_points_tunes_these_alone(trainer, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "ranges.json"
+    path.write_text(json.dumps(RANGES))
+    flags = ["--submissions=nadamw", "--stages=tuning"]
+    assert _main(tmp_path / "x", path, *flags) == 0
+    assert trainer.started == ["mnist_vit pytorch: tuning of nadamw, points 1 to 4"]
+    more = dataclasses.replace(SMALL, further=points.Further(2, (0.25,)))
+    monkeypatch.setitem(suite.SUITES, "embedded", more)
+    assert _main(tmp_path / "x", path, *flags) == 0
+    assert trainer.started[1:] == ["mnist_vit pytorch: tuning of nadamw, points 5 to 6"]
+    assert "6 points of its space" in capsys.readouterr().out
+    assert _main(tmp_path / "x", path, "--submissions=nadamw") == 0
+    record = json.loads((tmp_path / "x/chosen/mnist_vit/nadamw.json").read_text())
+    assert len(record["ranking"]) == 6
+    assert [one["point"]["horizon_factor"] for one in record["ranking"] if one["trial"] > 4] == [0.25, 0.25]
+    notes = json.loads((tmp_path / "x/suite.json").read_text())
+    assert (notes["points_tuned"], notes["points_at_shorter_horizons"]) == (4, 2)
 
 
 def test_interrupted_anywhere_it_goes_on(trainer, space, tmp_path):
@@ -162,7 +217,7 @@ def test_jax_and_held_out_variants_race_what_was_found_in_pytorch_on_the_base(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--suite=official"], "Unknown suite 'official'. Known: embedded."),
+        (["--suite=official"], "Unknown suite 'official'. Known: embedded, shorter_horizons."),
         (["--submissions=adam"], "there is no submission 'adam' in pytorch; known: "),
         (["--workloads=mnist"], "Unknown workload 'mnist'. Known: "),
         (["--framework=tf"], "Unknown framework 'tf'. Known: pytorch, jax."),

@@ -16,18 +16,19 @@ import functools
 import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from algoperf_kfac.config import as_mapping
 from commands import atomic
 from commands.errors import UserError
 from submissions import registry as submissions
 from workloads import registry
-from workloads.runner import experiment, tuning
+from workloads.runner import experiment
 from workloads.runner.jobs import CHECKOUT, Job, command, log_of
 from workloads.runner.logs import read_hyperparameters
 from workloads.studies import choice, facts
+from workloads.studies import points as points_of
+from workloads.studies.points import Further
 
 SPACES = CHECKOUT / "tuning_search_spaces" / "suite"
 TUNING_SEED = 901  # used for nothing but tuning
@@ -45,7 +46,8 @@ class Suite:
 
     Attributes:
         submissions: names of folders in submissions/.
-        points: how many points of its space each is tuned over.
+        points: how many points of its space each is tuned over, with horizons as the space has them.
+        further: points behind these, at horizons shorter than all of the space's.
         raced: how many of them are the trials of a study.
         raced_on_variants: the same on a held-out variant.
         studies: how many studies, unless told otherwise.
@@ -56,27 +58,36 @@ class Suite:
     raced: int
     raced_on_variants: int
     studies: int
+    further: Further | None = None
+
+    @property
+    def tuned(self) -> int:
+        """How many points there are in all."""
+        return self.points + (self.further.count if self.further else 0)
 
 
+EMBEDDED = Suite(
+    submissions=(
+        "nadamw",
+        "kfac_expand",
+        "kfac_reduce",
+        "soap",
+        "muon",
+        "shampoo",
+        "schedule_free_adamw",
+        "adamw",
+        "nesterov",
+        "heavy_ball",
+    ),
+    points=8,
+    raced=3,
+    raced_on_variants=1,
+    studies=3,
+)
 SUITES = {
-    "embedded": Suite(
-        submissions=(
-            "nadamw",
-            "kfac_expand",
-            "kfac_reduce",
-            "soap",
-            "muon",
-            "shampoo",
-            "schedule_free_adamw",
-            "adamw",
-            "nesterov",
-            "heavy_ball",
-        ),
-        points=8,
-        raced=3,
-        raced_on_variants=1,
-        studies=3,
-    )
+    "embedded": EMBEDDED,
+    # The same with points beyond the edge at which K-FAC and Muon were best on some workloads.
+    "shorter_horizons": replace(EMBEDDED, further=Further(4, (0.25, 0.17))),
 }
 
 
@@ -127,6 +138,12 @@ class Plan:
     def chosen_file(self, workload: str, submission: str) -> Path:
         """The record of what was chosen on a base workload; the points lie beside it."""
         return self.directory / "chosen" / workload / f"{submission}.json"
+
+    def points_file(self, submission: str) -> Path:
+        """The file whose first points it is tuned over: its search space, or these points as a list."""
+        if self.suite.further is None:
+            return self.spaces[submission]
+        return self.directory / "spaces" / f"{submission}.json"
 
     def runs(self) -> Iterator[tuple[str, str, str]]:
         """Framework, workload and submission, workload by workload, so that an interruption leaves whole ones."""
@@ -190,11 +207,14 @@ def jobs(plan: Plan) -> list[Job]:
 
 
 def _tuning_jobs(plan: Plan, workload: str, submission: str, seconds: Seconds) -> list[Job]:
-    framework, space = plan.tuned_in(workload, submission), plan.spaces[submission]
-    points = tuning.read_points(str(space), plan.suite.points)
+    framework, space = plan.tuned_in(workload, submission), plan.points_file(submission)
+    points = tuned_points(plan, submission)
     folder = plan.tuning_folder(workload, submission)
     for index, point in enumerate(points):
-        check_point(folder / f"trial_{index + 1}", as_mapping(point))
+        check_point(folder / f"trial_{index + 1}", point)
+    if plan.suite.further is not None:
+        space.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(space, json.dumps(points, indent=2))
     found = []
     for part in parts(len(points), TOGETHER[framework]):
         name = f"{workload} {framework}: tuning of {submission}, points {part.start + 1} to {part.stop}"
@@ -222,7 +242,7 @@ def _race_jobs(
     plan: Plan, framework: str, workload: str, submission: str, needs: tuple[str, ...], seconds: Seconds
 ) -> list[Job]:
     raced = plan.suite.raced if workload == facts.base_of(workload) else plan.suite.raced_on_variants
-    points = min(raced, len(tuning.read_points(str(plan.spaces[submission]), plan.suite.points)))
+    points = min(raced, len(tuned_points(plan, submission)))
     found = []
     for study in plan.seeds:
         for part in parts(points, TOGETHER[framework]):
@@ -316,8 +336,9 @@ def choose(plan: Plan, workload: str, submission: str) -> list[dict[str, object]
     Raises:
         UserError: trials are missing.
     """
-    folder, space = plan.tuning_folder(workload, submission), tuning.read_space(str(plan.spaces[submission]))
-    trials = tuned_trials(folder, plan.spaces[submission], plan.suite.points)
+    folder = plan.tuning_folder(workload, submission)
+    space = points_of.space_of(plan.spaces[submission], plan.suite.further)
+    trials = tuned_trials(folder, tuned_points(plan, submission))
     ranked = choice.ranking(trials, lower_is_better=facts.task(workload).lower_is_better)
     best = ranked[: plan.suite.raced]
     record = {
@@ -351,18 +372,23 @@ def choose(plan: Plan, workload: str, submission: str) -> list[dict[str, object]
     return points
 
 
-def tuned_trials(folder: Path, space: Path, count: int) -> list[choice.Tuned]:
-    """The finished trials of the first points of a space.
+def tuned_points(plan: Plan, submission: str) -> list[dict[str, object]]:
+    """The points a submission is tuned over, in the order of their trials."""
+    return points_of.of(plan.spaces[submission], plan.suite.points, plan.suite.further)
+
+
+def tuned_trials(folder: Path, points: Sequence[Mapping[str, object]]) -> list[choice.Tuned]:
+    """The finished trials of these points.
 
     Raises:
         UserError: one is missing.
     """
     found = []
-    for index, point in enumerate(tuning.read_points(str(space), count)):
+    for index, point in enumerate(points):
         outcome = experiment.outcome(folder / f"trial_{index + 1}")
         if outcome is None:
             raise UserError(f"{folder} lacks a finished trial_{index + 1}; run the tuning first.")
-        found.append(choice.Tuned(index + 1, dict(as_mapping(point)), outcome))
+        found.append(choice.Tuned(index + 1, dict(point), outcome))
     return found
 
 

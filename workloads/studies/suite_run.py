@@ -96,7 +96,7 @@ def _announce(plan: Plan, todo: Sequence[jobs.Job], parallel: int) -> None:
         f"({', '.join(workloads)}) in {', '.join(plan.frameworks)}"
     )
     tell(
-        f"==> Each: {plan.suite.points} points of its space on seed {suite.TUNING_SEED}, the best "
+        f"==> Each: {plan.suite.tuned} points of its space on seed {suite.TUNING_SEED}, the best "
         f"{plan.suite.raced} as trials of {len(plan.seeds)} studies"
     )
     if trials:
@@ -118,6 +118,7 @@ def _note(plan: Plan, values: flags.FlagValues) -> None:
     content = {
         "suite": values.suite,
         "points_tuned": plan.suite.points,
+        "points_at_shorter_horizons": plan.suite.further.count if plan.suite.further else 0,
         "points_raced": plan.suite.raced,
         "tuning_seed": suite.TUNING_SEED,
         "study_seeds": list(plan.seeds.values()),
