@@ -12,7 +12,7 @@ from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.positions import Rows
 from algoperf_kfac.pytorch.covered_layer import CoveredLayer
 from algoperf_kfac.pytorch.kinds import AnyRecorder
-from algoperf_kfac.pytorch.loss_parts import LossParts, Slices
+from algoperf_kfac.pytorch.loss_parts import LossParts, Slice, Slices
 from algoperf_kfac.pytorch.operations import BY_EXAMPLE, Called
 from algoperf_kfac.pytorch.statistics import Scalar
 
@@ -33,7 +33,6 @@ class LossScale:
         self.gradient: Tensor | None = None
         self.summed: Tensor | None = None
         self.parts = LossParts()
-        self._constants: dict[str, int] = {}  # by layer, calls whose inputs no gradient goes through
         self._in_parts: dict[str, list[Slices]] = {}  # by layer that saw the batch in parts
         self._sizes: set[int] = set()  # of dimension 0 of what loss functions took
         self._targets: set[int] = set()  # of those whose rows are examples, dimension 0 of their targets
@@ -44,32 +43,22 @@ class LossScale:
         self.calls.setdefault(name, []).append(rows)
         self._first.setdefault(name, set()).update(rows.leading[:1])
 
-    def note_input(self, name: str, x: Tensor) -> None:
-        """Remember whether a call of a layer reads data, or what other layers made of it."""
-        self._constants[name] = self._constants.get(name, 0) + (not x.requires_grad)
-
-    def _carries_on(self, parts: Slices) -> bool:
-        """Whether parts are steps of a recurrence: its first state is a constant, those that follow are not."""
-        repeated = [number for name, number in self._constants.items() if len(self.calls.get(name, ())) > 1]
-        return any(0 < number < len(parts.rows) for number in repeated)
-
     def has_examples(self, name: str, number: int) -> bool:
         """Whether a layer was called on so many examples, as far as dimension 0 says."""
         return number in self._first.get(name, ())
 
-    def note_loss(self, called: Called) -> Slices | None:
+    def note_loss(self, called: Called, loss: Tensor) -> Slice | None:
         """Remember the sizes of what a loss function took; of which targets, where it may be a part of them."""
         inputs_and_targets = [leaf for leaf in called.leaves() if isinstance(leaf, Tensor)][:2]
         self._sizes |= {tensor.shape[0] for tensor in inputs_and_targets if tensor.ndim}
         if called.func in BY_EXAMPLE:
             self._targets |= {target.shape[0] for target in inputs_and_targets[1:] if target.ndim}
-        return next(map(self.parts.note, inputs_and_targets[1:]), None)
+        return next((self.parts.note(target, loss) for target in inputs_and_targets[1:]), None)
 
     def take_parts(self, name: str, recorder: AnyRecorder) -> None:
         """See whether a layer's calls since the latest backward pass are those on the parts of a batch."""
         for use in recorder.uses:
-            found = (parts for parts in self.parts.found if not self._carries_on(parts))
-            parts = next((parts for parts in found if use.take_parts(parts.rows)), None)
+            parts = next((parts for parts in self.parts.found if use.take_parts(parts)), None)
             if parts is not None:
                 # A loss on parts of the batch, for layers that see these: for all others it is one on the whole.
                 self._sizes = self._sizes - set(parts.rows) | {sum(parts.rows)}
