@@ -25,7 +25,7 @@ from algoperf_kfac.pytorch.interception import Interceptor
 from algoperf_kfac.pytorch.kinds import AnyRecorder
 from algoperf_kfac.pytorch.loss_parts import Place, Slice
 from algoperf_kfac.pytorch.loss_scale import LossScale
-from algoperf_kfac.pytorch.operations import LOSSES, RULES, Called, Operation, is_mean, sums_rows
+from algoperf_kfac.pytorch.operations import LOSSES, RULES, Called, Operation, is_mean, summed_rows
 from algoperf_kfac.pytorch.options import Options
 from algoperf_kfac.pytorch.passes import Passes
 from algoperf_kfac.pytorch.penalties import Penalties
@@ -151,8 +151,8 @@ class Observer:
             part_of = self.scale.note_loss(called, output)
             if is_mean(called):
                 self._handles.append(arrival_hook(output, functools.partial(self._note_loss, part_of)))
-            elif sums_rows(called):
-                self._handles.append(arrival_hook(output, self._note_sum))
+            elif (rows := summed_rows(called)) > 1:
+                self._handles.append(arrival_hook(output, functools.partial(self._note_sum, rows)))
         return output
 
     def _watch_penalty(self, called: Called, output: Any) -> None:
@@ -228,10 +228,10 @@ class Observer:
         if part_of is not None:
             part_of.note_gradient(gradient)
 
-    def _note_sum(self, gradient: Tensor | None) -> None:
-        """The gradient that the sum of a loss function gets."""
+    def _note_sum(self, rows: int, gradient: Tensor | None) -> None:
+        """The gradient that the sum of a loss function over so many rows gets."""
         if not self.passes.aside and gradient is not None:
-            self.scale.note_sum(gradient)
+            self.scale.note_sum(rows, gradient)
 
     def operation(self, operation: Operation, output: Tensor) -> Tensor:
         """Record a weighted operation; returns the output to hand on in its place.

@@ -599,3 +599,35 @@ def test_an_auxiliary_loss_is_no_further_part(added: bool) -> None:
         return total if added else total / 2
 
     assert_same_factors(factors_of(model, in_parts), factors_of(model, lambda m: losses(m, x, y)))
+
+
+@pytest.mark.parametrize("by_position", [False, True])
+def test_a_mean_times_its_size_is_no_scaler(by_position: bool, recwarn: pytest.WarningsRecorder) -> None:
+    """A mean over all elements, or tokens, times the 1024 of each example is a mean of sums, and B is theirs."""
+    x = torch.randn(2, 1024, 6) if by_position else torch.randn(N, 6)
+    y = torch.randint(3, (2, 1024)) if by_position else torch.randn(N, 1024)
+    model = mlp(6, 5, 3 if by_position else 1024)
+
+    def mean(m: nn.Module) -> Tensor:
+        return 1024 * (F.cross_entropy(m(x).flatten(0, 1), y.flatten()) if by_position else F.mse_loss(m(x), y))
+
+    def by_example(m: nn.Module) -> Tensor:
+        out = m(x)
+        each = F.cross_entropy(out.mT, y, reduction="none") if by_position else F.mse_loss(out, y, reduction="none")
+        return each.sum(1).mean()
+
+    assert_same_factors(factors_of(model, mean), factors_of(model, by_example))
+    assert not [w for w in recwarn if "multiplied" in str(w.message)]
+
+
+def test_a_sum_over_features_is_no_sum_over_examples(recwarn: pytest.WarningsRecorder) -> None:
+    """Moments that a batch's outputs are to have, beside a mean that no loss function makes."""
+    model, x, y = mlp(6, 5, 3), torch.randn(N, 6), torch.randint(3, (N,))
+
+    def loss(m: nn.Module) -> Tensor:
+        out = m(x)
+        likelihood = -F.log_softmax(out, 1)[torch.arange(N), y].mean()
+        return likelihood + F.mse_loss(out.mean(0), torch.zeros(3), reduction="sum")
+
+    factors_of(model, loss)
+    assert not [w for w in recwarn if "K-FAC" in str(w.message)]
