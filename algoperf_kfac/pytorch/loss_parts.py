@@ -117,10 +117,13 @@ class Slices:
         """Of the calls of a layer, which part each is on, one or several on each; None if they are on no parts."""
         if not places:
             return None
-        masks = [self.reached.get(place, 0) if place is not None else 0 for place in places]
-        if not any(masks):  # run again by checkpointing, or compiled: they are in the order of the parts
+        known = [place for place in places if place is not None]
+        if not known:  # run again by checkpointing: they are in the order of the parts
             each, rest = divmod(len(places), len(self.by_start))
             return None if rest else [number // each for number in range(len(places))]
+        masks = [self.reached.get(place, 0) for place in known]
+        if len(known) < len(places):
+            return None
         if any(mask.bit_count() != 1 for mask in masks):
             return None
         numbers = [mask.bit_length() - 1 for mask in masks]

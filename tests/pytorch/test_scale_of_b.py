@@ -405,6 +405,45 @@ def test_parts_in_each_of_several_passes(approximation: str) -> None:
     assert_same_factors(optimizer.factors(reduction="mean"), want)
 
 
+@APPROXIMATIONS
+def test_parts_of_one_pass_are_not_those_of_the_next(approximation: str) -> None:
+    """Steps of the same examples follow, as many and on as many rows as the parts had."""
+    x, y, steps, of_steps = (
+        torch.randn(8, 6),
+        torch.randint(3, (8,)),
+        torch.randn(2, 4, 6),
+        torch.randint(3, (2, 4)),
+    )
+
+    def in_parts(m: nn.Module) -> Tensor:
+        parts = zip(x.chunk(2), y.chunk(2), strict=True)
+        return sum(F.cross_entropy(m(rows), labels, reduction="sum") for rows, labels in parts) / 8
+
+    def in_steps(m: nn.Module) -> Tensor:
+        return (
+            sum(
+                F.cross_entropy(m(rows), labels, reduction="sum")
+                for rows, labels in zip(steps, of_steps, strict=True)
+            )
+            / 8
+        )
+
+    def factors(*losses: Callable[[nn.Module], Tensor]) -> dict[str, FactorPair]:
+        model = mlp(6, 5, 3)
+        model.load_state_dict(values)
+        optimizer = KFAC(model, approximation=approximation)
+        with optimizer.capture(loss_normalizer=8):
+            for loss in losses:
+                loss(model).backward()
+        optimizer.step()
+        return optimizer.factors(reduction="mean")
+
+    values = mlp(6, 5, 3).state_dict()
+    first, then, both = factors(in_parts), factors(in_steps), factors(in_parts, in_steps)
+    for name, pair in both.items():
+        torch.testing.assert_close(pair.B, (8 * first[name].B + 4 * then[name].B) / 12)
+
+
 def test_chunks_that_do_not_show_are_named_with_what_they_may_be() -> None:
     """Targets made anew for each chunk tell nothing: the number that B is scaled by is said to be one call's."""
     model, x, y = Chunked(), torch.randn(4, 6, 5), torch.randint(11, (4, 6))
