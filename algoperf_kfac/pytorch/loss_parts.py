@@ -71,11 +71,13 @@ class Slices:
         whole: the tensor, held as long as its identity stands for it; None when the pass is over.
         by_start: by where they begin in its storage.
         reached: by call of a layer that losses depend on, the bits of the slices these were taken of.
+        whole_sizes: of calls that all of them depend on.
     """
 
     whole: Tensor | None
     by_start: dict[int, Slice] = dataclasses.field(default_factory=dict)
     reached: dict[Place, int] = dataclasses.field(default_factory=dict)
+    whole_sizes: set[int] = dataclasses.field(default_factory=set)
 
     @property
     def are_parts(self) -> bool:
@@ -88,10 +90,16 @@ class Slices:
         """Of each slice, as they were taken."""
         return tuple(part.rows for part in self.by_start.values())
 
+    @property
+    def _all(self) -> int:
+        """The bits of all slices."""
+        return (1 << len(self.by_start)) - 1
+
     def close(self) -> None:
         """See which calls the losses depend on, and let go of what belongs to the pass."""
         roots = [(node, 1 << number) for number, part in enumerate(self.by_start.values()) for node in part.losses]
         self.reached = _reached(roots)
+        self.whole_sizes = {s for place, mask in self.reached.items() if mask == self._all for s in place.sizes}
         self.whole = None
         for part in self.by_start.values():
             part.losses = []
@@ -102,28 +110,22 @@ class Slices:
 
         The losses of parts depend on calls of their own, and on those on the whole batch, which all of them need.
         """
-        everything = (1 << len(self.by_start)) - 1
         bits: dict[str, set[int]] = {}
         for place, mask in self.reached.items():
             if not place.sizes.isdisjoint(self.rows):
                 bits.setdefault(place.name, set()).add(mask)
         for masks in bits.values():
             own = {mask for mask in masks if mask.bit_count() == 1}
-            if masks - own - {everything} or (masks > own and 0 < sum(own) < everything):
+            if masks - own - {self._all} or (masks > own and 0 < sum(own) < self._all):
                 return True
         return False
 
     def numbers(self, places: Sequence[Place | None]) -> list[int] | None:
         """Of the calls of a layer, which part each is on, one or several on each; None if they are on no parts."""
-        if not places:
-            return None
-        known = [place for place in places if place is not None]
-        if not known:  # run again by checkpointing: they are in the order of the parts
+        if all(place is None for place in places):  # run again by checkpointing: they are in the order of the parts
             each, rest = divmod(len(places), len(self.by_start))
-            return None if rest else [number // each for number in range(len(places))]
-        masks = [self.reached.get(place, 0) for place in known]
-        if len(known) < len(places):
-            return None
+            return None if rest or not each else [number // each for number in range(len(places))]
+        masks = [0 if place is None else self.reached.get(place, 0) for place in places]
         if any(mask.bit_count() != 1 for mask in masks):
             return None
         numbers = [mask.bit_length() - 1 for mask in masks]
@@ -132,12 +134,13 @@ class Slices:
     def fits(self, number: int, examples: int, positions: int) -> bool:
         """Whether a call on so many examples may be on a part.
 
-        What lies within a row is of one example, and has parts of it for rows only where a layer sees these.
+        What lies within a row is of one example, and has parts of it for rows only where a layer sees these. So
+        are positions where what all parts need has seen as many examples as each call (levels of a pyramid).
         """
         part = list(self.by_start.values())[number]
-        if part.within:
-            return part.rows == examples > 1
-        return part.rows in (examples, examples * positions)
+        if part.rows == examples:
+            return examples > 1 or not part.within
+        return part.rows == examples * positions and not part.within and examples not in self.whole_sizes
 
     @property
     def means(self) -> Scalar:

@@ -670,3 +670,20 @@ def test_a_sum_over_features_is_no_sum_over_examples(recwarn: pytest.WarningsRec
 
     factors_of(model, loss)
     assert not [w for w in recwarn if "K-FAC" in str(w.message)]
+
+
+@APPROXIMATIONS
+@pytest.mark.parametrize("images", [1, 4])
+def test_levels_of_a_pyramid_see_the_same_examples(approximation: str, images: int) -> None:
+    """A head goes over two resolutions of what a trunk makes; the labels of all positions are one flat tensor."""
+    model = nn.ModuleDict({"trunk": nn.Conv2d(2, 4, 3, padding=1), "head": nn.Conv2d(4, 3, 1)})
+    x, y = torch.randn(images, 2, 4, 4), torch.randint(3, (images * (16 + 4),))
+
+    def loss(m: nn.ModuleDict, labels: list[Tensor]) -> Tensor:
+        h = torch.tanh(m["trunk"](x))
+        levels = [m["head"](level).movedim(1, -1).flatten(0, 2) for level in (h, F.avg_pool2d(h, 2))]
+        return sum(F.cross_entropy(*pair, reduction="sum") for pair in zip(levels, labels, strict=True)) / images
+
+    parts = y.split([images * 16, images * 4])
+    want = factors_of(model, lambda m: loss(m, [part.clone() for part in parts]), approximation=approximation)
+    assert_same_factors(factors_of(model, lambda m: loss(m, list(parts)), approximation=approximation), want)
