@@ -9,6 +9,7 @@ from torch import Tensor
 
 from algoperf_kfac.pytorch.factors import MaskedLayout
 from algoperf_kfac.pytorch.geometry import ConvGeometry
+from algoperf_kfac.pytorch.loss_parts import Place
 from algoperf_kfac.pytorch.statistics import Scalar
 from algoperf_kfac.subset import Subset
 
@@ -34,6 +35,7 @@ class Call:
     seen: bool = False  # or in any
     aside: bool = False  # a gradient with respect to inputs alone went through it
     apart: bool = False  # and it was left out, until a gradient for parameters comes
+    place: Place | None = None  # in the graph, unless a part of it was run again or compiled
     part: int = 0  # of a batch that was taken in parts: which one it sees
 
     @property

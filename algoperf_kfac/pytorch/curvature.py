@@ -150,7 +150,9 @@ class Curvature:
             self._compiled.learn(gathered.sights, gathered.obstacles)
         self.gradient_errors |= gathered.errors
         self.unchecked = self.unchecked and not (gathered.errors or gathered.penalised)
-        self._mistakes.loss_scaled(gathered.loss_gradient, gathered.sum_gradient, scaled=gathered.scaled)
+        self._mistakes.loss_scaled(
+            gathered.loss_gradient, gathered.sum_gradient, gathered.inner_sizes, scaled=gathered.scaled
+        )
         self._mistakes.rows(gathered.rows, gathered.calls, scaled=gathered.scaled)
         self._mistakes.batch_second(gathered.second)
         self._mistakes.more_rows(gathered.more_rows, scaled=gathered.scaled)

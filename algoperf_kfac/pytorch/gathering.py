@@ -53,6 +53,7 @@ class Gathered:
         scaled: whether the caller said what the loss was divided by.
         loss_gradient: what the mean of a loss function got in the latest backward pass, None if unknown.
         sum_gradient: what the sum of one got, where none was a mean.
+        inner_sizes: what a mean over all elements may be multiplied by to be one over examples.
         errors: by layer, how far what was captured is from the weight's gradient, relative to it; of a checked
             capture.
         readers: by identity of a parameter: the operation without a rule in which it met data.
@@ -75,6 +76,7 @@ class Gathered:
     scaled: bool
     loss_gradient: Tensor | None
     sum_gradient: Tensor | None
+    inner_sizes: set[int]
     errors: dict[str, float]
     readers: dict[int, str]
     strangers: list[Tensor]
@@ -132,6 +134,7 @@ def gather(observer: Observer, options: Options, normalizer: Scalar | None) -> G
         scaled=normalizer is not None,
         loss_gradient=observer.scale.gradient if kind == "empirical" else None,
         sum_gradient=observer.scale.summed if kind == "empirical" and observer.scale.gradient is None else None,
+        inner_sizes=observer.scale.inner_sizes,
         errors=errors,
         readers=observer.uses.missed,
         strangers=observer.strangers,

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.positions import Rows
 from algoperf_kfac.pytorch.covered_layer import CoveredLayer
 from algoperf_kfac.pytorch.kinds import AnyRecorder
-from algoperf_kfac.pytorch.loss_parts import LossParts, Slices
+from algoperf_kfac.pytorch.loss_parts import LossParts, Slice, Slices
 from algoperf_kfac.pytorch.operations import BY_EXAMPLE, Called
 from algoperf_kfac.pytorch.statistics import Scalar
 
@@ -24,19 +28,18 @@ class LossScale:
         calls: by layer, the rows of its calls.
         gradient: what the mean of a loss function got in the latest backward pass, of several the largest; None if
             unknown.
-        summed: the same of loss functions that sum over several rows, over all passes.
         parts: of the batch, where loss functions took it part by part.
     """
 
     def __init__(self) -> None:
         self.calls: dict[str, list[Rows]] = {}
         self.gradient: Tensor | None = None
-        self.summed: Tensor | None = None
         self.parts = LossParts()
-        self._constants: dict[str, int] = {}  # by layer, calls whose inputs no gradient goes through
         self._in_parts: dict[str, list[Slices]] = {}  # by layer that saw the batch in parts
         self._sizes: set[int] = set()  # of dimension 0 of what loss functions took
-        self._targets: set[int] = set()  # of those whose rows are examples, dimension 0 of their targets
+        self._targets: list[tuple[int, ...]] = []  # of those whose rows are examples, how many these are
+        self._inner: set[int] = set()  # of each row of what loss functions took, sizes
+        self._sums: dict[int, Tensor] = {}  # what sums of loss functions got over all passes, by their rows
         self._first: dict[str, set[int]] = {}  # the same of what layers took
 
     def note_call(self, name: str, rows: Rows) -> None:
@@ -44,32 +47,23 @@ class LossScale:
         self.calls.setdefault(name, []).append(rows)
         self._first.setdefault(name, set()).update(rows.leading[:1])
 
-    def note_input(self, name: str, x: Tensor) -> None:
-        """Remember whether a call of a layer reads data, or what other layers made of it."""
-        self._constants[name] = self._constants.get(name, 0) + (not x.requires_grad)
-
-    def _carries_on(self, parts: Slices) -> bool:
-        """Whether parts are steps of a recurrence: its first state is a constant, those that follow are not."""
-        repeated = [number for name, number in self._constants.items() if len(self.calls.get(name, ())) > 1]
-        return any(0 < number < len(parts.rows) for number in repeated)
-
     def has_examples(self, name: str, number: int) -> bool:
         """Whether a layer was called on so many examples, as far as dimension 0 says."""
         return number in self._first.get(name, ())
 
-    def note_loss(self, called: Called) -> Slices | None:
+    def note_loss(self, called: Called, loss: Tensor) -> Slice | None:
         """Remember the sizes of what a loss function took; of which targets, where it may be a part of them."""
         inputs_and_targets = [leaf for leaf in called.leaves() if isinstance(leaf, Tensor)][:2]
         self._sizes |= {tensor.shape[0] for tensor in inputs_and_targets if tensor.ndim}
+        self._inner |= {size for tensor in inputs_and_targets for size in _products(tensor.shape[1:])}
         if called.func in BY_EXAMPLE:
-            self._targets |= {target.shape[0] for target in inputs_and_targets[1:] if target.ndim}
-        return next(map(self.parts.note, inputs_and_targets[1:]), None)
+            self._targets += [shape for target in inputs_and_targets[1:] if (shape := _examples(called, target))]
+        return next((self.parts.note(target, loss) for target in inputs_and_targets[1:]), None)
 
     def take_parts(self, name: str, recorder: AnyRecorder) -> None:
         """See whether a layer's calls since the latest backward pass are those on the parts of a batch."""
         for use in recorder.uses:
-            found = (parts for parts in self.parts.found if not self._carries_on(parts))
-            parts = next((parts for parts in found if use.take_parts(parts.rows)), None)
+            parts = next((parts for parts in self.parts.found if use.take_parts(parts)), None)
             if parts is not None:
                 # A loss on parts of the batch, for layers that see these: for all others it is one on the whole.
                 self._sizes = self._sizes - set(parts.rows) | {sum(parts.rows)}
@@ -79,9 +73,21 @@ class LossScale:
         """Remember the gradient that the mean of a loss function gets."""
         self.gradient = _largest(self.gradient, gradient)
 
-    def note_sum(self, gradient: Tensor) -> None:
-        """Remember the gradient that the sum of a loss function gets."""
-        self.summed = _largest(self.summed, gradient)
+    def note_sum(self, rows: int, gradient: Tensor) -> None:
+        """Remember the gradient that the sum of a loss function over so many rows gets."""
+        self._sums[rows] = _largest(self._sums.get(rows), gradient)
+
+    @property
+    def summed(self) -> Tensor | None:
+        """The largest gradient of a sum over rows that layers see, too: others are of features, as moments have."""
+        seen = {size for name in self.calls for size in self._row_counts(name)}
+        return functools.reduce(_largest, [g for rows, g in self._sums.items() if rows in seen], None)
+
+    @property
+    def inner_sizes(self) -> set[int]:
+        """What a mean over all elements or positions may be multiplied by to be one over examples."""
+        positions = {rows.leading[1:] for calls in self.calls.values() for rows in calls}
+        return self._inner.union(*map(_products, positions))
 
     def factor(self, recorders: Mapping[str, AnyRecorder], config: KFACConfig, normalizer: Scalar | None) -> Scalar:
         """What squares of output gradients are multiplied by to belong to the per-example loss.
@@ -148,9 +154,16 @@ class LossScale:
     def more_rows(self, recorders: Mapping[str, AnyRecorder]) -> tuple[str, int, int] | None:
         """Where all layers see more rows than the loss function: the first layer, its rows and the fewer ones."""
         seen = {name: recorder.rows for name, recorder in recorders.items()}
-        if not seen or len(self._targets) != 1 or any(map(self._sees_the_batch, self.calls)):
+        numbers = {first for first, *_ in self._targets}
+        if not seen or len(numbers) != 1 or any(map(self._sees_the_batch, self.calls)):
             return None
-        (number,) = self._targets
+        (number,) = numbers
+        # Layers may see as rows what has several dimensions in the loss (classes of pixels), or what several losses
+        # take together (halves of a batch).
+        firsts = (itertools.accumulate(sizes, operator.mul) for sizes in self._targets)
+        all_rows = {number * len(self._targets)}.union(*firsts)
+        if any(not all_rows.isdisjoint(self._row_counts(name)) for name in self.calls):
+            return None
         name, rows = next(iter(seen.items()))
         return (name, rows, number) if min(seen.values()) > number > 0 else None
 
@@ -177,6 +190,19 @@ class LossScale:
                 if second in self._sizes and elsewhere and recorder.rows == first and not rows.batch_first:
                     found[name] = (first, second)
         return found
+
+
+def _products(sizes: Sequence[int]) -> set[int]:
+    """Sizes of dimensions, and of neighbouring ones together."""
+    return {size for first in range(len(sizes)) for size in itertools.accumulate(sizes[first:], operator.mul)}
+
+
+def _examples(called: Called, target: Tensor) -> tuple[int, ...]:
+    """How many examples a loss function takes, and the sizes of what it has of each; nothing if that is unknown."""
+    if called.func is not F.ctc_loss:
+        return tuple(target.shape)
+    log_probs = next(leaf for leaf in called.leaves() if isinstance(leaf, Tensor))  # targets may be strung together
+    return tuple(log_probs.shape[1:2]) if log_probs.ndim == 3 else ()
 
 
 def _largest(before: Tensor | None, gradient: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,9 @@ class Mistakes:
                 "the number of examples of the whole step: capture(loss_normalizer=N)"
             )
 
-    def loss_scaled(self, mean: Tensor | None, total: Tensor | None, *, scaled: bool) -> None:
+    def loss_scaled(
+        self, mean: Tensor | None, total: Tensor | None, inner_sizes: Collection[int], *, scaled: bool
+    ) -> None:
         """A loss that is no mean over examples, where nobody said what it was divided by.
 
         A GradScaler multiplies it, or it is a sum that nothing divides.
@@ -82,6 +84,7 @@ class Mistakes:
         Args:
             mean: what the mean of a loss function got, if that is known.
             total: what the sum of one got, if that is known and none was a mean.
+            inner_sizes: what a mean over all elements may be multiplied by to be one over examples.
             scaled: whether the caller said what the loss was divided by.
         """
         gradient = total if mean is None else mean
@@ -89,7 +92,7 @@ class Mistakes:
             return
         self._loss_asked = True  # asking waits for the device
         factor = abs(float(gradient))
-        if SCALED <= factor < math.inf and math.frexp(factor)[0] == 0.5:
+        if SCALED <= factor < math.inf and math.frexp(factor)[0] == 0.5 and factor not in inner_sizes:
             warn(
                 f"the loss was multiplied by {factor:.0f} before backward(), and B is that of the loss times as "
                 "much. With a GradScaler say so: capture(loss_normalizer=len(x) / scaler.get_scale())"

@@ -8,6 +8,7 @@ activations are not kept.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +23,9 @@ from algoperf_kfac.pytorch.contractions import operations_of
 from algoperf_kfac.pytorch.hooks import apart_from_checkpoints, arrival_hook, first_hook, in_backward, output_hook
 from algoperf_kfac.pytorch.interception import Interceptor
 from algoperf_kfac.pytorch.kinds import AnyRecorder
-from algoperf_kfac.pytorch.loss_parts import Slices
+from algoperf_kfac.pytorch.loss_parts import Place, Slice
 from algoperf_kfac.pytorch.loss_scale import LossScale
-from algoperf_kfac.pytorch.operations import LOSSES, RULES, Called, Operation, is_mean, sums_rows
+from algoperf_kfac.pytorch.operations import LOSSES, RULES, Called, Operation, is_mean, summed_rows
 from algoperf_kfac.pytorch.options import Options
 from algoperf_kfac.pytorch.passes import Passes
 from algoperf_kfac.pytorch.penalties import Penalties
@@ -147,11 +148,11 @@ class Observer:
         self._watch_penalty(called, output)
         is_loss = torch.is_grad_enabled() and called.func in LOSSES and output.requires_grad
         if is_loss and not self.uses.sources(output):  # else a penalty: of parameters and constants
-            part_of = self.scale.note_loss(called)
+            part_of = self.scale.note_loss(called, output)
             if is_mean(called):
                 self._handles.append(arrival_hook(output, functools.partial(self._note_loss, part_of)))
-            elif sums_rows(called):
-                self._handles.append(arrival_hook(output, self._note_sum))
+            elif (rows := summed_rows(called)) > 1:
+                self._handles.append(arrival_hook(output, functools.partial(self._note_sum, rows)))
         return output
 
     def _watch_penalty(self, called: Called, output: Any) -> None:
@@ -219,7 +220,7 @@ class Observer:
             rows = self.scale.calls[spec.name][-1]
             self.sights.note(called, operation, spec, use, rows, fused=self._seeing > 0)
 
-    def _note_loss(self, part_of: Slices | None, gradient: Tensor | None) -> None:
+    def _note_loss(self, part_of: Slice | None, gradient: Tensor | None) -> None:
         """The gradient that the mean of a loss function gets, perhaps one over a part of the targets."""
         if self.passes.aside or gradient is None:
             return
@@ -227,10 +228,10 @@ class Observer:
         if part_of is not None:
             part_of.note_gradient(gradient)
 
-    def _note_sum(self, gradient: Tensor | None) -> None:
-        """The gradient that the sum of a loss function gets."""
+    def _note_sum(self, rows: int, gradient: Tensor | None) -> None:
+        """The gradient that the sum of a loss function over so many rows gets."""
         if not self.passes.aside and gradient is not None:
-            self.scale.note_sum(gradient)
+            self.scale.note_sum(rows, gradient)
 
     def operation(self, operation: Operation, output: Tensor) -> Tensor:
         """Record a weighted operation; returns the output to hand on in its place.
@@ -324,12 +325,13 @@ class Observer:
         again = in_backward()
         if not again:
             self._unrecorded.pop(recorder.spec.name, None)
-            self.scale.note_input(recorder.spec.name, operation.input)
             self._next_forward(recorder, self.scale.gradient)
         operation = operation.as_computed(output.dtype)
         geometry, rows = operation.geometry(output), operation.rows(output)
         device = output.device.type
         spec, options = recorder.spec, self._options
+        sizes = {*rows.leading[:1], math.prod(rows.leading)}
+        place = None if again else Place.of(spec.name, sizes, output)
         limit = options.config.row_limit.fitted(spec.block_sizes, candidates_for(spec.name, options.positions))
 
         def record() -> Call:
@@ -337,7 +339,9 @@ class Observer:
                 # The forward pass that is made up for now came after another one's backward pass.
                 self._next_forward(recorder, self._unrecorded.pop(spec.name))
             with torch.no_grad(), torch.autocast(device, enabled=False):
-                return recorder.input(operation, geometry, rows, positions, limit)
+                call = recorder.input(operation, geometry, rows, positions, limit)
+                call.place = place
+                return call
 
         hook = self._gradient_hook(recorder, record if again else record(), output, operation.arrange)
         output, handle = output_hook(output, hook)

@@ -381,8 +381,9 @@ def is_mean(called: Called) -> bool:
     return called.kwargs.get("reduction", "mean") in ("mean", "batchmean")
 
 
-def sums_rows(called: Called) -> bool:
-    """Whether a loss function of `LOSSES` was asked for the sum over several rows."""
+def summed_rows(called: Called) -> int:
+    """How many rows a loss function of `LOSSES` sums over; 0 if it was not asked for the sum."""
     outputs = next((leaf for leaf in called.leaves() if isinstance(leaf, Tensor)), None)
-    several = outputs is not None and outputs.ndim > 0 and outputs.shape[0] > 1
-    return several and called.kwargs.get("reduction") == "sum"
+    if outputs is None or not outputs.ndim or called.kwargs.get("reduction") != "sum":
+        return 0
+    return outputs.shape[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from algoperf_kfac.pytorch import factors
 from algoperf_kfac.pytorch.calls import Call, Examples, by_examples, counts_of, sum_of
 from algoperf_kfac.pytorch.factors import MaskedLayout
 from algoperf_kfac.pytorch.geometry import ConvGeometry
+from algoperf_kfac.pytorch.loss_parts import Slices
 from algoperf_kfac.pytorch.operations import Operation
 from algoperf_kfac.pytorch.statistics import LayerSums, Product, Scalar, Statistics, accumulate
 from algoperf_kfac.pytorch.vanishing import example_squares, without_vanishing
@@ -119,23 +120,17 @@ class Recorder:
         """Whether a backward pass reached the calls at hand: what follows is a further micro-batch's."""
         return self._any_seen
 
-    def take_parts(self, parts: Sequence[int]) -> bool:
-        """Take the calls at hand for those on the parts of a batch, one or several on each; whether they are.
-
-        Args:
-            parts: the rows that the loss function had of each, in order.
-        """
+    def take_parts(self, parts: Slices) -> bool:
+        """Take the calls at hand for those on the parts of a batch, one or several on each; whether they are."""
         calls = [call for call in self.calls if call.seen]
-        each, rest = divmod(len(calls), len(parts))
-        if not each or rest or not self.one_pass:  # else gradients are summed as they come
+        numbers = parts.numbers([call.place for call in calls])
+        if numbers is None or not self.one_pass:  # else gradients are summed as they come
             return False
-        numbered = [(number // each, call) for number, call in enumerate(calls)]
-        for number, call in numbered:
+        for number, call in zip(numbers, calls, strict=True):
             layout = call.layout
-            sizes = layout.num_examples, layout.num_examples * layout.positions
-            if layout.segment_ids is not None or parts[number] not in sizes:
+            if layout.segment_ids is not None or not parts.fits(number, layout.num_examples, layout.positions):
                 return False
-        for number, call in numbered:
+        for number, call in zip(numbers, calls, strict=True):
             call.part = number
         return True
 

@@ -424,6 +424,41 @@ def test_more_rows_than_the_loss_has_are_named(recwarn: pytest.WarningsRecorder)
     assert not [w for w in recwarn if "K-FAC" in str(w.message)]
 
 
+def test_rows_that_losses_have_in_several_dimensions_or_calls_are_not_more(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    """Pixels that are flattened, and losses on both halves of a batch: all rows of the layers are the losses'."""
+    model, x = mlp(6, 8, 3).double(), torch.randn(24, 6).double()
+    pixels, labels = torch.randint(3, (2, 3, 4)), torch.randint(3, (24,))
+
+    def images(m: nn.Module) -> Tensor:
+        return F.cross_entropy(m(x).view(2, 3, 4, 3).permute(0, 3, 1, 2), pixels)
+
+    def halves(m: nn.Module) -> Tensor:
+        real, fake = m(x).chunk(2)
+        return (F.cross_entropy(real, labels[:12].clone()) + F.cross_entropy(fake, labels[12:].clone())) / 2
+
+    assert_same_factors(
+        factors_of(model, images), factors_of(model, lambda m: F.cross_entropy(m(x), pixels.flatten()))
+    )
+    assert_same_factors(factors_of(model, halves), factors_of(model, lambda m: F.cross_entropy(m(x), labels)))
+    assert not [w for w in recwarn if "K-FAC" in str(w.message)]
+
+
+def test_targets_of_ctc_that_are_strung_together_are_not_its_examples() -> None:
+    """Frames of four sequences, one after the other, with nine labels in all."""
+    model, frames = mlp(6, 8, 3).double(), torch.randn(6 * 4, 6).double()
+    lengths = torch.full((4,), 6), torch.tensor([3, 2, 2, 2])
+
+    def loss(m: nn.Module) -> Tensor:
+        return F.ctc_loss(F.log_softmax(m(frames), 1).unflatten(0, (6, 4)), torch.randint(1, 3, (9,)), *lengths)
+
+    with pytest.warns(
+        UserWarning, match=r"layer 0 sees 24 rows, and the loss function has 4, .*loss_normalizer=4\b"
+    ):
+        factors_of(model, loss)
+
+
 class Returns(nn.Module):
     """A linear layer with what a library may return around its logits."""
 
