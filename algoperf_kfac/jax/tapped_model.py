@@ -14,6 +14,7 @@ from jax import Array
 
 from algoperf_kfac import errors
 from algoperf_kfac.jax.checks import Checks
+from algoperf_kfac.jax.factors import Reading
 from algoperf_kfac.jax.interpreter import Key, Visitor
 from algoperf_kfac.jax.kinds import Kind, Sums, kind_of
 from algoperf_kfac.jax.layer_book import CoveredLayer, Layers
@@ -73,13 +74,19 @@ class TappedModel:
         # How a layer's first call is read stands for all.
         self._first = {name: next(iter(calls.values())) for name, calls in self._readings.items()}
         read = {name: first for name, first in self._first.items() if self._reads_data(name)}
-        self._of_batch = read or self._first  # a model that closes over its batch reads nothing else
+        self._of_batch = read or self._not_shared()  # a model that closes over its batch reads nothing else
         self._places = {name: self._places_of_data(name) for name in self._first}
         self._reached: set[str] = set()
 
     def _reads_data(self, name: str) -> bool:
         """Whether a layer sees examples, not only constants or one number for the whole batch (a noise level)."""
         return any(map(self._notes.reads_data, self._notes.calls[self._layers[name].spec.weight]))
+
+    def _not_shared(self) -> dict[str, Reading]:
+        """Layers but for those that see fewer rows than all outputs have (a time beside a batch that is closed
+        over), of which each is for several examples; all where there are no others."""
+        returned = min((shape[0] for shape in self.model.shapes_returned), default=0)
+        return {name: first for name, first in self._first.items() if first.total >= returned} or self._first
 
     def _places_of_data(self, name: str) -> np.ndarray:
         """Which of a layer's examples are the batch's: all but those of calls on constants, as in f(x) - f(0), or
