@@ -195,7 +195,7 @@ class TappedModel:
     def in_parts(self) -> dict[str, tuple[int, int]]:
         """Layers whose calls have as many rows together as all outputs, where no layer sees all of these.
 
-        By layer, the number of calls (several) and of rows; outputs that have those of one call say nothing.
+        By layer, the number of calls (several) and of rows; outputs that have those of every call say nothing.
         """
         shapes = self.model.shapes_returned
         batch = {shape[0] for shape in shapes}
@@ -206,7 +206,7 @@ class TappedModel:
             sizes |= {n for use in uses.values() for n in (*use.rows.leading, math.prod(use.rows.leading))}
             calls = [((use.rows.leading or (1,))[0], self._notes.times(key)) for key, use in uses.items()]
             number, rows = sum(times for _, times in calls), sum(rows * times for rows, times in calls)
-            elsewhere = all(not {rows for rows, _ in calls}.intersection(shape[1:2]) for shape in shapes)
+            elsewhere = all(not {rows for rows, _ in calls} <= set(shape[1:2]) for shape in shapes)
             if number > 1 and batch == {rows} and elsewhere and not self._first[name].layout.ragged:
                 found[name] = (number, rows)
         return found if batch.isdisjoint(sizes) else {}
