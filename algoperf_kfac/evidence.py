@@ -169,7 +169,10 @@ class Fitted:
             if not math.isfinite(block.squared_norm):
                 raise ValueError(f"the weights of {block.name} are not finite: take those of an earlier step")
         if not math.isfinite(self.summed_loss):
-            raise ValueError(f"the summed loss is {self.summed_loss}: look for the batch that is not finite")
+            raise ValueError(
+                f"the summed loss is {self.summed_loss}: look for the batch that is not finite, or has labels "
+                "outside of the classes (such as -100: labels that do not count have a mask)"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

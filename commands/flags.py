@@ -37,7 +37,8 @@ def parse(
         epilog: what the help says before it lists the flags.
 
     Raises:
-        UserError: an unknown flag, a malformed value, a missing required flag, or an argument that is no flag.
+        UserError: an unknown flag, a malformed value, a missing required flag, a list that was emptied, or an
+            argument that is no flag.
     """
     try:
         rest = values([program, *argv])[1:]
@@ -52,3 +53,6 @@ def parse(
     for name in required:
         if not values[name].value:
             raise UserError(f"The flag --{name} is missing. See {program} --help.")
+    for name, flag in values.flag_values_dict().items():
+        if flag == [] and values[name].default:  # done with nothing, a command would say that all went well
+            raise UserError(f"--{name}= names nothing; leave it out for the default. See {program} --help.")

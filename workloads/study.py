@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -45,7 +45,7 @@ def jobs(
     framework: str,
     studies: Sequence[int],
     search_spaces: dict[str, str],
-    trials: Sequence[int],
+    trials: Mapping[str, Sequence[int]],
     max_steps: int | None = None,
     *,
     stop_at_target: bool = True,
@@ -56,7 +56,7 @@ def jobs(
 
     Args:
         search_spaces: submission -> JSON file; one without an entry trains its own point, as trial 1.
-        trials: indices of the points to train, counted from 0.
+        trials: submission -> indices of the points to train, counted from 0; for those with a file.
         max_steps, stop_at_target, clock, save_checkpoints: as the runner's flags.
     """
     settings: dict[str, object] = {
@@ -69,7 +69,8 @@ def jobs(
         for workload in workloads:
             for submission in submissions:
                 space = search_spaces.get(submission)
-                for index in trials if space else (0,):
+                indices = trials[submission] if space else (0,)
+                for index in indices:
                     name = f"{submission}/study_{study}/{workload}_{framework}/trial_{index + 1}"
                     train = command(
                         workload,
@@ -81,7 +82,7 @@ def jobs(
                         settings,
                         space=space,
                         points=range(index, index + 1),
-                        of=max(trials) + 1,
+                        of=max(indices) + 1,
                         save_checkpoints=save_checkpoints,
                     )
                     log = log_of(experiment_dir, name)
@@ -169,15 +170,16 @@ def _jobs_of(values: flags.FlagValues) -> list[Job]:
     for framework, submission in itertools.product(values.framework, values.submissions):
         registered.load(submission, framework)  # names a package that is missing
     spaces = _search_spaces(values.tuning_search_space, values.submissions)
-    trials = [0]
-    for path in spaces.values():
+    trials: dict[str, list[int]] = {}
+    for submission, path in spaces.items():
         points = tuning.read_points(path, values.num_tuning_trials)
-        trials = [index for index, _ in tuning.select(points, values.hparam_start_index, values.hparam_end_index)]
+        selected = tuning.select(points, values.hparam_start_index, values.hparam_end_index)
+        trials[submission] = [index for index, _ in selected]
     # Absolute, because a job runs in the checkout, whatever folder the command was given in.
     directory = Path(values.experiment_dir).expanduser().resolve()
     experiment.check_writable(directory)
     studies = range(values.first_study, values.first_study + values.num_studies)
-    return [
+    every = [
         job
         for study, framework in itertools.product(studies, values.framework)
         for job in jobs(
@@ -194,6 +196,7 @@ def _jobs_of(values: flags.FlagValues) -> list[Job]:
             save_checkpoints=values.save_checkpoints,
         )
     ]
+    return list({job.name: job for job in every}.values())  # a name given twice would be in its own way
 
 
 def _search_spaces(entries: Sequence[str], submissions: Sequence[str]) -> dict[str, str]:

@@ -176,9 +176,17 @@ def _added(first: _Sums, second: _Sums) -> _Sums:
 
 
 def _as_array(leaf: Any) -> Any:
-    """A leaf of a batch as JAX takes it: what others call a tensor becomes NumPy's array."""
-    ours = isinstance(leaf, Array | np.ndarray | np.generic)
-    return np.asarray(leaf) if hasattr(leaf, "__array__") and not ours else leaf
+    """A leaf of a batch as JAX takes it: what others call a tensor becomes an array."""
+    if isinstance(leaf, Array | np.ndarray | np.generic) or not hasattr(leaf, "__array__"):
+        array = leaf
+    else:
+        tensor = leaf.detach() if hasattr(leaf, "detach") else leaf  # torch's may require a gradient
+        # A type that NumPy lacks.
+        array = jnp.from_dlpack(tensor) if str(tensor.dtype) == "torch.bfloat16" else np.asarray(tensor)
+    if isinstance(array, str | bytes) or (isinstance(array, np.ndarray) and array.dtype.kind in "OUS"):
+        kind = array.dtype.name if isinstance(array, np.ndarray) else type(array).__name__
+        raise ValueError(f"a batch of the loader has a leaf of {kind}: make numbers of it, or leave it out")
+    return array
 
 
 def _example(batch: Any, split: Split | None) -> Example:
@@ -244,6 +252,8 @@ def summed_loss(outputs: Array, loss_type: LossType, example: Example) -> _Count
         loss_type: of the loss.
         example: the batch.
     """
+    if example.targets is None:
+        raise ValueError("a batch of the loader has None for targets: the loss needs those of its examples")
     f, targets = outputs.astype(_wide(outputs)), jnp.asarray(example.targets)
     check_targets(loss_type, f.shape, targets.shape)
     if loss_type is LossType.SOFTMAX_CROSS_ENTROPY:

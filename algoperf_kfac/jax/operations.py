@@ -281,6 +281,8 @@ def read_gather(eqn: JaxprEqn, tags: Sequence[object]) -> Read | None:
     rows_last = tuple(numbers.offset_dims) == tuple(range(len(out) - kept, len(out)))
     if not whole_rows or not rows_last or numbers.operand_batching_dims:
         return None
+    # Of one number a row, as an array without a dimension for it (`table[ids, 0]`); tables of such are not covered.
+    leading = out[:-1] if kept else out
     # A whole row begins nowhere else than at 0, where it is not filled in place of that.
     starts = tuple(numbers.start_index_map)
     if starts != (0,) and (starts != (0, 1) or mode == GatherScatterMode.FILL_OR_DROP):
@@ -294,11 +296,13 @@ def read_gather(eqn: JaxprEqn, tags: Sequence[object]) -> Read | None:
             rows = jnp.clip(rows, 0, table[0] - 1)
         elif mode == GatherScatterMode.FILL_OR_DROP:
             rows = jnp.where((rows >= 0) & (rows < table[0]), rows, table[0])
-        return rows.reshape(*out[:-1], 1)
+        else:  # derivatives leave out what was promised not to come; indexing by taps would count from the end
+            rows = jnp.where(rows >= 0, rows, table[0])
+        return rows.reshape(*leading, 1)
 
     fill = eqn.params["fill_value"]
     filled = mode == GatherScatterMode.FILL_OR_DROP and fill is not None and bool(np.isfinite(fill))
-    return Read(Lookup(source, out[:-1], filled), 1, prepare=read_numbers)
+    return Read(Lookup(source, leading, filled), 1, prepare=read_numbers)
 
 
 RULES: Mapping[str, Rule] = {

@@ -14,6 +14,7 @@ from jax import Array
 
 from algoperf_kfac import errors
 from algoperf_kfac.jax.checks import Checks
+from algoperf_kfac.jax.factors import Reading
 from algoperf_kfac.jax.interpreter import Key, Visitor
 from algoperf_kfac.jax.kinds import Kind, Sums, kind_of
 from algoperf_kfac.jax.layer_book import CoveredLayer, Layers
@@ -73,13 +74,19 @@ class TappedModel:
         # How a layer's first call is read stands for all.
         self._first = {name: next(iter(calls.values())) for name, calls in self._readings.items()}
         read = {name: first for name, first in self._first.items() if self._reads_data(name)}
-        self._of_batch = read or self._first  # a model that closes over its batch reads nothing else
+        self._of_batch = read or self._not_shared()  # a model that closes over its batch reads nothing else
         self._places = {name: self._places_of_data(name) for name in self._first}
         self._reached: set[str] = set()
 
     def _reads_data(self, name: str) -> bool:
         """Whether a layer sees examples, not only constants or one number for the whole batch (a noise level)."""
         return any(map(self._notes.reads_data, self._notes.calls[self._layers[name].spec.weight]))
+
+    def _not_shared(self) -> dict[str, Reading]:
+        """Layers but for those that see fewer rows than all outputs have (a time beside a batch that is closed
+        over), of which each is for several examples; all where there are no others."""
+        returned = min((shape[0] for shape in self.model.shapes_returned), default=0)
+        return {name: first for name, first in self._first.items() if first.total >= returned} or self._first
 
     def _places_of_data(self, name: str) -> np.ndarray:
         """Which of a layer's examples are the batch's: all but those of calls on constants, as in f(x) - f(0), or
@@ -188,7 +195,7 @@ class TappedModel:
     def in_parts(self) -> dict[str, tuple[int, int]]:
         """Layers whose calls have as many rows together as all outputs, where no layer sees all of these.
 
-        By layer, the number of calls (several) and of rows; outputs that have those of one call say nothing.
+        By layer, the number of calls (several) and of rows; outputs that have those of every call say nothing.
         """
         shapes = self.model.shapes_returned
         batch = {shape[0] for shape in shapes}
@@ -199,7 +206,7 @@ class TappedModel:
             sizes |= {n for use in uses.values() for n in (*use.rows.leading, math.prod(use.rows.leading))}
             calls = [((use.rows.leading or (1,))[0], self._notes.times(key)) for key, use in uses.items()]
             number, rows = sum(times for _, times in calls), sum(rows * times for rows, times in calls)
-            elsewhere = all(not {rows for rows, _ in calls}.intersection(shape[1:2]) for shape in shapes)
+            elsewhere = all(not {rows for rows, _ in calls} <= set(shape[1:2]) for shape in shapes)
             if number > 1 and batch == {rows} and elsewhere and not self._first[name].layout.ragged:
                 found[name] = (number, rows)
         return found if batch.isdisjoint(sizes) else {}

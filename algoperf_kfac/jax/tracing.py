@@ -41,6 +41,8 @@ class TracedModel:
         has_aux: whether it returns (outputs, aux).
         has_data: whether arrays of data are among the arguments; random keys and what is held beside data are none.
         axes: sizes of the axes that are bound for it alone.
+        data: which of the flat (params, *args) are arrays of data.
+        sources: which of them are these, or what data may be drawn with: random keys, single integers.
     """
 
     program: ClosedJaxpr
@@ -50,6 +52,8 @@ class TracedModel:
     has_aux: bool = False
     has_data: bool = True
     axes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    data: Sequence[bool] = ()
+    sources: Sequence[bool] = ()
 
     def run(self, visitor: Visitor, params: Tree, args: Sequence[Tree], *, all_uses: bool = False) -> list[Array]:
         """The flat outputs, the visitor being told of weighted operations on the way; see `Interpreter`."""
@@ -80,15 +84,19 @@ class TracedModel:
     def survey(self) -> Survey:
         """What reads the parameters."""
         names = [tag.name for tag in self.tags if isinstance(tag, Source)]
-        dataless = without_data(self.program.jaxpr, [tag is None for tag in self.tags])
-        notes = Survey(names, dataless)
+        notes = Survey(names)
         self.show(notes)
-        if notes.stopped <= notes.calls.keys() | notes.lookups.keys() | notes.other_uses.keys():
-            return notes
-        # A layer none of whose outputs reaches the loss is hardly meant: then all reads count, and it is missed.
-        every = Survey(names, dataless, all_uses=True)
-        self.show(every, all_uses=True)
-        return every if every.calls.keys() - notes.calls.keys() else notes
+        if not notes.stopped <= notes.calls.keys() | notes.lookups.keys() | notes.other_uses.keys():
+            # A layer none of whose outputs reaches the loss is hardly meant: all reads count, and it is missed.
+            every = Survey(names, all_uses=True)
+            self.show(every, all_uses=True)
+            notes = every if every.calls.keys() - notes.calls.keys() else notes
+        notes.dataless = without_data(self.program.jaxpr, self.data)
+        if not any(notes.reads_data(key) for calls in notes.calls.values() for key in calls):
+            # What is drawn with a key are examples (of a generator), where no others are; else it may as well be
+            # one number for the whole batch (a time, a level of noise).
+            notes.dataless = without_data(self.program.jaxpr, self.sources)
+        return notes
 
 
 class Survey(Visitor):
@@ -96,11 +104,11 @@ class Survey(Visitor):
 
     Args:
         names: of the parameters.
-        dataless: operations that read no data, see `dependence`.
         all_uses: whether it is shown operations from which no gradient comes, too.
 
     Attributes:
-        names, dataless, all_uses: the same.
+        names, all_uses: the same.
+        dataless: operations that read no data, see `dependence`; filled in behind the others.
         calls, lookups: weight -> the operations that read it, in order.
         constant: operations that read nothing but constants, and whether these may be others at every step.
         added: operation -> the parameters that are added to its output as a bias would be.
@@ -115,12 +123,10 @@ class Survey(Visitor):
         loops: operations in which others run several times, and how often.
     """
 
-    def __init__(
-        self, names: Iterable[str], dataless: frozenset[Key] = frozenset(), *, all_uses: bool = False
-    ) -> None:
+    def __init__(self, names: Iterable[str], *, all_uses: bool = False) -> None:
         self.names = tuple(names)
-        self.dataless = dataless
         self.all_uses = all_uses
+        self.dataless: frozenset[Key] = frozenset()
         self.calls: dict[str, dict[Key, Call]] = {}
         self.lookups: dict[str, dict[Key, Lookup]] = {}
         self.constant: dict[Key, bool] = {}
@@ -246,8 +252,11 @@ def trace(
         tag is None and any(jnp.issubdtype(leaf.dtype, kind) for kind in numbers)
         for tag, leaf in zip(held, arrays, strict=True)
     )
+    # Integers among the parameters are buffers (numbers of positions).
+    sources = [*(False for _ in tags), *(tag is None for tag in held)]
     leaves_given = [*jax.tree.leaves(params), *arrays]
-    return TracedModel(program, outputs, [*tags, *held], leaves_given, has_aux, has_data, axes)
+    data = [source and _is_many(leaf) for source, leaf in zip(sources, leaves_given, strict=True)]
+    return TracedModel(program, outputs, [*tags, *held], leaves_given, has_aux, has_data, axes, data, sources)
 
 
 def _program(
@@ -280,6 +289,11 @@ def _held(params: Tree, args: Sequence[Tree]) -> list[Held | None]:
         leaves, like = [leaf for leaf in jax.tree.leaves(node) if is_array(leaf)], alike(node)
         tags += [Held(not like) if is_float(leaf) and (like or np.ndim(leaf) == 0) else None for leaf in leaves]
     return tags
+
+
+def _is_many(leaf: Leaf) -> bool:
+    """Whether a leaf may have numbers for each example: it is no single one, nor a random key of the old kind."""
+    return len(leaf.shape) > 0 and not (leaf.dtype == jnp.uint32 and leaf.shape == (2,))
 
 
 def is_array(leaf: object) -> bool:

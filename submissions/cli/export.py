@@ -20,6 +20,7 @@ from submissions import registry
 from submissions.cli.vendoring import CHECKOUT, vendor
 from submissions.common.description import Description, OptimizerConfig
 from workloads import algoperf
+from workloads.runner import tuning
 
 PROGRAM = "python -m submissions export"
 EPILOG = """Examples:
@@ -180,19 +181,14 @@ def _search_space(submission: str, given: str | None) -> str:
     path = spaces / f"{submission}.json" if given is None else Path(given)
     if not path.is_file() and given is None:
         path = spaces / "suite" / path.name
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError:
+    if not path.is_file():
         if given is not None:
-            raise UserError(f"--tuning_search_space={given}: there is no such file") from None
-        raise UserError(f"{submission} has no search space: {path} is missing; use --ruleset=self") from None
-    try:
-        space = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}") from None
+            raise UserError(f"--tuning_search_space={given}: there is no such file")
+        raise UserError(f"{submission} has no search space: {path} is missing; use --ruleset=self")
+    space = tuning.read_space(str(path))  # as it is read for trials
     if isinstance(space, list) and len(space) != NUM_POINTS:
         raise UserError(f"{path} lists {len(space)} points; the external ruleset tries {NUM_POINTS}")
-    return text
+    return path.read_text(encoding="utf-8-sig")
 
 
 def _requirements(framework: str, described: Description[OptimizerConfig]) -> str:

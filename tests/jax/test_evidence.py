@@ -294,3 +294,33 @@ def test_numbers_of_classes_that_are_no_integers() -> None:
     apply_fn, params, x, y = mixed()
     with pytest.raises(ValueError, match=r"targets of shape \(6,\) are float64: .*outputs' shape \(6, 3\)"):
         fit_factors(apply_fn, params, [(x, y.astype(float))], "softmax_cross_entropy")
+
+
+def test_tensors_that_numpy_does_not_take() -> None:
+    """In bfloat16, and of which a gradient is wanted."""
+    apply_fn, params, x, y = mixed()
+    coarse = jnp.asarray(x, jnp.bfloat16)
+    tensor = torch.tensor(np.asarray(coarse, np.float32))
+    pairs = {
+        "coarse": ((coarse, y), (tensor.bfloat16(), torch.tensor(y))),
+        "wanted": ((jnp.asarray(coarse, jnp.float32), y), (tensor.requires_grad_(), torch.tensor(y))),
+    }
+    for batches in pairs.values():
+        ours, theirs = (fit_factors(apply_fn, params, [b], "softmax_cross_entropy") for b in batches)
+        assert evidence(ours, 1.0).value == evidence(theirs, 1.0).value
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (None, "has None for targets"),
+        (np.array(list("abcabc")), "has a leaf of str"),
+        (np.array([0, 1, 2] * 2, object), "has a leaf of object"),
+        ("abcabc", "has a leaf of str"),
+        (np.array([0, 1, -100] * 2), r"labels outside of the classes \(such as -100"),
+    ],
+)
+def test_labels_that_are_none(labels: object, message: str) -> None:
+    apply_fn, params, x, _ = mixed()
+    with pytest.raises(ValueError, match=message):
+        fit_factors(apply_fn, params, [(x, labels)], "softmax_cross_entropy")

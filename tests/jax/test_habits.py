@@ -605,6 +605,16 @@ def test_a_batch_in_parts_is_named(how: str) -> None:
         jax.eval_shape(ours.value_grad_and_statistics, mlp_params(), x, y)
 
 
+def test_a_remainder_of_as_many_rows_as_classes_is_a_part() -> None:
+    """Of the parts one alone has as many rows as the outputs have in another dimension, by chance."""
+    x, y = batch(11)
+    classes = mlp(mlp_params(), x).shape[1]
+    chunks = lambda p, x, y: lax.map(lambda row: mlp(p, row), x, batch_size=11 - classes)  # noqa: E731
+    ours = KFAC(chunks, cross_entropy, mlp_params(), x, y, **OPTIONS)
+    with pytest.warns(UserWarning, match="layer l0 is called 2 times, on 11 rows in all"):
+        jax.eval_shape(ours.value_grad_and_statistics, mlp_params(), x, y)
+
+
 def test_time_steps_and_mapped_examples_are_no_parts() -> None:
     x, y = batch(8)
     models = {

@@ -114,3 +114,35 @@ def test_their_products_are_the_gradient(case: str) -> None:
 
     errors = KFAC(apply, lambda f, _: wavy(f), params, tokens).check(params, tokens)
     assert max(errors.values()) < 1e-10
+
+
+def test_a_number_further_below_than_the_table_is_long_is_no_row_from_its_end() -> None:
+    """JAX counts once from the end; of what is still below, the derivative takes nothing."""
+    tokens, params = INSIDE.at[1, 1].set(-V - 2), {"table": normal(1, V, P)}
+
+    def apply(p: Any, tokens: Array) -> Array:
+        return body(p["table"][tokens]) @ p["table"].T
+
+    errors = KFAC(apply, lambda f, _: wavy(f), params, tokens).check(params, tokens)
+    assert max(errors.values()) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda bias, tokens: bias[tokens, 0],
+        lambda bias, tokens: bias[tokens][..., 0],
+        jax.vmap(jax.vmap(lambda bias, i: bias[i, 0], (None, 0)), (None, 0)),
+        lambda bias, tokens: bias[:1][tokens * 0, tokens * 0],
+    ],
+)
+def test_a_table_of_single_numbers(look: Look) -> None:
+    """Biases of items: nothing of them is covered, and they are in nobody's way."""
+    x, params = normal(0, N, T, P), {"w": normal(1, P, V), "bias": normal(2, V, 1)}
+
+    def apply(p: Any, tokens: Array, x: Array) -> Array:
+        return x @ p["w"] + look(p["bias"], tokens)[..., None]
+
+    pairs = factors(apply, lambda f, *_: wavy(f), params, INSIDE, x)
+    assert pairs.keys() == {"w"}
+    np.testing.assert_allclose(pairs["w"].A, np.einsum("nti,ntj->ij", x, x) / (N * T), rtol=1e-10)

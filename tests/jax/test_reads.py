@@ -253,6 +253,69 @@ def test_a_layer_of_constants_is_not_asked_how_many_examples_there_are(apply: Ap
     assert float(statistics["v"].examples) == 4
 
 
+def with_a_drawn_time(p: Any, x: Array, key: Array) -> Array:
+    """The time is drawn within the model, one for the whole batch."""
+    return with_a_time_that_layers_read(p, x, jax.random.uniform(key, (), x.dtype))
+
+
+def with_a_step(p: Any, x: Array, t: Array) -> Array:
+    """The time is the number of a step, and has a row of a table."""
+    return jnp.tanh(x @ p["w"] + jnp.tanh(p["table"][t][None] @ p["u"])) @ p["v"]
+
+
+def with_numbered_positions(p: Any, x: Array) -> Array:
+    """The positions' numbers are kept among the parameters."""
+    return jnp.tanh(x @ p["w"] + jnp.tanh(p["table"][p["numbers"]] @ p["u"]).mean(0)) @ p["v"]
+
+
+@pytest.mark.parametrize(
+    ("apply", "args"),
+    [
+        (with_a_drawn_time, (jax.random.key(3),)),
+        (with_a_drawn_time, (jax.random.PRNGKey(3),)),
+        (with_a_step, (jnp.asarray(2),)),
+        (with_numbered_positions, ()),
+    ],
+    ids=["key", "old key", "step", "positions"],
+)
+def test_keys_steps_and_buffers_are_no_examples(apply: Apply, args: tuple[Array, ...]) -> None:
+    """A layer that reads nothing else comes first, and sees one row, or one for each position."""
+    x = normal(1, 4, D)
+    params = raw(network, e=(2, 5), u=(5, 5), w=(D, 5), v=(5, K))[1]
+    params |= {"table": normal(2, 6, 5), "numbers": jnp.arange(6)}
+    if apply is not with_a_drawn_time:
+        del params["e"]
+    optimizer = KFAC(apply, lambda f, *_: jnp.square(f).sum() / 4, params, x, *args)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        statistics = optimizer.value_grad_and_statistics(params, x, *args)[2]
+    gradients = 2 * np.asarray(apply(params, x, *args))  # of each example's own loss
+    np.testing.assert_allclose(statistics["v"].b[0][0], gradients.T @ gradients, rtol=1e-10)
+
+
+def generated(p: Any, _: Array, key: Array) -> Array:
+    return network(p, jax.random.normal(key, (N, D), p["a"].dtype))
+
+
+def over_a_batch_of_its_own(p: Any, t: Array) -> Array:
+    """Data are closed over, beside a number for the whole batch."""
+    return with_a_time_that_layers_read(
+        {"w": p["a"], "v": p["c"], **p}, jnp.cos(jnp.arange(N * D)).reshape(N, D), t
+    )
+
+
+@pytest.mark.parametrize("apply", [generated, over_a_batch_of_its_own])
+def test_examples_that_are_no_argument(apply: Apply) -> None:
+    """They are drawn by the model (a generator's step, whatever else it is given), or closed over."""
+    args = (normal(1, 3, D), jax.random.key(1)) if apply is generated else (jnp.asarray(0.5),)
+    shapes = {"b": (5,)} if apply is generated else {"e": (2, 5), "u": (5, 5)}
+    params = raw(network, **shapes, a=(D, 5), c=(5, K))[1]
+    optimizer = KFAC(apply, lambda f, *_: jnp.square(f).sum() / N, params, *args)
+    statistics = optimizer.value_grad_and_statistics(params, *args)[2]
+    gradients = 2 * np.asarray(apply(params, *args))
+    np.testing.assert_allclose(statistics["c"].b[0][0], gradients.T @ gradients, rtol=1e-10)
+
+
 def test_a_batch_that_is_closed_over_is_none_of_them() -> None:
     x = normal(1, N, D)
     params = raw(network, a=(D, 5), b=(5,), c=(5, K))[1]

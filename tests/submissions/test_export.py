@@ -244,6 +244,35 @@ def test_a_search_space_of_ones_own(tmp_path, capsys):
     assert not (tmp_path / "self_tuning").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe", "is not UTF-8 text"),
+        (b"{", "is not valid JSON"),
+        (b'{"learning_rate": 1}', "'learning_rate' is no object"),
+        (b"3", "must be a JSON object of ranges or a list of points"),
+        (b'[{"a": 1}]', "lists 1 points; the external ruleset tries 5"),
+    ],
+)
+def test_a_search_space_that_no_run_could_read(tmp_path, capsys, content, message):
+    space, out = tmp_path / "space.json", tmp_path / "out"
+    space.write_bytes(content)
+    assert main(["export", "kfac_reduce", f"--tuning_search_space={space}", f"--out={out}"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not out.exists()
+
+
+def test_a_byte_order_mark_is_not_exported(tmp_path):
+    space = tmp_path / "space.json"
+    space.write_bytes(b'\xef\xbb\xbf{"learning_rate": {"feasible_points": [1]}}')
+    assert main(["export", "kfac_reduce", f"--tuning_search_space={space}", f"--out={tmp_path}"]) == 0
+    written = (tmp_path / "external_tuning" / "kfac_reduce" / "tuning_search_space.json").read_bytes()
+    assert json.loads(written.decode("utf-8")) == {"learning_rate": {"feasible_points": [1]}}
+
+
 def test_an_older_algoperf_is_said(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(export.algoperf, "is_older", lambda: True)
     assert main(["export", "kfac_reduce", "--ruleset=self", f"--out={tmp_path}"]) == 0

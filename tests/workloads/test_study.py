@@ -102,8 +102,40 @@ def test_jobs_of_a_tuned_and_an_untuned_submission(tmp_path):
     assert "--num_tuning_trials=4" in tuned[0].command
     assert "--stop_at_target=False" in tuned[0].command
     assert "--save_checkpoints=True" in tuned[0].command
-    (untuned,) = study.jobs(tmp_path, ["nadamw"], ["mnist_vit"], "pytorch", [1], {}, [0, 1, 2])
+    (untuned,) = study.jobs(tmp_path, ["nadamw"], ["mnist_vit"], "pytorch", [1], {}, {})
     assert "--tuning_ruleset=self" in untuned.command
+
+
+def test_each_submission_has_the_points_of_its_own_space_once(tmp_path):
+    spaces = {"nadamw": 1, "adamw": 3}
+    for name, count in spaces.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps([{"learning_rate": 0.1}] * count))
+    values = study.define()
+    flags = [
+        "study",
+        "--submissions=nadamw,adamw,nadamw",
+        "--workloads=mnist_vit,mnist_vit",
+        f"--experiment_dir={tmp_path}",
+        "--tuning_search_space=" + ",".join(f"{name}={tmp_path / name}.json" for name in spaces),
+        "--num_tuning_trials=3",
+    ]
+    values(flags)
+    found = [str(job.folders[0].relative_to(tmp_path)) for job in study._jobs_of(values)]
+    assert found == [
+        f"{name}/study_1/mnist_vit_pytorch/trial_{trial + 1}"
+        for name, count in spaces.items()
+        for trial in range(count)
+    ]
+
+
+@pytest.mark.parametrize("flag", ["workloads", "framework", "stages"])
+def test_a_list_that_was_emptied_is_refused(flag, tmp_path, capsys):
+    """Nothing to do would else be done at once, and well."""
+    suite = ["--suite=embedded"] if flag == "stages" else []
+    flags = ["--submissions=nadamw", *suite, f"--experiment_dir={tmp_path / 'runs'}", f"--{flag}="]
+    assert study.main(flags) == 2
+    assert f"--{flag}= names nothing" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_demo_trains_and_reports(small, tmp_path, monkeypatch, capsys):
