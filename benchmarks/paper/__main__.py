@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "default: in docs/results",
     )
     measured.add_argument("--again", action="store_true", help="measure also what there are results of")
+    measured.add_argument("--kept", action="store_true", help="size: nothing, the page is of what is kept")
     measured.add_argument("--quick", action="store_true", help="a few sizes only")
     measured.add_argument("--whole", action="store_true", help="damping: the whole grid")
     measured.add_argument("--framework", default="pytorch,jax", help="complexity: either or both")

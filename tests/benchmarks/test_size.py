@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 
@@ -201,6 +202,17 @@ def test_the_page_shows_means_and_names_what_was_not_run(tmp_path):
     wanted = len(ladder.trainings(quick=False))
     assert f"**{wanted} of {wanted} runs were not made.**" in text
     assert "| 256 | 6 | 256 | 4,8" in text
+
+
+def test_the_page_of_what_is_kept_measures_nothing(tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(command, "measure_tiny", refused)
+    monkeypatch.setattr(command, "train", refused)
+    given = argparse.Namespace(kept=True, quick=True, again=False, results=str(tmp_path))
+    command.run(given, tmp_path / "page.md")
+    assert "runs were not made" in (tmp_path / "page.md").read_text()
 
 
 def book_of_ladder(path):

@@ -26,7 +26,7 @@ def run(given: argparse.Namespace, output: Path) -> None:
     """Runs the part.
 
     Args:
-        given: `quick`, `again`, `results` from the command line; the results are a folder.
+        given: `quick`, `again`, `kept`, `results` from the command line; the results are a folder.
         output: the page.
 
     Raises:
@@ -36,8 +36,9 @@ def run(given: argparse.Namespace, output: Path) -> None:
     if folder.is_file():
         raise UserError(f"--results={folder}: of size it is a folder, for {EXACT} and {LADDER}")
     exact, trained = Book(Tiny, folder / EXACT), Book(Training, folder / LADDER)
-    measure_tiny(tiny.tinies(quick=given.quick), exact, again=given.again)
-    train(ladder.trainings(quick=given.quick), trained, again=given.again)
+    if not given.kept:
+        measure_tiny(tiny.tinies(quick=given.quick), exact, again=given.again)
+        train(ladder.trainings(quick=given.quick), trained, again=given.again)
     tell("==> plans of published models, half a minute")
     shapes = SHAPES[:1] if given.quick else SHAPES
     atomic.write_text(output, page.page(exact, [sized(shape) for shape in shapes], trained))

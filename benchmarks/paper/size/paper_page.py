@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from benchmarks.paper.size.costs import BUDGET, FORMS, TOKENS, Sized
+from submissions.registry import describe
+
+EXPAND, REDUCE = (describe(name, "pytorch").defaults for name in ("kfac_expand", "kfac_reduce"))
 
 HEAD = f"""\
 **A calculation; nothing of it was measured.** It is the library's `plan` of models of these shapes on PyTorch's
@@ -23,9 +26,9 @@ block, 22 % at 124M and 3 % at 175B, so that shares are upper bounds.
 Points are those of the submissions: directions by polar factors of three Newton-Schulz steps, factors in blocks
 of at most 4,096 (a bias makes 4,097 of 4,096 inputs). *expand* takes all rows of a batch, *part* at least 1,024
 on each GPU and no fewer than a layer's largest block has sides, as it is shipped, *reduce* all sequences, of
-which there are fewer. Statistics come every 4 steps
-with *expand* and *part*, every 2 with *reduce*. The first ten steps, which all take statistics and refresh, are
-not counted.
+which there are fewer. Statistics come every {EXPAND["factor_interval"]} steps
+with *expand* and *part*, every {REDUCE["factor_interval"]} with *reduce*. The first ten steps, which all take
+statistics and refresh, are not counted.
 """
 FLOPS = """\
 Flops in percent of the model's step, on a GPU: of one statistics step, of a refresh of all layers (on the GPU
@@ -35,8 +38,8 @@ on the GPU with the most of them (every step).
 SECONDS = f"""\
 Seconds on a GPU: of the model's step, of one statistics step, of a refresh of all layers, of a step's
 directions (the last two on the GPU with the most work); and the interval in steps at which refreshes take no
-more than {100 * BUDGET:.0f} % of the time (a multiple of the shipped one, 12 with *expand* and *part*, 6 with
-*reduce*).
+more than {100 * BUDGET:.0f} % of the time (a multiple of the shipped one,
+{EXPAND["refresh_interval"]} with *expand* and *part*, {REDUCE["refresh_interval"]} with *reduce*).
 """
 STEPS = """\
 A step at that interval, in seconds of the model's own; as the library is, and with all directions formed on
@@ -50,10 +53,10 @@ READING = """\
 - **Directions grow, for both alike**: from 21 to 218 % of the model's flops, about as the width over the tokens
   of a GPU, most of it the polar factors. Formed on every GPU they make a step 1.4 of the model's at 124M and 3.2
   at 175B, with any statistics, and half the tokens on a GPU would make them twice as much. That is why they are
-  dealt to the GPUs, as refreshes are: a step is then 1.03 to 1.20 of the model's with part and reduce, and what
+  dealt to the GPUs, as refreshes are: a step is then 1.02 to 1.16 of the model's with part and reduce, and what
   is sent for it is not counted. At the small end the table of symbols, which is one layer, keeps a GPU busy.
-- **Refreshes do not**: 60 to 72 steps apart they are within a tenth of the time at 124M, at the shipped 12 of
-  expand from 6.7B on, at the 6 of reduce at 175B: more GPUs share them, and blocks keep decompositions at 4,096
+- **Refreshes do not**: 72 steps apart they are within a tenth of the time at 124M, at the shipped interval of
+  expand from 2.7B on, at that of reduce from 6.7B: more GPUs share them, and blocks keep decompositions at 4,096
   rows while the model's step grows.
 - **Memory per parameter falls** from 4.8 numbers in factors and bases to 0.9, for the same reason: from 6.7B on
   every block's layers are cut, at 175B into up to 13 blocks. How many steps that costs is not known here; nor
