@@ -83,22 +83,31 @@ class Judged:
 def groups(names: Sequence[str]) -> list[Group]:
     """Our workloads among `names`, those nobody tuned K-FAC on first, base workloads before variants."""
     ours = facts.in_order([name for name in names if name in registry.WORKLOADS])
-    new = [name for name in ours if not facts.task(name).tuned_on]
+
+    def chosen(*, tuned_on: bool, variants: bool) -> tuple[str, ...]:
+        return tuple(
+            name
+            for name in ours
+            if facts.task(facts.base_of(name)).tuned_on is tuned_on
+            and registry.WORKLOADS[name].is_variant is variants
+        )
+
     parts = [
-        Group(
-            "new",
-            "Workloads nobody tuned K-FAC on",
-            tuple(name for name in new if not registry.WORKLOADS[name].is_variant),
-        ),
+        Group("new", "Workloads nobody tuned K-FAC on", chosen(tuned_on=False, variants=False)),
         Group(
             "variants",
-            "Held-out variants, at the best points found on their base workloads",
-            tuple(name for name in new if registry.WORKLOADS[name].is_variant),
+            "Held-out variants of workloads nobody tuned K-FAC on",
+            chosen(tuned_on=False, variants=True),
         ),
         Group(
             "tuned_on",
             "Workloads K-FAC was tuned on while it was written",
-            tuple(name for name in ours if facts.task(name).tuned_on),
+            chosen(tuned_on=True, variants=False),
+        ),
+        Group(
+            "variants_of_tuned_on",
+            "Held-out variants of workloads K-FAC was tuned on",
+            chosen(tuned_on=True, variants=True),
         ),
     ]
     return [part for part in parts if part.workloads]

@@ -48,6 +48,16 @@ def test_what_nobody_tuned_on_comes_first(finished, monkeypatch):
     ]
 
 
+def test_variants_stand_apart_behind_what_they_are_variants_of():
+    names = ["mnist_vit_glu", "brain_unet_tanh", "mnist_vit", "brain_unet", "unknown"]
+    assert [(one.key, one.workloads) for one in suite_results.groups(names)] == [
+        ("new", ("brain_unet",)),
+        ("variants", ("brain_unet_tanh",)),
+        ("tuned_on", ("mnist_vit",)),
+        ("variants_of_tuned_on", ("mnist_vit_glu",)),
+    ]
+
+
 def test_where_the_reference_missed_the_ratio_is_a_bound(finished, tmp_path, monkeypatch):
     """NadamW counts as its step hint there, 400 steps; the table and the figure say so."""
     missed = shutil.copytree(finished, tmp_path / "missed")
