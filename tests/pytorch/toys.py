@@ -27,6 +27,19 @@ def mlp(*widths: int, activation: Callable[[], nn.Module] = nn.Tanh) -> nn.Seque
     return nn.Sequential(*layers[:-1])
 
 
+def dense_factors(model: nn.Sequential, x: Tensor, y: Tensor) -> dict[str, FactorPair]:
+    """Of two linear layers that are called once for each example, with a tanh in between."""
+    hidden = torch.tanh(model[0](x)).detach()
+    inner = model[0](x).detach().requires_grad_()
+    outer = model[2](torch.tanh(inner))
+    gradients = torch.autograd.grad(F.cross_entropy(outer, y, reduction="sum"), (inner, outer))
+    found = {}
+    for name, inputs, g in zip(("0", "2"), (x, hidden), gradients, strict=True):
+        a = torch.cat([inputs, torch.ones(len(x), 1)], dim=1)
+        found[name] = FactorPair(a.T @ a / len(x), g.T @ g / len(x))
+    return found
+
+
 def convnet() -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(1, 4, 3, stride=2, padding=1),
