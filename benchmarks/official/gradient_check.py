@@ -8,13 +8,16 @@ whose sums are formed within compiled graphs it has the graph hand on what these
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from algoperf_kfac.layers import LayerSpec
 from algoperf_kfac.pytorch import compiled, factors
+from algoperf_kfac.pytorch.geometry import ConvGeometry
 from algoperf_kfac.pytorch.recorder import Recorder
 from benchmarks.official.replacing import replaced
 from submissions.common.api import Tree
@@ -44,10 +47,13 @@ class CapturedGradients:
 
     Summed in float64. The gradient it is compared with was summed in float32 by autograd and may have lost digits
     where terms cancel, so that each layer's rounding bound is kept, too: float32's epsilon times sum_n sum_r |g|
-    |a|^T.
+    |a|^T. That is what one rounding does to each term; sums of many terms may lose more. So of a convolution the
+    gradient is formed a second and a third time, by PyTorch's own backward pass from what was captured: in float32,
+    as autograd did, and in float64, where no digits are lost.
     """
 
     def __init__(self) -> None:
+        self.again: dict[str, tuple[Tensor, Tensor]] = {}  # in float32 and float64
         self.sums: dict[str, Tensor] = {}
         self.magnitudes: dict[str, Tensor] = {}
         self.specs: dict[str, LayerSpec] = {}
@@ -102,6 +108,10 @@ class CapturedGradients:
             return
         if x.dim() == (1 if conv is None else len(conv.kernel) + 1):
             x, grad = x.unsqueeze(0), grad.unsqueeze(0)
+        if conv is not None:
+            before = self.again.get(spec.name, (0, 0))
+            formed = [_backward(x.to(t), grad.to(t), conv, spec) for t in (x.dtype, torch.float64)]
+            self.again[spec.name] = before[0] + formed[0], before[1] + formed[1]
         rows = factors.output_rows(grad, spec.groups, conv)
         total = torch.zeros(spec.groups, spec.out_dim, spec.factor_in_dim, dtype=torch.float64)
         magnitude = torch.zeros_like(total)
@@ -122,15 +132,47 @@ class CapturedGradients:
 
     def errors(self, model: nn.Module) -> tuple[Mapping[str, float], Mapping[str, float]]:
         """Each layer's error against `.grad`, and its rounding bound, relative to the gradient's Frobenius norm."""
-        parameters = dict(model.named_parameters(remove_duplicate=False))
         errors, bounds = {}, {}
         for name, total in self.sums.items():
-            spec = self.specs[name]
-            bias = None if spec.bias is None else parameters[spec.bias].grad
-            weight = parameters[spec.weight].grad
-            assert weight is not None
-            exact = factors.to_matrix(weight, bias, spec)
             norm = total.norm().clamp(min=1e-30)
-            errors[name] = float((total - exact).norm() / norm)
+            errors[name] = float((total - self._gradient(model, name)).norm() / norm)
             bounds[name] = float(torch.finfo(torch.float32).eps * self.magnitudes[name].norm() / norm)
         return errors, bounds
+
+    def convolution_errors(self, model: nn.Module) -> Mapping[str, tuple[float, float]]:
+        """Of each convolution, how far the gradients are that its backward pass makes of what was captured.
+
+        In float32 from `.grad`, in float64 from sum_n sum_r g a^T; both relative to the norm of this.
+        """
+        errors = {}
+        for name, (single, double) in self.again.items():
+            total = self.sums[name]
+            norm = total.norm().clamp(min=1e-30)
+            off = (single - self._gradient(model, name)).norm() / norm, (double - total).norm() / norm
+            errors[name] = float(off[0]), float(off[1])
+        return errors
+
+    def _gradient(self, model: nn.Module, name: str) -> Tensor:
+        """A layer's `.grad`, (groups, P_out, P_in [+ 1])."""
+        spec, parameters = self.specs[name], dict(model.named_parameters(remove_duplicate=False))
+        weight = parameters[spec.weight].grad
+        assert weight is not None
+        return factors.to_matrix(weight, None if spec.bias is None else parameters[spec.bias].grad, spec)
+
+
+def _backward(x: Tensor, grad: Tensor, conv: ConvGeometry, spec: LayerSpec) -> Tensor:
+    """(groups, P_out, P_in [+ 1]): what PyTorch's own backward pass makes of a convolution's input and output gradient."""
+    channels, left_over = (grad.shape[1], x.shape[1] // spec.groups), [0] * len(conv.kernel)
+    sizes = zip(conv.in_size, conv.out_size, conv.stride, conv.dilation, conv.kernel, conv.padding, strict=True)
+    if conv.transposed:
+        channels = x.shape[1], grad.shape[1] // spec.groups
+        left_over = [out - ((n - 1) * s + d * (k - 1) + 1 - 2 * p) for n, out, s, d, k, p in sizes]
+    else:  # padding="same" may put one zero more behind than in front
+        behind = [max(0, s * (out - 1) + d * (k - 1) + 1 - n - 2 * p) for n, out, s, d, k, p in sizes]
+        x = F.pad(x, [pad for more in reversed(behind) for pad in (0, more)]) if any(behind) else x
+    weight = x.new_empty(*channels, *conv.kernel)
+    _, weight, bias = torch.ops.aten.convolution_backward(
+        grad, x, weight, [grad.shape[1]], conv.stride, conv.padding, conv.dilation, conv.transposed, left_over,
+        spec.groups, (False, True, spec.bias is not None),
+    )  # fmt: skip
+    return factors.to_matrix(weight, bias, spec)

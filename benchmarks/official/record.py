@@ -55,6 +55,8 @@ class Record:
         counters: the optimizer's own, after the last step.
         gradient_errors, rounding_bounds: layer -> error of G^T A against its gradient at step `CHECK_AT`, and how
             large float32 alone may make it, see `gradient_check` and `gradient_check_jax`.
+        convolution_errors: layer -> how far its gradient, formed again from what was captured, is from the
+            gradient in float32, and from G^T A in float64; of convolutions in PyTorch, see `gradient_check`.
         algoperf: its version, 1.0 or what was before.
         environment: the versions of it and other packages, see `environment.versions`; "" in earlier records.
         compiled: the model was compiled by the runner.
@@ -83,6 +85,7 @@ class Record:
     counters: dict[str, float] = dataclasses.field(default_factory=dict)
     gradient_errors: dict[str, float] = dataclasses.field(default_factory=dict)
     rounding_bounds: dict[str, float] = dataclasses.field(default_factory=dict)
+    convolution_errors: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     algoperf: str = "0.6"
     environment: str = ""
     compiled: bool = False

@@ -103,6 +103,7 @@ class PyTorchWatcher:
         if self.captured is not None:
             errors, bounds = self.captured.errors(unwrapped(self.model))
             record.gradient_errors, record.rounding_bounds = dict(errors), dict(bounds)
+            record.convolution_errors = dict(self.captured.convolution_errors(unwrapped(self.model)))
 
 
 class JaxWatcher:

@@ -38,6 +38,16 @@ def test_a_good_record_has_none():
     assert problems(dataclasses.replace(GOOD, **pytorch, workload="wmt_post_ln", compiled=True)) == []
 
 
+def test_a_gradient_that_lost_digits_is_told_from_one_of_other_tensors():
+    lost = {"gradient_errors": {"a": 1e-6, "b": 3e-4}}
+    assert problems(dataclasses.replace(GOOD, **lost, convolution_errors={"b": (0.0, 1e-16)})) == []
+    for again in ((3e-4, 1e-16), (0.0, 3e-4), (math.nan, 0.0)):
+        (found,) = problems(dataclasses.replace(GOOD, **lost, convolution_errors={"b": again}))
+        assert "b: G^T A is off" in found
+    (found,) = problems(dataclasses.replace(GOOD, **lost, convolution_errors={"a": (0.0, 0.0)}))
+    assert "b: G^T A is off" in found
+
+
 def test_whether_statistics_run_compiled_is_what_is_expected():
     pytorch = {"framework": "pytorch", "restore_error": None, "counters": COUNTERS | {"missed_layers": 0}}
     compiled = dataclasses.replace(GOOD, **pytorch, workload="mnist", compiled=True, covered=1000)
