@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from algoperf_kfac.errors import listed, warn
 from algoperf_kfac.layers import LayerSpec
 from algoperf_kfac.positions import Candidates, candidates_for
+from algoperf_kfac.pytorch import joining
 from algoperf_kfac.pytorch.covered_layer import CoveredLayer
 from algoperf_kfac.pytorch.discovery import unwrap
 from algoperf_kfac.pytorch.kinds import AnyRecorder
 from algoperf_kfac.pytorch.operations import LOOKUPS
 from algoperf_kfac.pytorch.recorder import Recorder
-from algoperf_kfac.pytorch.sights import Sight, from_numbers, is_known, may_save, to_numbers
-from algoperf_kfac.pytorch.taps import COUNTS, Arrival, Forms, Table, Tap, Taps, apart, leave_whole
+from algoperf_kfac.pytorch.sights import TURNED, Sight, from_numbers, is_known, may_save, to_numbers
+from algoperf_kfac.pytorch.taps import COUNTS, Arrival, Forms, Products, Table, Tap, Taps, apart, leave_whole
 from algoperf_kfac.subset import RowLimit
 
 MakeRecorder = Callable[[LayerSpec, torch.dtype], AnyRecorder]
@@ -141,10 +142,8 @@ class CompiledStatistics:
         self._arrivals.clear()
         if found:
             self._unlike |= set(found)
-            calls = max(found.values())
-            how = f"called {calls} times" if calls > 1 else "read by further operations"
             warn(
-                f"layer {listed(found)} was {how} in a statistics step that ran compiled, and not so in the one "
+                f"layer {listed(found)} was {listed(dict.fromkeys(found.values()))} in a statistics step that ran compiled, and not so in the one "
                 "before that ran uncompiled, by which the graphs go: its statistics of that step are left out, and "
                 "further statistics steps run uncompiled"
             )
@@ -204,6 +203,7 @@ class CompiledStatistics:
         taps: list[Tap] = []
         table: Table = {}
         lookups: Table = {}
+        products: Products = {}
         readers: dict[int, Tensor] = {}
         turned: dict[tuple[int, int], tuple[list[int], list[Tensor]]] = {}
         for name in (name for name in self._sights if name in covered):
@@ -218,13 +218,18 @@ class CompiledStatistics:
                     return recorder(spec, dtype).uses[use]
 
                 shapes = [(spec.groups, size, size) for sizes in make().block_sizes for size in sizes]
+                if sight.calls > 1:
+                    shapes = joining.shapes(make(), sight.examples, limit)
                 zeros = [zero.expand(shape).requires_grad_() for shape in (*shapes, (COUNTS,))]
                 first = spec.weight in sequence_first
                 tap = Tap(spec, make, sight, dtype, limit, forms, first, zeros)
                 taps.append(tap)
                 bias = None if layer.bias is None else id(layer.bias)
-                entry = (tap.number, zeros, sight.function, bias)
-                (lookups if sight.function in LOOKUPS else table)[id(weight)] = entry
+                if sight.function in TURNED:
+                    products[id(weight)] = (weight.shape[1], weight.shape[0], tap.number, zeros)
+                else:
+                    entry = (tap.number, zeros, sight.function, bias)
+                    (lookups if sight.function in LOOKUPS else table)[id(weight)] = entry
                 for param in layer.params if not use else ():
                     readers.setdefault(id(param), zeros[-1])
                 if weight.dim() == 2 and not use:
@@ -233,7 +238,7 @@ class CompiledStatistics:
                     numbers.append(tap.number)
                     counts.append(zeros[-1])
         by_sizes = [(*sizes, *known) for sizes, known in turned.items()]
-        return Taps(taps, table, lookups, readers, by_sizes, [], self._arrivals)
+        return Taps(taps, table, lookups, readers, by_sizes, products, [], self._arrivals)
 
 
 def _is_compiled(model: nn.Module) -> bool:

@@ -173,7 +173,7 @@ def _take(observer: Observer, taps: Taps) -> None:
         complete = True
         for tap, use, other in zip(own, recorder.uses, shown.get(name, [None] * len(own)), strict=True):
             if tap.number in judged:
-                tap.take(use, judged[tap.number])
+                tap.take(use, judged[tap.number], taps.masks)
             else:
                 complete = complete and _add(use, other)
         ran_uncompiled.pop(name, None)

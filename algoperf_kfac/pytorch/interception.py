@@ -85,7 +85,7 @@ class TracedInterceptor(Interceptor):
     def __init__(self, listener: Listener, taps: Taps) -> None:
         super().__init__(listener)
         self._table, self._lookups, self._masks = taps.table, taps.lookups, taps.masks
-        self._readers, self._turned = taps.readers, taps.turned
+        self._readers, self._turned, self._products = taps.readers, taps.turned, taps.products
         leave_uncompiled(TracedInterceptor.__torch_function__)
         self._uncompiled = torch.compiler.disable(listener.called)
 
@@ -94,7 +94,8 @@ class TracedInterceptor(Interceptor):
     ) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_dynamo_compiling():
-            return tapped(self._table, self._lookups, self._readers, self._turned, self._masks, func, args, kwargs)
+            taps = self._table, self._lookups, self._readers, self._turned, self._products, self._masks
+            return tapped(*taps, func, args, kwargs)
         # What a compiled graph consists of runs without gradients, and asks every mode.
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)

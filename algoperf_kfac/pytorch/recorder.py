@@ -88,6 +88,26 @@ class Recorder:
         """Sizes of the blocks of A, and of B, as this recorder sums them."""
         return self.spec.in_blocks, self.spec.out_blocks
 
+    @property
+    def input_features(self) -> int:
+        """Of a row that A is formed of, without the bias."""
+        return self.spec.in_dim
+
+    @property
+    def output_features(self) -> int:
+        """Of a row that B is formed of."""
+        return self.spec.out_dim
+
+    @property
+    def products_so_far(self) -> tuple[list[Tensor] | None, list[Tensor] | None, Scalar]:
+        """Of the group at hand: the outer products of A, and of B, and how many rows count in A."""
+        return self._a, self._b, self._a_count
+
+    def go_on(self, call: Call, a: list[Tensor] | None, b: list[Tensor] | None, a_count: Scalar) -> None:
+        """Take a call that has come back, with `products_so_far`, for the group at hand."""
+        self._a, self._b, self._a_count = a, b, a_count
+        self._hold([call])
+
     def note_loss(self, gradient: Tensor | None) -> None:
         self.loss_gradient = gradient
 

@@ -5,18 +5,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from algoperf_kfac.config import TABLE
 from algoperf_kfac.layers import LayerSpec
 from algoperf_kfac.positions import Rows
 from algoperf_kfac.pytorch.covered_layer import CoveredLayer
 from algoperf_kfac.pytorch.hooks import in_backward
 from algoperf_kfac.pytorch.kinds import AnyRecorder
 from algoperf_kfac.pytorch.operations import FUNCTIONS, Called, Function, Operation
+from algoperf_kfac.pytorch.recorder import Recorder
 
+# Products with the transpose of a table.
+TURNED: tuple[Function, ...] = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
 # Functions that compiled graphs can take. Saved states know them by their number in this order, from 1 on: further
 # ones come last.
-TAPPED = (*FUNCTIONS, F.embedding)
+TAPPED = (*FUNCTIONS, F.embedding, *TURNED)
 MOST_DIMENSIONS = 7  # of the rows of a layer whose sight is saved
 
 
@@ -30,6 +36,7 @@ class Sight:
         examples: that it was taken to see.
         rounding: the coarsest eps of its input and output gradient.
         readers: what other operations made of the layer's parameters (penalties), in number of results.
+        calls: of this use; more than one of lookups alone.
     """
 
     function: Function
@@ -37,6 +44,7 @@ class Sight:
     examples: int
     rounding: float
     readers: int = 0
+    calls: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,13 +110,17 @@ class Sights:
         for name, recorder in recorders.items():
             calls = self._applied.get(name, [])
             found = [call for call in calls if isinstance(call, str)]
-            applied = {call.use: call for call in calls if isinstance(call, Applied)}
+            applied: dict[int, list[Applied]] = {}
+            for call in calls:
+                if isinstance(call, Applied):
+                    applied.setdefault(call.use, []).append(call)
             kind = layers[name].spec.kind
+            repeated = [use for use, own in applied.items() if len(own) > 1]
             if not calls and not obstacles:
                 found = [f"layer {name} is applied by a fused operation"]
             elif not found and not recorder.uses:
                 found = [f"layer {name} is a {kind}"]
-            elif not found and len(calls) > len(recorder.uses):
+            elif not found and not all(_add_up(applied[use], recorder.uses[use]) for use in repeated):
                 found = [f"layer {name} is called {len(calls)} times"]
             elif not found and calls and len(applied) < len(recorder.uses):
                 found = [f"layer {name} is not used in all the ways of a {kind}"]
@@ -116,10 +128,16 @@ class Sights:
             if applied and not found:
                 others = sum(readers.get(id(param), 0) for param in layers[name].params)
                 sights[name] = tuple(
-                    Sight(applied[use].function, applied[use].rows, one.rows, one.rounding, others)
-                    for use, one in enumerate(recorder.uses)
+                    Sight(own[0].function, own[0].rows, one.rows, one.rounding, others, len(own))
+                    for own, one in ((applied[use], one) for use, one in enumerate(recorder.uses))
                 )
         return sights, list(dict.fromkeys(obstacles))
+
+
+def _add_up(calls: list[Applied], use: Recorder) -> bool:
+    """Whether what graphs hand out of several calls adds up: lookups of the same examples (see `joining`)."""
+    alike = {call.function for call in calls} == {F.embedding} and not use.spec.watches_sums
+    return alike and all(use.rows in call.rows.leading for call in calls)
 
 
 def may_save(sight: Sight) -> bool:
@@ -135,15 +153,15 @@ def to_numbers(turn: int, sight: Sight | None) -> list[int | float]:
         sight: None if nothing is known.
 
     Returns:
-        Turn, function, examples, whether these come first, the dimensions of the rows, their sizes, readers; and
-        rounding.
+        Turn, function, examples, whether these come first, the dimensions of the rows, their sizes, readers, calls;
+        and rounding.
     """
     if sight is None:
-        return [turn] + [0] * (5 + MOST_DIMENSIONS) + [0.0]
+        return [turn] + [0] * (6 + MOST_DIMENSIONS) + [0.0]
     rows = sight.rows
     sizes = [*rows.leading, *[0] * (MOST_DIMENSIONS - len(rows.leading))]
     numbers = [turn, TAPPED.index(sight.function) + 1, sight.examples, rows.batch_first, len(rows.leading), *sizes]
-    return [*map(int, numbers), sight.readers, float(sight.rounding)]
+    return [*map(int, numbers), sight.readers, sight.calls, float(sight.rounding)]
 
 
 def is_known(numbers: Sequence[int | float]) -> bool:
@@ -155,13 +173,15 @@ def from_numbers(numbers: Sequence[int | float]) -> Sight:
     """The sight that numbers from `to_numbers` stand for."""
     _, function, examples, batch_first, dimensions, *sizes = (int(n) for n in numbers[:-1])
     rows = Rows(tuple(sizes[:dimensions]), bool(batch_first))
-    return Sight(TAPPED[function - 1], rows, examples, float(numbers[-1]), sizes[-1])
+    readers, *calls = sizes[MOST_DIMENSIONS:]  # earlier states say nothing of calls
+    return Sight(TAPPED[function - 1], rows, examples, float(numbers[-1]), readers, *calls)
 
 
 def obstacle_of(called: Called, operation: Operation, spec: LayerSpec) -> str | None:
     """Why a call of a layer cannot be tapped; None if it can."""
+    turned = called.func in TURNED and spec.kind == TABLE and len(called.args) == 2 and not called.kwargs
     plain = called.func in TAPPED and operation.weight is _weight_of(called)
-    if not plain or operation.arrange is not None or operation.mask is not None or spec.layout:
+    if not (plain or turned) or operation.arrange is not None or operation.mask is not None or spec.layout:
         return f"layer {spec.name} is applied by {called.name} to a part or a view of its weight"
     return None
 

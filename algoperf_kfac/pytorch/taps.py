@@ -24,10 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from algoperf_kfac.layers import LayerSpec
-from algoperf_kfac.positions import Candidates, Positions
+from algoperf_kfac.positions import Candidates, Positions, choose
+from algoperf_kfac.pytorch import joining
 from algoperf_kfac.pytorch.operations import LOOKUPS, RULES, Function, Operation
 from algoperf_kfac.pytorch.recorder import Recorder
-from algoperf_kfac.pytorch.sights import Sight
+from algoperf_kfac.pytorch.sights import TURNED, Sight
+from algoperf_kfac.pytorch.statistics import Scalar
 
 # What stands in for tensors of an operation that its sums do not read.
 _NONE = torch.empty(0, device="meta")
@@ -37,9 +39,15 @@ _numbers = itertools.count()
 # Weights by the number of a tap. Dynamo asks for the identity of what it meets where it met it first, and cannot in
 # a mode: those that it may meet through a step's taps before it does through their modules have to stand here.
 _WEIGHTS: dict[int, Tensor] = {}
-# What comes with a tap's blocks: a_count, examples, vanished; calls of the layer; and what else reads its
-# parameters, less what was seen to do so uncompiled.
+# What comes with a tap's blocks: a_count, examples, vanished (the latter two not where calls add up); calls of the
+# layer; and what else reads its parameters, less what was seen to do so uncompiled.
 COUNTS = 5
+_HALF = 0.5  # what is counted comes in shares where there are several calls
+# Functions that may transpose a weight, where dynamo sees them.
+_TRANSPOSES: tuple[Function, ...] = (
+    Tensor.t, torch.t, Tensor.transpose, torch.transpose, Tensor.permute, torch.permute, Tensor.swapaxes,
+    torch.swapaxes, Tensor.swapdims, torch.swapdims, Tensor.adjoint, torch.adjoint,
+)  # fmt: skip
 _LISTS = (list, tuple)  # torch 2.9 does not trace `list | tuple`
 
 # Of one description: the number of its mask, or "gradient", or None; batch_dim; readout.
@@ -60,8 +68,8 @@ class Tap:
         limit: from `limit_for`.
         forms: of the positions' descriptions.
         sequence_first: whether its module says that inputs are (T, N, features).
-        zeros: whose gradients the sums are: the blocks of A, those of B, and the numbers of `COUNTS`. They take no
-            memory.
+        zeros: whose gradients the sums are: the blocks of A, those of B, and the numbers of `COUNTS`; of a layer
+            that is called several times, what `joining.parts` gives, and the numbers. They take no memory.
         shown: calls whose sums were formed while the tap's graph ran as Python, where an observer sees them, too.
         number: what graphs know it by.
     """
@@ -101,11 +109,21 @@ class Tap:
             recorder = self.recorder()
             call = recorder.input(operation, operation.geometry(grad), operation.rows(grad), positions, self.limit)
             recorder.output_gradient(call, grad)
-            recorder.end_group()
-            sums = recorder.sums
-            counts = (sums.a_count, sums.examples, sums.vanished, 1.0, -float(self.sight.readers))
+            known = -float(self.sight.readers) / self.sight.calls
+            counts: tuple[Scalar, ...]
+            if self.sight.calls > 1:
+                blocks, rows = joining.parts(recorder, call)
+                counts = rows, 0.0, 0.0, 1.0, known
+                if call.layout.num_examples != self.sight.examples:  # these do not add up with others
+                    blocks = [grad.new_zeros(zero.shape, dtype=self.dtype) for zero in self.zeros[:-1]]
+                    counts = 0.0, 0.0, 0.0, self.sight.calls + 1.0, known
+            else:
+                recorder.end_group()
+                sums = recorder.sums
+                blocks = [*(sums.a or ()), *(sums.b or ())]
+                counts = sums.a_count, sums.examples, sums.vanished, 1.0, known
             numbers = torch.stack([torch.as_tensor(n, dtype=self.dtype, device=grad.device) for n in counts])
-            return [*(sums.a or ()), *(sums.b or ()), numbers]
+            return [*blocks, numbers]
 
     @property
     def fired(self) -> bool:
@@ -118,18 +136,26 @@ class Tap:
         for zero in self.zeros:
             zero.grad = None
 
-    def take(self, recorder: Recorder, numbers: Tensor) -> None:
+    def take(self, recorder: Recorder, numbers: Tensor, masks: Sequence[Tensor]) -> None:
         """Hand on what graphs handed out.
 
         Args:
             recorder: what it is given to.
             numbers: from `Taps.judged`.
+            masks: of the positions.
         """
-        sums = [zero.grad for zero in self.zeros[:-1] if zero.grad is not None]
+        blocks = [zero.grad for zero in self.zeros[:-1] if zero.grad is not None]
         self.clear()
         split = len(recorder.block_sizes[0])
         a_count, examples, vanished = numbers.unbind()
-        recorder.sums.add(sums[:split], sums[split:], a_count, examples, vanished, self.sight.examples)
+        if self.sight.calls > 1:
+            positions = choose(self.spec.name, together(self.forms, masks), self.sight.rows) or Positions()
+            of_all = self.recorder()
+            joining.close(of_all, blocks, a_count, positions.readout, self.limit)
+            sums = of_all.sums
+            blocks, nothing = [*(sums.a or ()), *(sums.b or ())], 0 * a_count  # or not a number
+            a_count, examples, vanished = sums.a_count + nothing, sums.examples + nothing, sums.vanished + nothing
+        recorder.sums.add(blocks[:split], blocks[split:], a_count, examples, vanished, self.sight.examples)
         recorder.rounding = max(recorder.rounding, self.sight.rounding)
 
 
@@ -174,9 +200,23 @@ def _record(
     if not output.requires_grad or not output.numel():
         return output
     tap = _TAPS[number]
-    operation = _rule(tap.sight.function)(*args, **kwargs)
+    return _tap(output, tap, _rule(tap.sight.function)(*args, **kwargs), masks, zeros)
+
+
+def _tap(output: Tensor, tap: Tap, operation: Operation, masks: list[Tensor], zeros: list[Tensor]) -> Tensor:
     bare = dataclasses.replace(operation, input=_NONE, weight=_NONE, bias=None)
     return _Identity.apply(output, operation.input.detach(), tap, bare, len(masks), *masks, *zeros)
+
+
+def _record_turned(
+    output: Tensor, input: Tensor, part: Tensor, number: int, weight: Tensor, masks: list[Tensor], zeros: list[Tensor]
+) -> Tensor:
+    """The same of a product with what may be the transpose of a layer's weight."""
+    if part._base is not weight or part.stride() != weight.stride()[::-1]:
+        return output
+    if not output.requires_grad or not output.numel():
+        return output
+    return _tap(output, _TAPS[number], Operation("linear", input, weight, None), masks, zeros)
 
 
 def _read(output: Tensor, zero: Tensor) -> Tensor:
@@ -207,6 +247,8 @@ def _rule(function: Function) -> Callable[..., Operation]:
 Table = dict[int, tuple[int, list[Tensor], Function, int | None]]
 # Of weights that are matrices, by the sizes of their transposes: both, the numbers of taps, and their zeros.
 Turned = list[tuple[int, int, list[int], list[Tensor]]]
+# Of weights whose layers are products with the transpose: its sizes, the number of the tap, and its zeros.
+Products = dict[int, tuple[int, int, int, list[Tensor]]]
 
 
 def tapped(
@@ -214,6 +256,7 @@ def tapped(
     lookups: Table,
     readers: dict[int, Tensor],
     turned: Turned,
+    products: Products,
     masks: list[Tensor],
     func: Function,
     args: Any,
@@ -222,7 +265,7 @@ def tapped(
     """Run a function of torch, with a tap where it applies a layer; traced by dynamo.
 
     Args:
-        table, lookups, readers, turned, masks: of the step's `Taps`.
+        table, lookups, readers, turned, products, masks: of the step's `Taps`.
         func, args, kwargs: the call.
     """
     # Written in Python, with a call of its super's that torch 2.9 does not trace.
@@ -239,17 +282,35 @@ def tapped(
             if own == found[3]:
                 output = _record(output, found[0], masks, found[1], args, kwargs)
                 leaves = [args[0] if args else kwargs.get("input")]
+    taken = -1  # the number of a tap that takes the call if it is one of its layer
+    if products and _multiplies(func) and len(args) == 2 and isinstance(weight, Tensor) and weight.dim() == 2:
+        for rows, columns, number, zeros in products.values():
+            if weight.shape[0] == rows and weight.shape[1] == columns and isinstance(args[0], Tensor):
+                taken = number
+                output = _record_turned(output, args[0], weight, number, _WEIGHTS[number], masks, zeros)
+    turns = len(products) > 0 and _transposes(func)
     for leaf in leaves:
         for part in leaf if isinstance(leaf, _LISTS) else (leaf,):
             if isinstance(part, nn.Parameter):
                 zero = readers.get(id(part))
-                if zero is not None:
+                # Who reads the transpose of a layer's weight is seen where they do.
+                if zero is not None and not (turns and id(part) in products):
                     output = _noted(output, zero)
             elif isinstance(part, Tensor) and isinstance(output, Tensor) and part.dim() == 2:
-                for rows, columns, numbers, zeros in turned:
+                for rows, columns, numbers, counts in turned:
                     if part.shape[0] == rows and part.shape[1] == columns:
-                        output = _read_turned(output, part, [_WEIGHTS[number] for number in numbers], zeros)
+                        others = [k for k, number in enumerate(numbers) if number != taken]
+                        weights = [_WEIGHTS[numbers[k]] for k in others]
+                        output = _read_turned(output, part, weights, [counts[k] for k in others])
     return output
+
+
+def _multiplies(func: Function) -> bool:
+    return any([func is product for product in TURNED])
+
+
+def _transposes(func: Function) -> bool:
+    return any([func is transposes for transposes in _TRANSPOSES])
 
 
 def _noted(output: Any, zero: Tensor) -> Any:
@@ -265,6 +326,7 @@ def _noted(output: Any, zero: Tensor) -> Any:
 def leave_whole() -> None:
     """Have dynamo take `_record` as one operation; it is loaded when a model that it compiled is seen."""
     torch.compiler.allow_in_graph(_record)
+    torch.compiler.allow_in_graph(_record_turned)
     torch.compiler.allow_in_graph(_read)
     torch.compiler.allow_in_graph(_read_turned)
 
@@ -291,20 +353,24 @@ class Arrival:
     """
 
     def __init__(self, taps: list[Tap], counts: Tensor) -> None:
-        self._taps = [(tap.spec.name, 0 if tap.fired else tap.sight.readers) for tap in taps]
+        self._taps = [
+            (tap.spec.name, tap.sight.calls, 0 if tap.fired else tap.sight.readers) for tap in taps
+        ]
         self._counts = counts.to("cpu", non_blocking=counts.is_cuda)
         self._copied: torch.cuda.Event | None = None
         if counts.is_cuda:
             self._copied = torch.cuda.Event()
             self._copied.record(torch.cuda.current_stream(counts.device))
 
-    def unlike(self) -> Iterator[tuple[str, int]]:
-        """Layers that were used in another way than was known: name and number of calls."""
+    def unlike(self) -> Iterator[tuple[str, str]]:
+        """Layers that were used in another way than was known: name, and how."""
         if self._copied is not None:
             self._copied.synchronize()
-        for (name, known), (calls, readers) in zip(self._taps, self._counts.tolist(), strict=True):
-            if calls > 1 or readers > known:
-                yield name, int(calls)
+        for (name, known, readers), (calls, others) in zip(self._taps, self._counts.tolist(), strict=True):
+            if calls > known:
+                yield name, f"called {int(calls)} times" if known == 1 else "called more often or with another batch"
+            elif others > readers + _HALF:
+                yield name, "read by further operations"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,6 +383,7 @@ class Taps:
         lookups: those of weights whose rows are looked up.
         readers: by identity of a weight or bias, the zeros of the numbers beside a layer's sums.
         turned: the same of weights whose transposes are not seen to be made.
+        products: layers that are products with the transpose, by identity of the weight.
         masks: of the positions given for this step.
         arrivals: where captures leave what the host is to hear of.
     """
@@ -326,6 +393,7 @@ class Taps:
     lookups: Table
     readers: dict[int, Tensor]
     turned: Turned
+    products: Products
     masks: list[Tensor]
     arrivals: list[Arrival]
 
@@ -344,14 +412,14 @@ class Taps:
         alike: dict[Hashable, list[Tap]] = {}
         for tap in self.taps:
             if tap.zeros[-1].grad is not None:
-                alike.setdefault((tap.dtype, tap.zeros[-1].device), []).append(tap)
+                alike.setdefault((tap.dtype, tap.zeros[-1].device, tap.sight.calls), []).append(tap)
         judged: dict[int, Tensor] = {}
         for group in alike.values():
             numbers = torch.stack([tap.zeros[-1].grad for tap in group if tap.zeros[-1].grad is not None])
             for row, tap in enumerate(group):
                 if beside.get(tap.number):
                     numbers[row, 3] += beside[tap.number]
-            unlike = (numbers[:, 3:4] > 1) | (numbers[:, 4:] > 0)
+            unlike = (numbers[:, 3:4] > group[0].sight.calls) | (numbers[:, 4:] > _HALF)
             rows = torch.where(unlike, torch.nan, numbers[:, :3]).unbind()
             judged |= {tap.number: row for tap, row in zip(group, rows, strict=True) if tap.fired}
             self.arrivals.append(Arrival(group, numbers[:, 3:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -199,17 +200,97 @@ def test_broken_graphs(breaks: bool) -> None:
     assert_same(model, optimizer, twin, other)
 
 
-def test_a_table_that_is_looked_up_twice_runs_uncompiled() -> None:
-    _, compiled, optimizer, twin, other = pair(lambda: Tied(lookups=2))
-    batches = [(torch.randint(9, y.shape), y) for _, y in [sequences() for _ in range(3)]]
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "matmul, T": lambda h, table: torch.matmul(h, table.T),
+    "@, t()": lambda h, table: h @ table.t(),
+    ".matmul, transpose": lambda h, table: h.matmul(table.transpose(0, 1)),
+    "mm, mT": lambda h, table: torch.mm(h.flatten(0, -2), table.mT).unflatten(0, h.shape[:-1]),
+}
+
+
+class Translation(nn.Module):
+    """A table that encoder and decoder look up, and the output layer multiplies by, as AlgoPerf's wmt has it."""
+
+    def __init__(self, product: str = "matmul, T", padding: int | None = None, lookups: int = 2) -> None:
+        super().__init__()
+        self.product, self.lookups = PRODUCTS[product], lookups
+        self.table = nn.Embedding(9, 6, padding_idx=padding)
+        self.encoder, self.decoder = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.encoder(self.table(x)).tanh()
+        for shift in range(1, self.lookups):
+            h = self.decoder(h + self.table(x.roll(shift, 1))).tanh() if shift == 1 else h + self.table(x.flip(1))
+        return self.product(h, self.table.weight) / 2.0
+
+
+def translated(count: int = 8) -> tuple[Tensor, Tensor]:
+    _, y = sequences(count)
+    return torch.randint(9, y.shape), torch.where(y < 0, y, 2 * y)
+
+
+@pytest.mark.filterwarnings("ignore:K-FAC. the batch has 40 examples, as table sees them")  # of a flat product
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize(("approximation", "positions", "padding"), TABLES)
+def test_tables_that_are_looked_up_twice(
+    approximation: str, positions: Callable[[Tensor], Any], padding: int | None, product: str
+) -> None:
+    make = functools.partial(Translation, product, padding)
+    model, compiled, optimizer, twin, other = pair(make, approximation=approximation)
+    batches = [translated() for _ in range(4)]
+    steps(compiled, optimizer, batches, positions)
+    steps(twin, other, batches, positions)
+    assert "table" in optimizer.factors()
+    assert_same(model, optimizer, twin, other)
+
+
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+def test_some_of_the_rows_of_tables_that_are_looked_up_several_times(approximation: str) -> None:
+    make = functools.partial(Translation, lookups=3)
+    options = {"approximation": approximation, "statistics_rows": 4, "statistics_rows_by_side": False}
+    model, compiled, optimizer, twin, other = pair(make, **options)
+    batches = [translated(17) for _ in range(3)]
     steps(compiled, optimizer, batches)
     steps(twin, other, batches)
-    assert optimizer.coverage().note == "statistics steps run uncompiled: layer table is called 3 times"
+    assert_same(model, optimizer, twin, other)
+    all_rows = KFAC(twin, approximation=approximation, **OPTIONS)
+    steps(twin, all_rows, batches[-1:])
+    assert not torch.allclose(all_rows.factors()["table"][0], other.factors()["table"][0])
+
+
+def test_a_penalty_on_a_table_that_the_output_multiplies_by() -> None:
+    class Penalised(Translation):
+        def forward(self, x: Tensor) -> Tensor:
+            gram = self.table.weight.t() @ self.table.weight
+            return super().forward(x) + 1e-3 * (gram - torch.eye(6)).square().sum()
+
+    model, compiled, optimizer, twin, other = pair(Penalised)
+    batches = [translated() for _ in range(3)]
+    steps(compiled, optimizer, batches)
+    steps(twin, other, batches)
+    assert optimizer.factors().keys() == other.factors().keys()
     assert_same_factors(optimizer.factors(), other.factors(), rtol=1e-9, atol=1e-12)
 
 
-def test_a_resumed_table() -> None:
-    compiled = torch.compile(Tied(), backend="aot_eager")
+def test_lookups_of_other_batches_are_not_added_up() -> None:
+    model, compiled, optimizer, twin, other = pair(Translation)
+    batches = [translated(8), translated(8)]
+    steps(compiled, optimizer, batches)
+    steps(twin, other, batches)
+    assert_same(model, optimizer, twin, other)
+    with pytest.warns(UserWarning, match="table was called more often or with another batch .* left out"):
+        steps(compiled, optimizer, [translated(4) for _ in range(3)])
+    assert "layer table is not used in the same way at every step" in str(optimizer.coverage().note)
+    optimizer.load_state_dict(other.state_dict())
+    model.load_state_dict(twin.state_dict())
+    steps(compiled, optimizer, batches)
+    steps(twin, other, batches)
+    assert_same_factors(optimizer.factors(), other.factors(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [Tied, Translation])
+def test_a_resumed_table(make: Callable[[], nn.Module]) -> None:
+    compiled = torch.compile(make(), backend="aot_eager")
     optimizer, fresh = KFAC(compiled, **OPTIONS), KFAC(compiled, **OPTIONS)
     steps(compiled, optimizer, [(torch.randint(9, (4, 5)), torch.randint(9, (4, 5)))])
     fresh.load_state_dict(through_a_file(optimizer.state_dict()))

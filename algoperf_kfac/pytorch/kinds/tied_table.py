@@ -156,7 +156,7 @@ class _TableWatch(Watch):
         operation = None
         if called.func in LOOKUPS or RULES.get(called.func) is RULES[torch.nn.functional.linear]:
             operation = (LOOKUPS.get(called.func) or RULES[called.func])(*called.args, **called.kwargs)
-        elif called.name in PRODUCTS and transposed and flat[1:] == [item]:
+        elif called.name in PRODUCTS and transposed and len(flat) == 2 and flat[1] is item:
             operation = Operation("linear", flat[0], table, None)
         if operation is not None and operation.weight is table and len(reads) == 1:
             return self._record(called, operation, output)
@@ -244,6 +244,14 @@ class Lookups(Recorder):
     @property
     def block_sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (1,), self.spec.in_blocks
+
+    @property
+    def input_features(self) -> int:
+        return self.spec.out_dim
+
+    @property
+    def output_features(self) -> int:
+        return self.spec.in_dim
 
     def _prepare(self, call: Call, operation: Operation, x: Tensor) -> None:
         padding = operation.hyper["padding_idx"]

@@ -1,0 +1,100 @@
+"""Several calls of a layer in one compiled graph: what of each adds up, and the layer's sums of what was added up.
+
+Graphs hand out gradients of zeros, to which each call adds. Outer products of means over an example's positions
+cannot be added up over calls, as the positions of all of them count together; sums over its positions can. So these
+are handed out, with the number of positions, and the outer products are formed outside of the graph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from algoperf_kfac.pytorch.calls import Call
+from algoperf_kfac.pytorch.factors import MaskedLayout
+from algoperf_kfac.pytorch.recorder import Recorder
+from algoperf_kfac.pytorch.statistics import Scalar
+from algoperf_kfac.subset import Subset
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined(MaskedLayout):
+    """The layout of several calls on the same examples, as that of one.
+
+    Attributes:
+        known: (N,), positions that count.
+    """
+
+    known: Tensor | None = None
+
+    def counts(self, like: Tensor) -> Tensor:
+        """(N,)"""
+        assert self.known is not None
+        return self.known
+
+
+def shapes(recorder: Recorder, examples: int, limit: int | None) -> list[tuple[int, ...]]:
+    """Of what `parts` gives of calls on so many examples; see `RowLimit` for `limit`."""
+    spec, found = recorder.spec, []
+    sides = zip(
+        (spec.reduces_inputs, spec.reduces_outputs),
+        (recorder.input_features, recorder.output_features),
+        recorder.block_sizes,
+        strict=True,
+    )
+    for reduces, features, blocks in sides:
+        if reduces:
+            found.append((_chosen(examples, limit).size, spec.groups, features))
+        else:
+            found += [(spec.groups, size, size) for size in blocks]
+    return [*found, (examples,)]
+
+
+def parts(recorder: Recorder, call: Call) -> tuple[list[Tensor], Scalar]:
+    """Of the only call of a recorder, whose gradient has come: what adds up with other calls; rows that count in A.
+
+    Returns:
+        Of inputs, and then of output gradients, each example's sum over positions where the factor is formed of
+        these, else blocks of outer products; and (N,), how many positions count.
+    """
+    a, b, count = recorder.products_so_far
+    of_inputs, of_outputs = [call.input_sums] if a is None else a, [call.grad_sums] if b is None else b
+    tensors = [t for t in (*of_inputs, *of_outputs) if t is not None]
+    return [*tensors, call.layout.counts(tensors[0])], count
+
+
+def close(
+    recorder: Recorder, added: Sequence[Tensor], count: Scalar, readout: str, limit: int | None
+) -> None:
+    """Sum in a new recorder what several calls on the same examples came to.
+
+    Args:
+        recorder: saw nothing.
+        added: tensors as `parts` gives them, added up.
+        count: of the rows that count in A.
+        readout: see `Positions`.
+        limit: as in `shapes`.
+    """
+    *tensors, known = added
+    spec = recorder.spec
+    chosen = _chosen(len(known), limit)
+    layout = Joined(len(known), 1, readout=readout, ragged=True, known=known)
+    call = Call(layout, None, chosen, chosen, fired=True, seen=True)
+    split = 1 if spec.reduces_inputs else len(recorder.block_sizes[0])
+    a, b = tensors[:split], tensors[split:]
+    if spec.reduces_inputs:
+        call.input_sums = a[0]
+    if spec.reduces_outputs:
+        call.grad_sums = b[0]
+    recorder.go_on(
+        call, None if spec.reduces_inputs else a, None if spec.reduces_outputs else b, count
+    )
+    recorder.end_group()
+
+
+def _chosen(examples: int, limit: int | None) -> Subset:
+    """Of the rows that factors are formed of where sums over positions are."""
+    return Subset.of(limit, examples, 1)
