@@ -22,11 +22,12 @@ from algoperf_kfac.positions import Candidates, candidates_for
 from algoperf_kfac.pytorch import joining
 from algoperf_kfac.pytorch.covered_layer import CoveredLayer
 from algoperf_kfac.pytorch.discovery import unwrap
+from algoperf_kfac.pytorch.forms import Forms, apart
 from algoperf_kfac.pytorch.kinds import AnyRecorder
 from algoperf_kfac.pytorch.operations import LOOKUPS
 from algoperf_kfac.pytorch.recorder import Recorder
 from algoperf_kfac.pytorch.sights import TURNED, Sight, from_numbers, is_known, may_save, to_numbers
-from algoperf_kfac.pytorch.taps import COUNTS, Arrival, Forms, Products, Table, Tap, Taps, apart, leave_whole
+from algoperf_kfac.pytorch.taps import COUNTS, Arrival, Products, Table, Tap, Taps, leave_whole
 from algoperf_kfac.subset import RowLimit
 
 MakeRecorder = Callable[[LayerSpec, torch.dtype], AnyRecorder]
@@ -143,9 +144,9 @@ class CompiledStatistics:
         if found:
             self._unlike |= set(found)
             warn(
-                f"layer {listed(found)} was {listed(dict.fromkeys(found.values()))} in a statistics step that ran compiled, and not so in the one "
-                "before that ran uncompiled, by which the graphs go: its statistics of that step are left out, and "
-                "further statistics steps run uncompiled"
+                f"layer {listed(found)} was {' and '.join(dict.fromkeys(found.values()))} in a statistics step that "
+                "ran compiled, and not so in the one before that ran uncompiled, by which the graphs go: its "
+                "statistics of that step are left out, and further statistics steps run uncompiled"
             )
         return [name for name in covered if name in self._unlike]
 
@@ -217,7 +218,7 @@ class CompiledStatistics:
                 def make(spec: LayerSpec = spec, dtype: torch.dtype = dtype, use: int = use) -> Recorder:
                     return recorder(spec, dtype).uses[use]
 
-                shapes = [(spec.groups, size, size) for sizes in make().block_sizes for size in sizes]
+                shapes: list[tuple[int, ...]] = [(spec.groups, n, n) for sizes in make().block_sizes for n in sizes]
                 if sight.calls > 1:
                     shapes = joining.shapes(make(), sight.examples, limit)
                 zeros = [zero.expand(shape).requires_grad_() for shape in (*shapes, (COUNTS,))]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from algoperf_kfac.pytorch.calls import Call
@@ -66,9 +65,7 @@ def parts(recorder: Recorder, call: Call) -> tuple[list[Tensor], Scalar]:
     return [*tensors, call.layout.counts(tensors[0])], count
 
 
-def close(
-    recorder: Recorder, added: Sequence[Tensor], count: Scalar, readout: str, limit: int | None
-) -> None:
+def close(recorder: Recorder, added: Sequence[Tensor], count: Scalar, readout: str, limit: int | None) -> None:
     """Sum in a new recorder what several calls on the same examples came to.
 
     Args:
@@ -89,9 +86,7 @@ def close(
         call.input_sums = a[0]
     if spec.reduces_outputs:
         call.grad_sums = b[0]
-    recorder.go_on(
-        call, None if spec.reduces_inputs else a, None if spec.reduces_outputs else b, count
-    )
+    recorder.go_on(call, None if spec.reduces_inputs else a, None if spec.reduces_outputs else b, count)
     recorder.end_group()
 
 

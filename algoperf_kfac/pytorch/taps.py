@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from algoperf_kfac.layers import LayerSpec
-from algoperf_kfac.positions import Candidates, Positions, choose
+from algoperf_kfac.positions import Positions, choose
 from algoperf_kfac.pytorch import joining
+from algoperf_kfac.pytorch.forms import Forms, together
 from algoperf_kfac.pytorch.operations import LOOKUPS, RULES, Function, Operation
 from algoperf_kfac.pytorch.recorder import Recorder
 from algoperf_kfac.pytorch.sights import TURNED, Sight
@@ -49,11 +50,6 @@ _TRANSPOSES: tuple[Function, ...] = (
     torch.swapaxes, Tensor.swapdims, torch.swapdims, Tensor.adjoint, torch.adjoint,
 )  # fmt: skip
 _LISTS = (list, tuple)  # torch 2.9 does not trace `list | tuple`
-
-# Of one description: the number of its mask, or "gradient", or None; batch_dim; readout.
-_Form = tuple[int | str | None, int | None, str]
-Forms = tuple[tuple[str, tuple[_Form, ...]], ...]  # by pattern
-_WHOLE = ""  # the pattern of descriptions for the whole model
 
 
 @dataclasses.dataclass(eq=False)
@@ -209,7 +205,13 @@ def _tap(output: Tensor, tap: Tap, operation: Operation, masks: list[Tensor], ze
 
 
 def _record_turned(
-    output: Tensor, input: Tensor, part: Tensor, number: int, weight: Tensor, masks: list[Tensor], zeros: list[Tensor]
+    output: Tensor,
+    input: Tensor,
+    part: Tensor,
+    number: int,
+    weight: Tensor,
+    masks: list[Tensor],
+    zeros: list[Tensor],
 ) -> Tensor:
     """The same of a product with what may be the transpose of a layer's weight."""
     if part._base is not weight or part.stride() != weight.stride()[::-1]:
@@ -306,11 +308,11 @@ def tapped(
 
 
 def _multiplies(func: Function) -> bool:
-    return any([func is product for product in TURNED])
+    return any(func is product for product in TURNED)
 
 
 def _transposes(func: Function) -> bool:
-    return any([func is transposes for transposes in _TRANSPOSES])
+    return any(func is transposes for transposes in _TRANSPOSES)
 
 
 def _noted(output: Any, zero: Tensor) -> Any:
@@ -353,9 +355,7 @@ class Arrival:
     """
 
     def __init__(self, taps: list[Tap], counts: Tensor) -> None:
-        self._taps = [
-            (tap.spec.name, tap.sight.calls, 0 if tap.fired else tap.sight.readers) for tap in taps
-        ]
+        self._taps = [(tap.spec.name, tap.sight.calls, 0 if tap.fired else tap.sight.readers) for tap in taps]
         self._counts = counts.to("cpu", non_blocking=counts.is_cuda)
         self._copied: torch.cuda.Event | None = None
         if counts.is_cuda:
@@ -368,7 +368,10 @@ class Arrival:
             self._copied.synchronize()
         for (name, known, readers), (calls, others) in zip(self._taps, self._counts.tolist(), strict=True):
             if calls > known:
-                yield name, f"called {int(calls)} times" if known == 1 else "called more often or with another batch"
+                yield (
+                    name,
+                    f"called {int(calls)} times" if known == 1 else "called more often or with another batch",
+                )
             elif others > readers + _HALF:
                 yield name, "read by further operations"
 
@@ -424,33 +427,3 @@ class Taps:
             judged |= {tap.number: row for tap, row in zip(group, rows, strict=True) if tap.fired}
             self.arrivals.append(Arrival(group, numbers[:, 3:]))
         return judged
-
-
-def apart(candidates: Candidates) -> tuple[Forms, list[Tensor]] | None:
-    """Descriptions of positions without their masks, and these; None where they have segments, or no tensors."""
-    masks: list[Tensor] = []
-    by_pattern = candidates if isinstance(candidates, Mapping) else {_WHOLE: candidates}
-    forms = []
-    for pattern, own in by_pattern.items():
-        described: list[_Form] = []
-        for one in own:
-            mask: int | str | None = one.mask if isinstance(one.mask, str) else None
-            if one.segment_ids is not None or (one.array_mask is not None and not isinstance(one.mask, Tensor)):
-                return None
-            if isinstance(one.mask, Tensor):
-                mask = len(masks)
-                masks.append(one.mask)
-            described.append((mask, one.batch_dim, one.readout))
-        forms.append((pattern, tuple(described)))
-    return tuple(forms), masks
-
-
-def together(forms: Forms, masks: Sequence[Tensor]) -> Candidates:
-    """The inverse of `apart`."""
-    by_pattern: dict[str, list[Positions]] = {}
-    for pattern, described in forms:
-        by_pattern[pattern] = [
-            Positions(mask=masks[mask] if isinstance(mask, int) else mask, batch_dim=batch_dim, readout=readout)
-            for mask, batch_dim, readout in described
-        ]
-    return by_pattern.get(_WHOLE, []) if set(by_pattern) <= {_WHOLE} else by_pattern

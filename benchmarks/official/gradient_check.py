@@ -8,7 +8,6 @@ whose sums are formed within compiled graphs it has the graph hand on what these
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -161,7 +160,7 @@ class CapturedGradients:
 
 
 def _backward(x: Tensor, grad: Tensor, conv: ConvGeometry, spec: LayerSpec) -> Tensor:
-    """(groups, P_out, P_in [+ 1]): what PyTorch's own backward pass makes of a convolution's input and output gradient."""
+    """(groups, P_out, P_in [+ 1]): what PyTorch makes of a convolution's input and output gradient."""
     channels, left_over = (grad.shape[1], x.shape[1] // spec.groups), [0] * len(conv.kernel)
     sizes = zip(conv.in_size, conv.out_size, conv.stride, conv.dilation, conv.kernel, conv.padding, strict=True)
     if conv.transposed:

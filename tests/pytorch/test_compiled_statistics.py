@@ -264,7 +264,7 @@ def test_a_penalty_on_a_table_that_the_output_multiplies_by() -> None:
             gram = self.table.weight.t() @ self.table.weight
             return super().forward(x) + 1e-3 * (gram - torch.eye(6)).square().sum()
 
-    model, compiled, optimizer, twin, other = pair(Penalised)
+    _model, compiled, optimizer, twin, other = pair(Penalised)
     batches = [translated() for _ in range(3)]
     steps(compiled, optimizer, batches)
     steps(twin, other, batches)
