@@ -40,19 +40,14 @@ class CompiledStatistics:
     Args:
         model: as it was given, perhaps in wrappers.
         allowed: whether statistics may be taken in compiled graphs.
-        alone: whether this is the only process.
     """
 
-    def __init__(self, model: nn.Module, *, allowed: bool, alone: bool) -> None:
-        self._allowed, self._alone = allowed, alone
+    def __init__(self, model: nn.Module, *, allowed: bool) -> None:
+        self._allowed = allowed
         self._compiled = _is_compiled(model)
         self._model = unwrap(model)
         self._unlike: set[str] = set()  # layers that are not used in the same way at every step
         self.forget()
-
-    def share(self) -> None:
-        """There proved to be several processes."""
-        self._alone = False
 
     def forget(self) -> None:
         """Learn anew: layers joined or left."""
@@ -64,11 +59,16 @@ class CompiledStatistics:
 
     def __getstate__(self) -> dict[str, Any]:
         """For deepcopy and pickle: without what hangs on identities."""
-        return {name: getattr(self, name) for name in ("_allowed", "_alone", "_compiled", "_model", "_unlike")}
+        return {name: getattr(self, name) for name in ("_allowed", "_compiled", "_model", "_unlike")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update({"_unlike": set()} | state)  # states that were pickled before have none
         self.forget()
+
+    @property
+    def wants_rehearsal(self) -> bool:
+        """Whether the next statistics step would be the one that runs uncompiled to show the layers."""
+        return self._allowed and self.is_compiled and not self._learnt and not self._unlike
 
     @property
     def is_compiled(self) -> bool:
@@ -104,15 +104,17 @@ class CompiledStatistics:
         if found and all(is_known(use) for _, _, uses in found for use in uses):
             self.learn({name: tuple(map(from_numbers, uses)) for _, name, uses in found}, ())
 
-    def learn(self, sights: Mapping[str, tuple[Sight, ...]], obstacles: Iterable[str]) -> None:
+    def learn(self, sights: Mapping[str, tuple[Sight, ...]], obstacles: Iterable[str], *, parts: int = 1) -> None:
         """Take note of an uncompiled statistics step.
 
         Args:
             sights: of the layers that can be tapped, each of their uses; the one that sees the batch first.
             obstacles: why others cannot.
+            parts: how many such batches those of further steps are as large as.
         """
         self._learnt = True
-        self._sights = {**sights, **{name: s for name, s in self._sights.items() if name not in sights}}
+        whole = {name: tuple(sight.times(parts) for sight in uses) for name, uses in sights.items()}
+        self._sights = {**whole, **{name: s for name, s in self._sights.items() if name not in whole}}
         self._obstacles = list(obstacles)
         self._made.clear()
 
@@ -120,8 +122,6 @@ class CompiledStatistics:
         """Why the next statistics step of these layers runs uncompiled; None if it does not."""
         if not self._allowed:
             return "compiled_statistics=False"
-        if not self._alone:
-            return "there are several processes"
         covered = list(covered)
         unlike = self._used_otherwise(covered)
         if not self._learnt and not unlike:
@@ -144,8 +144,8 @@ class CompiledStatistics:
         if found:
             self._unlike |= set(found)
             warn(
-                f"layer {listed(found)} was {' and '.join(dict.fromkeys(found.values()))} in a statistics step that "
-                "ran compiled, and not so in the one before that ran uncompiled, by which the graphs go: its "
+                f"layer {listed(found)} was {' and '.join(dict.fromkeys(found.values()))} in a statistics step "
+                "that ran compiled, and not so in the one before that ran uncompiled, by which the graphs go: its "
                 "statistics of that step are left out, and further statistics steps run uncompiled"
             )
         return [name for name in covered if name in self._unlike]

@@ -99,8 +99,6 @@ class Curvature:
     def meet(self, seen: Iterable[DistributedDataParallel], params: Mapping[str, Tensor]) -> None:
         """DistributedDataParallel may come around the model after the optimizer was made."""
         self._processes.meet(seen, params)
-        if self._processes.size > 1:
-            self._compiled.share()
 
     def before_backward(self, adds: bool) -> None:
         """Loops may clear gradients as late as between the forward and the backward pass.
@@ -157,6 +155,21 @@ class Curvature:
         self._mistakes.batch_second(gathered.second)
         self._mistakes.more_rows(gathered.more_rows, scaled=gathered.scaled)
         self._mistakes.in_parts(gathered.in_parts, scaled=gathered.scaled)
+
+    def learn(self, gathered: Gathered, parts: int) -> None:
+        """Take from a rehearsal what a capture shows of layers, and no statistics.
+
+        Args:
+            gathered: of a part of a batch.
+            parts: how many of it a batch has.
+        """
+        self._mistakes.strangers(gathered.strangers)
+        self._layers.note_readers(gathered.readers)
+        self._layers.give_up(gathered.wrong)
+        if gathered.backward:
+            self._compiled.learn(gathered.sights, gathered.obstacles, parts=parts)
+            self.gradient_errors |= gathered.errors
+            self.unchecked = self.unchecked and not (gathered.errors or gathered.penalised)
 
     def _check_earlier(self, gathered: Gathered) -> None:
         """Raises MissingStatisticsError if gradients come of a forward pass in an earlier capture, too."""

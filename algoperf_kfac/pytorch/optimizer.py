@@ -161,7 +161,7 @@ class KFAC(torch.optim.Optimizer):
         self._processes = processes
         self._stacks = Stacks(self.scaling)
         self._dealer = Dealer(self.scaling, processes, wanted=share_directions)
-        self._compiled = CompiledStatistics(wrapped, allowed=compiled_statistics, alone=processes.size == 1)
+        self._compiled = CompiledStatistics(wrapped, allowed=compiled_statistics)
         self._curvature = Curvature(
             config,
             self.scaling,
@@ -224,34 +224,57 @@ class KFAC(torch.optim.Optimizer):
           W processes and so multiplies them by W (which DDP's averaging undoes for parameters alone).
         - a GradScaler: the above, divided by scaler.get_scale().
         """
-        active = bool(force or self.is_statistics_step)
-        curvature = self._curvature
-        step, number = self._steps, curvature.before_capture(draws=active and self.config.fisher == "mc")
-        checks = active and curvature.unchecked and self.config.fisher == "empirical"
-        candidates = as_candidates(positions)
-        layers, taps = self._layers, None
+        options = self._options(active=bool(force or self.is_statistics_step), positions=positions)
+        layers = self._layers
         # What joins this process to others shows in an uncompiled step alone.
-        if active and not checks and not self._processes.may_join:
+        if options.active and not options.checks and not self._processes.may_join:
             taps = self._compiled.taps(
                 layers.covered,
-                candidates,
+                options.positions,
                 self.config.row_limit,
                 layers.sequence_first,
                 functools.partial(layers.recorder, one_pass=True, checks=False),
             )
-        options = Options(
+            options = dataclasses.replace(options, taps=taps)
+        return Capture(layers, self._curvature.take, options, loss_normalizer)
+
+    @property
+    def wants_rehearsal(self) -> bool:
+        """Whether the coming `step()` is the statistics step of a compiled model that would run uncompiled."""
+        empirical = self.config.fisher == "empirical"  # others run uncompiled throughout
+        return empirical and self.is_statistics_step and self._compiled.wants_rehearsal
+
+    def rehearsal(
+        self, positions: PositionsLike | Mapping[str, PositionsLike] | None = None, *, parts: int = 1
+    ) -> Capture:
+        """Context around a forward and backward pass that shows how a compiled model applies its layers.
+
+        The first statistics step of a compiled model runs uncompiled, and so needs the memory of an uncompiled
+        step. After a rehearsal on a part of a batch it runs compiled, as all others; see `wants_rehearsal`. Nothing
+        else is taken from the pass: clear its gradients.
+
+        Args:
+            positions: as in `capture`, of the part.
+            parts: how many of it a batch has.
+        """
+        options = self._options(active=True, positions=positions)
+        return Capture(self._layers, functools.partial(self._curvature.learn, parts=parts), options)
+
+    def _options(self, *, active: bool, positions: PositionsLike | Mapping[str, PositionsLike] | None) -> Options:
+        """Of a capture that runs uncompiled."""
+        curvature, step = self._curvature, self._steps
+        number = curvature.before_capture(draws=active and self.config.fisher == "mc")
+        return Options(
             self.config,
             active,
-            candidates,
+            as_candidates(positions),
             lambda: distributed.generator_for(self._seed, step, number, self._stand_ins.device, self._processes),
-            checks,
+            active and curvature.unchecked and self.config.fisher == "empirical",
             curvature.before_backward,
             curvature.after_backward,
             functools.partial(curvature.meet, params=self._params),
             curvature.pending,
-            taps,
         )
-        return Capture(self._layers, curvature.take, options, loss_normalizer)
 
     def check(self) -> None:
         """Compare, at the next capture, what is captured of each layer with its weight's gradient.

@@ -46,6 +46,16 @@ class Sight:
     readers: int = 0
     calls: int = 1
 
+    def times(self, parts: int) -> Sight:
+        """The same of a batch that has this one `parts` times."""
+        if parts == 1:
+            return self
+        leading = list(self.rows.leading)
+        dim = leading.index(self.examples) if self.examples in leading else 0
+        leading[dim] *= parts
+        rows = dataclasses.replace(self.rows, leading=tuple(leading))
+        return dataclasses.replace(self, rows=rows, examples=self.examples * parts)
+
 
 @dataclasses.dataclass(frozen=True)
 class Applied:

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from submissions.common.api import Batch, Rng, Tree, Workload
 from submissions.common.logs import is_log_step
@@ -56,6 +57,8 @@ def compute_gradient(
     label_smoothing: float = 0.0,
     context: AbstractContextManager[Capture] | None = None,
     loss_type: LossType | None = None,
+    *,
+    update_batch_norm: bool = True,
 ) -> StepResult:
     """One forward and backward pass in training mode: the gradient of the mean loss over all devices, in `.grad`.
 
@@ -64,6 +67,7 @@ def compute_gradient(
         context: a K-FAC capture, entered around the forward and the backward pass; it is told the divisor of the
             summed loss, and makes its own backward passes where its Fisher needs them.
         loss_type: of the workload; needed with a context.
+        update_batch_norm: whether running statistics take the batch in.
     """
     model.train()
     model.zero_grad(set_to_none=True)
@@ -75,7 +79,7 @@ def compute_gradient(
             model_state=model_state,
             mode=ForwardPassMode.TRAIN,
             rng=rng,
-            update_batch_norm=True,
+            update_batch_norm=update_batch_norm,
             **dropout,
         )
         losses = workload.loss_fn(
@@ -89,6 +93,8 @@ def compute_gradient(
             # What this process's gradients are scaled by, see below.
             capture.loss_normalizer = n_valid / _world_size()
             capture.backward_fisher(logits, loss_type or "", batch.get("weights"))
+        # A language model's are gigabytes, which its backward pass does without.
+        del logits
         # DistributedDataParallel averages gradients over devices, hence the factor; the sum over all devices is
         # divided by the count over all devices, so shards of unequal size weigh what they hold.
         (losses["summed"] * (_world_size() / n_valid)).backward()
@@ -97,6 +103,37 @@ def compute_gradient(
         n_valid=n_valid,
         new_model_state=new_model_state,
     )
+
+
+def rehearse(
+    workload: Workload,
+    model: nn.Module,
+    batch: Batch,
+    model_state: Tree,
+    rng: Rng,
+    dropout_rate: float | None,
+    context: AbstractContextManager[Capture],
+) -> None:
+    """A forward and backward pass that leaves nothing behind but what `context` saw.
+
+    Args:
+        batch: a part of one.
+    """
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices):
+        compute_gradient(
+            workload, model, batch, model_state, rng, dropout_rate, context=context, update_batch_norm=False
+        )
+    model.zero_grad(set_to_none=True)
+
+
+def first_part(batch: Batch, parts: int) -> Batch | None:
+    """The first of so many equal parts of a batch; None where examples are not rows of all of its tensors."""
+    leaves = [leaf for leaf in tree_leaves(batch) if leaf is not None]
+    sizes = {len(leaf) if isinstance(leaf, torch.Tensor) and leaf.dim() else 0 for leaf in leaves}
+    if len(sizes) != 1 or not (size := min(sizes)) or size % parts:
+        return None
+    return tree_map(lambda leaf: None if leaf is None else leaf[: size // parts], batch)
 
 
 def clip_gradient(parameters: Iterable[nn.Parameter], max_norm: float | None) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from submissions.common.api import Batch, EvalResults, Hyperparameters, Rng, Tree, Workload
 from submissions.common.description import Config, Description
-from submissions.common.pytorch import Capture, clip_gradient, compute_gradient, log_step
+from submissions.common.pytorch import Capture, clip_gradient, compute_gradient, log_step, rehearse
 from submissions.common.schedule import WARMUP_DECAY, Schedule
 from submissions.common.spec import ForwardPassMode, LossType, TrainingCompleteError
 
@@ -66,6 +66,10 @@ class OptimizerState(TypedDict, Generic[Optimizer]):
     recent: NotRequired[RecentBatches]  # of averages over models with batch norm
 
 
+def _none(optimizer: object, batch: Batch) -> None:
+    """No rehearsal."""
+
+
 class Submission(Generic[Config, Optimizer]):
     """The submission API; `submission.py` of each algorithm exports its methods.
 
@@ -75,6 +79,7 @@ class Submission(Generic[Config, Optimizer]):
             learning rate of its groups is set before every step, to the schedule's share of the hyperparameter,
             or of a group's own "initial_lr".
         capture: function of the optimizer and a batch: a context for the forward and backward pass.
+        rehearsal: function of the same: a part of the batch and a context for a pass ahead of the step, or None.
         schedule: of the learning rate.
         logged: function of the optimizer: what is logged beside loss and gradient norm, on the host already.
     """
@@ -84,12 +89,14 @@ class Submission(Generic[Config, Optimizer]):
         description: Description[Config],
         make_optimizer: Callable[[nn.Module, Config, Workload, Rng], Optimizer],
         capture: Callable[[Optimizer, Batch], AbstractContextManager[Capture]] | None = None,
+        rehearsal: Callable[[Optimizer, Batch], tuple[Batch, AbstractContextManager[Capture]] | None] = _none,
         schedule: Schedule = WARMUP_DECAY,
         logged: Callable[[Optimizer], dict[str, float]] = lambda optimizer: {},
     ) -> None:
         self._description = description
         self._make_optimizer = make_optimizer
         self._capture = capture
+        self._rehearsal = rehearsal
         self._schedule = schedule
         self._logged = logged
 
@@ -145,6 +152,9 @@ class Submission(Generic[Config, Optimizer]):
             optimizer.train()
         if "recent" in optimizer_state:
             optimizer_state["recent"].batches.append(batch)
+        if (ahead := self._rehearsal(optimizer, batch)) is not None:
+            part, context = ahead
+            rehearse(workload, model, part, model_state, rng, training.dropout_rate, context)
         result = compute_gradient(
             workload,
             model,

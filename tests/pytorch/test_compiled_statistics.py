@@ -288,6 +288,37 @@ def test_lookups_of_other_batches_are_not_added_up() -> None:
     assert_same_factors(optimizer.factors(), other.factors(), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize(("make", "data"), [(Tokens, sequences), (Translation, translated)])
+def test_after_a_rehearsal_the_first_statistics_step_runs_compiled(
+    make: Callable[[], nn.Module], data: Callable[[int], tuple[Tensor, Tensor]]
+) -> None:
+    model, compiled, optimizer, twin, other = pair(make)
+    batches = [data(8) for _ in range(4)]
+    x, y = batches[0]
+    assert optimizer.wants_rehearsal
+    with optimizer.rehearsal("gradient", parts=4):
+        F.cross_entropy(compiled(x[:2]).flatten(0, -2), y[:2].flatten(), ignore_index=-1).backward()
+    assert not optimizer.wants_rehearsal
+    assert optimizer.coverage().note == COMPILED
+    assert max(optimizer.metrics()[f"{layer.name}/gradient_error"] for layer in optimizer.coverage().layers) < 1e-12
+    with pytest.raises(RuntimeError, match="no layer has statistics yet"):
+        optimizer.factors()
+    steps(compiled, optimizer, batches, lambda mask: "gradient")
+    steps(twin, other, batches, lambda mask: "gradient")
+    assert_same(model, optimizer, twin, other)
+
+
+def test_who_needs_no_rehearsal() -> None:
+    model = Tokens().double()
+    compiled = torch.compile(model, backend="aot_eager")
+    assert not KFAC(model, **OPTIONS).wants_rehearsal
+    assert not KFAC(compiled, compiled_statistics=False, **OPTIONS).wants_rehearsal
+    assert not KFAC(compiled, fisher="mc", **OPTIONS).wants_rehearsal
+    optimizer = KFAC(compiled, **OPTIONS)
+    steps(compiled, optimizer, [sequences()])
+    assert not optimizer.wants_rehearsal
+
+
 @pytest.mark.parametrize("make", [Tied, Translation])
 def test_a_resumed_table(make: Callable[[], nn.Module]) -> None:
     compiled = torch.compile(make(), backend="aot_eager")

@@ -15,6 +15,7 @@ from algoperf_kfac.pytorch import KFAC
 from submissions import registry as submissions
 from submissions.common.kfac.pytorch import logged
 from submissions.common.spec import LossType
+from tests.pytorch.toys import assert_same_factors
 from tests.submissions.steps import start, train
 from workloads import registry, seeds
 from workloads.runner import submission as loader
@@ -126,3 +127,33 @@ def test_the_fisher_may_be_sampled():
     assert any(not torch.equal(p, before[name]) for name, p in model.state_dict().items())
     # The head starts at zero: at the first step no gradient reaches the layers before it.
     assert state["optimizer"].metrics()["refreshes"] == 1 + len(state["optimizer"].coverage().layers)
+
+
+@pytest.mark.parametrize("approximation", APPROXIMATIONS)
+def test_a_compiled_model_never_runs_a_whole_batch_uncompiled(approximation, workload):
+    """Ahead of the first step a quarter of the batch shows the layers; random numbers are drawn as without."""
+    submission, factors, uncompiled, point = load(approximation), {}, [], {"learning_rate": 1e-3}
+    batch = next(workload._build_input_queue(seeds.root(3), "train", "", 8))
+    for compiles in (True, False):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model, _ = workload.init_model_fn(seeds.root(1))
+        if compiles:
+            first = next(module for module in model.modules() if isinstance(module, torch.nn.Linear))
+            first.register_forward_pre_hook(
+                lambda module, args: None if torch.compiler.is_compiling() else uncompiled.append(len(args[0]))
+            )
+            model = torch.compile(model, backend="aot_eager")
+        state = submission.init_optimizer_state(workload, model, None, point, seeds.root(2))
+        state, *_ = submission.update_params(
+            workload, model, None, None, point, batch, workload.loss_type, state, [], 0, seeds.root(4), {}
+        )
+        factors[compiles] = state["optimizer"].factors()
+        drawn = torch.rand(())
+        if compiles:
+            assert state["optimizer"].coverage().note == "statistics steps run compiled"
+            factors["drawn"] = drawn
+    assert uncompiled == [2]
+    assert factors["drawn"] == drawn
+    assert_same_factors(factors[True], factors[False], rtol=1e-4, atol=1e-6)
+    torch._dynamo.reset()

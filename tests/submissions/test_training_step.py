@@ -17,7 +17,7 @@ import torch
 from submissions.common import batch_sizes, schedule
 from submissions.common.hyperparameters import TrainingConfig
 from submissions.common.logs import LOG_PERIOD
-from submissions.common.pytorch import clip_gradient, compute_gradient, log_step
+from submissions.common.pytorch import clip_gradient, compute_gradient, first_part, log_step
 from submissions.kfac_reduce import DESCRIPTION as KFAC
 from submissions.nadamw import DESCRIPTION as NADAMW
 from workloads import registry, seeds
@@ -78,6 +78,27 @@ def test_nothing_keeps_the_logits(workload, model, batch):
     assert outputs
     assert not any(output() is not None for output in outputs)
     assert result.loss.isfinite()
+
+
+def test_the_backward_pass_does_without_the_logits(workload, model, batch):
+    outputs, alive = [], []
+    model.register_forward_hook(lambda module, inputs, output: outputs.append(weakref.ref(output)))
+    model.output.weight.register_hook(lambda grad: alive.append(outputs[-1]() is not None))
+    _step(workload, model, batch)
+    assert alive == [False]
+
+
+def test_a_part_of_a_batch(batch):
+    part = first_part(batch, 4)
+    assert {name: tuple(part[name].shape) for name in part} == {
+        name: (1, *batch[name].shape[1:]) for name in batch if isinstance(batch[name], torch.Tensor)
+    }
+    torch.testing.assert_close(part["inputs"], batch["inputs"][:1])
+    assert first_part({**batch, "weights": None}, 2)["weights"] is None
+    assert first_part(batch, 3) is None
+    assert first_part({**batch, "sizes": torch.ones(7)}, 4) is None
+    assert first_part({**batch, "number": torch.ones(())}, 4) is None
+    assert first_part({**batch, "graph": object()}, 4) is None
 
 
 def test_context_spans_forward_and_backward_and_learns_the_normaliser_between(workload, model, batch):

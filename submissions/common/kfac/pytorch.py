@@ -13,8 +13,10 @@ from algoperf_kfac.pytorch.discovery import unwrap
 from submissions.common.api import Batch, Rng, Workload
 from submissions.common.description import Description
 from submissions.common.positions import graph_in, parts_of_types, rows_tell
-from submissions.common.pytorch import Capture
+from submissions.common.pytorch import Capture, first_part
 from submissions.common.pytorch_submission import Submission
+
+REHEARSED = (4, 2)  # of a batch one part in so many is gone through ahead of the first statistics step
 
 
 def submission(description: Description[KFACConfig]) -> Submission[KFACConfig, KFAC]:
@@ -24,12 +26,22 @@ def submission(description: Description[KFACConfig]) -> Submission[KFACConfig, K
     def make(model: nn.Module, config: KFACConfig, workload: Workload, rng: Rng) -> KFAC:
         return make_optimizer(model, config, workload, seed=abs(int(rng[0])))
 
-    return Submission(description, make, capture, logged=logged)
+    return Submission(description, make, capture, rehearsal, logged=logged)
 
 
 def capture(optimizer: KFAC, batch: Batch) -> AbstractContextManager[Capture]:
     """The capture of curvature statistics, which does nothing on steps that take none."""
     return optimizer.capture(positions=positions(batch) if optimizer.is_statistics_step else None)
+
+
+def rehearsal(optimizer: KFAC, batch: Batch) -> tuple[Batch, AbstractContextManager[Capture]] | None:
+    """Ahead of the first statistics step of a compiled model, which would need the memory of an uncompiled one."""
+    if not optimizer.wants_rehearsal:
+        return None
+    for parts in REHEARSED:
+        if (part := first_part(batch, parts)) is not None:
+            return part, optimizer.rehearsal(positions(part), parts=parts)
+    return None
 
 
 def logged(optimizer: KFAC) -> dict[str, float]:
