@@ -146,7 +146,7 @@ class _Case:
             workload.steps = kwargs["global_step"] + 1
             if watch:
                 return self.step(workload, kwargs)
-            with same_graphs(self.framework, kwargs):
+            with same_graphs(self.framework):
                 result: Update = self.module.update_params(**kwargs)
             return result
 

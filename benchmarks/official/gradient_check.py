@@ -21,8 +21,10 @@ from algoperf_kfac.pytorch.recorder import Recorder
 from benchmarks.official.replacing import replaced
 from submissions.common.api import Tree
 
-# Who listens to compiled graphs, and of which layers, by the number of their tap.
-_LISTENERS: dict[int, tuple[CapturedGradients, LayerSpec, Tree]] = {}
+# Who listens to compiled graphs; and of what layers and calls they were made, by the number of their tap.
+_LISTENERS: list[CapturedGradients] = []
+_MADE_OF: dict[int, tuple[LayerSpec, Tree]] = {}
+_TRACED = False  # whether a graph is being made
 
 
 @torch.library.custom_op(
@@ -30,8 +32,8 @@ _LISTENERS: dict[int, tuple[CapturedGradients, LayerSpec, Tree]] = {}
 )
 def _hand_on(tap: int, input: Tensor, grad: Tensor) -> Tensor:
     """Zero, for the graph to add to something, lest it drop the operation."""
-    if tap in _LISTENERS:
-        listener, spec, conv = _LISTENERS[tap]
+    for listener in _LISTENERS:
+        spec, conv = _MADE_OF[tap]
         listener._add(spec, input, grad, conv)
     return grad.new_zeros(())
 
@@ -39,6 +41,26 @@ def _hand_on(tap: int, input: Tensor, grad: Tensor) -> Tensor:
 @_hand_on.register_fake
 def _(tap: int, input: Tensor, grad: Tensor) -> Tensor:
     return grad.new_empty(())
+
+
+@contextlib.contextmanager
+def handing_on() -> Iterator[None]:
+    """Graphs with statistics that are made in this context hand on what these are formed of."""
+    form_sums = compiled.Tap.sums
+
+    def sums(tap: Tree, operation: Tree, masks: Tree, grad: Tensor) -> list[Tensor]:
+        global _TRACED
+        _TRACED = True
+        try:
+            *blocks, numbers = form_sums(tap, operation, masks, grad)
+        finally:
+            _TRACED = False
+        _MADE_OF[tap.number] = tap.spec, operation.geometry(grad)
+        with torch.no_grad():
+            return [*blocks, numbers + _hand_on(tap.number, operation.input, grad)]
+
+    with replaced(compiled.Tap, "sums", sums):
+        yield
 
 
 class CapturedGradients:
@@ -59,45 +81,28 @@ class CapturedGradients:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Listens to every capture made in this context; graphs with statistics must be compiled in it, too."""
+        """Listens to every capture made in this context, but to graphs only if they were made in `handing_on`."""
         record_input, record_gradient = Recorder.input, Recorder.output_gradient
-        form_sums = compiled.Tap.sums
         inputs: dict[int, tuple[Tree, Tree]] = {}
-        traced = False
 
         def input_(recorder: Tree, operation: Tree, *rest: Tree) -> Tree:
             call = record_input(recorder, operation, *rest)
-            if traced:
-                return call
-            # The call is kept, so its id stays its own.
-            inputs[id(call)] = call, operation.input.detach().clone()
+            if not _TRACED:
+                # The call is kept, so its id stays its own.
+                inputs[id(call)] = call, operation.input.detach().clone()
             return call
 
         def output_gradient(recorder: Tree, call: Tree, grad: Tensor) -> None:
             record_gradient(recorder, call, grad)
-            if not traced:
+            if not _TRACED:
                 self._add(recorder.spec, inputs.pop(id(call))[1], grad, call.conv)
 
-        def sums(tap: Tree, operation: Tree, masks: Tree, grad: Tensor) -> list[Tensor]:
-            nonlocal traced
-            traced = True
-            try:
-                *blocks, numbers = form_sums(tap, operation, masks, grad)
-            finally:
-                traced = False
-            _LISTENERS[tap.number] = self, tap.spec, operation.geometry(grad)
-            with torch.no_grad():
-                return [*blocks, numbers + _hand_on(tap.number, operation.input, grad)]
-
-        with (
-            replaced(Recorder, "input", input_),
-            replaced(Recorder, "output_gradient", output_gradient),
-            replaced(compiled.Tap, "sums", sums),
-        ):
+        with replaced(Recorder, "input", input_), replaced(Recorder, "output_gradient", output_gradient):
+            _LISTENERS.append(self)
             try:
                 yield
             finally:
-                _LISTENERS.clear()
+                _LISTENERS.remove(self)
 
     def _add(self, spec: LayerSpec, x: Tensor, grad: Tensor, conv: Tree) -> None:
         if x.dtype in (torch.int32, torch.int64):  # a lookup: the inputs are one-hot rows

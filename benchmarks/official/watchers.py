@@ -57,11 +57,13 @@ class PyTorchWatcher:
 
     def __enter__(self) -> PyTorchWatcher:
         self.stack = contextlib.ExitStack()
-        if self.step == CHECK_AT and hasattr(self.optimizer, "coverage"):
-            from benchmarks.official.gradient_check import CapturedGradients
+        if hasattr(self.optimizer, "coverage"):
+            from benchmarks.official.gradient_check import CapturedGradients, handing_on
 
-            self.captured = CapturedGradients()
-            self.stack.enter_context(self.captured.listening())
+            self.stack.enter_context(handing_on())
+            if self.step == CHECK_AT:
+                self.captured = CapturedGradients()
+                self.stack.enter_context(self.captured.listening())
         self._time_decompositions()
         return self
 
@@ -185,18 +187,18 @@ class JaxWatcher:
 
 
 @contextlib.contextmanager
-def same_graphs(framework: str, kwargs: dict[str, Tree]) -> Iterator[None]:
-    """Around a step that is not observed: has it compile the graph that the observed one compiled.
+def same_graphs(framework: str) -> Iterator[None]:
+    """Around a step that is not observed: has it compile the graph that an observed one compiled.
 
-    Listening to a graph adds operations to it, and around these a compiler may sum in another order. Programs of
-    JAX are not listened to.
+    Graphs that are listened to have further operations, and around these a compiler may sum in another order.
+    Programs of JAX are not listened to.
     """
-    if framework != "pytorch" or kwargs["global_step"] != CHECK_AT:
+    if framework != "pytorch":
         yield
         return
-    from benchmarks.official.gradient_check import CapturedGradients
+    from benchmarks.official.gradient_check import handing_on
 
-    with CapturedGradients().listening():
+    with handing_on():
         yield
 
 

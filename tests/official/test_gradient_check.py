@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from algoperf_kfac.pytorch import KFAC
-from benchmarks.official.gradient_check import CapturedGradients
+from benchmarks.official.gradient_check import CapturedGradients, handing_on
 from tests.pytorch.toys import convnet, images, train
 
 
@@ -18,9 +18,18 @@ def test_captured_gradients_are_those_of_the_weights(approximation: str, backend
     model = convnet()
     trained = model if backend is None else torch.compile(model, backend=backend)
     optimizer = KFAC(trained, factor_interval=1, refresh_interval=4, approximation=approximation)
-    train(trained, optimizer, [images()])
     captured = CapturedGradients()
-    with captured.listening():
+    with handing_on():
+        train(trained, optimizer, [images()])
+        with captured.listening():
+            train(trained, optimizer, [images()])
+        sums = {name: total.clone() for name, total in captured.sums.items()}
+        train(trained, optimizer, [images()])  # nobody listens
+    assert all(torch.equal(captured.sums[name], total) for name, total in sums.items())
+    with handing_on(), captured.listening():  # the graph is there
+        captured.sums.clear()
+        captured.magnitudes.clear()
+        captured.again.clear()
         train(trained, optimizer, [images()])
     errors, bounds = captured.errors(model)
     layers = [layer.name for layer in optimizer.coverage().layers]
