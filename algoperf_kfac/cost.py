@@ -124,7 +124,7 @@ class Sighting:
         capture_bytes: what a statistics step keeps in addition.
         output_bytes: of the model's outputs.
         examples: of the step.
-        note: how it was seen, if not with the real shapes; empty otherwise.
+        note: how it was seen, if not with the real shapes, or not uncompiled; empty otherwise.
     """
 
     coverage: Coverage

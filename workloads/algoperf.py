@@ -38,6 +38,9 @@ VARIANTS = (
     "wmt_attention_temp",
     "wmt_glu_tanh",
 )
+# Which workloads the runner compiles in PyTorch, and which in addition from 1.0 on.
+COMPILED = ("cifar", "fastmri", "imagenet_resnet", "mnist", "wmt")
+COMPILED_FROM_1_0 = ("finewebedu_lm", "imagenet_vit")
 OLDER = "The AlgoPerf installed here is older than 1.0: without finewebedu_lm, and with other budgets than 1.0's."
 NOT_INSTALLED = "AlgoPerf is not installed here; docs/official.md says how to make an environment with it"
 
@@ -95,6 +98,11 @@ def is_older() -> bool:
 def version() -> str:
     """Of the AlgoPerf that is installed: what decides on workloads, budgets and what the runner compiles."""
     return "0.6" if is_older() else "1.0"
+
+
+def compiled(version: str) -> tuple[str, ...]:
+    """The base workloads whose PyTorch models the runner of a version compiles."""
+    return COMPILED if version == "0.6" else (*COMPILED, *COMPILED_FROM_1_0)
 
 
 def here() -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from algoperf_kfac.config import KFACConfig
 from algoperf_kfac.cost import Load, Plan, Sighting, make_plan
 from algoperf_kfac.layers import RAW, UNREAD, Coverage
 from algoperf_kfac.pytorch.activations import saving
+from algoperf_kfac.pytorch.compiled_activations import kept_when_compiled
 from algoperf_kfac.pytorch.discovery import unwrap
 from algoperf_kfac.pytorch.kinds import AnyRecorder
 from algoperf_kfac.pytorch.meta import META, on_meta
@@ -41,6 +42,7 @@ class Subject:
         batch_size: examples on one device.
         small_batch_size: examples of the real batch where the meta device does not do; None for all of them.
         segments: number of rows -> number of graphs they belong to, where rows are not examples.
+        compiled: whether the model is trained compiled.
     """
 
     build: Callable[[], nn.Module]
@@ -48,6 +50,7 @@ class Subject:
     batch_size: int
     small_batch_size: int | None = None
     segments: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    compiled: bool = False
 
 
 def plan(
@@ -110,6 +113,21 @@ def sight(subject: Subject, make_optimizer: Callable[[nn.Module], KFAC]) -> Sigh
     Raises:
         ValueError: the model runs neither on the meta device nor on a real batch.
     """
+    seen = _sight(subject, make_optimizer)
+    kept = _kept_when_compiled(subject) if subject.compiled else None
+    if kept is None:
+        return seen
+    note = ", ".join([*([seen.note] if seen.note else []), "activations of the compiled model"])
+    return dataclasses.replace(seen, activation_bytes=kept, note=note)
+
+
+def _kept_when_compiled(subject: Subject) -> float | None:
+    model = subject.build()
+    model.train()
+    return kept_when_compiled(model, lambda compiled: subject.outputs(compiled, subject.batch_size))
+
+
+def _sight(subject: Subject, make_optimizer: Callable[[nn.Module], KFAC]) -> Sighting:
     try:
         with on_meta():
             return _step(subject, make_optimizer, subject.batch_size)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from benchmarks.official.record import STEPS, Record
+from benchmarks.official.record import NOT_COMPILED, STEPS, Record
 from submissions.registry import is_kfac
-from workloads.algoperf import base_of
+from workloads.algoperf import base_of, compiled
 
 # Share of the parameters in layers with a rule, in percent: at least this much must be covered, in both frameworks.
 # What is left are scales and biases of norms, and query scalings; in criteo1tb the embedding, a lookup alone.
@@ -23,9 +23,6 @@ LEAST_COVERAGE = {
     "mnist": 100.0,
     "cifar": 99.9,
 }
-# Which workloads AlgoPerf's runner compiles, without those of `record.NOT_COMPILED`.
-COMPILED = {"mnist", "cifar", "imagenet_resnet", "wmt"}
-COMPILED_FROM_1_0 = {"imagenet_vit", "finewebedu_lm"}  # in addition
 COMPILED_STATISTICS = "statistics steps run compiled"  # what K-FAC says where they do
 
 
@@ -36,8 +33,10 @@ def problems(record: Record) -> list[str]:
         found.append(f"the loss is not finite and falling over {STEPS} steps: {losses}")
     if not record.resumed:
         found.append("the resumed run did not end in the same bits")
-    compiled = COMPILED if record.algoperf == "0.6" else COMPILED | COMPILED_FROM_1_0
-    should_compile = record.framework == "pytorch" and base_of(record.workload) in compiled
+    base = base_of(record.workload)
+    should_compile = (
+        record.framework == "pytorch" and base in compiled(record.algoperf) and base not in NOT_COMPILED
+    )
     if record.compiled != should_compile:
         found.append(f"compiled by the runner: {record.compiled}, expected {should_compile}")
     if record.framework == "jax" and "NoneType" not in (record.restore_error or ""):

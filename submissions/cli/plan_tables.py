@@ -56,10 +56,12 @@ step holds beside them and the loss; the sums for A and B being averaged; the re
 "NadamW peak" is that of the first-order reference: parameters, gradients, moments, and the larger of activations
 with the loss and update. The loss takes three times the model's outputs: those, what it keeps of them, and their
 gradient.
-Activations are an estimate: float32, uncompiled, and without what allocator and libraries take.
+Activations are an estimate: float32, and without what allocator and libraries take.
 In PyTorch they are what autograd keeps, dropout and LSTMs as on a GPU; attention counts unfused unless the model
-fuses it itself. In JAX they are the least from which what the derivative keeps follows element by element; XLA may
-keep more. Flops are shares of the model's own forward and backward pass (its weighted operations alone, which
+fuses it itself. Of workloads that AlgoPerf's runner compiles, and that are one graph (fastmri is not), they are
+what the graph of the forward pass hands to that of the backward pass, as the installed torch divides them.
+In JAX they are the least from which what the derivative keeps follows element by element; XLA may keep more.
+Flops are shares of the model's own forward and backward pass (its weighted operations alone, which
 overstates the shares), averaged over the intervals; the work of a refresh is divided over the devices, and so is
 that of directions ("precond."), in JAX where at least as many layers as devices are equal. They are not seconds:
 decompositions run slower than products. Seconds, where they stand, come from measured times of square matrices on

@@ -40,7 +40,8 @@ def official(name: str, batch_size: int) -> Subject:
         batch_size,
         small,
         algoperf.graph_rows(batch_size) if base == "ogbg" else {},
-        workload,
+        compiled=base in algoperf.compiled(algoperf.version()),
+        workload=workload,
     )
 
 
@@ -72,7 +73,7 @@ def embedded(name: str, batch_size: int) -> Subject:
         batch_size,
         None,
         graph_rows(batch(batch_size)["inputs"]),
-        workload,
+        workload=workload,
     )
 
 

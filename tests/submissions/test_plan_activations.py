@@ -131,3 +131,36 @@ def test_a_statistics_step_of_an_lstm_keeps_the_inputs_of_its_gates():
     rows, gates, hidden = 7 * BATCH, 2 * 20, 2 * 5
     identity = 20 * gates * 2  # as the input weights of both directions
     assert seen.capture_bytes >= ITEM_BYTES * (rows * (gates + hidden) + identity)
+
+
+class Wide(nn.Module):
+    """Two layers with operations between that are cheaper to compute again than to keep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 64), nn.Linear(64, 3)
+
+    def forward(self, x):
+        h = self.up(x)
+        return self.down(torch.sigmoid(h) * torch.tanh(h) + torch.relu(h).square())
+
+
+class Broken(Wide):
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return super().forward(x)
+
+
+def test_a_compiled_model_keeps_what_it_would_not_compute_again():
+    sizes = 5 * BATCH  # not of the batch that anything runs on
+
+    def seen(make: Callable[[], nn.Module], compiled: bool):
+        subject = Subject(make, lambda net, n: net(torch.zeros(n, 4)), sizes, None, compiled=compiled)
+        return sight_optimizer(subject, KFAC)
+
+    plain, compiled, broken = seen(Wide, False), seen(Wide, True), seen(Broken, True)
+    assert compiled.activation_bytes == ITEM_BYTES * sizes * 2 * 64  # what one layer gave, and the other got
+    assert compiled.note == "activations of the compiled model"
+    assert compiled.output_bytes == plain.output_bytes
+    assert plain.activation_bytes > 2 * compiled.activation_bytes
+    assert (broken.activation_bytes, broken.note) == (plain.activation_bytes, "")
