@@ -144,8 +144,8 @@ class CompiledStatistics:
         if found:
             self._unlike |= set(found)
             warn(
-                f"layer {listed(found)} was {' and '.join(dict.fromkeys(found.values()))} in a statistics step that "
-                "ran compiled, and not so in the one before that ran uncompiled, by which the graphs go: its "
+                f"layer {listed(found)} was {' and '.join(dict.fromkeys(found.values()))} in a statistics step "
+                "that ran compiled, and not so in the one before that ran uncompiled, by which the graphs go: its "
                 "statistics of that step are left out, and further statistics steps run uncompiled"
             )
         return [name for name in covered if name in self._unlike]
