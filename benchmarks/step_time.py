@@ -1,13 +1,14 @@
 """What a K-FAC step costs beside a NadamW step, measured in turns in one process.
 
     OMP_NUM_THREADS=1 python -m benchmarks.step_time --framework=pytorch --steps=120
-    OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 python -m benchmarks.step_time --compile
+    OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 python -m benchmarks.step_time --compile --processor
 
 Each submission trains its own copy of the workload's model with its own defaults; the submissions take turns step
 by step, so that a busy moment of the machine hits all of them. The first steps, in which K-FAC takes statistics at
 every step or refreshes all layers at once, are left out. Prints median and mean ms per step and their ratios to
 NadamW; the mean holds the statistics and refresh steps in full where the steps are a multiple of 24, the longest
-refresh interval of these submissions. In JAX also the seconds of compilation of a whole run, tracing and lowering
+refresh interval of these submissions. With `--processor` times are of the processor, which other programs beside it
+lengthen less than those of the clock. In JAX also the seconds of compilation of a whole run, tracing and lowering
 included, and their ratio: what init_optimizer_state and the first steps take beyond a median step each.
 
 `--compile` has torch.compile compile the models, as AlgoPerf's runner does. K-FAC then takes its statistics in
@@ -128,7 +129,12 @@ class Times:
 
 
 def measure(
-    workload_name: str, framework: str, steps: int, points: tuple[Point, ...] = POINTS, compiler: str | None = None
+    workload_name: str,
+    framework: str,
+    steps: int,
+    points: tuple[Point, ...],
+    compiler: str | None,
+    clock: Callable[[], float],
 ) -> list[Times]:
     """Steps of each point, in turns.
 
@@ -137,6 +143,7 @@ def measure(
         steps: measured ones of each point.
         points: of which the first is what others are compared with.
         compiler: the backend of torch.compile; None for models that are not compiled.
+        clock: gives seconds.
     """
     runs: list[Run] = []
     found = [Times() for _ in points]
@@ -144,16 +151,18 @@ def measure(
     finished = _barrier(framework)
     dtype = np.uint32 if framework == "jax" else np.int64
     for point, times in zip(points, found, strict=True):
-        run, times.startup = _started(workload_name, framework, point, compiler, np.array([1, 2], dtype=dtype))
+        run, times.startup = _started(
+            workload_name, framework, point, compiler, clock, np.array([1, 2], dtype=dtype)
+        )
         runs.append(run)
     with _graphs_for_all(compiler):
         for step in range(SKIPPED + steps):
             for run, times, early in zip(runs, found, first, strict=True):
                 takes = framework == "pytorch" and getattr(run.state["optimizer"], "is_statistics_step", False)
-                start = time.perf_counter()
+                start = clock()
                 run.step(step, np.array([step, 0], dtype=dtype))
                 finished(run.params)
-                spent = 1000 * (time.perf_counter() - start)
+                spent = 1000 * (clock() - start)
                 (times.steps if step >= SKIPPED else early).append(spent)
                 times.taking += [spent] * (takes and step >= SKIPPED)
     for run, times, early in zip(runs, found, first, strict=True):
@@ -166,7 +175,12 @@ def measure(
 
 
 def _started(
-    workload_name: str, framework: str, point: Point, compiler: str | None, rng: np.ndarray
+    workload_name: str,
+    framework: str,
+    point: Point,
+    compiler: str | None,
+    clock: Callable[[], float],
+    rng: np.ndarray,
 ) -> tuple[Run, float]:
     """A submission at a point, ready to train, and the seconds that its init_optimizer_state took."""
     submission = load(str(path_of(point.submission, framework)))
@@ -181,10 +195,10 @@ def _started(
             params = torch.compile(params, backend=compiler)
             made = functools.partial(pytorch.KFAC, compiled_statistics=point.in_graphs)
             stack.enter_context(mock.patch.object(pytorch, "KFAC", made))
-        start = time.perf_counter()
+        start = clock()
         state = submission.init_optimizer_state(workload, params, model_state, point.changes, rng)
         _barrier(framework)(state[0] if framework == "jax" else state)
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
     queue = workload._build_input_queue(rng, "train", "", submission.get_batch_size(workload_name))
     return Run(submission, workload, queue, state, params, model_state, point.changes), seconds
 
@@ -245,6 +259,7 @@ def main(argv: list[str] | None = None) -> int:
         choices=BACKENDS,
         help=f"have torch.compile compile the models; its backend, {BACKENDS[0]} if none is given",
     )
+    parser.add_argument("--processor", action="store_true", help="seconds of the processor, not of the clock")
     parser.add_argument("--out", help="a file that gets the table")
     return errors.run(lambda: _run(parser.parse_args(argv)))
 
@@ -262,7 +277,8 @@ def _run(args: argparse.Namespace) -> None:
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     tell("\n".join(lines))
     for workload in args.workloads.split(","):
-        found = measure(workload, args.framework, args.steps, points, args.compile)
+        clock = time.process_time if args.processor else time.perf_counter
+        found = measure(workload, args.framework, args.steps, points, args.compile, clock)
         for line in rows(workload, points, found, args.framework):
             lines.append(line)
             tell(line)
@@ -276,6 +292,7 @@ def _head(args: argparse.Namespace) -> str:
     given = [f"--workloads={args.workloads}", f"--steps={args.steps}"]
     given += [f"--framework={args.framework}"] if args.framework != "pytorch" else []
     given += [f"--compile={args.compile}"] if args.compile else []
+    given += ["--processor"] if args.processor else []
     command = f"python -m benchmarks.step_time {' '.join(given)} --out=..."
     return (
         f"# What a K-FAC step costs beside NadamW's{', compiled' if args.compile else ''}\n\n"

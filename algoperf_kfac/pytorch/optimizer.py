@@ -225,6 +225,8 @@ class KFAC(torch.optim.Optimizer):
         - a GradScaler: the above, divided by scaler.get_scale().
         """
         active = bool(force or self.is_statistics_step)
+        if active:
+            self._compiled.check()
         curvature = self._curvature
         step, number = self._steps, curvature.before_capture(draws=active and self.config.fisher == "mc")
         checks = active and curvature.unchecked and self.config.fisher == "empirical"
@@ -291,7 +293,8 @@ class KFAC(torch.optim.Optimizer):
             with torch.enable_grad(), self.capture():
                 loss = closure()
         # Where a function around it is compiled, this runs as it is: it depends on step numbers throughout.
-        update = torch.compiler.disable(self._update) if "torch._dynamo" in sys.modules else self._update
+        disable = getattr(torch.compiler, "disable", None) if "torch._dynamo" in sys.modules else None
+        update = self._update if disable is None else disable(self._update)
         update()
         return loss
 
