@@ -1,7 +1,7 @@
 """What a K-FAC step costs beside a NadamW step, measured in turns in one process.
 
     OMP_NUM_THREADS=1 python -m benchmarks.step_time --framework=pytorch --steps=120
-    OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 python -m benchmarks.step_time --compile --processor
+    OMP_NUM_THREADS=1 python -m benchmarks.step_time --compile --processor --workloads=mnist_vit,bible_lm --steps=72
 
 Each submission trains its own copy of the workload's model with its own defaults; the submissions take turns step
 by step, so that a busy moment of the machine hits all of them. The first steps, in which K-FAC takes statistics at
@@ -14,7 +14,8 @@ included, and their ratio: what init_optimizer_state and the first steps take be
 `--compile` has torch.compile compile the models, as AlgoPerf's runner does. K-FAC then takes its statistics in
 compiled graphs, and once more, as a run of its own, in steps that run uncompiled; K-FAC-reduce also with statistics
 at every step. The column "every" says how many steps lie between statistics, "statistics steps" what the optimizer
-says of them; the last two are of statistics steps alone. Runs share the compiled graph of plain steps.
+says of them; the last two are of statistics steps alone, refreshes included, beside NadamW's median. Runs share the
+compiled graph of plain steps. With TORCHINDUCTOR_COMPILE_THREADS=1 inductor starts no processes of its own.
 `--out=docs/generated/compiled_step_time.md` keeps the table.
 """
 
