@@ -60,6 +60,7 @@ results: suite
 	@$(BIN)/python -m workloads.archive pack $(RUNS)/suite docs/results/suite
 	@$(BIN)/python -m benchmarks.suite_table docs/results/suite
 	@$(BIN)/python -m benchmarks.step_time
+	@OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m benchmarks.step_time --compile --processor --workloads=mnist_vit,bible_lm --steps=72 --out=docs/generated/compiled_step_time.md
 	@$(BIN)/python -m benchmarks.experiments run controls --experiment_dir=$(RUNS)/experiments
 	@$(BIN)/python -m benchmarks.experiments table
 

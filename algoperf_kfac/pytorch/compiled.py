@@ -23,14 +23,20 @@ from algoperf_kfac.pytorch import joining
 from algoperf_kfac.pytorch.covered_layer import CoveredLayer
 from algoperf_kfac.pytorch.discovery import unwrap
 from algoperf_kfac.pytorch.forms import Forms, apart
+from algoperf_kfac.pytorch.interception import can_run_eagerly
 from algoperf_kfac.pytorch.kinds import AnyRecorder
 from algoperf_kfac.pytorch.operations import LOOKUPS
 from algoperf_kfac.pytorch.recorder import Recorder
 from algoperf_kfac.pytorch.sights import TURNED, Sight, from_numbers, is_known, may_save, to_numbers
-from algoperf_kfac.pytorch.taps import COUNTS, Arrival, Products, Table, Tap, Taps, leave_whole
+from algoperf_kfac.pytorch.taps import COUNTS, Arrival, Products, Table, Tap, Taps, lacking, leave_whole
 from algoperf_kfac.subset import RowLimit
 
 MakeRecorder = Callable[[LayerSpec, torch.dtype], AnyRecorder]
+TOO_OLD = "this torch ({}) has no {}, which torch 2.6 to 2.13 have"
+NOT_EAGERLY = (
+    "the model is compiled, and its first statistics step has to run uncompiled, for which this torch ({}) has no "
+    "torch.compiler.set_stance, which torch 2.6 to 2.13 have: leave torch.compile out, or take one of these"
+)
 UNLIKE = -1  # in place of a layer's turn: it is not used in the same way at every step
 
 
@@ -48,6 +54,7 @@ class CompiledStatistics:
         self._model = unwrap(model)
         self._unlike: set[str] = set()  # layers that are not used in the same way at every step
         self.forget()
+        self.check()
 
     def forget(self) -> None:
         """Learn anew: layers joined or left."""
@@ -68,13 +75,23 @@ class CompiledStatistics:
     @property
     def wants_rehearsal(self) -> bool:
         """Whether the next statistics step would be the one that runs uncompiled to show the layers."""
-        return self._allowed and self.is_compiled and not self._learnt and not self._unlike
+        may = self._allowed and self.is_compiled and lacking() is None
+        return may and not self._learnt and not self._unlike
 
     @property
     def is_compiled(self) -> bool:
         """Whether torch.compile compiled the model, as far as that can be seen."""
         self._compiled = self._compiled or _is_compiled(self._model)
         return self._compiled
+
+    def check(self) -> None:
+        """See that statistics steps can run uncompiled, as the first one does.
+
+        Raises:
+            RuntimeError: this torch has no way to run what torch.compile compiled as it was written.
+        """
+        if not can_run_eagerly() and self.is_compiled:
+            raise RuntimeError(NOT_EAGERLY.format(torch.__version__))
 
     def saved(self, covered: Iterable[str]) -> dict[str, list[list[int | float]]]:
         """What is known of layers, as numbers, so that a resumed run takes the same steps compiled.
@@ -122,6 +139,8 @@ class CompiledStatistics:
         """Why the next statistics step of these layers runs uncompiled; None if it does not."""
         if not self._allowed:
             return "compiled_statistics=False"
+        if (lack := lacking()) is not None:
+            return TOO_OLD.format(torch.__version__, lack)
         covered = list(covered)
         unlike = self._used_otherwise(covered)
         if not self._learnt and not unlike:

@@ -14,7 +14,7 @@ class _Counted(Exception):
     """The forward pass was made a graph of, and counted: there is no need to run it."""
 
 
-def kept_when_compiled(model: nn.Module, run: Callable[[nn.Module], object]) -> float | None:
+def kept_when_compiled(model: nn.Module, run: Callable[[Any], object]) -> float | None:
     """Bytes that the graph of the forward pass hands to that of the backward pass; outputs and parameters not.
 
     The graphs are those of torch.compile's default backend, which computes again in the backward pass what it would

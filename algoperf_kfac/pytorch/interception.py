@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -119,9 +120,19 @@ def _edges(tensors: Any, *args: Any, inputs: Any = None, **kwargs: Any) -> list[
     return [torch.autograd.graph.get_gradient_edge(t) for t in tensors]
 
 
+def can_run_eagerly() -> bool:
+    """Whether this torch can run what torch.compile compiled as it was written; True where nothing can be."""
+    if "torch._dynamo" not in sys.modules or hasattr(torch.compiler, "set_stance"):
+        return True
+    return hasattr(sys.modules["torch._dynamo"].eval_frame, "_maybe_set_eval_frame")
+
+
 @contextlib.contextmanager
 def eagerly() -> Iterator[None]:
-    """Run what torch.compile compiled as it was written."""
+    """Run what torch.compile compiled as it was written, where that can be done (`can_run_eagerly`)."""
+    if not can_run_eagerly():
+        yield
+        return
     if hasattr(torch.compiler, "set_stance"):
         try:
             stance = torch.compiler.set_stance("force_eager")

@@ -262,6 +262,8 @@ class KFAC(torch.optim.Optimizer):
 
     def _options(self, *, active: bool, positions: PositionsLike | Mapping[str, PositionsLike] | None) -> Options:
         """Of a capture that runs uncompiled."""
+        if active:
+            self._compiled.check()
         curvature, step = self._curvature, self._steps
         number = curvature.before_capture(draws=active and self.config.fisher == "mc")
         return Options(
@@ -314,7 +316,8 @@ class KFAC(torch.optim.Optimizer):
             with torch.enable_grad(), self.capture():
                 loss = closure()
         # Where a function around it is compiled, this runs as it is: it depends on step numbers throughout.
-        update = torch.compiler.disable(self._update) if "torch._dynamo" in sys.modules else self._update
+        disable = getattr(torch.compiler, "disable", None) if "torch._dynamo" in sys.modules else None
+        update = self._update if disable is None else disable(self._update)
         update()
         return loss
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import itertools
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -49,6 +50,14 @@ _TRANSPOSES: tuple[Function, ...] = (
     Tensor.t, torch.t, Tensor.transpose, torch.transpose, Tensor.permute, torch.permute, Tensor.swapaxes,
     torch.swapaxes, Tensor.swapdims, torch.swapdims, Tensor.adjoint, torch.adjoint,
 )  # fmt: skip
+# What taps take of torch's compiler, by module: older versions lack some of it, newer ones promise little of it.
+_NEEDED = (
+    ("torch.compiler", "allow_in_graph"),
+    ("torch.compiler", "disable"),
+    ("torch.compiler", "is_dynamo_compiling"),
+    ("torch._dynamo.eval_frame", "skip_code"),
+    ("torch._dynamo.variables.torch_function", "SymbolicTorchFunctionState"),  # modes entered outside are traced
+)
 _LISTS = (list, tuple)  # torch 2.9 does not trace `list | tuple`
 
 
@@ -322,6 +331,18 @@ def _noted(output: Any, zero: Tensor) -> Any:
     if type(output) is tuple:
         return tuple([_noted(item, zero) for item in output])
     return output
+
+
+def lacking() -> str | None:
+    """The first part of torch's compiler without which there are no taps, if this torch lacks one."""
+    for module, name in _NEEDED:
+        try:
+            found = hasattr(importlib.import_module(module), name)
+        except ImportError:
+            found = False
+        if not found:
+            return f"{module}.{name}"
+    return None
 
 
 @functools.cache

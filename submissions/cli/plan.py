@@ -133,6 +133,8 @@ def main(argv: Sequence[str]) -> None:
         return
     if not values.all:
         named = plan_for(values, values.workload or values.model, frameworks[0])
+        if values.workload and values.workload not in EMBEDDED and algoperf.is_older():
+            print(algoperf.OLDER, file=sys.stderr)
         print(plan_tables.render(named, values.format), end="")
         if values.seconds and named.speed is None:
             print(f"\n{plan_tables.NO_SECONDS}")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from commands.errors import UserError
 from submissions.common.api import Tree, Workload
-from workloads.algoperf import NOT_INSTALLED
+from workloads.algoperf import FROM_1_0, NOT_INSTALLED, OLDER, is_older
 
 
 def official_workload(name: str, framework: str) -> Workload:
@@ -21,6 +21,8 @@ def official_workload(name: str, framework: str) -> Workload:
     except ImportError:
         raise UserError(f"workload '{name}' is none of this repository's, and {NOT_INSTALLED}") from None
     if name not in workloads.WORKLOADS:
+        if name == FROM_1_0 and is_older():
+            raise UserError(f"unknown workload '{name}'. {OLDER}")
         raise UserError(f"unknown workload '{name}'; AlgoPerf's are {', '.join(sorted(workloads.WORKLOADS))}")
     entry = workloads.WORKLOADS[name]
     path = f"{workloads.BASE_WORKLOADS_DIR}{entry['workload_path']}_{framework}/workload.py"

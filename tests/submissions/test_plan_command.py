@@ -19,6 +19,7 @@ from submissions.cli.named_plan import Named, Room
 from submissions.common.batch_sizes import SCORED, get_batch_size
 from tests.submissions.planned import Net, inputs, make_plan
 from tests.submissions.test_plan import one_layer
+from workloads import algoperf
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -49,6 +50,56 @@ def test_an_embedded_workload_of_graphs(capsys):
     rows = [" ".join(line.split()) for line in out.splitlines()]
     assert "edge_embedding linear 3 48 52.92307692 yes mixed 4 48" in rows  # 5,504 edges
     assert "decoder linear 48 1 1 yes mixed 49 1" in rows
+
+
+OLD_WORKLOADS = """import torch
+
+WORKLOADS = {"mnist": {"workload_path": "mnist/mnist", "workload_class_name": "MnistWorkload"}}
+BASE_WORKLOADS_DIR = "algoperf/workloads/"
+
+
+class MnistWorkload:
+    model_params_types = {}
+
+    def init_model_fn(self, rng):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(28 * 28, 10)), None
+
+    def model_fn(self, params, batch, *args, **kwargs):
+        return params(batch["inputs"]), None
+
+
+def import_workload(workload_path, workload_class_name, return_class):
+    return MnistWorkload
+"""
+
+
+@pytest.fixture
+def older_algoperf(tmp_path, monkeypatch):
+    """A stand-in for an AlgoPerf before 1.0: its runner and its workloads, of which one is there."""
+    folder = tmp_path / "algoperf" / "workloads"
+    folder.mkdir(parents=True)
+    for file in (tmp_path / "submission_runner.py", folder.parent / "__init__.py", folder / "__init__.py"):
+        file.touch()
+    (folder / "workloads.py").write_text(OLD_WORKLOADS)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("algoperf", "submission_runner")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "algoperf"]:
+        del sys.modules[name]
+
+
+@pytest.mark.usefixtures("older_algoperf")
+def test_an_algoperf_before_1_0_plans_and_says_that_it_is_older(capsys):
+    code, out, err = command(capsys, "plan", "--workload=mnist", "--devices=2")
+    assert code == 0
+    assert out.startswith("mnist: batch ")
+    assert "K-FAC covers 7,850 of 7,850 parameters" in out
+    assert err == f"{algoperf.OLDER}\n"
+    code, out, err = command(capsys, "plan", "--workload=finewebedu_lm")
+    assert (code, out, err) == (2, "", f"error: unknown workload 'finewebedu_lm'. {algoperf.OLDER}\n")
+    code, out, err = command(capsys, "plan", "--workload=mnist_vit", "--devices=2")  # needs no AlgoPerf
+    assert (code, err) == (0, "")
 
 
 def example_model():
