@@ -8,6 +8,9 @@ variant takes the parameters and the batch of a run in float32, and keeps statis
 of its own, all of them since the first step. Its direction is what the step moves a layer's weight by, without
 weight decay; its change is the length of the difference over that of the run in float32. Medians and maxima are
 over covered weights and steps, without the first ones, at which a head that is zero leaves the rest no gradient.
+
+With `--train=STEPS --seeds=1,2` it trains for so many steps in place of that, to the end of a schedule of that
+length, every variant on its own, and compares validation losses.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from benchmarks.step_time import Run
 from commands import errors
 from commands.arguments import Parser
 from commands.atomic import write_text
+from commands.errors import UserError
 from submissions.common.kfac.method import POINT
 from submissions.registry import path_of
 from workloads import registry
@@ -44,7 +48,7 @@ PHASES = {name: step_profile.PHASES[name] for name in ("statistics", "refresh", 
 POINTS: dict[str, tuple[str, dict[str, object]]] = {
     "kfac_reduce": ("kfac_reduce", {"weight_decay": 0.0}),
     "kfac_expand": ("kfac_expand", {"weight_decay": 0.0}),
-    "the library's defaults, expand": (
+    "defaults": (
         "kfac_expand",
         {"weight_decay": 0.0}
         | {field.name: field.default for field in dataclasses.fields(KFACConfig) if field.name in POINT}
@@ -84,6 +88,14 @@ VARIANTS = {
     "what is decomposed": Variant(frozenset(), eigh=True),
     "K-FAC with the guard": Variant(PRODUCTS_OF_STEPS),
     "K-FAC without the guard": Variant(PRODUCTS_OF_STEPS | {"refresh"}, eigh=True),
+}
+
+
+TRAINED: dict[str, Variant | None] = {
+    "nothing": None,
+    "K-FAC with the guard": VARIANTS["K-FAC with the guard"],
+    "and the model's products": Variant(PRODUCTS_OF_STEPS | {MODEL}),
+    "K-FAC without the guard": VARIANTS["K-FAC without the guard"],
 }
 
 
@@ -167,11 +179,28 @@ def measure(workload: str, point: str, steps: int, variants: Mapping[str, Varian
     return changes
 
 
-def _start(workload_name: str, point: str) -> Run:
-    """A submission at a point, ready to train; all begin alike."""
+def loss_of(workload_name: str, point: str, steps: int, variant: Variant | None, seed: int) -> float:
+    """The validation loss after a schedule of so many steps, evaluated in float32."""
+    emulation = Emulation()
+    with emulation.watching():
+        run = _start(workload_name, point, seed, steps)
+        emulation.variant = variant
+        for number in range(steps):
+            run.step(number, np.array([number, seed]))
+        emulation.variant = None
+        workload = run.workload
+        size = workload.eval_batch_size
+        found = workload.eval_model(size, run.params, run.model_state, np.array([1, 2]), "", None, steps)
+    return float(found["validation/loss"])
+
+
+def _start(workload_name: str, point: str, seed: int = 2, steps: int | None = None) -> Run:
+    """A submission at a point, ready to train; all of a seed begin alike."""
     name, changes = POINTS[point]
     submission, workload = load(str(path_of(name, "pytorch"))), registry.load(workload_name, "pytorch")
-    rng = np.array([1, 2])
+    rng = np.array([1, seed])
+    if steps is not None:
+        changes = changes | {"horizon_factor": steps / workload.step_hint}
     params, model_state = workload.init_model_fn(rng)
     state = submission.init_optimizer_state(workload, params, model_state, changes, rng)
     queue = workload._build_input_queue(rng, "train", "", submission.get_batch_size(workload_name))
@@ -193,32 +222,63 @@ def main() -> int:
     parser = Parser("python -m benchmarks.tf32", __doc__)
     parser.add_argument("--workloads", default="mnist_vit,bible_lm", help="comma-separated names")
     parser.add_argument("--steps", type=int, default=16, help="of each run")
+    parser.add_argument("--points", default=",".join(POINTS), help="comma-separated")
+    parser.add_argument("--train", type=int, metavar="STEPS", help="train for so many steps, and compare losses")
+    parser.add_argument("--seeds", default="1,2", help="of --train, comma-separated")
     parser.add_argument("--output", default="docs/generated/tf32.md", help="the file")
     return errors.run(lambda: _run(parser.parse_args()))
 
 
 def _run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
+    points = [(workload, point) for workload in args.workloads.split(",") for point in args.points.split(",")]
+    for _, point in points:
+        if point not in POINTS:
+            raise UserError(f"there is no point '{point}'; known: {', '.join(POINTS)}")
+    facts = f"torch {torch.__version__} on a CPU"
+    if args.train:
+        seeds = [int(seed) for seed in args.seeds.split(",")]
+        title, lines = f"Losses after {args.train} steps, {facts}", _losses(points, args.train, seeds)
+    else:
+        title, lines = f"Directions over {args.steps} steps, {facts}", _changes(points, args.steps)
+    path = Path(args.output)
+    old = path.read_text(encoding="utf-8") if path.exists() else HEAD
+    write_text(path, step_profile.replaced(old, title, lines))
+
+
+def _changes(points: Sequence[tuple[str, str]], steps: int) -> list[str]:
+    """The table of directions."""
     lines = ["| workload | point | rounded | median | worst |", "|---|---|---|---|---|"]
-    for workload in args.workloads.split(","):
-        for point in POINTS:
-            for name, found in measure(workload, point, args.steps, VARIANTS).items():
-                median, worst = 100 * statistics.median(found), 100 * max(found)
-                lines.append(f"| {workload} | {point} | {name} | {median:.2g} % | {worst:.2g} % |")
-                print(lines[-1], flush=True)
-    write_text(Path(args.output), HEAD.format(steps=args.steps, torch=torch.__version__) + "\n".join(lines) + "\n")
+    for workload, point in points:
+        for name, found in measure(workload, point, steps, VARIANTS).items():
+            median, worst = 100 * statistics.median(found), 100 * max(found)
+            lines.append(f"| {workload} | {point} | {name} | {median:.2g} % | {worst:.2g} % |")
+            print(lines[-1], flush=True)
+    return lines
+
+
+def _losses(points: Sequence[tuple[str, str]], steps: int, seeds: Sequence[int]) -> list[str]:
+    """The table of losses."""
+    columns = ["workload", "point", "rounded", *(f"seed {seed}" for seed in seeds)]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for workload, point in points:
+        for name, variant in TRAINED.items():
+            losses = [f"{loss_of(workload, point, steps, variant, seed):.4f}" for seed in seeds]
+            lines.append(f"| {' | '.join([workload, point, name, *losses])} |")
+            print(lines[-1], flush=True)
+    return lines
 
 
 HEAD = """# What TF32 changes of K-FAC's directions
 
-Written by `python -m benchmarks.tf32`, which says how it is emulated; nothing was measured on a GPU. {steps} steps,
-torch {torch} on a CPU. "Median" and "worst": how far directions of covered weights are from those in float32, over
-weights and steps. Rounded are the products of what is named, alone: "refreshes" are those beside the decomposition
-itself, "what is decomposed" the matrix given to it, as if the solver computed in ten bits (whether one does was not
-looked at). "With the guard" is K-FAC as shipped in a process that has switched TF32 on: statistics and directions,
-but no refreshes (`full_precision` of `algoperf_kfac/pytorch/refresh.py`). "Without" has refreshes and what is
-decomposed rounded, too. The model's products change any optimizer.
-
+Written by `python -m benchmarks.tf32`, which says how it is emulated; nothing was measured on a GPU. "Median" and
+"worst": how far directions of covered weights are from those in float32, over weights and steps. Rounded are the
+products of what is named, alone: "refreshes" are those beside the decomposition itself, "what is decomposed" the
+matrix given to it, as if the solver computed in ten bits (whether one does was not looked at). "With the guard" is
+K-FAC as shipped in a process that has switched TF32 on: statistics and directions, but no refreshes
+(`full_precision` of `algoperf_kfac/pytorch/refresh.py`). "Without" has refreshes and what is decomposed rounded,
+too. The model's products change any optimizer. Points are the submissions', without weight decay; "defaults" is
+K-FAC-expand with the library's own where they differ (scaling, length, noise floor, intervals).
 """
 
 if __name__ == "__main__":
