@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from algoperf_kfac.config import KFACConfig
+from algoperf_kfac.pytorch.scalings import polar
 from benchmarks import step_profile
 from benchmarks.step_time import Run
 from commands import errors
@@ -44,6 +45,7 @@ from workloads.runner.submission import load
 
 MODEL = "model"  # the phase of all that is none of K-FAC's
 PHASES = {name: step_profile.PHASES[name] for name in ("statistics", "refresh", "K-FAC directions")}
+PHASES["polar iteration"] = [(polar, "polar")]  # within the directions
 # By name: the submission, and what is changed of its point. Without weight decay, which no product makes.
 POINTS: dict[str, tuple[str, dict[str, object]]] = {
     "kfac_reduce": ("kfac_reduce", {"weight_decay": 0.0}),
@@ -79,11 +81,12 @@ class Variant:
     eigh: bool = False
 
 
-PRODUCTS_OF_STEPS = frozenset({"statistics", "K-FAC directions"})
+PRODUCTS_OF_STEPS = frozenset({"statistics", "K-FAC directions", "polar iteration"})
 VARIANTS = {
     "the model's products": Variant(frozenset({MODEL})),
     "statistics": Variant(frozenset({"statistics"})),
-    "directions": Variant(frozenset({"K-FAC directions"})),
+    "the polar iteration": Variant(frozenset({"polar iteration"})),
+    "directions beside that": Variant(frozenset({"K-FAC directions"})),
     "refreshes": Variant(frozenset({"refresh"})),
     "what is decomposed": Variant(frozenset(), eigh=True),
     "K-FAC with the guard": Variant(PRODUCTS_OF_STEPS),
@@ -273,12 +276,13 @@ HEAD = """# What TF32 changes of K-FAC's directions
 
 Written by `python -m benchmarks.tf32`, which says how it is emulated; nothing was measured on a GPU. "Median" and
 "worst": how far directions of covered weights are from those in float32, over weights and steps. Rounded are the
-products of what is named, alone: "refreshes" are those beside the decomposition itself, "what is decomposed" the
-matrix given to it, as if the solver computed in ten bits (whether one does was not looked at). "With the guard" is
-K-FAC as shipped in a process that has switched TF32 on: statistics and directions, but no refreshes
-(`full_precision` of `algoperf_kfac/pytorch/refresh.py`). "Without" has refreshes and what is decomposed rounded,
-too. The model's products change any optimizer. Points are the submissions', without weight decay; "defaults" is
-K-FAC-expand with the library's own where they differ (scaling, length, noise floor, intervals).
+products of what is named, alone: "the polar iteration" is that of the scaling, "directions beside that" are products
+with bases, into them and back, or with operators, "refreshes" those beside the decomposition itself, and "what is
+decomposed" the matrix given to it, as if the solver computed in ten bits (whether one does was not looked at).
+"With the guard" is K-FAC as shipped in a process that has switched TF32 on: statistics and directions, but no
+refreshes (`full_precision` of `algoperf_kfac/pytorch/refresh.py`). "Without" has refreshes and what is decomposed
+rounded, too. The model's products change any optimizer. Points are the submissions', without weight decay;
+"defaults" is K-FAC-expand with the library's own where they differ (scaling, length, noise floor, intervals).
 """
 
 if __name__ == "__main__":
