@@ -254,10 +254,15 @@ def _changes(points: Sequence[tuple[str, str]], steps: int) -> list[str]:
     lines = ["| workload | point | rounded | median | worst |", "|---|---|---|---|---|"]
     for workload, point in points:
         for name, found in measure(workload, point, steps, VARIANTS).items():
-            median, worst = 100 * statistics.median(found), 100 * max(found)
-            lines.append(f"| {workload} | {point} | {name} | {median:.2g} % | {worst:.2g} % |")
+            cells = [workload, point, name, _percent(statistics.median(found)), _percent(max(found))]
+            lines.append(f"| {' | '.join(cells)} |")
             print(lines[-1], flush=True)
     return lines
+
+
+def _percent(share: float) -> str:
+    """To two digits."""
+    return f"{float(f'{100 * share:.2g}'):g} %"
 
 
 def _losses(points: Sequence[tuple[str, str]], steps: int, seeds: Sequence[int]) -> list[str]:
@@ -276,10 +281,10 @@ HEAD = """# What TF32 changes of K-FAC's directions
 
 Written by `python -m benchmarks.tf32`, which says how it is emulated; nothing was measured on a GPU. "Median" and
 "worst": how far directions of covered weights are from those in float32, over weights and steps. Rounded are the
-products of what is named, alone: "the polar iteration" is that of the scaling, "directions beside that" are products
-with bases, into them and back, or with operators, "refreshes" those beside the decomposition itself, and "what is
-decomposed" the matrix given to it, as if the solver computed in ten bits (whether one does was not looked at).
-"With the guard" is K-FAC as shipped in a process that has switched TF32 on: statistics and directions, but no
+products of what is named, alone: "the polar iteration" is that of the scaling, "directions beside that" are
+products with bases, into them and back, or with operators, "refreshes" those beside the decomposition itself, and
+"what is decomposed" the matrix given to it, as if the solver computed in ten bits (whether one does was not looked
+at). "With the guard" is K-FAC as shipped in a process that has switched TF32 on: statistics and directions, but no
 refreshes (`full_precision` of `algoperf_kfac/pytorch/refresh.py`). "Without" has refreshes and what is decomposed
 rounded, too. The model's products change any optimizer. Points are the submissions', without weight decay;
 "defaults" is K-FAC-expand with the library's own where they differ (scaling, length, noise floor, intervals).
