@@ -3,7 +3,7 @@
 AlgoPerf's own test feeds fake batches that differ from the real ones where it matters to K-FAC: no packed
 sequences, no soft labels, graphs of one node, constant categories. Here everything is synthetic too, but made as
 the pipelines make it. Only batch, sequence and image sizes are cut, and the two models that are too large for a
-small machine: see `RECIPES`.
+small machine: see `RECIPES`. One of these two is cut in a second way, under a name of its own: see `OTHER_CUTS`.
 
 Imports jraph and AlgoPerf's sharding only where a batch needs them.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -23,9 +24,6 @@ AUDIO_SAMPLES = 64_000  # true: 320,000
 LABEL_LENGTH = 256
 WMT_LENGTH = 32  # true: 256
 WMT_VOCABULARY = 32_000
-FINEWEBEDU_LENGTH = 64  # true: 1024
-FINEWEBEDU_VOCABULARY = 2_048  # true: 50,257
-FINEWEBEDU_LAYERS = 2  # true: 12
 OGBG_TASKS = 128  # labels of a molecule
 # Hash buckets of Criteo's 26 categorical columns.
 CRITEO_BUCKETS = (
@@ -34,14 +32,45 @@ CRITEO_BUCKETS = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class LanguageModel:
+    """How large finewebedu_lm is made; the width of its layers is the true one.
+
+    Attributes:
+        layers: true: 12.
+        vocabulary: true: 50,257.
+        length: tokens of a row; true: 1024.
+    """
+
+    layers: int
+    vocabulary: int
+    length: int
+
+
+LANGUAGE_MODELS = {
+    "finewebedu_lm": LanguageModel(layers=2, vocabulary=2_048, length=64),
+    "finewebedu_lm_all_words": LanguageModel(layers=1, vocabulary=50_257, length=64),
+}
+# Workloads that are cut in a second way, under names that AlgoPerf does not have, with AlgoPerf's names.
+OTHER_CUTS = {"finewebedu_lm_all_words": "finewebedu_lm"}
+
+
+def recipe_name(workload_name: str) -> str:
+    """Which of `RECIPES` makes its batch: a variant's is its base's.
+
+    Raises:
+        UserError: unknown workload.
+    """
+    return workload_name if workload_name in RECIPES else base_of(workload_name)
+
+
 def make_batch(workload_name: str, framework: str, seed: int = 0) -> Batch:
     """A batch as the training pipeline of that workload and framework yields it, on one CPU device.
 
     Raises:
         UserError: unknown workload.
     """
-    base = base_of(workload_name)
-    recipe = RECIPES[base]
+    base, recipe = base_of(workload_name), RECIPES[recipe_name(workload_name)]
     batch = recipe.make(np.random.RandomState(seed), recipe.examples, framework)
     return _as_torch(base, batch) if framework == "pytorch" else _as_jax(base, batch)
 
@@ -146,9 +175,9 @@ def _wmt(rng: np.random.RandomState, count: int, framework: str) -> Batch:
     return batch
 
 
-def _finewebedu(rng: np.random.RandomState, count: int, framework: str) -> Batch:
+def _finewebedu(size: LanguageModel, rng: np.random.RandomState, count: int, framework: str) -> Batch:
     """Rows out of one stream of tokens, frequent ones first; a target is the next token. Weights are None."""
-    tokens = (FINEWEBEDU_VOCABULARY * rng.uniform(size=(count, FINEWEBEDU_LENGTH + 1)) ** 4).astype(np.int64)
+    tokens = (size.vocabulary * rng.uniform(size=(count, size.length + 1)) ** 4).astype(np.int64)
     return {"inputs": tokens[:, :-1].copy(), "targets": tokens[:, 1:].copy(), "weights": None}
 
 
@@ -203,11 +232,19 @@ class Recipe:
     cut: str = "nothing"
 
 
+def _language_model(name: str) -> Recipe:
+    size = LANGUAGE_MODELS[name]
+    layers = "1 layer" if size.layers == 1 else f"{size.layers} layers"
+    cut = f"{layers}, {size.vocabulary:,} words and {size.length} tokens, not 12, 50,257 and 1024"
+    return Recipe(partial(_finewebedu, size), 2, cut)
+
+
 _SPEECH_CUT = "4 s of audio, not 20 s; no SpecAugment"
 RECIPES = {
     "criteo1tb": Recipe(_criteo, 16, "embedding table of criteo1tb_test (65,536 rows, not 4,194,304)"),
     "fastmri": Recipe(_fastmri, 2, "images of 64 x 64, not 320 x 320"),
-    "finewebedu_lm": Recipe(_finewebedu, 2, "2 layers, 2,048 words and 64 tokens, not 12, 50,257 and 1024"),
+    "finewebedu_lm": _language_model("finewebedu_lm"),
+    "finewebedu_lm_all_words": _language_model("finewebedu_lm_all_words"),
     "imagenet_resnet": Recipe(_resnet, 4),
     "imagenet_vit": Recipe(_vit, 4),
     "librispeech_conformer": Recipe(_speech, 2, _SPEECH_CUT),

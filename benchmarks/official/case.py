@@ -22,7 +22,7 @@ from collections import namedtuple
 from collections.abc import Callable, Sequence
 
 from benchmarks.official import one_batch
-from benchmarks.official.batches import RECIPES
+from benchmarks.official.batches import OTHER_CUTS, RECIPES, recipe_name
 from benchmarks.official.digest import digest
 from benchmarks.official.environment import load_runner, versions
 from benchmarks.official.record import (
@@ -67,8 +67,9 @@ class _Case:
         self.record = record
         workload_name, framework, submission = record.workload, record.framework, record.submission
         self.framework = framework
+        self.official_name = OTHER_CUTS.get(workload_name, workload_name)
         not_compiled = framework == "pytorch" and algoperf.base_of(workload_name) in NOT_COMPILED
-        self.runner = load_runner(framework, workload_name, ["--notorch_compile"] * not_compiled)
+        self.runner = load_runner(framework, self.official_name, ["--notorch_compile"] * not_compiled)
         self.module = registry.load(submission, framework)
         self.is_kfac = registry.is_kfac(submission, framework)
         point = POINT | (KFAC_POINT if self.is_kfac else {})
@@ -139,7 +140,7 @@ class _Case:
             return self.restore_jax(restore, *args, **kwargs)
 
         steps: list[int] = []
-        examples = RECIPES[algoperf.base_of(record.workload)].examples
+        examples = RECIPES[recipe_name(record.workload)].examples
 
         def update_params(**kwargs: Tree) -> Update:
             steps.append(kwargs["global_step"])
@@ -156,7 +157,7 @@ class _Case:
         ):
             _, metrics = runner.train_once(
                 workload,
-                record.workload,
+                self.official_name,
                 examples,
                 examples,
                 "",
@@ -274,7 +275,7 @@ def _cache_programs(folder: str) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one case and prints its record; returns the exit code."""
     parser = Parser("python -m benchmarks.official.case", __doc__)
-    parser.add_argument("--workload", required=True, help="of AlgoPerf's registry, variants included")
+    parser.add_argument("--workload", required=True, help="of AlgoPerf's registry, or finewebedu_lm_all_words")
     parser.add_argument("--framework", required=True, choices=list(FRAMEWORKS))
     parser.add_argument("--submission", required=True, choices=SUBMISSIONS)
     parser.add_argument("--data_parallel", action="store_true", help="wrap the PyTorch model in DataParallel")

@@ -14,6 +14,7 @@ LEAST_COVERAGE = {
     "criteo1tb": 22.0,
     "fastmri": 99.9,
     "finewebedu_lm": 99.9,
+    "finewebedu_lm_all_words": 99.9,
     "imagenet_resnet": 99.7,
     "imagenet_vit": 99.2,
     "librispeech_conformer": 99.3,

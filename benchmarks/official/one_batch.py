@@ -9,12 +9,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Protocol
 
-from benchmarks.official.batches import (
-    FINEWEBEDU_LAYERS,
-    FINEWEBEDU_LENGTH,
-    FINEWEBEDU_VOCABULARY,
-    make_batch,
-)
+from benchmarks.official.batches import LANGUAGE_MODELS, OTHER_CUTS, make_batch
 from submissions.common import api
 from submissions.common.api import Batch, Rng, Tree
 
@@ -44,10 +39,11 @@ def make_workload(
 
     Args:
         runner: the module `submission_runner`.
+        name: of the registry, or of `OTHER_CUTS`.
         eval_steps: the steps after which AlgoPerf's loop finds that it is time to evaluate.
         data_parallel: wrap the PyTorch model in DataParallel, as AlgoPerf does on several GPUs.
     """
-    entry = runner.WORKLOADS[name]
+    entry = runner.WORKLOADS[OTHER_CUTS.get(name, name)]
     path = os.path.join(runner.BASE_WORKLOADS_DIR, f"{entry['workload_path']}_{framework}", "workload.py")
     official = runner.workloads.import_workload(path, entry["workload_class_name"], return_class=True)
 
@@ -62,10 +58,9 @@ def make_workload(
                 # The true table needs 12 GB to train; this is the one of criteo1tb_test, AlgoPerf's own small
                 # variant.
                 self.vocab_size = 32 * 128 * 16
-            if name == "finewebedu_lm":
-                # By AlgoPerf's own configuration; the width of the layers is the true one.
-                self._n_layers, self._seq_len = FINEWEBEDU_LAYERS, FINEWEBEDU_LENGTH
-                self._vocab_size = FINEWEBEDU_VOCABULARY
+            if name in LANGUAGE_MODELS:
+                size = LANGUAGE_MODELS[name]  # by AlgoPerf's own configuration
+                self._n_layers, self._seq_len, self._vocab_size = size.layers, size.length, size.vocabulary
 
         @property
         def eval_period_time_sec(self) -> float:

@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.official.batches import RECIPES
+from benchmarks.official.batches import OTHER_CUTS, RECIPES, recipe_name
 from benchmarks.official.conditions import COMPILED_STATISTICS
 from benchmarks.official.record import POINT, STEPS, SUBMISSIONS, Failure, Record
 from commands import atomic
 from commands.frameworks import FRAMEWORKS
 from submissions.registry import is_kfac
-from workloads.algoperf import VARIANTS, WORKLOADS, base_of
+from workloads.algoperf import VARIANTS, WORKLOADS
 
 BEGIN = "<!-- begin: python -m benchmarks.official.table, AlgoPerf {} -->"
 END = "<!-- end -->"
@@ -33,7 +33,7 @@ _STATISTICS = {True: ", statistics too", False: ", statistics not"}
 Case = tuple[str, str, str]  # workload, framework, submission
 ORDER: tuple[Case, ...] = tuple(
     (workload, framework, submission)
-    for workload in (*WORKLOADS, *VARIANTS)
+    for workload in (*WORKLOADS, *OTHER_CUTS, *VARIANTS)
     for framework in FRAMEWORKS
     for submission in SUBMISSIONS
 )
@@ -120,7 +120,7 @@ def insert(text: str, algoperf: str, rows: Mapping[Case, Row]) -> str:
 
 def describe(rows: Mapping[Case, Row]) -> str:
     """The tables with what one must know to read them."""
-    used = {base_of(workload) for workload, _, _ in rows}
+    used = {recipe_name(workload) for workload, _, _ in rows}
     recipes = {name: recipe for name, recipe in RECIPES.items() if name in used}
     cuts = "\n".join(f"- {name}: {recipe.cut}" for name, recipe in recipes.items())
     sizes = ", ".join(f"{name} {recipe.examples}" for name, recipe in recipes.items())

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.official import rows
+from benchmarks.official.batches import OTHER_CUTS
 from benchmarks.official.conditions import problems
 from benchmarks.official.environment import versions
 from benchmarks.official.record import SUBMISSIONS, Failure, Record
@@ -40,6 +41,12 @@ def case_label(
     """The name of a case's record."""
     label = f"{workload}-{framework}-{submission}" + ("-data_parallel" if data_parallel else "")
     return label + (f"-{devices}_devices" if devices > 1 else "")
+
+
+def cases_here() -> tuple[str, ...]:
+    """The base workloads that the installed AlgoPerf has, and those of them that are cut in a second way."""
+    here = algoperf.here()
+    return *here, *(name for name, official in OTHER_CUTS.items() if official in here)
 
 
 def run_case(
@@ -100,9 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("python -m benchmarks.official.table", __doc__)
     parser.add_argument("--out", help="a Markdown file with the marker lines; default: print only")
     parser.add_argument("--raw", help="a file of JSON lines for the records themselves")
-    parser.add_argument(
-        "--workloads", default=",".join(algoperf.here()), help="comma-separated; 'variants' for those"
-    )
+    parser.add_argument("--workloads", default=",".join(cases_here()), help="comma-separated; 'variants' for those")
     parser.add_argument("--frameworks", default=",".join(FRAMEWORKS), help="comma-separated")
     parser.add_argument("--submissions", default=",".join(SUBMISSIONS), help="comma-separated")
     parser.add_argument("--records", help="folder that keeps finished cases")

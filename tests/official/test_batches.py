@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -18,7 +21,7 @@ def numpy_of(tensor):
 
 
 def test_every_workload_has_a_batch():
-    assert tuple(batches.RECIPES) == algoperf.WORKLOADS
+    assert {name for name in batches.RECIPES if name not in batches.OTHER_CUTS} == set(algoperf.WORKLOADS)
 
 
 def test_every_variant_belongs_to_a_workload():
@@ -38,12 +41,43 @@ def test_the_registry_holds_nothing_else():
     assert set(workloads.WORKLOADS) == {*algoperf.here(), *VARIANTS}
 
 
-def test_the_language_model_reads_one_stream():
-    batch = batches.make_batch("finewebedu_lm", "pytorch")
+def test_what_is_cut_in_a_second_way_has_a_name_of_its_own():
+    for name, official in batches.OTHER_CUTS.items():
+        assert name not in VARIANTS
+        assert algoperf.base_of(name) == official
+        assert batches.recipe_name(name) == name
+    assert batches.recipe_name("wmt_post_ln") == "wmt"
+    true = batches.LANGUAGE_MODELS["finewebedu_lm_all_words"]
+    assert (true.layers, true.vocabulary) == (1, 50_257)
+    assert batches.RECIPES["finewebedu_lm_all_words"].cut.startswith("1 layer, 50,257 words and 64 tokens, not 12")
+
+
+@pytest.mark.skipif(not algoperf.installed() or algoperf.is_older(), reason="needs AlgoPerf 1.0")
+@pytest.mark.parametrize("framework", ["pytorch", "jax"])
+def test_the_language_model_is_as_large_as_it_says(framework):
+    """In a process of its own: flags of absl are parsed once."""
+    program = f"""
+from benchmarks.official import batches, one_batch
+from benchmarks.official.environment import load_runner
+runner = load_runner("{framework}", "finewebedu_lm")
+for name, size in batches.LANGUAGE_MODELS.items():
+    made = one_batch.make_workload(runner, name, "{framework}", (), data_parallel=False)
+    assert (made._n_layers, made._vocab_size, made._seq_len) == (size.layers, size.vocabulary, size.length)
+    assert (made._emb_dim, made._mlp_dim) == (1024, 4096)  # the true ones
+    assert made.batch["inputs"].shape == (2, size.length)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", batches.LANGUAGE_MODELS)
+def test_the_language_model_reads_one_stream(name):
+    batch = batches.make_batch(name, "pytorch")
     assert batch["weights"] is None
     assert (batch["inputs"].dtype, batch["targets"].dtype) == (torch.int32, torch.int64)
     assert (batch["inputs"][:, 1:] == batch["targets"][:, :-1]).all()
-    assert batch["targets"].max() < batches.FINEWEBEDU_VOCABULARY
+    vocabulary = batches.LANGUAGE_MODELS[name].vocabulary
+    assert 0.5 * vocabulary < batch["targets"].max() < vocabulary
 
 
 def test_mnist_is_raw():

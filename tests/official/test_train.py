@@ -11,6 +11,7 @@ import importlib.metadata
 
 import pytest
 
+from benchmarks.official.batches import OTHER_CUTS
 from benchmarks.official.conditions import problems
 from benchmarks.official.record import BROKEN, POINT, SUBMISSIONS, Failure, Record
 from benchmarks.official.table import run_case
@@ -28,14 +29,14 @@ CASES, VARIANT_CASES = (
         for framework in FRAMEWORKS
         for submission in SUBMISSIONS
     ]
-    for label, names in (("", WORKLOADS), ("variants-", VARIANTS))
+    for label, names in (("", (*WORKLOADS, *OTHER_CUTS)), ("variants-", VARIANTS))
 )
 
 
 @functools.cache
 def result_of(name: str, framework: str, submission: str, data_parallel: bool = False, devices: int = 1) -> Record:
     """The record of a case; each is run once."""
-    if name == algoperf.FROM_1_0 and algoperf.is_older():
+    if algoperf.base_of(name) == algoperf.FROM_1_0 and algoperf.is_older():
         pytest.skip(f"{name} needs AlgoPerf 1.0")
     if not path_of(submission, framework).is_file():
         pytest.skip(f"there is no {submission} for {framework} yet")
