@@ -223,8 +223,10 @@ def _record_turned(
     zeros: list[Tensor],
 ) -> Tensor:
     """The same of a product with what may be the transpose of a layer's weight."""
-    if part._base is not weight or part.stride() != weight.stride()[::-1]:
+    if part._base is not weight:
         return output
+    if part.stride() != weight.stride()[::-1]:
+        return _read(output, zeros[-1])
     if not output.requires_grad or not output.numel():
         return output
     return _tap(output, _TAPS[number], Operation("linear", input, weight, None), masks, zeros)
@@ -293,11 +295,11 @@ def tapped(
             if own == found[3]:
                 output = _record(output, found[0], masks, found[1], args, kwargs)
                 leaves = [args[0] if args else kwargs.get("input")]
-    taken = -1  # the number of a tap that takes the call if it is one of its layer
+    taken: list[int] = []  # numbers of taps that take the call if it is one of their layers
     if products and _multiplies(func) and len(args) == 2 and isinstance(weight, Tensor) and weight.dim() == 2:
         for rows, columns, number, zeros in products.values():
             if weight.shape[0] == rows and weight.shape[1] == columns and isinstance(args[0], Tensor):
-                taken = number
+                taken.append(number)
                 output = _record_turned(output, args[0], weight, number, _WEIGHTS[number], masks, zeros)
     turns = len(products) > 0 and _transposes(func)
     for leaf in leaves:
@@ -310,7 +312,7 @@ def tapped(
             elif isinstance(part, Tensor) and isinstance(output, Tensor) and part.dim() == 2:
                 for rows, columns, numbers, counts in turned:
                     if part.shape[0] == rows and part.shape[1] == columns:
-                        others = [k for k, number in enumerate(numbers) if number != taken]
+                        others = [k for k, number in enumerate(numbers) if number not in taken]
                         weights = [_WEIGHTS[numbers[k]] for k in others]
                         output = _read_turned(output, part, weights, [counts[k] for k in others])
     return output
