@@ -28,7 +28,7 @@ from algoperf_kfac.pytorch.kinds import AnyRecorder
 from algoperf_kfac.pytorch.operations import LOOKUPS
 from algoperf_kfac.pytorch.recorder import Recorder
 from algoperf_kfac.pytorch.sights import TURNED, Sight, from_numbers, is_known, may_save, to_numbers
-from algoperf_kfac.pytorch.taps import COUNTS, Arrival, Products, Table, Tap, Taps, lacking, leave_whole
+from algoperf_kfac.pytorch.taps import COUNTS, Arrival, Incomplete, Products, Table, Tap, Taps, lacking, leave_whole
 from algoperf_kfac.subset import RowLimit
 
 MakeRecorder = Callable[[LayerSpec, torch.dtype], AnyRecorder]
@@ -62,7 +62,7 @@ class CompiledStatistics:
         self._obstacles: list[str] = []
         self._learnt = False
         self._made: dict[tuple[object, ...], Taps] = {}
-        self._arrivals: list[Arrival] = []
+        self._arrivals: list[Arrival | Incomplete] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """For deepcopy and pickle: without what hangs on identities."""

@@ -117,7 +117,7 @@ class Tap:
             known = -float(self.sight.readers) / self.sight.calls
             counts: tuple[Scalar, ...]
             if self.sight.calls > 1:
-                blocks, rows = joining.parts(recorder, call)
+                blocks, rows = joining.parts(recorder, [call])
                 counts = rows, 0.0, 0.0, 1.0, known
                 if call.layout.num_examples != self.sight.examples:  # these do not add up with others
                     blocks = [grad.new_zeros(zero.shape, dtype=self.dtype) for zero in self.zeros[:-1]]
@@ -140,6 +140,23 @@ class Tap:
         self.shown = 0
         for zero in self.zeros:
             zero.grad = None
+
+    def join(self, other: Recorder) -> bool:
+        """Add calls that ran outside of graphs to what these handed out; whether that can be done.
+
+        Args:
+            other: saw these calls, and no others.
+        """
+        calls = [call for call in other.calls if call.seen]
+        alike = all(call.layout.num_examples == self.sight.examples for call in calls)
+        if self.sight.calls == 1 or not self.fired or self.shown or other.rows or not alike:
+            return False
+        blocks, rows = joining.parts(other, calls)
+        added = [*blocks, torch.stack([torch.as_tensor(n).to(blocks[0]) for n in (rows, 0.0, 0.0, len(calls), 0.0)])]
+        for zero, more in zip(self.zeros, added, strict=True):
+            assert zero.grad is not None
+            zero.grad = zero.grad + more
+        return True
 
     def take(self, recorder: Recorder, numbers: Tensor, masks: Sequence[Tensor]) -> None:
         """Hand on what graphs handed out.
@@ -400,6 +417,19 @@ class Arrival:
 
 
 @dataclasses.dataclass(frozen=True)
+class Incomplete:
+    """A layer of which some uses handed out sums, and others, which it cannot do without, none.
+
+    A product may read a view of the weight that was made in another graph, and cannot be told there.
+    """
+
+    name: str
+
+    def unlike(self) -> Iterator[tuple[str, str]]:
+        yield self.name, "not seen in all of its uses"
+
+
+@dataclasses.dataclass(frozen=True)
 class Taps:
     """The taps of one statistics step.
 
@@ -421,7 +451,7 @@ class Taps:
     turned: Turned
     products: Products
     masks: list[Tensor]
-    arrivals: list[Arrival]
+    arrivals: list[Arrival | Incomplete]
 
     def clear(self) -> None:
         """Forget what graphs handed out."""
