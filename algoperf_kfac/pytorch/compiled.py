@@ -72,11 +72,10 @@ class CompiledStatistics:
         vars(self).update({"_unlike": set()} | state)  # states that were pickled before have none
         self.forget()
 
-    @property
-    def wants_rehearsal(self) -> bool:
-        """Whether the next statistics step would be the one that runs uncompiled to show the layers."""
+    def wants_rehearsal(self, *, unchecked: bool) -> bool:
+        """Whether the next statistics step would run uncompiled to show the layers, or to check them."""
         may = self._allowed and self.is_compiled and lacking() is None
-        return may and not self._learnt and not self._unlike
+        return may and (unchecked or not self._learnt) and not self._unlike and not self._obstacles
 
     @property
     def is_compiled(self) -> bool:

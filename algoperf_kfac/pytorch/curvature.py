@@ -169,7 +169,8 @@ class Curvature:
         if gathered.backward:
             self._compiled.learn(gathered.sights, gathered.obstacles, parts=parts)
             self.gradient_errors |= gathered.errors
-            self.unchecked = self.unchecked and not (gathered.errors or gathered.penalised)
+            self.unchecked = False
+            self._processes.look()
 
     def _check_earlier(self, gathered: Gathered) -> None:
         """Raises MissingStatisticsError if gradients come of a forward pass in an earlier capture, too."""
