@@ -69,7 +69,8 @@ class Processes:
 
     @property
     def may_join(self) -> bool:
-        """Whether a pass is to show if this process shares with others: it does if DistributedDataParallel shows at work around the model."""
+        """Whether a pass is to show if this process shares with others: it does where DistributedDataParallel is at
+        work around the model."""
         return self._open and not self._looked and self.strangers > 0
 
     def meet(self, seen: Iterable[nn.parallel.DistributedDataParallel], params: Mapping[str, Tensor]) -> None:

@@ -159,7 +159,7 @@ def _take(observer: Observer, taps: Taps) -> None:
         by_layer.setdefault(tap.spec.name, []).append(tap)
     shown = {name: ran_uncompiled[name].uses for name in by_layer if name in ran_uncompiled}
     beside = {
-        tap.number: _beside(tap, use)
+        tap.number: _beside(tap, use, taps)
         for name, uses in shown.items()
         for tap, use in zip(by_layer[name], uses, strict=True)
     }
@@ -184,15 +184,16 @@ def _take(observer: Observer, taps: Taps) -> None:
     observer.recorders |= ran_uncompiled
 
 
-def _beside(tap: Tap, use: Recorder) -> int:
+def _beside(tap: Tap, use: Recorder, taps: Taps) -> int:
     """Calls of a use of a layer that ran outside of graphs, and do not add up with those in graphs.
 
     Args:
         tap: of the use.
         use: saw all that ran as Python.
+        taps: all of them.
     """
     calls = max(0, use.seen - tap.shown)
-    if not calls or tap.join(use):
+    if not calls or tap.join(use, taps.masks):
         return 0
     return calls if tap.sight.calls == 1 else calls + tap.sight.calls
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from algoperf_kfac.pytorch.calls import Call, counts_of, sum_of
@@ -64,6 +65,18 @@ def parts(recorder: Recorder, calls: list[Call]) -> tuple[list[Tensor], Scalar]:
     of_inputs = [sum_of(call.input_sums for call in calls)] if a is None else a
     of_outputs = [sum_of(call.grad_sums for call in calls)] if b is None else b
     return [*of_inputs, *of_outputs, counts_of(calls, of_inputs[0])], count
+
+
+def takes_all(examples: int, limit: int | None) -> bool:
+    """Whether factors are formed of the sums of all examples."""
+    return _chosen(examples, limit).size == examples
+
+
+def filled(tensors: list[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    """What `parts` gives of fewer examples, with zeros for others, of the shapes of `like`."""
+    return [
+        F.pad(t, (*[0] * (2 * t.dim() - 1), len(whole) - len(t))) for t, whole in zip(tensors, like, strict=True)
+    ]
 
 
 def close(recorder: Recorder, added: Sequence[Tensor], count: Scalar, readout: str, limit: int | None) -> None:
