@@ -129,7 +129,11 @@ class CompiledStatistics:
             parts: how many such batches those of further steps are as large as.
         """
         self._learnt = True
-        whole = {name: tuple(sight.times(parts) for sight in uses) for name, uses in sights.items()}
+        # Layers of other rows than the batch's (of a learned constant, once for all examples) keep theirs.
+        batch = next((uses[0].examples for uses in sights.values()), 1)
+        whole = {
+            name: tuple(s if s.examples % batch else s.times(parts) for s in uses) for name, uses in sights.items()
+        }
         self._sights = {**whole, **{name: s for name, s in self._sights.items() if name not in whole}}
         self._obstacles = list(obstacles)
         self._made.clear()

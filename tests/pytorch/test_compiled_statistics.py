@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -366,6 +367,30 @@ def test_who_needs_a_rehearsal_again() -> None:
         assert optimizer.wants_rehearsal
         assert optimizer.capture()._options.taps is None
         rehearse(compiled, optimizer)
+
+
+def test_rows_that_are_no_part_of_a_batch() -> None:
+    """A layer that is called once for all examples has as many rows in the batch as in the rehearsal."""
+
+    class Placed(Tokens):
+        def __init__(self) -> None:
+            super().__init__()
+            self.place, self.places = nn.Linear(4, 6), nn.Parameter(torch.randn(1, 5, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + self.place(self.places))
+
+    model, compiled, optimizer, twin, other = pair(Placed)
+    x, y = sequences(2)
+    with optimizer.rehearsal(parts=4):
+        F.cross_entropy(compiled(x).flatten(0, 1), y.flatten(), ignore_index=-1).backward()
+    for batch in (sequences() for _ in range(3)):
+        for net, one in ((compiled, optimizer), (twin, other)):
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                steps(net, one, [batch])
+            assert all("rows in dimension 0: place (1)" in str(warning.message) for warning in said)
+    assert_same(model, optimizer, twin, other)
 
 
 @pytest.mark.parametrize("parts", [0, -1, 2.5])
