@@ -28,7 +28,7 @@ from algoperf_kfac.pytorch.kinds import AnyRecorder
 from algoperf_kfac.pytorch.operations import LOOKUPS
 from algoperf_kfac.pytorch.recorder import Recorder
 from algoperf_kfac.pytorch.sights import TURNED, Sight, from_numbers, is_known, may_save, to_numbers
-from algoperf_kfac.pytorch.taps import COUNTS, Arrival, Products, Table, Tap, Taps, lacking, leave_whole
+from algoperf_kfac.pytorch.taps import COUNTS, Arrival, Incomplete, Products, Table, Tap, Taps, lacking, leave_whole
 from algoperf_kfac.subset import RowLimit
 
 MakeRecorder = Callable[[LayerSpec, torch.dtype], AnyRecorder]
@@ -62,7 +62,7 @@ class CompiledStatistics:
         self._obstacles: list[str] = []
         self._learnt = False
         self._made: dict[tuple[object, ...], Taps] = {}
-        self._arrivals: list[Arrival] = []
+        self._arrivals: list[Arrival | Incomplete] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """For deepcopy and pickle: without what hangs on identities."""
@@ -72,11 +72,10 @@ class CompiledStatistics:
         vars(self).update({"_unlike": set()} | state)  # states that were pickled before have none
         self.forget()
 
-    @property
-    def wants_rehearsal(self) -> bool:
-        """Whether the next statistics step would be the one that runs uncompiled to show the layers."""
+    def wants_rehearsal(self, *, unchecked: bool) -> bool:
+        """Whether the next statistics step would run uncompiled to show the layers, or to check them."""
         may = self._allowed and self.is_compiled and lacking() is None
-        return may and not self._learnt and not self._unlike
+        return may and (unchecked or not self._learnt) and not self._unlike and not self._obstacles
 
     @property
     def is_compiled(self) -> bool:
@@ -130,7 +129,11 @@ class CompiledStatistics:
             parts: how many such batches those of further steps are as large as.
         """
         self._learnt = True
-        whole = {name: tuple(sight.times(parts) for sight in uses) for name, uses in sights.items()}
+        # Layers of other rows than the batch's (of a learned constant, once for all examples) keep theirs.
+        batch = next((uses[0].examples for uses in sights.values()), 1)
+        whole = {
+            name: tuple(s if s.examples % batch else s.times(parts) for s in uses) for name, uses in sights.items()
+        }
         self._sights = {**whole, **{name: s for name, s in self._sights.items() if name not in whole}}
         self._obstacles = list(obstacles)
         self._made.clear()

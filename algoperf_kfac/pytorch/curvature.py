@@ -74,6 +74,7 @@ class Curvature:
         self._compiled, self._mistakes = compiled, mistakes
         self._allow_partial_coverage = allow_partial_coverage
         self._pacer = Pacer(config)
+        self._rehearsed = False  # since the latest capture
 
     @property
     def refresh_interval(self) -> int:
@@ -144,17 +145,20 @@ class Curvature:
         for name in lost:
             pending.drop(name)
         pending.add(gathered.statistics, layers.covered)
-        if gathered.sights or gathered.obstacles:  # it ran uncompiled
+        uncompiled = bool(gathered.sights or gathered.obstacles)
+        if uncompiled:
             self._compiled.learn(gathered.sights, gathered.obstacles)
         self.gradient_errors |= gathered.errors
         self.unchecked = self.unchecked and not (gathered.errors or gathered.penalised)
         self._mistakes.loss_scaled(
             gathered.loss_gradient, gathered.sum_gradient, gathered.inner_sizes, scaled=gathered.scaled
         )
-        self._mistakes.rows(gathered.rows, gathered.calls, scaled=gathered.scaled)
-        self._mistakes.batch_second(gathered.second)
-        self._mistakes.more_rows(gathered.more_rows, scaled=gathered.scaled)
-        self._mistakes.in_parts(gathered.in_parts, scaled=gathered.scaled)
+        if uncompiled or self._rehearsed:  # graphs have the rows of the batch that was learnt, whatever the batch
+            self._mistakes.rows(gathered.rows, gathered.calls, scaled=gathered.scaled)
+            self._mistakes.batch_second(gathered.second)
+            self._mistakes.more_rows(gathered.more_rows, scaled=gathered.scaled)
+            self._mistakes.in_parts(gathered.in_parts, scaled=gathered.scaled)
+        self._rehearsed = False
 
     def learn(self, gathered: Gathered, parts: int) -> None:
         """Take from a rehearsal what a capture shows of layers, and no statistics.
@@ -169,7 +173,9 @@ class Curvature:
         if gathered.backward:
             self._compiled.learn(gathered.sights, gathered.obstacles, parts=parts)
             self.gradient_errors |= gathered.errors
-            self.unchecked = self.unchecked and not (gathered.errors or gathered.penalised)
+            self.unchecked = False
+            self._rehearsed = True
+            self._processes.look()
 
     def _check_earlier(self, gathered: Gathered) -> None:
         """Raises MissingStatisticsError if gradients come of a forward pass in an earlier capture, too."""

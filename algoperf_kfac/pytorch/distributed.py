@@ -51,7 +51,11 @@ class Processes:
 
     def reopen(self) -> None:
         """Let this process join others, if it is alone: its state is a new one, or one that all of them loaded."""
-        self._open = self._group is None
+        self._open, self._looked = self._group is None, False
+
+    def look(self) -> None:
+        """A pass of the model has shown whom it may join, before there are statistics."""
+        self._looked = True
 
     def close(self) -> None:
         """Let it join no others from now on: it has statistics of its own."""
@@ -65,8 +69,9 @@ class Processes:
 
     @property
     def may_join(self) -> bool:
-        """Whether this process shares with others if DistributedDataParallel shows at work around the model."""
-        return self._open and self.strangers > 0
+        """Whether a pass is to show if this process shares with others: it does where DistributedDataParallel is at
+        work around the model."""
+        return self._open and not self._looked and self.strangers > 0
 
     def meet(self, seen: Iterable[nn.parallel.DistributedDataParallel], params: Mapping[str, Tensor]) -> None:
         """Join the processes of DistributedDataParallel that averages the gradients of all parameters.
@@ -127,7 +132,7 @@ class Processes:
     def __deepcopy__(self, memo: dict[int, object]) -> Processes:
         """The same processes; an optimizer that is alone and its copy may join others, or not, each for itself."""
         copy = Processes(self._group, self._parallel)
-        copy._open = self._open
+        copy._open, copy._looked = self._open, self._looked
         return copy
 
     def __reduce__(self) -> tuple[type[Processes], tuple[()]]:

@@ -24,7 +24,7 @@ from algoperf_kfac.pytorch.options import Options
 from algoperf_kfac.pytorch.recorder import Recorder
 from algoperf_kfac.pytorch.sights import Sight
 from algoperf_kfac.pytorch.statistics import Scalar, Statistics
-from algoperf_kfac.pytorch.taps import Tap, Taps
+from algoperf_kfac.pytorch.taps import Incomplete, Tap, Taps
 
 # A backward pass, and no layer before it.
 UNSEEN = (
@@ -159,7 +159,7 @@ def _take(observer: Observer, taps: Taps) -> None:
         by_layer.setdefault(tap.spec.name, []).append(tap)
     shown = {name: ran_uncompiled[name].uses for name in by_layer if name in ran_uncompiled}
     beside = {
-        tap.number: max(0, use.seen - tap.shown)
+        tap.number: _beside(tap, use, taps)
         for name, uses in shown.items()
         for tap, use in zip(by_layer[name], uses, strict=True)
     }
@@ -174,17 +174,35 @@ def _take(observer: Observer, taps: Taps) -> None:
         for tap, use, other in zip(own, recorder.uses, shown.get(name, [None] * len(own)), strict=True):
             if tap.number in judged:
                 tap.take(use, judged[tap.number], taps.masks)
-            else:
-                complete = complete and _add(use, other)
+            elif other is not None:
+                complete = _add(use, other) and complete
         ran_uncompiled.pop(name, None)
-        if complete:
-            observer.recorders[name] = recorder  # else it misses statistics
+        if complete and recorder.is_complete:
+            observer.recorders[name] = recorder
+        else:  # it misses statistics
+            taps.arrivals.append(Incomplete(name))
     observer.recorders |= ran_uncompiled
 
 
-def _add(use: Recorder, other: Recorder | None) -> bool:
-    """Add to a use of a layer what ran uncompiled of it; whether there is anything."""
-    if other is None or not other.is_complete:
+def _beside(tap: Tap, use: Recorder, taps: Taps) -> int:
+    """Calls of a use of a layer that ran outside of graphs, and do not add up with those in graphs.
+
+    Args:
+        tap: of the use.
+        use: saw all that ran as Python.
+        taps: all of them.
+    """
+    calls = max(0, use.seen - tap.shown)
+    if not calls or tap.join(use, taps.masks):
+        return 0
+    return calls if tap.sight.calls == 1 else calls + tap.sight.calls
+
+
+def _add(use: Recorder, other: Recorder) -> bool:
+    """Add to a use of a layer what ran uncompiled of it, if anything; whether that is the whole of it."""
+    if not other.rows and not other.calls:
+        return True
+    if not other.is_complete:
         return False
     other.end_group()
     if other.sums.a is None or other.sums.b is None:

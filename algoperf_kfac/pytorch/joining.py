@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor
 
-from algoperf_kfac.pytorch.calls import Call
+from algoperf_kfac.pytorch.calls import Call, counts_of, sum_of
 from algoperf_kfac.pytorch.factors import MaskedLayout
 from algoperf_kfac.pytorch.recorder import Recorder
 from algoperf_kfac.pytorch.statistics import Scalar
@@ -52,17 +53,30 @@ def shapes(recorder: Recorder, examples: int, limit: int | None) -> list[tuple[i
     return [*found, (examples,)]
 
 
-def parts(recorder: Recorder, call: Call) -> tuple[list[Tensor], Scalar]:
-    """Of the only call of a recorder, whose gradient has come: what adds up with other calls; rows that count in A.
+def parts(recorder: Recorder, calls: list[Call]) -> tuple[list[Tensor], Scalar]:
+    """Of all calls of a recorder, on the same examples, whose gradients have come: what adds up with other calls;
+    rows that count in A.
 
     Returns:
         Of inputs, and then of output gradients, each example's sum over positions where the factor is formed of
         these, else blocks of outer products; and (N,), how many positions count.
     """
     a, b, count = recorder.products_so_far
-    of_inputs, of_outputs = [call.input_sums] if a is None else a, [call.grad_sums] if b is None else b
-    tensors = [t for t in (*of_inputs, *of_outputs) if t is not None]
-    return [*tensors, call.layout.counts(tensors[0])], count
+    of_inputs = [sum_of(call.input_sums for call in calls)] if a is None else a
+    of_outputs = [sum_of(call.grad_sums for call in calls)] if b is None else b
+    return [*of_inputs, *of_outputs, counts_of(calls, of_inputs[0])], count
+
+
+def takes_all(examples: int, limit: int | None) -> bool:
+    """Whether factors are formed of the sums of all examples."""
+    return _chosen(examples, limit).size == examples
+
+
+def filled(tensors: list[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    """What `parts` gives of fewer examples, with zeros for others, of the shapes of `like`."""
+    return [
+        F.pad(t, (*[0] * (2 * t.dim() - 1), len(whole) - len(t))) for t, whole in zip(tensors, like, strict=True)
+    ]
 
 
 def close(recorder: Recorder, added: Sequence[Tensor], count: Scalar, readout: str, limit: int | None) -> None:

@@ -242,7 +242,8 @@ class KFAC(torch.optim.Optimizer):
     def wants_rehearsal(self) -> bool:
         """Whether the coming `step()` is the statistics step of a compiled model that would run uncompiled."""
         empirical = self.config.fisher == "empirical"  # others run uncompiled throughout
-        return empirical and self.is_statistics_step and self._compiled.wants_rehearsal
+        unchecked = self._curvature.unchecked
+        return empirical and self.is_statistics_step and self._compiled.wants_rehearsal(unchecked=unchecked)
 
     def rehearsal(
         self, positions: PositionsLike | Mapping[str, PositionsLike] | None = None, *, parts: int = 1
@@ -256,7 +257,12 @@ class KFAC(torch.optim.Optimizer):
         Args:
             positions: as in `capture`, of the part.
             parts: how many of it a batch has.
+
+        Raises:
+            ValueError: if that is no whole number from 1 on.
         """
+        if not isinstance(parts, int) or parts < 1:
+            raise ValueError(f"parts={parts!r}: allowed is a whole number from 1 on")
         options = self._options(active=True, positions=positions)
         return Capture(self._layers, functools.partial(self._curvature.learn, parts=parts), options)
 

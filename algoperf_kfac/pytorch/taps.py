@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from algoperf_kfac.layers import LayerSpec
-from algoperf_kfac.positions import Positions, choose
+from algoperf_kfac.positions import Candidates, Positions, choose
 from algoperf_kfac.pytorch import joining
+from algoperf_kfac.pytorch.calls import Call
 from algoperf_kfac.pytorch.forms import Forms, together
 from algoperf_kfac.pytorch.operations import LOOKUPS, RULES, Function, Operation
 from algoperf_kfac.pytorch.recorder import Recorder
@@ -41,8 +42,9 @@ _numbers = itertools.count()
 # Weights by the number of a tap. Dynamo asks for the identity of what it meets where it met it first, and cannot in
 # a mode: those that it may meet through a step's taps before it does through their modules have to stand here.
 _WEIGHTS: dict[int, Tensor] = {}
-# What comes with a tap's blocks: a_count, examples, vanished (the latter two not where calls add up); calls of the
-# layer; and what else reads its parameters, less what was seen to do so uncompiled.
+# What comes with a tap's blocks: a_count, examples, vanished (where calls add up, in place of the latter two: how
+# many examples fewer than were seen, and the square of it); calls of the layer; and what else reads its parameters,
+# less what was seen to do so uncompiled.
 COUNTS = 5
 _HALF = 0.5  # what is counted comes in shares where there are several calls
 # Functions that may transpose a weight, where dynamo sees them.
@@ -117,18 +119,43 @@ class Tap:
             known = -float(self.sight.readers) / self.sight.calls
             counts: tuple[Scalar, ...]
             if self.sight.calls > 1:
-                blocks, rows = joining.parts(recorder, call)
-                counts = rows, 0.0, 0.0, 1.0, known
-                if call.layout.num_examples != self.sight.examples:  # these do not add up with others
+                blocks, counts = self._parts(recorder, [call], candidates)
+                if not blocks:
                     blocks = [grad.new_zeros(zero.shape, dtype=self.dtype) for zero in self.zeros[:-1]]
-                    counts = 0.0, 0.0, 0.0, self.sight.calls + 1.0, known
+                    counts = 0.0, 0.0, 0.0, self.sight.calls + 1.0
             else:
                 recorder.end_group()
                 sums = recorder.sums
                 blocks = [*(sums.a or ()), *(sums.b or ())]
-                counts = sums.a_count, sums.examples, sums.vanished, 1.0, known
+                counts = sums.a_count, sums.examples, sums.vanished, 1.0
+            counts = *counts, known
             numbers = torch.stack([torch.as_tensor(n, dtype=self.dtype, device=grad.device) for n in counts])
             return [*blocks, numbers]
+
+    def _parts(
+        self, recorder: Recorder, calls: list[Call], candidates: Candidates
+    ) -> tuple[list[Tensor], tuple[Scalar, ...]]:
+        """What all calls of a recorder add to the blocks, and to the numbers but the last; no blocks where that
+        does not add up with other calls.
+
+        Where a batch has fewer examples than were seen, rows of zeros stand for the others.
+        """
+        examples, seen = calls[0].layout.num_examples, self.sight.examples
+        fewer, number = seen - examples, len(calls)
+        if fewer < 0 or any(call.layout.num_examples != examples for call in calls):
+            return [], ()
+        if fewer and (
+            not joining.takes_all(seen, self.limit) or calls[0].layout.readout != self._readout(candidates)
+        ):
+            return [], ()
+        blocks, rows = joining.parts(recorder, calls)
+        if fewer:
+            blocks = joining.filled(blocks, self.zeros[:-1])
+        return blocks, (rows, float(number * fewer), float(number * fewer**2), float(number))
+
+    def _readout(self, candidates: Candidates) -> str:
+        """See `Positions`; of all calls together."""
+        return (choose(self.spec.name, candidates, self.sight.rows) or Positions()).readout
 
     @property
     def fired(self) -> bool:
@@ -140,6 +167,25 @@ class Tap:
         self.shown = 0
         for zero in self.zeros:
             zero.grad = None
+
+    def join(self, other: Recorder, masks: Sequence[Tensor]) -> bool:
+        """Add calls that ran outside of graphs to what these handed out; whether that can be done.
+
+        Args:
+            other: saw these calls, and no others.
+            masks: of the positions.
+        """
+        calls = [call for call in other.calls if call.seen]
+        if self.sight.calls == 1 or not self.fired or self.shown or other.rows or not calls:
+            return False
+        blocks, counts = self._parts(other, calls, together(self.forms, masks))
+        if not blocks:
+            return False
+        numbers = torch.stack([torch.as_tensor(n).to(blocks[0]) for n in (*counts, 0.0)])
+        for zero, more in zip(self.zeros, [*blocks, numbers], strict=True):
+            assert zero.grad is not None
+            zero.grad = zero.grad + more
+        return True
 
     def take(self, recorder: Recorder, numbers: Tensor, masks: Sequence[Tensor]) -> None:
         """Hand on what graphs handed out.
@@ -154,9 +200,8 @@ class Tap:
         split = len(recorder.block_sizes[0])
         a_count, examples, vanished = numbers.unbind()
         if self.sight.calls > 1:
-            positions = choose(self.spec.name, together(self.forms, masks), self.sight.rows) or Positions()
             of_all = self.recorder()
-            joining.close(of_all, blocks, a_count, positions.readout, self.limit)
+            joining.close(of_all, blocks, a_count, self._readout(together(self.forms, masks)), self.limit)
             sums = of_all.sums
             blocks, nothing = [*(sums.a or ()), *(sums.b or ())], 0 * a_count  # or not a number
             a_count, examples, vanished = sums.a_count + nothing, sums.examples + nothing, sums.vanished + nothing
@@ -223,8 +268,10 @@ def _record_turned(
     zeros: list[Tensor],
 ) -> Tensor:
     """The same of a product with what may be the transpose of a layer's weight."""
-    if part._base is not weight or part.stride() != weight.stride()[::-1]:
+    if part._base is not weight:
         return output
+    if part.stride() != weight.stride()[::-1]:
+        return _read(output, zeros[-1])
     if not output.requires_grad or not output.numel():
         return output
     return _tap(output, _TAPS[number], Operation("linear", input, weight, None), masks, zeros)
@@ -293,11 +340,11 @@ def tapped(
             if own == found[3]:
                 output = _record(output, found[0], masks, found[1], args, kwargs)
                 leaves = [args[0] if args else kwargs.get("input")]
-    taken = -1  # the number of a tap that takes the call if it is one of its layer
+    taken: list[int] = []  # numbers of taps that take the call if it is one of their layers
     if products and _multiplies(func) and len(args) == 2 and isinstance(weight, Tensor) and weight.dim() == 2:
         for rows, columns, number, zeros in products.values():
             if weight.shape[0] == rows and weight.shape[1] == columns and isinstance(args[0], Tensor):
-                taken = number
+                taken.append(number)
                 output = _record_turned(output, args[0], weight, number, _WEIGHTS[number], masks, zeros)
     turns = len(products) > 0 and _transposes(func)
     for leaf in leaves:
@@ -310,7 +357,7 @@ def tapped(
             elif isinstance(part, Tensor) and isinstance(output, Tensor) and part.dim() == 2:
                 for rows, columns, numbers, counts in turned:
                     if part.shape[0] == rows and part.shape[1] == columns:
-                        others = [k for k, number in enumerate(numbers) if number != taken]
+                        others = [k for k, number in enumerate(numbers) if number not in taken]
                         weights = [_WEIGHTS[numbers[k]] for k in others]
                         output = _read_turned(output, part, weights, [counts[k] for k in others])
     return output
@@ -398,6 +445,19 @@ class Arrival:
 
 
 @dataclasses.dataclass(frozen=True)
+class Incomplete:
+    """A layer of which some uses handed out sums, and others, which it cannot do without, none.
+
+    A product may read a view of the weight that was made in another graph, and cannot be told there.
+    """
+
+    name: str
+
+    def unlike(self) -> Iterator[tuple[str, str]]:
+        yield self.name, "not seen in all of its uses"
+
+
+@dataclasses.dataclass(frozen=True)
 class Taps:
     """The taps of one statistics step.
 
@@ -419,7 +479,7 @@ class Taps:
     turned: Turned
     products: Products
     masks: list[Tensor]
-    arrivals: list[Arrival]
+    arrivals: list[Arrival | Incomplete]
 
     def clear(self) -> None:
         """Forget what graphs handed out."""
@@ -443,6 +503,9 @@ class Taps:
             for row, tap in enumerate(group):
                 if beside.get(tap.number):
                     numbers[row, 3] += beside[tap.number]
+            if (most := group[0].sight.calls) > 1:
+                fewer, squares = numbers[:, 1], numbers[:, 2]  # by these calls of unlike batches show
+                numbers[:, 3] += (most + 1) * (numbers[:, 3] * squares - fewer**2 > _HALF)
             unlike = (numbers[:, 3:4] > group[0].sight.calls) | (numbers[:, 4:] > _HALF)
             rows = torch.where(unlike, torch.nan, numbers[:, :3]).unbind()
             judged |= {tap.number: row for tap, row in zip(group, rows, strict=True) if tap.fired}

@@ -59,6 +59,7 @@ def compute_gradient(
     loss_type: LossType | None = None,
     *,
     update_batch_norm: bool = True,
+    may_be_empty: bool = False,
 ) -> StepResult:
     """One forward and backward pass in training mode: the gradient of the mean loss over all devices, in `.grad`.
 
@@ -68,6 +69,7 @@ def compute_gradient(
             summed loss, and makes its own backward passes where its Fisher needs them.
         loss_type: of the workload; needed with a context.
         update_batch_norm: whether running statistics take the batch in.
+        may_be_empty: whether there may be no valid example, and then a loss of zero.
     """
     model.train()
     model.zero_grad(set_to_none=True)
@@ -89,6 +91,8 @@ def compute_gradient(
             label_smoothing=label_smoothing,
         )
         n_valid = _summed_over_devices(torch.as_tensor(losses["n_valid_examples"]))
+        if may_be_empty:
+            n_valid = n_valid.clamp(min=1)
         if capture is not None:
             # What this process's gradients are scaled by, see below.
             capture.loss_normalizer = n_valid / _world_size()
@@ -122,7 +126,15 @@ def rehearse(
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices):
         compute_gradient(
-            workload, model, batch, model_state, rng, dropout_rate, context=context, update_batch_norm=False
+            workload,
+            model,
+            batch,
+            model_state,
+            rng,
+            dropout_rate,
+            context=context,
+            update_batch_norm=False,
+            may_be_empty=True,
         )
     model.zero_grad(set_to_none=True)
 

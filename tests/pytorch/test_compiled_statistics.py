@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -274,14 +275,52 @@ def test_a_penalty_on_a_table_that_the_output_multiplies_by() -> None:
     assert_same_factors(optimizer.factors(), other.factors(), rtol=1e-9, atol=1e-12)
 
 
-def test_lookups_of_other_batches_are_not_added_up() -> None:
+class TwoTables(nn.Module):
+    """Tied tables of one shape: encoder's and decoder's, of vocabularies that are as large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.up = nn.Embedding(9, 6), nn.Embedding(9, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(self.one(x) + self.one(x.flip(1)) + self.other(x.roll(1, 1))).tanh()
+        return h @ self.one.weight.T + torch.matmul(h.sin(), self.other.weight.t())
+
+
+def test_two_tables_of_one_shape() -> None:
+    model, compiled, optimizer, twin, other = pair(TwoTables)
+    batches = [translated() for _ in range(4)]
+    steps(compiled, optimizer, batches)
+    steps(twin, other, batches)
+    assert {"one", "other"} < optimizer.factors().keys()
+    assert_same(model, optimizer, twin, other)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+@pytest.mark.filterwarnings("error:K-FAC")  # none says that a layer has other rows than the loss function
+def test_lookups_of_smaller_batches(approximation: str, positions: Callable[[Tensor], Any]) -> None:
+    """The last batch of an epoch, of a table that is looked up several times."""
+    model, compiled, optimizer, twin, other = pair(lambda: Translation(padding=0), approximation=approximation)
+    batches = [translated(n) for n in (8, 8, 5, 8, 1, 7, 8)]
+    for net, one in ((compiled, optimizer), (twin, other)):
+        for batch in batches:
+            one.zero_grad()
+            mask = (batch[1] >= 0).double()
+            with one.capture(positions(mask), loss_normalizer=mask.sum(), force=True):
+                F.cross_entropy(net(batch[0]).flatten(0, 1), batch[1].flatten(), ignore_index=-1).backward()
+            one.step()
+    assert_same(model, optimizer, twin, other)
+
+
+def test_lookups_of_larger_batches_are_not_added_up() -> None:
     model, compiled, optimizer, twin, other = pair(Translation)
     batches = [translated(8), translated(8)]
     steps(compiled, optimizer, batches)
     steps(twin, other, batches)
     assert_same(model, optimizer, twin, other)
     with pytest.warns(UserWarning, match="table was called more often or with another batch .* left out"):
-        steps(compiled, optimizer, [translated(4) for _ in range(3)])
+        steps(compiled, optimizer, [translated(12) for _ in range(3)])
     assert "layer table is not used in the same way at every step" in str(optimizer.coverage().note)
     optimizer.load_state_dict(other.state_dict())
     model.load_state_dict(twin.state_dict())
@@ -308,6 +347,57 @@ def test_after_a_rehearsal_the_first_statistics_step_runs_compiled(
     steps(compiled, optimizer, batches, lambda mask: "gradient")
     steps(twin, other, batches, lambda mask: "gradient")
     assert_same(model, optimizer, twin, other)
+
+
+def rehearse(model: Any, optimizer: KFAC, parts: int = 4) -> None:
+    x, y = translated(2)
+    with optimizer.rehearsal(parts=parts):
+        F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-1).backward()
+    optimizer.zero_grad()
+
+
+def test_who_needs_a_rehearsal_again() -> None:
+    """A state that was saved behind a rehearsal and before a step, and a check that was asked for."""
+    _, compiled, optimizer, _, _ = pair(Translation)
+    rehearse(compiled, optimizer)
+    for again in (lambda: optimizer.load_state_dict(through_a_file(optimizer.state_dict())), optimizer.check):
+        assert not optimizer.wants_rehearsal
+        assert optimizer.capture()._options.taps is not None
+        again()
+        assert optimizer.wants_rehearsal
+        assert optimizer.capture()._options.taps is None
+        rehearse(compiled, optimizer)
+
+
+def test_rows_that_are_no_part_of_a_batch() -> None:
+    """A layer that is called once for all examples has as many rows in the batch as in the rehearsal."""
+
+    class Placed(Tokens):
+        def __init__(self) -> None:
+            super().__init__()
+            self.place, self.places = nn.Linear(4, 6), nn.Parameter(torch.randn(1, 5, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + self.place(self.places))
+
+    model, compiled, optimizer, twin, other = pair(Placed)
+    x, y = sequences(2)
+    with optimizer.rehearsal(parts=4):
+        F.cross_entropy(compiled(x).flatten(0, 1), y.flatten(), ignore_index=-1).backward()
+    for batch in (sequences() for _ in range(3)):
+        for net, one in ((compiled, optimizer), (twin, other)):
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                steps(net, one, [batch])
+            assert all("rows in dimension 0: place (1)" in str(warning.message) for warning in said)
+    assert_same(model, optimizer, twin, other)
+
+
+@pytest.mark.parametrize("parts", [0, -1, 2.5])
+def test_parts_of_a_batch_are_whole(parts: Any) -> None:
+    _, compiled, optimizer, _, _ = pair(Translation)
+    with pytest.raises(ValueError, match=r"parts=.*: allowed is a whole number from 1 on"):
+        rehearse(compiled, optimizer, parts)
 
 
 def test_who_needs_no_rehearsal() -> None:

@@ -297,3 +297,135 @@ def test_layers_before_operations_in_place(in_place: Callable[[Tensor], Tensor])
         step(other, cross_entropy, twin, x, y)
     assert optimizer.coverage().note == COMPILED
     assert_same_factors(optimizer.factors(), other.factors(), **TOLERANCE)
+
+
+class Encoder(nn.Module):
+    """A table that is looked up, and a layer."""
+
+    def __init__(self, table: nn.Embedding) -> None:
+        super().__init__()
+        self.table, self.up = table, nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.table(x)).tanh()
+
+
+class PartlyCompiled(nn.Module):
+    """A table that is looked up in a part of the model that is compiled, and further times outside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 6, padding_idx=0)
+        self.encoder = Encoder(self.table)
+
+    def forward(self, x: Tensor, lookups: int = 2) -> Tensor:
+        rows = sum(self.table((x + shift) % 9) for shift in range(1, lookups))
+        return (self.encoder(x) + rows) @ self.table.weight.T
+
+
+def table_loss(model: Any, x: Tensor, y: Tensor, *args: Any) -> Tensor:
+    return F.cross_entropy(model(x, *args).flatten(0, 1), y.flatten())
+
+
+def tokens(count: int = 8, vocabulary: int = 9) -> tuple[Tensor, Tensor]:
+    return torch.randint(vocabulary, (count, 5)), torch.randint(vocabulary, (count, 5))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "eager"])
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+def test_lookups_outside_of_the_graph(approximation: str, backend: str) -> None:
+    """They count together with those inside; a graph that runs as Python does not tell them from its own."""
+    model = PartlyCompiled().double()
+    twin = copy.deepcopy(model)
+    model.encoder.compile(backend=backend, fullgraph=True)
+    options = OPTIONS | {"approximation": approximation}
+    optimizer, other = KFAC(model, **options), KFAC(twin, **options)
+    for count, lookups in ((8, 3), (8, 3), (8, 2), (5, 3)):
+        x, y = tokens(count)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore" if backend == "eager" else "error")
+            step(optimizer, table_loss, model, x, y, lookups)
+        step(other, table_loss, twin, x, y, lookups)
+    if backend == "aot_eager":
+        assert optimizer.coverage().note == COMPILED
+    else:
+        assert optimizer.coverage().note == f"{UNCOMPILED}layer table is{NOT_ALIKE}"
+    assert_same_factors(optimizer.factors(), other.factors(), **TOLERANCE)
+    x, y = tokens()
+    step(optimizer, table_loss, model, x, y, 4)  # more than were seen
+    assert optimizer.coverage().note == f"{UNCOMPILED}layer table is{NOT_ALIKE}"
+
+
+def test_a_table_that_is_not_looked_up_later() -> None:
+    class Prompted(nn.Module):
+        """Its inputs may be given as rows in place of tokens."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.up = nn.Embedding(9, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+            return self.up(self.table(x) if rows is None else rows).tanh() @ self.table.weight.T
+
+    compiled, optimizer, twin, other = pair(Prompted())
+    for rows in (None, None, torch.randn(8, 5, 6, dtype=torch.float64)):
+        x, y = tokens()
+        step(optimizer, table_loss, compiled, x, y, rows)
+        step(other, table_loss, twin, x, y, rows)
+        assert_same_factors(optimizer.factors(), other.factors(), **TOLERANCE)
+    assert optimizer.coverage().note == COMPILED
+
+
+def test_a_transpose_that_was_made_in_another_graph() -> None:
+    """The product cannot be told there: without a word the table would keep its first factors for good."""
+
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.up = nn.Embedding(9, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            columns = self.table.weight.T
+            h = self.up(self.table(x)).tanh()
+            torch._dynamo.graph_break()
+            return h @ columns
+
+    model = Broken().double()
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    optimizer, other = KFAC(compiled, **OPTIONS), KFAC(twin, **OPTIONS)
+    for _ in range(2):
+        step(optimizer, table_loss, compiled, *tokens())
+    x, y = tokens()
+    with pytest.warns(UserWarning, match="layer table was not seen in all of its uses .* left out"):
+        step(optimizer, table_loss, compiled, x, y)
+    step(other, table_loss, twin, x, y)
+    assert optimizer.coverage().note == f"{UNCOMPILED}layer table is{NOT_ALIKE}"
+    assert_same_factors(optimizer.factors(), other.factors(), **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "columns", [lambda w: w, lambda w: w.T.T, lambda w: w.t().t()], ids=["W", "T.T", "t().t()"]
+)
+def test_a_square_table_that_is_multiplied_by_as_it_is(columns: Callable[[Tensor], Tensor]) -> None:
+    """Beside its transpose, which has the same shape, and from some later step on."""
+
+    class Square(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.up = nn.Embedding(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor, further: bool) -> Tensor:
+            h = self.up(self.table(x)).tanh()
+            return (h @ columns(self.table.weight) if further else h) @ self.table.weight.T
+
+    compiled, optimizer, twin, other = pair(Square())
+    for further in (False, False, True, True):
+        x, y = tokens(vocabulary=6)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            step(optimizer, table_loss, compiled, x, y, further)
+            step(other, table_loss, twin, x, y, further)
+    assert "table" not in other.factors()
+    assert_same_factors(optimizer.factors(), other.factors(), **TOLERANCE)
+    assert optimizer.coverage().fallbacks == other.coverage().fallbacks

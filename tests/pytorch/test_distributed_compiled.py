@@ -136,12 +136,44 @@ def one_leaves(rank: int) -> dict[str, Any]:
     return result(model, optimizer, note=str(optimizer.coverage().note), dropped=dropped)
 
 
+def rehearsed(rank: int) -> dict[str, Any]:
+    """A process by itself among others, and one of DistributedDataParallel that comes around the model later: who
+    joins whom shows in the rehearsal, so that the first statistics step runs compiled."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    found: dict[str, Any] = {}
+    for name, parallel in (("apart", False), ("together", True)):
+        torch._dynamo.reset()
+        graphs.clear()
+        torch.manual_seed(0)
+        model = Language().double()
+        twin = copy.deepcopy(model)
+        compiled: Any = torch.compile(model, backend=backend)
+        optimizer, other = KFAC(compiled, **OPTIONS), KFAC(twin, **OPTIONS)
+        wrapped = DistributedDataParallel(compiled) if parallel else compiled
+        data = sentences(4)
+        x, y = data[0]
+        with optimizer.rehearsal(parts=EXAMPLES // 2):
+            F.cross_entropy(wrapped(x[:2]).flatten(0, 1), y[:2].flatten()).backward()
+        trained(optimizer, wrapped, data[:1], rank)
+        count = len(graphs)
+        trained(optimizer, wrapped, data[1:], rank)
+        trained(other, DistributedDataParallel(twin) if parallel else twin, data, rank)
+        found[name] = {"graphs": count, "got": result(model, optimizer), "want": result(twin, other)}
+    return found
+
+
 CASES: dict[str, Callable[[int], Any]] = {
     "uncompiled": lambda rank: language(rank, DistributedDataParallel),
     "compiled": compiled_graphs,
     "images": images,
     "resumed": resumed,
     "one_leaves": one_leaves,
+    "rehearsed": rehearsed,
 }
 
 
@@ -186,3 +218,11 @@ def test_one_process_may_go_on_uncompiled(ranks: list[dict[str, Any]]) -> None:
     assert first["dropped"] == second["dropped"]
     assert sum(first["dropped"].values()) > 0
     assert_like(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", ["apart", "together"])
+def test_the_first_step_behind_a_rehearsal(ranks: list[dict[str, Any]], case: str) -> None:
+    for results in ranks:
+        found = results["rehearsed"][case]
+        assert found["graphs"] > 0
+        assert_like(found["got"], found["want"], rtol=1e-9, atol=1e-12)

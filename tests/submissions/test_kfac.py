@@ -157,3 +157,27 @@ def test_a_compiled_model_never_runs_a_whole_batch_uncompiled(approximation, wor
     assert factors["drawn"] == drawn
     assert_same_factors(factors[True], factors[False], rtol=1e-4, atol=1e-6)
     torch._dynamo.reset()
+
+
+def test_a_rehearsal_on_what_does_not_count(workload):
+    """The first quarter of the batch may be padding."""
+    submission, point = load("reduce"), {"learning_rate": 1e-3}
+    batch = next(workload._build_input_queue(seeds.root(3), "train", "", 8))
+    weights = torch.ones(batch["targets"].shape)
+    weights[:2] = 0
+    factors = []
+    for compiles in (True, False):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model, _ = workload.init_model_fn(seeds.root(1))
+        model = torch.compile(model, backend="aot_eager") if compiles else model
+        state = submission.init_optimizer_state(workload, model, None, point, seeds.root(2))
+        padded = batch | {"weights": weights}
+        state, *_ = submission.update_params(
+            workload, model, None, None, point, padded, workload.loss_type, state, [], 0, seeds.root(4), {}
+        )
+        note = state["optimizer"].coverage().note
+        assert note == ("statistics steps run compiled" if compiles else "")
+        factors.append(state["optimizer"].factors())
+    assert_same_factors(*factors, rtol=1e-4, atol=1e-6)
+    torch._dynamo.reset()
