@@ -28,7 +28,8 @@ from algoperf_kfac.pytorch.kinds import AnyRecorder
 from algoperf_kfac.pytorch.operations import LOOKUPS
 from algoperf_kfac.pytorch.recorder import Recorder
 from algoperf_kfac.pytorch.sights import TURNED, Sight, from_numbers, is_known, may_save, to_numbers
-from algoperf_kfac.pytorch.taps import COUNTS, Arrival, Incomplete, Products, Table, Tap, Taps, lacking, leave_whole
+from algoperf_kfac.pytorch.tapped import lacking, leave_whole
+from algoperf_kfac.pytorch.taps import COUNTS, Arrival, Incomplete, Products, Table, Tap, Taps
 from algoperf_kfac.subset import RowLimit
 
 MakeRecorder = Callable[[LayerSpec, torch.dtype], AnyRecorder]

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from algoperf_kfac.pytorch.operations import Called, Function
-from algoperf_kfac.pytorch.taps import Taps, leave_uncompiled, tapped
+from algoperf_kfac.pytorch.tapped import leave_uncompiled, tapped
+from algoperf_kfac.pytorch.taps import Taps
 
 IN_A_COMPILED_FUNCTION = (
     "capture() inside a function that torch.compile compiled: compile the model (model = torch.compile(model)), "
