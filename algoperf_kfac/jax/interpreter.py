@@ -400,14 +400,20 @@ class Interpreter:
             *wanted[num_carry:],
         ]  # what is carried may be read at later turns
         consts, init, xs = ins[:num_consts], ins[num_consts:first_x], ins[first_x:]
+        whole = {inner: tag for inner, tag in zip(inner_tags[first_x:], tags[first_x:], strict=True) if inner}
+        stacked: list[Tag | None] = [None] * len(wanted)
 
         def body(carry: list[Array], slices: tuple[list[Array], Tree]) -> tuple[list[Array], list[Array]]:
             with self.visitor.slice(sliced, slices[1]):
                 outs, out_tags = self._enter(
                     params["jaxpr"], [*consts, *carry, *slices[0]], inner_tags, key, inside
                 )
-            for tag in out_tags:
-                self._missed(key, tag, "scan")
+            for number, (tag, is_read) in enumerate(zip(out_tags, inside, strict=True)):
+                # nnx hands a module's states out again as they came, read or not.
+                if number >= num_carry and tag in whole:
+                    stacked[number] = whole[tag]
+                elif is_read:
+                    self._missed(key, tag, "scan")
             return outs[:num_carry], outs[num_carry:]
 
         self.visitor.loop(key, params["length"])
@@ -419,7 +425,7 @@ class Interpreter:
             reverse=params["reverse"],
             unroll=params["unroll"],
         )
-        return [*carry, *ys], [None] * (len(carry) + len(ys))
+        return [*carry, *ys], stacked
 
     def _inside_scan(
         self, tags: Tags, num_consts: int, first_x: int, key: Key, *, product: bool

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import Array, lax
 
 from algoperf_kfac.jax import KFAC, layer_states
@@ -225,6 +226,51 @@ def test_biases_of_layers_stacked_behind_are_in_their_layers(vmap: bool) -> None
         assert_equal(pairs[name], expected[name])
     moved = jax.tree.map(lambda t: jnp.moveaxis(t, 1, 0), of_behind)
     jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, rtol=1e-8, atol=1e-10), moved, of_front)
+
+
+class Handed(nnx.Module):
+    """nnx hands out a module's states behind each transformation: its next call reads those."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        def dense(rngs: nnx.Rngs) -> nnx.Linear:
+            return nnx.Linear(4, 4, rngs=rngs, param_dtype=jnp.float64)
+
+        self.stack = nnx.split_rngs(splits=3)(nnx.vmap(dense))(rngs)
+        self.one, self.other = dense(rngs), dense(rngs)
+
+    def blocks(self, x: Array) -> Array:
+        scan = nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return scan(nnx.remat(lambda x, layer: jnp.tanh(layer(x))))(x, self.stack)
+
+    def branch(self, x: Array, number: int) -> Array:
+        branches = [lambda m, x: jnp.tanh(m.one(x)), lambda m, x: jnp.tanh(m.other(x))]
+        return nnx.switch(jnp.asarray(number), branches, self, x)
+
+    def __call__(self, x: Array) -> Array:
+        return self.branch(self.blocks(self.branch(self.blocks(x), 1)), 0)
+
+
+def handed(params: Any, x: Array) -> Array:
+    """The same without transformations that hand anything out."""
+
+    def dense(name: str, x: Array) -> Array:
+        return jnp.tanh(x @ params[name]["kernel"] + params[name]["bias"])
+
+    def blocks(x: Array) -> Array:
+        return lax.scan(lambda x, p: (jnp.tanh(x @ p["kernel"] + p["bias"]), None), x, params["stack"])[0]
+
+    return dense("one", blocks(dense("other", blocks(x))))
+
+
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+def test_states_that_transformations_hand_out(approximation: str) -> None:
+    graph, params = nnx.split(Handed(nnx.Rngs(0)))
+    x = normal(1, 2, 3, 4)
+    pairs = factors(lambda p, x: nnx.merge(graph, p)(x), wavy, params, x, approximation=approximation)
+    expected = factors(handed, wavy, params.to_pure_dict(), x, approximation=approximation)
+    assert pairs.keys() == expected.keys() == {"stack", "one", "other"}
+    for name, pair in pairs.items():
+        assert_equal(pair, expected[name])
 
 
 @pytest.mark.parametrize("approximation", ["expand", "reduce"])
