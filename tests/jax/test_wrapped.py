@@ -294,3 +294,22 @@ def test_branches(approximation: str) -> None:
     assert int(states["u"].refreshes) == 0
     assert not optimizer.factors(state)["u"].A.any()
     assert optimizer.metrics(state)["dropped"] == optimizer.metrics(state)["failures"] == 0
+
+
+def test_loops_and_branches_in_a_process_without_jit() -> None:
+    """Where a model is debugged, statistics are those of the compiled program."""
+
+    def apply(p: Any, x: Array) -> Array:
+        x = lax.scan(lambda x, p: (jnp.tanh(x @ p["w"] + p["b"]), None), x, p["stack"])[0]
+        return lax.cond(x.sum() < jnp.inf, lambda x: x @ p["u"], lambda x: x @ p["v"], x)
+
+    params = {"stack": {"w": normal(0, 2, 3, 3), "b": normal(1, 2, 3)}, "u": normal(2, 3, 2), "v": normal(3, 3, 2)}
+    x = normal(4, 5, 3)
+    optimizer = KFAC(apply, wavy, params, x)
+    expected = jax.jit(optimizer.value_grad_and_statistics)(params, x)
+    with jax.disable_jit():
+        assert KFAC(apply, wavy, params, x).layers.covered == optimizer.layers.covered
+        found = optimizer.value_grad_and_statistics(params, x)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
