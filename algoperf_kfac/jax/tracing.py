@@ -268,8 +268,8 @@ def _program(
     axes: dict[str, int] = {}
     while True:
         try:
-            # Loops stay loops in a process that runs without `jit` to be looked into: written out, their layers would
-            # be read from slices of parameters.
+            # Loops stay loops in a process that runs without `jit`, to be looked into: written out, their layers
+            # would be read from slices of parameters.
             with jax.disable_jit(False):
                 traced = jax.make_jaxpr(apply, axis_env=list(axes.items()), return_shape=True)(params, arrays)
             return *traced, axes

@@ -236,7 +236,7 @@ class Handed(nnx.Module):
             return nnx.Linear(4, 4, rngs=rngs, param_dtype=jnp.float64)
 
         self.stack = nnx.split_rngs(splits=3)(nnx.vmap(dense))(rngs)
-        self.one, self.other = dense(rngs), dense(rngs)
+        self.one, self.other, self.third = dense(rngs), dense(rngs), dense(rngs)
 
     def blocks(self, x: Array) -> Array:
         scan = nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
@@ -246,8 +246,12 @@ class Handed(nnx.Module):
         branches = [lambda m, x: jnp.tanh(m.one(x)), lambda m, x: jnp.tanh(m.other(x))]
         return nnx.switch(jnp.asarray(number), branches, self, x)
 
+    def turns(self, x: Array) -> Array:
+        body = nnx.remat(lambda m, x: jnp.tanh(m.third(x)))
+        return nnx.fori_loop(0, 2, lambda i, carry: (carry[0], body(*carry)), (self, x))[1]
+
     def __call__(self, x: Array) -> Array:
-        return self.branch(self.blocks(self.branch(self.blocks(x), 1)), 0)
+        return self.branch(self.turns(self.blocks(self.turns(self.branch(self.blocks(x), 1)))), 0)
 
 
 def handed(params: Any, x: Array) -> Array:
@@ -259,7 +263,10 @@ def handed(params: Any, x: Array) -> Array:
     def blocks(x: Array) -> Array:
         return lax.scan(lambda x, p: (jnp.tanh(x @ p["kernel"] + p["bias"]), None), x, params["stack"])[0]
 
-    return dense("one", blocks(dense("other", blocks(x))))
+    def turns(x: Array) -> Array:
+        return lax.fori_loop(0, 2, lambda i, x: dense("third", x), x)
+
+    return dense("one", turns(blocks(turns(dense("other", blocks(x))))))
 
 
 @pytest.mark.parametrize("approximation", ["expand", "reduce"])
@@ -268,7 +275,7 @@ def test_states_that_transformations_hand_out(approximation: str) -> None:
     x = normal(1, 2, 3, 4)
     pairs = factors(lambda p, x: nnx.merge(graph, p)(x), wavy, params, x, approximation=approximation)
     expected = factors(handed, wavy, params.to_pure_dict(), x, approximation=approximation)
-    assert pairs.keys() == expected.keys() == {"stack", "one", "other"}
+    assert pairs.keys() == expected.keys() == {"stack", "one", "other", "third"}
     for name, pair in pairs.items():
         assert_equal(pair, expected[name])
 
