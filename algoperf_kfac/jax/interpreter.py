@@ -394,7 +394,7 @@ class Interpreter:
         num_consts, num_carry = params["num_consts"], params["num_carry"]
         first_x = num_consts + num_carry
         came = _as_they_came(params["jaxpr"].jaxpr)
-        kept = {place for number, place in enumerate(came[:num_carry]) if place == num_consts + number}
+        kept = {place for place in range(num_consts, first_x) if came[place - num_consts] == place}
         inner_tags = self._inside_scan(tags, {*range(num_consts), *kept}, first_x, key, product=may_multiply(eqn))
         sliced = [tag.name for tag in inner_tags[first_x:] if isinstance(tag, Source)]
         inside = [
