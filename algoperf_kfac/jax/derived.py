@@ -24,7 +24,15 @@ from algoperf_kfac.jax.sources import (
 # Element by element: with data of its own size (noise, a mask) a weight stays a weight, until something reads it.
 ELEMENTWISE = {"add", "add_any", "clamp", "div", "max", "min", "mul", "pow", "rem", "select_n", "sub"}
 # What makes a weight of what it reads, even if that is a function of a parameter: a slice of it, a sum.
-PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general", "triangular_solve"}
+PRODUCTS = {
+    "dot_general",
+    "conv_general_dilated",
+    "ragged_dot",
+    "ragged_dot_general",
+    "triangular_solve",
+    *(f"{layout}_dot_general" for layout in ("bcoo", "bcsr")),  # with sparse data
+    *(f"{layout}_mat{kind}" for layout in ("coo", "csr") for kind in ("vec", "mat")),
+}
 # Operations that take entries of a table by numbers that are data.
 SELECTIONS = {"gather", "dynamic_slice"}
 # Whose programs cannot be looked into.
@@ -59,8 +67,10 @@ def is_penalty(tag: object) -> bool:
     return not (isinstance(tag, Derived) and tag.with_data)
 
 
-def either(tags: Sequence[object]) -> Derived | None:
-    """What one of several values is of the parameters."""
+def either(tags: Sequence[object]) -> Source | Fused | Derived | None:
+    """What one of several values is of the parameters: a parameter where all are the same."""
+    if isinstance(tags[0], Source | Fused) and all(tag == tags[0] for tag in tags):
+        return tags[0]
     sources = frozenset(source for tag in tags for source in sources_of(tag))
     # As of data: what the branches return besides is not known.
     return Derived(sources, with_data=True) if sources else None

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import jax
@@ -393,21 +393,29 @@ class Interpreter:
         params = eqn.params
         num_consts, num_carry = params["num_consts"], params["num_carry"]
         first_x = num_consts + num_carry
-        inner_tags = self._inside_scan(tags, num_consts, first_x, key, product=may_multiply(eqn))
+        came = _as_they_came(params["jaxpr"].jaxpr)
+        kept = {place for place in range(num_consts, first_x) if came[place - num_consts] == place}
+        inner_tags = self._inside_scan(tags, {*range(num_consts), *kept}, first_x, key, product=may_multiply(eqn))
         sliced = [tag.name for tag in inner_tags[first_x:] if isinstance(tag, Source)]
         inside = [
             *(True for _ in range(num_carry)),
             *wanted[num_carry:],
         ]  # what is carried may be read at later turns
         consts, init, xs = ins[:num_consts], ins[num_consts:first_x], ins[first_x:]
+        whole = {inner: tag for inner, tag in zip(inner_tags[first_x:], tags[first_x:], strict=True) if inner}
+        out_tags: list[Tag | None] = [
+            inner_tags[place] if (place := num_consts + number) in kept else None for number in range(len(wanted))
+        ]
 
         def body(carry: list[Array], slices: tuple[list[Array], Tree]) -> tuple[list[Array], list[Array]]:
             with self.visitor.slice(sliced, slices[1]):
-                outs, out_tags = self._enter(
-                    params["jaxpr"], [*consts, *carry, *slices[0]], inner_tags, key, inside
-                )
-            for tag in out_tags:
-                self._missed(key, tag, "scan")
+                outs, of_turn = self._enter(params["jaxpr"], [*consts, *carry, *slices[0]], inner_tags, key, inside)
+            for number, (tag, is_read) in enumerate(zip(of_turn, inside, strict=True)):
+                # nnx hands a module's states out again as they came, read or not.
+                if number >= num_carry and tag in whole:
+                    out_tags[number] = whole[tag]
+                elif is_read and not (number < num_carry and num_consts + number in kept):
+                    self._missed(key, tag, "scan")
             return outs[:num_carry], outs[num_carry:]
 
         self.visitor.loop(key, params["length"])
@@ -419,24 +427,24 @@ class Interpreter:
             reverse=params["reverse"],
             unroll=params["unroll"],
         )
-        return [*carry, *ys], [None] * (len(carry) + len(ys))
+        return [*carry, *ys], out_tags
 
     def _inside_scan(
-        self, tags: Tags, num_consts: int, first_x: int, key: Key, *, product: bool
+        self, tags: Tags, same: Collection[int], first_x: int, key: Key, *, product: bool
     ) -> list[Tag | None]:
         """The tags of a loop's operands within its body. A weight that it cuts otherwise is lost.
 
         Args:
             tags: of the constants, the carry, and what is sliced.
-            num_consts: number of constants.
+            same: which are the same at all turns: constants, and what is carried as it came.
             first_x: where what is sliced begins.
             key: of the loop.
-            product: whether it may multiply data by a slice. What it carries is a state, learned at its beginning:
-                JAX takes what stays the same for a constant.
+            product: whether it may multiply data by a slice. What it carries else is a state, learned at its
+                beginning.
         """
         inner: list[Tag | None] = []
         for position, tag in enumerate(tags):
-            if position < num_consts and isinstance(tag, Source | Fused | Derived | Held):
+            if position in same and isinstance(tag, Source | Fused | Derived | Held):
                 inner.append(tag)
             elif position >= first_x and isinstance(tag, Source):
                 inner.append(dataclasses.replace(tag, scans=tag.scans + 1))
@@ -445,6 +453,21 @@ class Interpreter:
                 matrices = position >= first_x and any(len(source.shape) > 2 for source in sources_of(tag))
                 self._missed(key, tag, "scan", product=product and matrices)
         return inner
+
+
+def _as_they_came(jaxpr: Jaxpr) -> list[int | None]:
+    """By output of a program, the input that it is, handed on by functions and rematerialised blocks; or None."""
+    came = {v: number for number, v in enumerate(jaxpr.invars)}
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name not in CALLS | REMAT:
+            continue
+        inner = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
+        places = _as_they_came(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
+        for out, place in zip(eqn.outvars, places, strict=True):
+            source = None if place is None else eqn.invars[place]
+            if isinstance(source, Var) and source in came:
+                came[out] = came[source]
+    return [came.get(v) if isinstance(v, Var) else None for v in jaxpr.outvars]
 
 
 def _on_device(const: Array | np.ndarray) -> Array:

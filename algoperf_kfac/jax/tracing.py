@@ -59,15 +59,17 @@ class TracedModel:
         """The flat outputs, the visitor being told of weighted operations on the way; see `Interpreter`."""
         interpreter = Interpreter(visitor, kinds.rules(), all_uses=all_uses)
         leaves = [*jax.tree.leaves(params), *arrays_of(args)]
-        return interpreter.run(self.program, leaves, self.tags, self.returned)
+        with jax.disable_jit(False):  # else a branch that is not taken would have no taps
+            return interpreter.run(self.program, leaves, self.tags, self.returned)
 
     def show(self, visitor: Visitor, *, all_uses: bool = False) -> None:
         """Lead a visitor through the model without computing anything."""
         interpreter = Interpreter(visitor, kinds.rules(), all_uses=all_uses)
-        jax.make_jaxpr(
-            lambda *values: interpreter.run(self.program, values, self.tags, self.returned),
-            axis_env=list(self.axes.items()),
-        )(*self.leaves)
+        with jax.disable_jit(False):  # as in `_program`
+            jax.make_jaxpr(
+                lambda *values: interpreter.run(self.program, values, self.tags, self.returned),
+                axis_env=list(self.axes.items()),
+            )(*self.leaves)
 
     @property
     def returned(self) -> list[bool]:
@@ -266,7 +268,11 @@ def _program(
     axes: dict[str, int] = {}
     while True:
         try:
-            return *jax.make_jaxpr(apply, axis_env=list(axes.items()), return_shape=True)(params, arrays), axes
+            # Loops stay loops in a process that runs without `jit`, to be looked into: written out, their layers
+            # would be read from slices of parameters.
+            with jax.disable_jit(False):
+                traced = jax.make_jaxpr(apply, axis_env=list(axes.items()), return_shape=True)(params, arrays)
+            return *traced, axes
         except NameError as error:
             unbound = _UNBOUND.search(str(error))
             if unbound is None or not binds or unbound[1] in axes:

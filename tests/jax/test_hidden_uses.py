@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from jax import Array, lax
+from jax.experimental.sparse import BCOO
 from jax.sharding import PartitionSpec
 
 from algoperf_kfac.jax import KFAC
@@ -285,6 +286,7 @@ UNREADABLE: dict[str, tuple[Use, str]] = {
         lambda x, w, e: lax.conv_general_dilated(w[None], x[:, :, None], (1,), "VALID")[0].T, "read by conv_general"
     ),
     "rows-by-number": (lambda x, w, e: x @ w[jnp.arange(D)], "dot_general reads a function of it"),
+    "of-sparse-data": (lambda x, w, e: BCOO.fromdense(x, nse=x.size) @ w, "read by bcoo_dot_general"),
 }  # fmt: skip
 
 

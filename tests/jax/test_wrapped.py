@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import Array, lax
 
 from algoperf_kfac.jax import KFAC, layer_states
@@ -227,6 +228,58 @@ def test_biases_of_layers_stacked_behind_are_in_their_layers(vmap: bool) -> None
     jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, rtol=1e-8, atol=1e-10), moved, of_front)
 
 
+class Handed(nnx.Module):
+    """nnx hands out a module's states behind each transformation: its next call reads those."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        def dense(rngs: nnx.Rngs) -> nnx.Linear:
+            return nnx.Linear(4, 4, rngs=rngs, param_dtype=jnp.float64)
+
+        self.stack = nnx.split_rngs(splits=3)(nnx.vmap(dense))(rngs)
+        self.one, self.other, self.third = dense(rngs), dense(rngs), dense(rngs)
+
+    def blocks(self, x: Array) -> Array:
+        scan = nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return scan(nnx.remat(lambda x, layer: jnp.tanh(layer(x))))(x, self.stack)
+
+    def branch(self, x: Array, number: int) -> Array:
+        branches = [lambda m, x: jnp.tanh(m.one(x)), lambda m, x: jnp.tanh(m.other(x))]
+        return nnx.switch(jnp.asarray(number), branches, self, x)
+
+    def turns(self, x: Array) -> Array:
+        body = nnx.remat(lambda m, x: jnp.tanh(m.third(x)))
+        return nnx.fori_loop(0, 2, lambda i, carry: (carry[0], body(*carry)), (self, x))[1]
+
+    def __call__(self, x: Array) -> Array:
+        return self.branch(self.turns(self.blocks(self.turns(self.branch(self.blocks(x), 1)))), 0)
+
+
+def handed(params: Any, x: Array) -> Array:
+    """The same without transformations that hand anything out."""
+
+    def dense(name: str, x: Array) -> Array:
+        return jnp.tanh(x @ params[name]["kernel"] + params[name]["bias"])
+
+    def blocks(x: Array) -> Array:
+        return lax.scan(lambda x, p: (jnp.tanh(x @ p["kernel"] + p["bias"]), None), x, params["stack"])[0]
+
+    def turns(x: Array) -> Array:
+        return lax.fori_loop(0, 2, lambda i, x: dense("third", x), x)
+
+    return dense("one", turns(blocks(turns(dense("other", blocks(x))))))
+
+
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+def test_states_that_transformations_hand_out(approximation: str) -> None:
+    graph, params = nnx.split(Handed(nnx.Rngs(0)))
+    x = normal(1, 2, 3, 4)
+    pairs = factors(lambda p, x: nnx.merge(graph, p)(x), wavy, params, x, approximation=approximation)
+    expected = factors(handed, wavy, params.to_pure_dict(), x, approximation=approximation)
+    assert pairs.keys() == expected.keys() == {"stack", "one", "other", "third"}
+    for name, pair in pairs.items():
+        assert_equal(pair, expected[name])
+
+
 @pytest.mark.parametrize("approximation", ["expand", "reduce"])
 def test_branches(approximation: str) -> None:
     """The branch that is taken has the factors of the plain computation; the other one has none, and waits."""
@@ -248,3 +301,22 @@ def test_branches(approximation: str) -> None:
     assert int(states["u"].refreshes) == 0
     assert not optimizer.factors(state)["u"].A.any()
     assert optimizer.metrics(state)["dropped"] == optimizer.metrics(state)["failures"] == 0
+
+
+def test_loops_and_branches_in_a_process_without_jit() -> None:
+    """Where a model is debugged, statistics are those of the compiled program."""
+
+    def apply(p: Any, x: Array) -> Array:
+        x = lax.scan(lambda x, p: (jnp.tanh(x @ p["w"] + p["b"]), None), x, p["stack"])[0]
+        return lax.cond(x.sum() < jnp.inf, lambda x: x @ p["u"], lambda x: x @ p["v"], x)
+
+    params = {"stack": {"w": normal(0, 2, 3, 3), "b": normal(1, 2, 3)}, "u": normal(2, 3, 2), "v": normal(3, 3, 2)}
+    x = normal(4, 5, 3)
+    optimizer = KFAC(apply, wavy, params, x)
+    expected = jax.jit(optimizer.value_grad_and_statistics)(params, x)
+    with jax.disable_jit():
+        assert KFAC(apply, wavy, params, x).layers.covered == optimizer.layers.covered
+        found = optimizer.value_grad_and_statistics(params, x)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
