@@ -18,7 +18,7 @@ UNIT: Check = (lambda value: 0 < value <= 1, "a number in (0, 1]")
 OPEN_UNIT: Check = (lambda value: 0 < value < 1, "a number in (0, 1)")
 COUNT: Check = (lambda value: isinstance(value, int) and value >= 1, "a whole number >= 1")
 
-SCHEDULE_CLOCKS = ("steps", "time", "sooner")
+SCHEDULE_CLOCKS = ("steps", "time", "sooner", "restart")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,9 @@ class TrainingConfig:
             ((1 + cos(pi t)) / 2), "linear" (1 - t) or "one_minus_sqrt" (1 - sqrt(t)). A schedule that does not
             decay takes no notice of it.
         schedule_clock: what brings the schedule to its end: "steps"; "time", the share of the runtime budget that
-            has been used, whether steps are slow or fast; or "sooner", whichever of the two is further.
+            has been used, whether steps are slow or fast; "sooner", whichever of the two is further; or "restart",
+            the same and, where steps came first and half as much time as they took is left, the whole schedule once
+            more, which ends with the time (warm restarts, Loshchilov and Hutter 2017, arXiv 1608.03983).
         budget_factor: where it ends by time, as a share of the runtime budget, which is 1.5 times the workload's in
             the self-tuning ruleset.
         label_smoothing: as AlgoPerf's loss_fn takes it.

@@ -14,6 +14,7 @@ from submissions.common.api import Workload
 from submissions.common.hyperparameters import TrainingConfig
 
 SELF_TUNING_BUDGET = 1.5  # AlgoPerf's rules: what a self-tuning submission has, in external budgets
+LATEST_RESTART = 2 / 3  # of the time: what is left is half of what was spent
 SECONDS = "accumulated_submission_time"  # in the runner's train_state: of timed work, the same on all processes
 
 
@@ -46,36 +47,63 @@ class Schedule:
             train_state: the runner's; read only where time counts. Of steps and an unknown time steps are sooner.
             self_tuning: whether the budget is that of the self-tuning ruleset.
 
+        Returns:
+            Steps of the schedule; where it may restart, from its length on those of the second one, and at the end
+            of both twice its length.
+
         Raises:
             ValueError: time alone counts, and the runner does not tell it.
         """
         if training.schedule_clock == "steps":
             return step
+        total, _ = _lengths(workload.step_hint, training.horizon_factor, training.warmup_factor)
+        restarts = training.schedule_clock == "restart"
         seconds = (train_state or {}).get(SECONDS)
-        if seconds is None and training.schedule_clock == "sooner":
-            return step
+        if seconds is None and training.schedule_clock != "time":
+            return 2 * total if restarts and step >= total else step
         if seconds is None:
             raise ValueError(
                 f"hyperparameter schedule_clock={training.schedule_clock!r} needs the runner's "
                 f"train_state[{SECONDS!r}], which it does not pass; take 'steps'"
             )
         budget = workload.max_allowed_runtime_sec * (SELF_TUNING_BUDGET if self_tuning else 1.0)
-        total, _ = _lengths(workload.step_hint, training.horizon_factor, training.warmup_factor)
-        by_time = int(total * float(seconds) / (training.budget_factor * budget))
-        return by_time if training.schedule_clock == "time" else max(step, by_time)
+        spent = float(seconds) / (training.budget_factor * budget)
+        by_time = int(total * spent)
+        if training.schedule_clock == "time":
+            return by_time
+        if restarts and max(step, by_time) >= total:
+            # What is a whole step but for rounding counts as one.
+            return total + int(total * _of_the_rest(total / max(step, total), spent) + 1e-9)
+        return max(step, by_time)
 
     def at(self, step_hint: int, training: TrainingConfig, step: int) -> float:
         """The factor of the update about to be made at a position of the schedule."""
         lengths = (step_hint, training.horizon_factor, training.warmup_factor)
         if not self.decays:
             return constant_after_warmup(*lengths, step)
-        return learning_rate_factor(*lengths, step, training.decay_shape)
+        total, _ = _lengths(*lengths)
+        again = step - total if training.schedule_clock == "restart" and step >= total else step
+        return learning_rate_factor(*lengths, again, training.decay_shape)
 
     def is_over(self, step_hint: int, training: TrainingConfig, step: int) -> bool:
         """Whether training ends here, before the update about to be made at a position of the schedule."""
         if not (self.decays and training.ends_with_schedule):
             return False
-        return step >= _lengths(step_hint, training.horizon_factor, training.warmup_factor)[0]
+        total, _ = _lengths(step_hint, training.horizon_factor, training.warmup_factor)
+        return step >= (2 * total if training.schedule_clock == "restart" else total)
+
+
+def _of_the_rest(first: float, spent: float) -> float:
+    """How much of the time behind a first schedule is spent, in [0, 1]; 1 where that is too little for a second.
+
+    When the first one ended is not kept: it is taken to have had its share of the steps in time, too.
+
+    Args:
+        first: its share of the steps made so far, in (0, 1].
+        spent: the share of the time that is spent.
+    """
+    ended = first * spent
+    return min(1.0, (spent - ended) / (1 - ended)) if ended <= LATEST_RESTART else 1.0
 
 
 def learning_rate_factor(

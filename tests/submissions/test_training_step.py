@@ -308,6 +308,39 @@ def test_a_schedule_ends_where_the_time_ends():
     assert position("time", 1, 400, budget_factor=0.8) == 10
 
 
+def test_a_schedule_restarts_in_the_time_that_is_left():
+    # Steps of 20 seconds: twenty are a schedule and take 400, the second has the other 600, thirty steps.
+    steps = (0, 10, 19, 20, 21, 35, 49, 50, 60)
+    positions = [position("restart", step, 20 * step) for step in steps]
+    assert positions == [0, 10, 19, 20, 20, 30, 39, 40, 40]
+    training = TrainingConfig(horizon_factor=0.5, schedule_clock="restart", ends_with_schedule=True)
+    once = dataclasses.replace(training, schedule_clock="steps")
+
+    def factor(point, step):
+        return schedule.WARMUP_DECAY.at(40, point, step)
+
+    assert [factor(training, step) for step in range(20)] == [factor(once, step) for step in range(20)]
+    assert [factor(training, step) for step in range(20, 41)] == [factor(once, step) for step in range(21)]
+    assert [schedule.WARMUP_DECAY.is_over(40, training, step) for step in (19, 20, 39, 40)] == [False] * 3 + [True]
+    # Steps that slow down: the second schedule ends with the time all the same, and never goes back.
+    seconds = [20.0 * step + max(0, step - 30) ** 2 for step in range(50)]
+    slower = [position("restart", step, second) for step, second in enumerate(seconds)]
+    assert slower == sorted(slower)
+    assert [second >= 1_000 for second in seconds] == [place == 40 for place in slower]
+
+
+def test_a_schedule_does_not_restart_where_there_is_no_time_for_it():
+    assert [position("restart", step, 100 * step) for step in (0, 1, 5, 9)] == [0, 2, 10, 18]  # slow: time alone
+    assert [position("restart", step, 100 * step) for step in (10, 11)] == [40, 40]
+    assert [position("restart", step, 40 * step) for step in (19, 20, 24, 25)] == [19, 40, 40, 40]  # 200 are left
+    assert [position("restart", step, 30 * step) for step in (19, 20)] == [19, 20]  # 400 are
+    # Without the time, the schedule is one of steps, and at its end.
+    assert [position("restart", step, None) for step in (3, 19, 20, 99)] == [3, 19, 40, 40]
+    training = TrainingConfig(horizon_factor=0.5, schedule_clock="restart")
+    end = schedule.WARMUP_DECAY.at(40, training, 19)
+    assert schedule.WARMUP_DECAY.at(40, training, 40) == end < 0.02
+
+
 def test_a_schedule_by_time_needs_a_runner_that_tells_it():
     with pytest.raises(ValueError, match=r"schedule_clock='time'.*accumulated_submission_time"):
         position("time", 3, None)
@@ -317,7 +350,7 @@ def test_a_schedule_by_time_needs_a_runner_that_tells_it():
 
 
 def test_self_tuning_k_fac_keeps_to_its_time():
-    assert KFAC.configure(None)[0].schedule_clock == "sooner"
+    assert KFAC.configure(None)[0].schedule_clock == "restart"
     assert KFAC.configure({})[0].schedule_clock == "steps"
     assert NADAMW.configure(None)[0].schedule_clock == "steps"
     assert KFAC.configure(None)[1].refresh_budget == 0.1

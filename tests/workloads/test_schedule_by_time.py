@@ -68,6 +68,8 @@ def _flags(folder, framework, clock):
         ("time", 50, sorted([*range(LENGTH)] * 2)),
         ("sooner", 250, [0, 2, 5, 7]),
         ("sooner", 50, [*range(LENGTH)]),
+        ("restart", 250, [0, 2, 5, 7]),
+        ("restart", 50, [*range(2 * LENGTH)]),
     ],
 )
 def test_slow_and_fast_steps_end_with_the_time(tmp_path, monkeypatch, framework, clock, seconds, expected):
