@@ -165,7 +165,8 @@ class Tap:
         blocks, counts = self._parts(other, calls, together(self.forms, masks))
         if not blocks:
             return False
-        numbers = torch.stack([torch.as_tensor(n).to(blocks[0]) for n in (*counts, 0.0)])
+        like = blocks[0]
+        numbers = torch.stack([torch.as_tensor(n, dtype=like.dtype, device=like.device) for n in (*counts, 0.0)])
         for zero, more in zip(self.zeros, [*blocks, numbers], strict=True):
             assert zero.grad is not None
             zero.grad = zero.grad + more
