@@ -52,8 +52,7 @@ POINTS: dict[str, tuple[str, dict[str, object]]] = {
     "kfac_expand": ("kfac_expand", {"weight_decay": 0.0}),
     "defaults": (
         "kfac_expand",
-        {"weight_decay": 0.0}
-        | {field.name: field.default for field in dataclasses.fields(KFACConfig) if field.name in POINT}
+        {field.name: field.default for field in dataclasses.fields(KFACConfig) if field.name in POINT}
         | {"weight_decay": 0.0},
     ),
 }

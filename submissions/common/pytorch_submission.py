@@ -66,10 +66,6 @@ class OptimizerState(TypedDict, Generic[Optimizer]):
     recent: NotRequired[RecentBatches]  # of averages over models with batch norm
 
 
-def _none(optimizer: object, batch: Batch) -> None:
-    """No rehearsal."""
-
-
 class Submission(Generic[Config, Optimizer]):
     """The submission API; `submission.py` of each algorithm exports its methods.
 
@@ -89,7 +85,7 @@ class Submission(Generic[Config, Optimizer]):
         description: Description[Config],
         make_optimizer: Callable[[nn.Module, Config, Workload, Rng], Optimizer],
         capture: Callable[[Optimizer, Batch], AbstractContextManager[Capture]] | None = None,
-        rehearsal: Callable[[Optimizer, Batch], tuple[Batch, AbstractContextManager[Capture]] | None] = _none,
+        rehearsal: Callable[[Optimizer, Batch], tuple[Batch, AbstractContextManager[Capture]] | None] | None = None,
         schedule: Schedule = WARMUP_DECAY,
         logged: Callable[[Optimizer], dict[str, float]] = lambda optimizer: {},
     ) -> None:
@@ -152,7 +148,8 @@ class Submission(Generic[Config, Optimizer]):
             optimizer.train()
         if "recent" in optimizer_state:
             optimizer_state["recent"].batches.append(batch)
-        if (ahead := self._rehearsal(optimizer, batch)) is not None:
+        ahead = None if self._rehearsal is None else self._rehearsal(optimizer, batch)
+        if ahead is not None:
             part, context = ahead
             rehearse(workload, model, part, model_state, rng, training.dropout_rate, context)
         result = compute_gradient(

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from algoperf_kfac.pytorch import KFAC
-from tests.pytorch.test_compiled_statistics import BEFORE_2_6, COMPILED, Tied
+from tests.pytorch.compiled import BEFORE_2_6, COMPILED, Tied
 from tests.pytorch.test_resume import through_a_file
 from tests.pytorch.toys import assert_same_factors
 
