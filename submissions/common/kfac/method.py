@@ -9,7 +9,7 @@ TEXT = (
     "The momentum of covered layers (linear and convolutional) is whitened by both Kronecker factors (Eschenhagen "
     "et al., 2023, https://arxiv.org/abs/2311.00636), replaced by its polar factor, as Muon does without factors, "
     "and given a fixed root mean square. All other parameters take the NadamW update. Linear warm-up, then cosine "
-    "decay."
+    "decay; in self-tuning once more where time is left."
 )
 # One point per approximation, the same for every workload; this much of it is the same for both. Found on four
 # workloads of the suite (docs/experiments.md), with refreshes at each of the first steps and without a noise floor.
